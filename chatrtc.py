@@ -1,0 +1,4000 @@
+"""ChatRTC: a chat server in one file.
+
+Users, servers (communities), channels, messages, typing and presence, over Socket.IO and REST, kept in one SQLite file:
+
+    python chatrtc.py serve
+
+The file is read from top to bottom, in rooms; each uses only the rooms above it:
+
+    Settings      what can be set, once: the command line, the environment and the README follow from it
+    Errors        what can go wrong, and how it is said
+    Payloads      the shapes of everything that comes in and goes out
+    Events        what the server tells of its own accord, and to whom
+    Store         the SQLite file: one writer, some readers, migrations
+    Questions     the SQL: one function a question
+    Presence      who is here, who types, who talks: in memory alone
+    Keys          passwords and tokens
+    Limits        how often somebody may do something
+    Policy        who may do what
+    Operations    what can be asked of the database, in the order of the product
+    Transport     Socket.IO as it should be: guarded, ordered, fast
+    Chat          sockets, sessions and the one function that carries out what operations ask for
+    Live          what can be asked of the living chat
+    Doors         REST, Socket.IO, and the descriptions made from the table of operations
+    Application   starting, stopping, embedding
+    Command line  `chatrtc serve` and its siblings
+
+Three laws: names point upward; every call is answered; what is published has been committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import enum
+import fcntl
+import functools
+import hashlib
+import hmac
+import html
+import inspect
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import ssl
+import sys
+import tempfile
+import time
+import typing
+import unicodedata
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import aiosqlite
+import click
+import jwt
+import msgspec
+import socketio
+from aiohttp import web
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+__version__ = "1.0.0"
+__all__ = ["ChatError", "ChatRTC", "Settings", "socket_server"]
+
+log = logging.getLogger("chatrtc")
+
+# ---- Settings ------------------------------------------------------------------------------------------------------
+# What can be set. A field here is an option of `serve`, a variable CHATRTC_<NAME> of the environment, a keyword of ChatRTC()
+# and a row of the README, with its name, its type, its default and its sentence taken from here.
+
+SECRET_BYTES = 32
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on; 0 picks a free one and prints it.")] = (
+        3000
+    )
+    database: Annotated[str, Meta(min_length=1, description="The SQLite file that keeps everything.")] = "chatrtc.db"
+    secret: Annotated[
+        str | None,
+        Meta(description="Key that signs tokens, 32 bytes or more; else made once and kept beside the database."),
+    ] = None
+    token_ttl: Annotated[int, Meta(ge=1, le=10**9, description="Seconds for which a token stands.")] = 30 * 86400
+    cors_origin: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Origin whose pages may use this server, such as https://example.org; repeatable. Its own always may."
+        ),
+    ] = ()
+    registration: Annotated[
+        Literal["open", "invite", "closed"],
+        Meta(description="Who may make an account: anyone, who has an invite, or nobody."),
+    ] = "open"
+    no_guests: Annotated[bool, Meta(description="Let nobody in by an invite alone, without a password.")] = False
+    ice_server: Annotated[
+        tuple[str, ...],
+        Meta(description="STUN or TURN address handed to voice clients, such as stun:example.org:3478; repeatable."),
+    ] = ()
+    tls_cert: Annotated[str | None, Meta(description="Certificate file (PEM) to serve https with.")] = None
+    tls_key: Annotated[str | None, Meta(description="Key file (PEM) of that certificate.")] = None
+    no_rate_limit: Annotated[bool, Meta(description="Lift every limit on how often and how many; for benchmarks.")] = (
+        False
+    )
+
+
+def setting_names() -> list[tuple[str, msgspec.structs.FieldInfo]]:
+    """Each setting with its name on the command line."""
+    return [("--" + field.name.replace("_", "-"), field) for field in msgspec.structs.fields(Settings)]
+
+
+# ---- Errors --------------------------------------------------------------------------------------------------------
+# What can go wrong, by the codes of the wire contract. Every refusal anywhere is a ChatError; whatever else is raised is a
+# defect, which the one broad `except` of this file (in Doors) turns into INTERNAL_ERROR.
+
+
+class ErrorKind(NamedTuple):
+    status: int
+    sentence: str
+
+
+ERRORS = {
+    "BAD_REQUEST": ErrorKind(400, "The request does not fit"),
+    "UNAUTHORIZED": ErrorKind(401, "A valid token is needed"),
+    "FORBIDDEN": ErrorKind(403, "You may not do this"),
+    "NOT_FOUND": ErrorKind(404, "There is no such thing"),
+    "CONFLICT": ErrorKind(409, "That is taken already"),
+    "TOO_LARGE": ErrorKind(413, "That is too large"),
+    "RATE_LIMITED": ErrorKind(429, "Too often; try again in a moment"),
+    "INTERNAL_ERROR": ErrorKind(500, "The server made a mistake; it has been logged"),
+    "UNAVAILABLE": ErrorKind(503, "The server cannot do this at the moment; nothing was changed"),
+}
+
+
+class ChatError(Exception):
+    """A refusal: a code of `ERRORS`, a sentence for a person and, for RATE_LIMITED, the seconds to wait."""
+
+    def __init__(self, code: str, sentence: str | None = None, retry_after: float | None = None) -> None:
+        self.code = code
+        self.sentence = sentence or ERRORS[code].sentence
+        self.retry_after = retry_after
+        super().__init__(f"{code}: {self.sentence}")
+
+    @property
+    def status(self) -> int:
+        return ERRORS[self.code].status
+
+    def body(self) -> dict[str, Any]:
+        body: dict[str, Any] = {"error": self.sentence, "code": self.code}
+        if self.retry_after is not None:
+            body["retry_after"] = max(1, round(self.retry_after + 0.5))
+        return body
+
+
+class StartError(Exception):
+    """Something that keeps the program from starting, in one line for the person who started it."""
+
+
+# ---- Payloads ------------------------------------------------------------------------------------------------------
+# The shapes of everything that comes in (arguments, unknown fields refused) and goes out (answers). msgspec validates,
+# encodes and describes them; this room knows nothing else. In an answer a field with a default is left out when it has
+# nothing to say, and a field without one is always there.
+
+INVISIBLE = set(map(chr, (0x034F, 0x115F, 0x1160, 0x3164, 0xFFA0, *range(0xFE00, 0xFE10), *range(0x180B, 0x1810))))
+
+
+def fold(name: str) -> str:
+    """What makes two names the same: NFKC and case folding (applied twice, as folding may undo the first form)."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def is_username(name: str) -> bool:
+    """Letters and digits of any script, with their marks, `_`, `.` and `-`; nothing that cannot be seen."""
+    plain = unicodedata.normalize("NFKC", name)
+    fits = all(c in "_.-" or (unicodedata.category(c)[0] in "LNM" and c not in INVISIBLE) for c in name + plain)
+    return fits and plain[:1].isprintable() and unicodedata.category(plain[0])[0] != "M" and 2 <= len(fold(name)) <= 32
+
+
+SHOWN = r"^\s*[^\s\x00][^\x00]*$"  # not blank, and no NUL, which SQLite's text functions would stop at
+
+Id = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Seq = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Username = Annotated[str, Meta(min_length=2, max_length=32)]
+Password = Annotated[str, Meta(min_length=8, max_length=256)]
+Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=SHOWN)]
+Topic = Annotated[str, Meta(max_length=1000, pattern=r"^[^\x00]*$")]
+Content = Annotated[str, Meta(min_length=1, max_length=4000, pattern=SHOWN)]
+Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[^\s\x00-\x1f\x7f]+$")]
+Nonce = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
+Code = Annotated[str, Meta(min_length=1, max_length=64)]
+Token = Annotated[str, Meta(min_length=1, max_length=4096)]
+PeerId = Annotated[str, Meta(min_length=1, max_length=64)]
+Role = Literal["owner", "admin", "member"]
+Status = Literal["online", "away", "busy", "invisible"]
+ChannelKind = Literal["text", "voice"]
+
+
+class Args(Struct, forbid_unknown_fields=True):
+    """The arguments of an operation: one flat object, whichever door they came through."""
+
+
+class Nothing(Args):
+    pass
+
+
+class Credentials(Args):
+    username: Username
+    password: Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class NewUser(Args):
+    username: Username
+    password: Password
+    code: Code | None = None
+
+    def __post_init__(self) -> None:
+        if not is_username(self.username):
+            raise ValueError("A username has 2 to 32 letters, digits, '_', '.' or '-'")
+
+
+class NewGuest(Args):
+    username: Username
+    code: Code
+
+    def __post_init__(self) -> None:
+        if not is_username(self.username):
+            raise ValueError("A username has 2 to 32 letters, digits, '_', '.' or '-'")
+
+
+class NewPassword(Args):
+    new_password: Password
+    old_password: Annotated[str, Meta(max_length=256)] | None = None
+
+
+class TokenArgs(Args):
+    token: Token
+
+
+class StatusArgs(Args):
+    status: Status
+
+
+class NameArgs(Args):
+    name: Name
+
+
+class ServerArgs(Args):
+    server_id: Id
+
+
+class RenameServer(Args):
+    server_id: Id
+    name: Name
+
+
+class JoinServer(Args):
+    server_id: Id
+    after: Seq | None = None
+
+
+class ChangesArgs(Args):
+    server_id: Id
+    after: Seq = 0
+    limit: Annotated[int, Meta(ge=1, le=500)] = 500
+
+
+class MemberArgs(Args):
+    server_id: Id
+    user_id: Id
+
+
+class RoleArgs(Args):
+    server_id: Id
+    user_id: Id
+    role: Role
+
+
+class NewInvite(Args):
+    server_id: Id
+    max_uses: Annotated[int, Meta(ge=1, le=10**6)] | None = None
+    expires_in: Annotated[int, Meta(ge=1, le=10**9)] | None = None
+
+
+class InviteArgs(Args):
+    code: Code
+
+
+class NewChannel(Args):
+    server_id: Id
+    name: Name
+    kind: ChannelKind = "text"
+    topic: Topic = ""
+
+
+class EditChannel(Args):
+    channel_id: Id
+    name: Name | None = None
+    topic: Topic | None = None
+
+
+class ChannelArgs(Args):
+    channel_id: Id
+
+
+class NewMessage(Args):
+    channel_id: Id
+    content: Content
+    reply_to: Id | None = None
+    nonce: Nonce | None = None
+
+
+class PageArgs(Args):
+    channel_id: Id
+    before: Id | None = None
+    after: Seq | None = None
+    around: Id | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 50
+
+    def __post_init__(self) -> None:
+        if sum(cursor is not None for cursor in (self.before, self.after, self.around)) > 1:
+            raise ValueError("Give one of before, after and around")
+
+
+class MessageArgs(Args):
+    message_id: Id
+
+
+class EditMessage(Args):
+    message_id: Id
+    content: Content
+
+
+class ReactionArgs(Args):
+    message_id: Id
+    emoji: Emoji
+
+
+class ReadArgs(Args):
+    channel_id: Id
+    message_id: Id
+
+
+class SearchArgs(Args):
+    server_id: Id
+    q: Annotated[str, Meta(min_length=1, max_length=200, pattern=SHOWN)]
+    channel_id: Id | None = None
+    author_id: Id | None = None
+    before: Id | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 50
+
+
+class SignalArgs(Args):
+    channel_id: Id
+    to: PeerId
+    data: Any
+
+
+class View(Struct, omit_defaults=True):
+    """What goes out: a thing as it is, flat."""
+
+
+class Account(View):
+    user_id: int
+    username: str
+    token: str
+    expires_at: str
+
+
+class Profile(View):
+    user_id: int
+    username: str
+    status: Status
+    created_at: str
+    guest: bool = False
+
+
+class Identity(View):
+    user_id: int
+    username: str
+
+
+class Channel(View):
+    server_id: int
+    channel_id: int
+    name: str
+    kind: ChannelKind
+    topic: str
+
+
+class Server(View):
+    server_id: int
+    name: str
+    owner_id: int
+    created_at: str
+    role: Role
+    channels: list[Channel]
+
+
+class Servers(View):
+    servers: list[Server]
+
+
+class Channels(View):
+    channels: list[Channel]
+
+
+class Member(View):
+    server_id: int
+    user_id: int
+    username: str
+    role: Role
+    status: Status
+    joined_at: str
+    connected: bool
+
+
+class Members(View):
+    members: list[Member]
+
+
+class Ban(View):
+    server_id: int
+    user_id: int
+    username: str
+    banned_by: int
+    banned_at: str
+
+
+class Bans(View):
+    bans: list[Ban]
+
+
+class Invite(View):
+    code: str
+    server_id: int
+    max_uses: int | None
+    uses: int
+    expires_at: str | None
+
+
+class Invites(View):
+    invites: list[Invite]
+
+
+class InvitePreview(View):
+    code: str
+    server_id: int
+    server_name: str
+    member_count: int
+
+
+class Reaction(View):
+    emoji: str
+    user_ids: list[int]
+
+
+class Message(View):
+    channel_id: int
+    message_id: int
+    content: str
+    author_id: int
+    author_username: str
+    created_at: str
+    seq: int
+    edited_at: str | None = None
+    reply_to: int | None = None
+    nonce: str | None = None
+    reactions: list[Reaction] = []
+    mentions: list[int] = []
+
+
+class Messages(View):
+    messages: list[Message]
+    has_more: bool
+
+
+class Deletion(View):
+    channel_id: int
+    message_id: int
+    seq: int
+
+
+class Changes(View):
+    seq: int
+    has_more: bool
+    messages: list[Message]
+    deleted: list[Deletion]
+    channels: list[Channel] | UnsetType = UNSET
+    members: list[Member] | UnsetType = UNSET
+
+
+class ReadState(View):
+    channel_id: int
+    last_read_id: int
+    unread: int
+    mentions: int
+
+
+class Joined(View):
+    connected_users: list[int]
+    seq: int
+    changes: Changes | UnsetType = UNSET
+
+
+class Participant(View):
+    user_id: int
+    username: str
+    peer_id: str
+
+
+class IceServer(View):
+    urls: str
+
+
+class VoiceJoined(View):
+    peer_id: str
+    participants: list[Participant]
+    ice_servers: list[IceServer]
+
+
+class Health(View):
+    status: Literal["ok"]
+    version: str
+
+
+class Configuration(View):
+    registration: str
+    guests: bool
+    version: str
+
+
+T = TypeVar("T")
+SENTENCES = re.compile(r" - at `\$\.?([^`]*)`$")
+
+
+def read_args(kind: type[T], raw: Any) -> T:
+    """`raw`, an object as JSON gives it, as arguments of that kind; BAD_REQUEST or TOO_LARGE where it does not fit."""
+    try:
+        args = msgspec.convert(raw, kind)
+        msgspec.json.encode(raw)  # a lone surrogate is no text: neither the database nor a client could hold it
+    except msgspec.ValidationError as error:
+        raise ChatError(*explain(str(error))) from None
+    except UnicodeEncodeError:
+        raise ChatError("BAD_REQUEST", "The text holds half of a surrogate pair") from None
+    except (RecursionError, TypeError, ValueError):
+        raise ChatError("BAD_REQUEST") from None
+    return args
+
+
+def explain(complaint: str) -> tuple[str, str]:
+    """The code and the sentence for msgspec's complaint."""
+    code = "TOO_LARGE" if "of length <=" in complaint else "BAD_REQUEST"
+    field = SENTENCES.search(complaint)
+    sentence = SENTENCES.sub("", complaint).replace("`", "'")
+    return code, f"{field[1]}: {sentence}" if field and field[1] else sentence
+
+
+# ---- Events --------------------------------------------------------------------------------------------------------
+# What the server tells of its own accord: each event's name, its payload and the room it goes to, once. An operation states
+# by name which of them it emits.
+
+
+class MentionNotice(Message, kw_only=True):
+    server_id: int
+
+
+class MessageDeleted(View):
+    channel_id: int
+    message_id: int
+    seq: int
+
+
+class ReactionChanged(View):
+    channel_id: int
+    message_id: int
+    user_id: int
+    username: str
+    emoji: str
+    seq: int
+
+
+class Typing(View):
+    channel_id: int
+    user_id: int
+    username: str
+
+
+class PresenceChanged(View):
+    server_id: int
+    user_id: int
+    username: str
+
+
+class StatusChanged(View):
+    user_id: int
+    username: str
+    status: Status
+
+
+class MemberChanged(View):
+    server_id: int
+    user_id: int
+    username: str
+    seq: int
+
+
+class RoleChanged(View):
+    server_id: int
+    user_id: int
+    username: str
+    role: Role
+    seq: int
+
+
+class ChannelChanged(View):
+    server_id: int
+    channel_id: int
+    name: str
+    seq: int
+    kind: ChannelKind = "text"
+    topic: str = ""
+
+
+class ChannelDeleted(View):
+    server_id: int
+    channel_id: int
+    seq: int
+
+
+class ServerRenamed(View):
+    server_id: int
+    name: str
+    seq: int
+
+
+class ServerDeleted(View):
+    server_id: int
+
+
+class VoiceChanged(View):
+    channel_id: int
+    user_id: int
+    username: str
+    peer_id: str
+
+
+class VoiceSignal(View):
+    channel_id: int
+    from_: str = msgspec.field(name="from")
+    user_id: int
+    data: Any
+
+
+class Failure(View):
+    event: str
+    error: str
+    code: str
+
+
+class EventKind(NamedTuple):
+    payload: type[View]
+    room: Literal["server", "channel", "user", "socket"]
+    sentence: str
+
+
+EVENTS = {
+    "message:new": EventKind(Message, "server", "A message was posted."),
+    "message:edit": EventKind(Message, "server", "A message was edited."),
+    "message:deleted": EventKind(MessageDeleted, "server", "A message was deleted."),
+    "reaction:add": EventKind(ReactionChanged, "server", "Somebody reacted to a message."),
+    "reaction:remove": EventKind(ReactionChanged, "server", "Somebody took a reaction back."),
+    "mention": EventKind(MentionNotice, "user", "A message names you."),
+    "user:typing": EventKind(Typing, "channel", "Somebody is typing."),
+    "typing_stop": EventKind(Typing, "channel", "Somebody stopped typing."),
+    "user:connected": EventKind(PresenceChanged, "server", "A user's first socket joined the server."),
+    "user:disconnected": EventKind(PresenceChanged, "server", "A user's last socket left the server."),
+    "user:status": EventKind(StatusChanged, "server", "A user's status changed."),
+    "member:joined": EventKind(MemberChanged, "server", "Somebody became a member."),
+    "member:left": EventKind(MemberChanged, "server", "Somebody left, was removed or banned."),
+    "member:updated": EventKind(RoleChanged, "server", "A member's role changed."),
+    "channel:created": EventKind(ChannelChanged, "server", "A channel was created."),
+    "channel:updated": EventKind(ChannelChanged, "server", "A channel was renamed or got another topic."),
+    "channel:deleted": EventKind(ChannelDeleted, "server", "A channel was deleted."),
+    "server:updated": EventKind(ServerRenamed, "server", "The server was renamed."),
+    "server:deleted": EventKind(ServerDeleted, "server", "The server was deleted."),
+    "voice:join": EventKind(VoiceChanged, "server", "Somebody joined a voice channel."),
+    "voice:leave": EventKind(VoiceChanged, "server", "Somebody left a voice channel."),
+    "voice:signal": EventKind(VoiceSignal, "socket", "A peer's WebRTC signal."),
+    "error": EventKind(Failure, "socket", "An event sent without an ack failed."),
+}
+
+
+# What an operation asks for beside its answer, carried out by Chat once the transaction has committed.
+
+
+class Emit(NamedTuple):
+    event: str
+    to: int  # the id of the server, channel or user whose room hears it
+    payload: View
+
+
+class OpenChannel(NamedTuple):
+    """Sockets of the server hear the new channel too."""
+
+    server_id: int
+    channel_id: int
+
+
+class CloseChannel(NamedTuple):
+    server_id: int
+    channel_id: int
+
+
+class CloseServer(NamedTuple):
+    server_id: int
+
+
+class Evict(NamedTuple):
+    """The user's sockets hear nothing more of the server; `cut`: those that did are closed, transport included."""
+
+    server_id: int
+    user_id: int
+    cut: bool
+
+
+class Revoke(NamedTuple):
+    """The user's tokens (or the one of that digest) stand no more, and their sockets are closed."""
+
+    user_id: int
+    digest: bytes | None = None
+
+
+class SetStatus(NamedTuple):
+    user_id: int
+    username: str
+    before: Status
+    after: Status
+    server_ids: list[int]
+
+
+class StopTyping(NamedTuple):
+    channel_id: int
+    user_id: int
+
+
+Effect = Emit | OpenChannel | CloseChannel | CloseServer | Evict | Revoke | SetStatus | StopTyping
+
+
+class Done(NamedTuple, Generic[T]):
+    """What an operation gives: its answer, what is to be carried out, and whether the thing had been done before."""
+
+    answer: T
+    effects: Sequence[Effect] = ()
+    repeat: bool = False
+
+
+# ---- Store ---------------------------------------------------------------------------------------------------------
+# The SQLite file. One connection writes, and checkpoints: what waits for it is committed in one transaction, synced, and only
+# then told. (Two connections that do so can meet a bug of SQLite before 3.51.3 that loses rows.) Readers have connections of
+# their own, read-only, and a snapshot for each question. Knows files and transactions, not what is in them.
+
+APPLICATION_ID = int.from_bytes(b"CRTC", "big")
+MIGRATIONS: tuple[str, ...] = ()  # the n-th takes a database of version n to n + 1; schema.sql is the newest version
+VERSION = len(MIGRATIONS) + 1
+READERS = 3
+BATCH = 256  # jobs in a transaction at most
+WAITING = 20_000  # jobs that may wait for the writer
+PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "trusted_schema": 0, "cell_size_check": 1}
+
+R = TypeVar("R")
+Question = Callable[..., R]
+Job = Callable[[sqlite3.Connection], Done[Any]]
+
+
+def asset(name: str) -> bytes:
+    """A file that belongs to the program: beside it in a checkout, beside it as chatrtc.* where a wheel put it."""
+    here = Path(__file__).resolve().parent
+    names = (here / name, here / f"chatrtc{Path(name).suffix}")
+    return next(path for path in names if path.exists()).read_bytes()
+
+
+def utc(moment: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
+def connect_writer(path: Path) -> sqlite3.Connection:
+    """The connection that writes; refuses where a pragma does not hold, as WAL does not on some network file systems."""
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
+    db.execute("PRAGMA busy_timeout = 5000")
+    for name, value in PRAGMAS.items():
+        db.execute(f"PRAGMA {name} = {value}")
+        if db.execute(f"PRAGMA {name}").fetchone()[0] != value:
+            raise StartError(f"{path}: SQLite cannot set {name} = {value} here; use a local disk")
+    db.execute("PRAGMA journal_size_limit = 67108864")
+    return db
+
+
+def connect_reader(path: Path) -> sqlite3.Connection:
+    uri = f"{path.resolve().as_uri()}?mode=ro"
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, cached_statements=256)
+    db.execute("PRAGMA busy_timeout = 5000")
+    db.execute("PRAGMA query_only = 1")
+    return db
+
+
+def migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Bring a database to `VERSION`, each step in one transaction with its number; refuse what is not ours or is newer."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (owner,) = db.execute("PRAGMA application_id").fetchone()
+    empty = not db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
+    if not (empty and not version) and owner != APPLICATION_ID:
+        raise StartError(f"{path} is a database of another program; it was left as it is")
+    if version > VERSION:
+        raise StartError(
+            f"{path} was written by a newer ChatRTC (format {version}; this one knows {VERSION}): use that one, or restore a backup"
+        )
+    steps = [asset("schema.sql").decode()] if empty else MIGRATIONS[version - 1 :]
+    first = VERSION if empty else version + 1
+    for number, step in enumerate(steps, first):
+        try:
+            db.executescript(f"BEGIN IMMEDIATE;\n{step}\nPRAGMA user_version = {number};\nCOMMIT;")
+        finally:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+
+
+def verify(db: sqlite3.Connection, path: Path) -> None:
+    trouble = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if trouble != "ok":
+        raise sqlite3.DatabaseError(trouble)
+
+
+def prepare(path: Path) -> sqlite3.Connection:
+    """Open the database file for writing: made if missing (readable by its owner alone), checked, and brought up to date.
+
+    Raises StartError, in one line, where that cannot be; nothing is overwritten.
+    """
+    if str(path) in ("", ":memory:"):
+        raise StartError("The database is a file; ':memory:' would keep nothing")
+    if not path.parent.is_dir():
+        raise StartError(f"The directory {path.parent} does not exist")
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        db = connect_writer(path)
+    except OSError as error:
+        raise StartError(f"Cannot open {path}: {error.strerror}") from None
+    except sqlite3.DatabaseError as error:
+        raise StartError(describe_damage(path, error)) from None
+    try:
+        verify(db, path)
+        migrate(db, path)
+    except sqlite3.DatabaseError as error:
+        db.close()
+        raise StartError(describe_damage(path, error)) from None
+    except StartError:
+        db.close()
+        raise
+    return db
+
+
+def describe_damage(path: Path, error: sqlite3.DatabaseError) -> str:
+    if "not a database" in str(error):
+        return f"{path} is not an SQLite database; it was left as it is"
+    return (
+        f"{path} cannot be used ({' '.join(str(error).split())}); it was left as it is. "
+        f"To go back: move it and its -wal and -shm away, and put the last backup in its place"
+    )
+
+
+class Lock:
+    """The right to write a database, held by one process; says where to reach that process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.with_name(path.name + ".lock")
+        self._file: int | None = None
+
+    def take(self) -> bool:
+        """Whether it could be had."""
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return False
+        self._file = file
+        self.tell("")
+        return True
+
+    def tell(self, address: str) -> None:
+        """Leave an address for whoever finds the lock taken."""
+        assert self._file is not None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, address.encode(), 0)
+
+    def ask(self) -> str:
+        return self.path.read_text().strip()
+
+    def release(self) -> None:
+        if self._file is not None:
+            self.tell("")
+            os.close(self._file)
+            self._file = None
+
+
+def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Awaitable[R]:
+    """Call `run` with the sqlite3 connection in its own thread: a whole transaction in one hop.
+
+    aiosqlite offers one hop a statement; these are the two private names of it that this file uses.
+    """
+    return db._execute(run, db._conn, *args)  # type: ignore[no-untyped-call]
+
+
+def in_transaction(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatError]:
+    """Run the jobs in one transaction. One that refuses before it has changed anything does not disturb the others;
+    whatever else is raised undoes all."""
+    outcomes: list[Done[Any] | ChatError] = []
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        for job in jobs:
+            changes = db.total_changes
+            try:
+                outcomes.append(job(db))
+            except ChatError as refusal:
+                if db.total_changes != changes:
+                    raise
+                outcomes.append(refusal)
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+    return outcomes
+
+
+def in_snapshot(db: sqlite3.Connection, question: Question[R], *args: Any) -> R:
+    db.execute("BEGIN")
+    try:
+        return question(db, *args)
+    finally:
+        db.execute("ROLLBACK")
+
+
+class Store:
+    """The database, open. `publish` is called on the event loop with each committed job's effects, in the order of commits."""
+
+    def __init__(self, path: Path, publish: Callable[[Sequence[Effect]], None]) -> None:
+        self.path = path
+        self.trouble = ""  # why the last write failed; empty while writing works
+        self._publish = publish
+        self._lock = Lock(path)
+        self._waiting: deque[tuple[Job, asyncio.Future[Done[Any]]]] = deque()
+        self._wake = asyncio.Event()
+        self._idle: asyncio.LifoQueue[aiosqlite.Connection] = asyncio.LifoQueue()
+        self._readers: list[aiosqlite.Connection] = []
+        self._writer: aiosqlite.Connection | None = None
+        self._committer: asyncio.Task[None] | None = None
+
+    @property
+    def lock(self) -> Lock:
+        return self._lock
+
+    async def open(self) -> None:
+        """Take the lock, check and migrate the file, start the writer and the readers. Raises StartError."""
+        if not self.path.parent.is_dir():
+            raise StartError(f"The directory {self.path.parent} does not exist")
+        try:
+            taken = self._lock.take()
+        except OSError as error:
+            raise StartError(f"Cannot open {self._lock.path}: {error.strerror}") from None
+        if not taken:
+            raise StartError(f"{self.path} is in use by another ChatRTC")
+        try:
+            db = await asyncio.to_thread(prepare, self.path)
+            self._writer = await aiosqlite.Connection(lambda: db, 64)
+            for _ in range(READERS):
+                self._readers.append(await aiosqlite.Connection(functools.partial(connect_reader, self.path), 64))
+                self._idle.put_nowait(self._readers[-1])
+        except BaseException:
+            await self.close()
+            raise
+        self._committer = asyncio.create_task(self._commit_forever(), name="chatrtc-writer")
+
+    async def close(self) -> None:
+        """Commit what waits, checkpoint, close."""
+        if self._committer is not None:
+            while self._waiting and not self._committer.done():
+                await asyncio.sleep(0.01)
+            self._committer.cancel()
+            await asyncio.gather(self._committer, return_exceptions=True)
+            self._committer = None
+        for db in [*self._readers, *filter(None, [self._writer])]:
+            await db.close()
+        self._readers.clear()
+        self._writer = None
+        self._lock.release()
+
+    async def read(self, question: Question[R], *args: Any) -> R:
+        """Ask in a snapshot of its own. Raises ChatError UNAVAILABLE where the file does not answer."""
+        db = await self._idle.get()
+        try:
+            return await on_thread(db, in_snapshot, question, *args)
+        except sqlite3.OperationalError as error:
+            log.error("reading %s failed: %s", self.path, error)
+            raise ChatError("UNAVAILABLE") from None
+        finally:
+            self._idle.put_nowait(db)
+
+    async def write(self, job: Job) -> Done[Any]:
+        """Have the job done in the next transaction, and return once it is synced and its effects are out.
+
+        Raises what the job raises, and ChatError UNAVAILABLE where the file takes no writes. A caller that goes away in
+        between changes nothing: the job is done all the same.
+        """
+        if len(self._waiting) >= WAITING or self._committer is None or self._committer.done():
+            raise ChatError("UNAVAILABLE")
+        future: asyncio.Future[Done[Any]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((job, future))
+        self._wake.set()
+        return await future
+
+    async def _commit_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+                outcomes = await self._commit([job for job, _ in batch])
+                for (_, future), outcome in zip(batch, outcomes, strict=True):
+                    loop.call_soon(self._deliver, future, outcome)
+
+    async def _commit(self, jobs: list[Job]) -> list[Done[Any] | BaseException]:
+        """One transaction for all; where that fails, one for each, so that none suffers from another."""
+        assert self._writer is not None
+        result = (await asyncio.gather(on_thread(self._writer, in_transaction, jobs), return_exceptions=True))[0]
+        if not isinstance(result, BaseException):
+            self.trouble = ""
+            return list(result)
+        if len(jobs) > 1:
+            return [(await self._commit([job]))[0] for job in jobs]
+        if isinstance(result, sqlite3.OperationalError):
+            await self._suffer(result)
+            return [
+                ChatError("UNAVAILABLE", f"The database takes no writes at the moment ({result}); nothing was changed")
+            ]
+        return [result]
+
+    async def _suffer(self, error: sqlite3.OperationalError) -> None:
+        """Remember that writing fails; after a failed sync nothing may be assumed of the connection, so it is opened anew."""
+        if not self.trouble:
+            log.error("writing %s failed: %s", self.path, error)
+        self.trouble = str(error)
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR and self._writer is not None:
+            with contextlib.suppress(sqlite3.Error):
+                await self._writer.close()
+                self._writer = await aiosqlite.Connection(functools.partial(connect_writer, self.path), 64)
+
+    def _deliver(self, future: asyncio.Future[Done[Any]], outcome: Done[Any] | BaseException) -> None:
+        """Tell the world, then the caller."""
+        try:
+            if isinstance(outcome, Done):
+                self._publish(outcome.effects)
+        finally:
+            if future.done():
+                pass  # the caller went away
+            elif isinstance(outcome, Done):
+                future.set_result(outcome)
+            else:
+                future.set_exception(outcome)
+
+
+# ---- Questions -----------------------------------------------------------------------------------------------------
+# The SQL: one function a question, on a connection that is in a transaction already. A row becomes a thing of Payloads here.
+
+MESSAGE_FIELDS = """
+    SELECT m.channel_id, m.message_id, m.content, m.author_id, u.username, m.created_at, m.seq, m.edited_at, m.reply_to, m.nonce,
+           (SELECT json_group_array(json_array(r.emoji, r.user_id)) FROM reactions r WHERE r.message_id = m.message_id),
+           (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id), m.deleted
+"""
+MESSAGE = MESSAGE_FIELDS + "FROM messages m JOIN users u ON u.user_id = m.author_id "
+FOUND = (
+    MESSAGE_FIELDS
+    + """FROM messages_fts f CROSS JOIN messages m ON m.message_id = f.rowid
+    JOIN users u ON u.user_id = m.author_id WHERE messages_fts MATCH :match AND f.rowid < :before """
+)
+CHANNEL = "SELECT server_id, channel_id, name, kind, topic FROM channels "
+SERVER = """
+    SELECT s.server_id, s.name, (SELECT user_id FROM members o WHERE o.server_id = s.server_id AND o.role = 'owner'),
+           s.created_at, m.role
+    FROM servers s JOIN members m ON m.server_id = s.server_id AND m.user_id = :user_id
+"""
+UNINDEX = """
+    INSERT INTO messages_fts (messages_fts, rowid, content, server_id) SELECT 'delete', message_id, content, server_id
+    FROM messages WHERE deleted = 0 AND message_id <= (SELECT indexed_id FROM search) AND """
+NAMED = re.compile(r"@([^\s@]{2,64})")
+REACTIONS_MAX = 50  # different ones on one message
+INDEX_STEP = 1000  # messages that search learns of in one transaction
+
+
+class Standing(NamedTuple):
+    """An account as a token's bearer has it."""
+
+    user_id: int
+    username: str
+    status: Status
+    generation: int
+
+
+def standing(db: sqlite3.Connection, user_id: int, digest: bytes) -> Standing | None:
+    """The account, unless it is deleted or that token was revoked."""
+    row = db.execute(
+        """SELECT user_id, username, status, generation FROM users
+           WHERE user_id = ? AND deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)""",
+        (user_id, digest),
+    ).fetchone()
+    return Standing(*row) if row else None
+
+
+def account_named(db: sqlite3.Connection, username: str) -> tuple[Standing, str | None] | None:
+    """The account of that name, however it is spelled, and its password's hash."""
+    row = db.execute(
+        "SELECT user_id, username, status, generation, password FROM users WHERE username_key = ? AND deleted = 0",
+        (fold(username),),
+    ).fetchone()
+    return (Standing(*row[:4]), row[4]) if row else None
+
+
+def password_of(db: sqlite3.Connection, user_id: int) -> str | None:
+    row = db.execute("SELECT password FROM users WHERE user_id = ?", (user_id,)).fetchone()
+    return row[0] if row else None
+
+
+def insert_user(db: sqlite3.Connection, username: str, password: str | None, now: str) -> int:
+    """The new account's id. Raises CONFLICT where the name is taken."""
+    row = db.execute(
+        """INSERT INTO users (username, username_key, password, created_at) VALUES (?, ?, ?, ?)
+           ON CONFLICT (username_key) DO NOTHING RETURNING user_id""",
+        (username, fold(username), password, now),
+    ).fetchone()
+    if row is None:
+        raise ChatError("CONFLICT", "This username is taken")
+    return int(row[0])
+
+
+def profile(db: sqlite3.Connection, user_id: int) -> Profile:
+    row = db.execute(
+        "SELECT user_id, username, status, created_at, password IS NULL FROM users WHERE user_id = ?", (user_id,)
+    ).fetchone()
+    user_id, username, status, created_at, guest = row
+    return Profile(user_id, username, status, created_at, bool(guest))
+
+
+def member_servers(db: sqlite3.Connection, user_id: int) -> list[int]:
+    rows = db.execute("SELECT server_id FROM members WHERE user_id = ? ORDER BY server_id", (user_id,))
+    return [server_id for (server_id,) in rows]
+
+
+def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
+    """Take the server's next number; `part`: for a change of its "channels" or its "members"."""
+    also = {"": "", "channels": ", channels_seq = seq + 1", "members": ", members_seq = seq + 1"}[part]
+    row = db.execute(
+        f"UPDATE servers SET seq = seq + 1{also} WHERE server_id = ? RETURNING seq", (server_id,)
+    ).fetchone()
+    return int(row[0])
+
+
+def last_seq(db: sqlite3.Connection, server_id: int) -> int:
+    return int(db.execute("SELECT seq FROM servers WHERE server_id = ?", (server_id,)).fetchone()[0])
+
+
+def server_view(db: sqlite3.Connection, server_id: int, user_id: int) -> Server:
+    row = db.execute(SERVER + "WHERE s.server_id = :server_id", {"server_id": server_id, "user_id": user_id}).fetchone()
+    server_id, name, owner_id, created_at, role = row
+    return Server(server_id, name, owner_id, created_at, role, channels_of(db, server_id))
+
+
+def servers_of(db: sqlite3.Connection, user_id: int) -> list[Server]:
+    return [server_view(db, server_id, user_id) for server_id in member_servers(db, user_id)]
+
+
+def channels_of(db: sqlite3.Connection, server_id: int) -> list[Channel]:
+    return [Channel(*row) for row in db.execute(CHANNEL + "WHERE server_id = ? ORDER BY channel_id", (server_id,))]
+
+
+def channel_view(db: sqlite3.Connection, channel_id: int) -> Channel:
+    return Channel(*db.execute(CHANNEL + "WHERE channel_id = ?", (channel_id,)).fetchone())
+
+
+def members_of(db: sqlite3.Connection, server_id: int, present: Collection[int], viewer: int) -> list[Member]:
+    """The members; `present`: ids of those that are here. To others the invisible look like somebody who is not."""
+    rows = db.execute(
+        """SELECT m.server_id, m.user_id, u.username, m.role, u.status, m.joined_at
+           FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = ? ORDER BY m.user_id""",
+        (server_id,),
+    )
+    return [
+        Member(sid, user_id, name, role, seen_status(status, user_id, viewer), joined, user_id in present)
+        for sid, user_id, name, role, status, joined in rows
+    ]
+
+
+def seen_status(status: Status, user_id: int, viewer: int) -> Status:
+    return "online" if status == "invisible" and user_id != viewer else status
+
+
+def role_of(db: sqlite3.Connection, server_id: int, user_id: int) -> Role | None:
+    row = db.execute("SELECT role FROM members WHERE server_id = ? AND user_id = ?", (server_id, user_id)).fetchone()
+    return row[0] if row else None
+
+
+def username_of(db: sqlite3.Connection, user_id: int) -> str | None:
+    row = db.execute("SELECT username FROM users WHERE user_id = ? AND deleted = 0", (user_id,)).fetchone()
+    return row[0] if row else None
+
+
+def is_banned(db: sqlite3.Connection, server_id: int, user_id: int) -> bool:
+    found = db.execute("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?", (server_id, user_id)).fetchone()
+    return found is not None
+
+
+def open_invite(db: sqlite3.Connection, code: str, now: str) -> Invite | None:
+    """The invite, if it is there, not expired and not used up."""
+    row = db.execute(
+        """SELECT code, server_id, max_uses, uses, expires_at FROM invites
+           WHERE code = ? AND (max_uses IS NULL OR uses < max_uses) AND (expires_at IS NULL OR expires_at > ?)""",
+        (code, now),
+    ).fetchone()
+    return Invite(*row) if row else None
+
+
+def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str) -> int:
+    """Make somebody a member; the number of that change."""
+    db.execute("INSERT INTO members VALUES (?, ?, ?, ?)", (server_id, user_id, role, now))
+    return next_seq(db, server_id, "members")
+
+
+def drop_member(db: sqlite3.Connection, server_id: int, user_id: int) -> int:
+    db.execute("DELETE FROM members WHERE server_id = ? AND user_id = ?", (server_id, user_id))
+    return next_seq(db, server_id, "members")
+
+
+def add_channel(
+    db: sqlite3.Connection, server_id: int, name: str, kind: ChannelKind, topic: str
+) -> tuple[Channel, int]:
+    """The new channel and the number of that change. Raises CONFLICT where the server has one of that name."""
+    row = db.execute(
+        """INSERT INTO channels (server_id, name, name_key, kind, topic) VALUES (?, ?, ?, ?, ?)
+           ON CONFLICT (server_id, name_key) DO NOTHING RETURNING server_id, channel_id, name, kind, topic""",
+        (server_id, name, fold(name), kind, topic),
+    ).fetchone()
+    if row is None:
+        raise ChatError("CONFLICT", "The server has a channel of this name")
+    return Channel(*row), next_seq(db, server_id, "channels")
+
+
+def to_message(row: Sequence[Any]) -> Message:
+    message = Message(*row[:10])
+    if row[10] == "[]" == row[11]:
+        return message
+    emojis: dict[str, list[int]] = {}
+    for emoji, user_id in json.loads(row[10]):
+        emojis.setdefault(emoji, []).append(user_id)
+    reactions = [Reaction(emoji, user_ids) for emoji, user_ids in emojis.items()]
+    return msgspec.structs.replace(message, reactions=reactions, mentions=json.loads(row[11]))
+
+
+def message_view(db: sqlite3.Connection, message_id: int) -> Message | None:
+    """The message, unless it is deleted or never was."""
+    row = db.execute(MESSAGE + "WHERE m.message_id = ? AND m.deleted = 0", (message_id,)).fetchone()
+    return to_message(row) if row else None
+
+
+def posted_before(db: sqlite3.Connection, author_id: int, channel_id: int, nonce: str) -> Message | None:
+    """The message that this nonce stands for. Raises CONFLICT where it was deleted since."""
+    row = db.execute(
+        MESSAGE + "WHERE m.author_id = ? AND m.channel_id = ? AND m.nonce = ?", (author_id, channel_id, nonce)
+    ).fetchone()
+    if row is not None and row[12]:
+        raise ChatError("CONFLICT", "This message was posted, and has been deleted since")
+    return to_message(row) if row else None
+
+
+def named_members(db: sqlite3.Connection, server_id: int, content: str) -> list[int]:
+    """The members whose @username stands in the text, ascending."""
+    names = {fold(spelled) for name in NAMED.findall(content) for spelled in spellings(name)}
+    rows = db.execute(
+        """SELECT m.user_id FROM users u JOIN members m ON m.user_id = u.user_id
+           WHERE m.server_id = ? AND u.username_key IN (SELECT value FROM json_each(?)) ORDER BY m.user_id""",
+        (server_id, json.dumps(sorted(names))),
+    )
+    return [user_id for (user_id,) in rows]
+
+
+def spellings(name: str) -> Iterator[str]:
+    """What `@name,` may mean: the name as it stands, or the beginning of it that holds only a username's characters, with and
+    without the dots and dashes that may end a sentence."""
+    word = "".join(c if is_username(f"x{c}") else " " for c in name).split(" ")[0]
+    yield word
+    while word and word[-1] in ".-_":
+        word = word[:-1]
+        yield word
+
+
+def insert_message(db: sqlite3.Connection, server_id: int, author: Standing, args: NewMessage, now: str) -> Message:
+    seq = next_seq(db, server_id)
+    message_id = db.execute(
+        """INSERT INTO messages (server_id, channel_id, author_id, content, created_at, reply_to, nonce, seq)
+           VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+        (server_id, args.channel_id, author.user_id, args.content, now, args.reply_to, args.nonce, seq),
+    ).lastrowid
+    assert message_id is not None
+    mentions = set_mentions(db, server_id, args.channel_id, message_id, args.content)
+    return Message(
+        args.channel_id, message_id, args.content, author.user_id, author.username, now, seq,
+        reply_to=args.reply_to, nonce=args.nonce, mentions=mentions,
+    )  # fmt: skip
+
+
+def set_mentions(db: sqlite3.Connection, server_id: int, channel_id: int, message_id: int, content: str) -> list[int]:
+    mentions = named_members(db, server_id, content) if "@" in content else []
+    for user_id in mentions:
+        db.execute("INSERT INTO mentions VALUES (?, ?, ?)", (message_id, user_id, channel_id))
+    return mentions
+
+
+def update_message(db: sqlite3.Connection, server_id: int, message: Message, content: str, now: str) -> None:
+    unindex(db, "message_id = ?", message.message_id)
+    db.execute(
+        "UPDATE messages SET content = ?, edited_at = ?, seq = ? WHERE message_id = ?",
+        (content, now, next_seq(db, server_id), message.message_id),
+    )
+    db.execute(
+        """INSERT INTO messages_fts (rowid, content, server_id) SELECT message_id, content, server_id FROM messages
+           WHERE message_id = ? AND message_id <= (SELECT indexed_id FROM search)""",
+        (message.message_id,),
+    )
+    db.execute("DELETE FROM mentions WHERE message_id = ?", (message.message_id,))
+    set_mentions(db, server_id, message.channel_id, message.message_id, content)
+
+
+def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
+    """Wipe the message, keeping its number; returns the number of the change."""
+    unindex(db, "message_id = ?", message_id)
+    seq = next_seq(db, server_id)
+    db.execute("UPDATE messages SET content = '', deleted = 1, seq = ? WHERE message_id = ?", (seq, message_id))
+    db.execute("DELETE FROM reactions WHERE message_id = ?", (message_id,))
+    db.execute("DELETE FROM mentions WHERE message_id = ?", (message_id,))
+    return seq
+
+
+def unindex(db: sqlite3.Connection, where: str, value: int) -> None:
+    """Have search forget those messages, before they change."""
+    db.execute(UNINDEX + where, (value,))
+
+
+def deleted_channels(db: sqlite3.Connection) -> bool:
+    return db.execute("SELECT 1 FROM channels WHERE server_id IS NULL LIMIT 1").fetchone() is not None
+
+
+def purge_channels(db: sqlite3.Connection) -> Done[bool]:
+    """Take the next messages out of a deleted channel, or the empty channel away; whether there is more to do."""
+    row = db.execute("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1").fetchone()
+    if row is None:
+        return Done(False)
+    last = (
+        "SELECT max(message_id) FROM (SELECT message_id FROM messages WHERE channel_id = ? ORDER BY message_id LIMIT ?)"
+    )
+    (until,) = db.execute(last, (row[0], INDEX_STEP)).fetchone()
+    if until is None:
+        db.execute("DELETE FROM channels WHERE channel_id = ?", row)
+    else:
+        db.execute(UNINDEX + "channel_id = ? AND message_id <= ?", (row[0], until))
+        db.execute("DELETE FROM messages WHERE channel_id = ? AND message_id <= ?", (row[0], until))
+    return Done(True)
+
+
+def touch_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
+    """Number a change of what hangs on the message."""
+    seq = next_seq(db, server_id)
+    db.execute("UPDATE messages SET seq = ? WHERE message_id = ?", (seq, message_id))
+    return seq
+
+
+def page_of(db: sqlite3.Connection, where: str, order: str, limit: int, **values: Any) -> tuple[list[Message], bool]:
+    """At most `limit` standing messages, and whether there are more."""
+    rows = db.execute(
+        f"{MESSAGE} WHERE m.deleted = 0 AND {where} ORDER BY m.message_id {order} LIMIT :limit",
+        values | {"limit": limit + 1},
+    ).fetchall()
+    return [to_message(row) for row in rows[:limit]], len(rows) > limit
+
+
+def page(db: sqlite3.Connection, args: PageArgs) -> Messages:
+    """A page of a channel, oldest first. It costs the same anywhere: an index walk of `limit` steps from the cursor."""
+    channel = "m.channel_id = :channel_id"
+    if args.after is not None:
+        newer, more = page_of(
+            db, f"{channel} AND m.message_id > :after", "ASC", args.limit, channel_id=args.channel_id, after=args.after
+        )
+        return Messages(newer, more)
+    if args.around is not None:
+        return page_around(db, args)
+    before = args.before if args.before is not None else 2**63 - 1
+    older, more = page_of(
+        db, f"{channel} AND m.message_id < :before", "DESC", args.limit, channel_id=args.channel_id, before=before
+    )
+    return Messages(older[::-1], more)
+
+
+def page_around(db: sqlite3.Connection, args: PageArgs) -> Messages:
+    """Half of the page up to the message, half after it; more where either side has more."""
+    values = {"channel_id": args.channel_id, "around": args.around}
+    half = args.limit // 2
+    newer, more_newer = page_of(db, "m.channel_id = :channel_id AND m.message_id > :around", "ASC", half, **values)
+    older, more_older = page_of(
+        db, "m.channel_id = :channel_id AND m.message_id <= :around", "DESC", args.limit - len(newer), **values
+    )
+    return Messages(older[::-1] + newer, more_newer or more_older)
+
+
+def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection[int], viewer: int) -> Changes:
+    """What came after a number, so that a client that was away ends equal to one that was not."""
+    seq, channels_seq, members_seq = db.execute(
+        "SELECT seq, channels_seq, members_seq FROM servers WHERE server_id = ?", (args.server_id,)
+    ).fetchone()
+    rows = db.execute(
+        MESSAGE
+        + """JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id
+             WHERE m.server_id = ? AND m.seq > ? ORDER BY m.seq LIMIT ?""",
+        (args.server_id, args.after, args.limit + 1),
+    ).fetchall()
+    has_more = len(rows) > args.limit
+    rows = rows[: args.limit]
+    return Changes(
+        rows[-1][6] if has_more else seq,
+        has_more,
+        [to_message(row) for row in rows if not row[12]],
+        [Deletion(row[0], row[1], row[6]) for row in rows if row[12]],
+        channels_of(db, args.server_id) if channels_seq > args.after else UNSET,
+        members_of(db, args.server_id, present, viewer) if members_seq > args.after else UNSET,
+    )
+
+
+def read_state(db: sqlite3.Connection, user_id: int, channel_id: int) -> ReadState:
+    values = {"user_id": user_id, "channel_id": channel_id}
+    row = db.execute(
+        "SELECT last_read_id FROM reads WHERE user_id = :user_id AND channel_id = :channel_id", values
+    ).fetchone()
+    values["last"] = row[0] if row else 0
+    (unread,) = db.execute(
+        """SELECT count(*) FROM messages
+           WHERE channel_id = :channel_id AND message_id > :last AND deleted = 0 AND author_id <> :user_id""",
+        values,
+    ).fetchone()
+    (mentions,) = db.execute(
+        """SELECT count(*) FROM mentions n JOIN messages m ON m.message_id = n.message_id
+           WHERE n.user_id = :user_id AND n.channel_id = :channel_id AND n.message_id > :last AND m.author_id <> :user_id""",
+        values,
+    ).fetchone()
+    return ReadState(channel_id, values["last"], unread, mentions)
+
+
+def unindexed(db: sqlite3.Connection) -> int:
+    """The newest message that search does not know yet; 0 where it knows all."""
+    (newest, known) = db.execute("SELECT (SELECT max(message_id) FROM messages), indexed_id FROM search").fetchone()
+    return newest if newest is not None and newest > known else 0
+
+
+def index_messages(db: sqlite3.Connection) -> Done[int]:
+    """Teach search the next messages; up to which it knows them now."""
+    (known,) = db.execute("SELECT indexed_id FROM search").fetchone()
+    rows = db.execute(
+        "SELECT message_id, content, server_id, deleted FROM messages WHERE message_id > ? ORDER BY message_id LIMIT ?",
+        (known, INDEX_STEP),
+    ).fetchall()
+    if rows:
+        standing_rows = [row[:3] for row in rows if not row[3]]
+        db.executemany("INSERT INTO messages_fts (rowid, content, server_id) VALUES (?, ?, ?)", standing_rows)
+        known = rows[-1][0]
+        db.execute("UPDATE search SET indexed_id = ?", (known,))
+    return Done(known)
+
+
+def search(db: sqlite3.Connection, args: SearchArgs) -> Messages:
+    """Messages that hold every word, newest first. Words are quoted, so that nothing anybody types is syntax."""
+    words = " ".join('"' + word.replace('"', '""') + '"' for word in args.q.split())
+    values = {
+        "match": f'server_id : "{args.server_id}" AND content : ({words})',
+        "before": args.before if args.before is not None else 2**63 - 1,
+        "limit": args.limit + 1,
+        "channel_id": args.channel_id,
+        "author_id": args.author_id,
+    }
+    narrow = "".join(f"AND m.{field} = :{field} " for field in ("channel_id", "author_id") if values[field] is not None)
+    rows = db.execute(FOUND + narrow + "ORDER BY f.rowid DESC LIMIT :limit", values).fetchall()
+    return Messages([to_message(row) for row in rows[: args.limit]], len(rows) > args.limit)
+
+
+def purge_tokens(db: sqlite3.Connection, now: float) -> Done[None]:
+    db.execute("DELETE FROM revoked_tokens WHERE expires_at < ?", (now,))
+    return Done(None)
+
+
+# ---- Presence ------------------------------------------------------------------------------------------------------
+# Who is here, who types, who talks: in memory alone, changed by plain functions that never wait and that tell what changed.
+# A user is here in a server while one of their sockets is joined to it; the invisible are here for nobody but themselves.
+
+TYPING_SECONDS = 3.0
+TYPING_EVERY = 1.0
+
+
+class Presence:
+    def __init__(self) -> None:
+        self.hidden: set[int] = set()
+        self._here: dict[int, dict[int, set[str]]] = {}  # server -> user -> sockets
+
+    def join(self, server_id: int, user_id: int, sid: str) -> bool:
+        """Whether others see the user arrive."""
+        sids = self._here.setdefault(server_id, {}).setdefault(user_id, set())
+        first = not sids
+        sids.add(sid)
+        return first and user_id not in self.hidden
+
+    def leave(self, server_id: int, user_id: int, sid: str) -> bool:
+        """Whether others see the user go."""
+        users = self._here.get(server_id, {})
+        sids = users.get(user_id, set())
+        if sid not in sids:
+            return False
+        sids.discard(sid)
+        if sids:
+            return False
+        del users[user_id]
+        if not users:
+            del self._here[server_id]
+        return user_id not in self.hidden
+
+    def visible(self, server_id: int, viewer: int = 0) -> list[int]:
+        """The ids of who is here, ascending, as `viewer` sees it."""
+        users = list(self._here.get(server_id, ()))  # a copy in one step: readers' threads ask too
+        return sorted(user_id for user_id in users if user_id not in self.hidden or user_id == viewer)
+
+    def servers(self, user_id: int) -> list[int]:
+        return [server_id for server_id, users in self._here.items() if user_id in users]
+
+
+class Typist(NamedTuple):
+    username: str
+    sid: str
+    until: float
+
+
+class Typists:
+    """Who is typing where. A user is heard at most once a second, and is taken to have stopped after three."""
+
+    def __init__(self) -> None:
+        self._typing: dict[tuple[int, int], Typist] = {}  # by channel and user
+        self._heard: dict[int, float] = {}  # user -> when they were last heard
+
+    def start(self, channel_id: int, user_id: int, username: str, sid: str, now: float) -> bool:
+        """Whether others are to hear it."""
+        heard = now - self._heard.get(user_id, -TYPING_EVERY) >= TYPING_EVERY
+        if heard or self.typing(channel_id, user_id):
+            self._typing[channel_id, user_id] = Typist(username, sid, now + TYPING_SECONDS)
+        if heard:
+            self._heard[user_id] = now
+        return heard
+
+    def typing(self, channel_id: int, user_id: int) -> bool:
+        return (channel_id, user_id) in self._typing
+
+    def stop(self, channel_id: int, user_id: int) -> Typist | None:
+        """Who it was, if they were typing."""
+        return self._typing.pop((channel_id, user_id), None)
+
+    def close(self, channel_id: int) -> None:
+        self._typing = {key: typist for key, typist in self._typing.items() if key[0] != channel_id}
+
+    def over(self, now: float) -> list[tuple[int, int]]:
+        """Who has not been heard for too long."""
+        self._heard = {user_id: at for user_id, at in self._heard.items() if now - at < TYPING_EVERY}
+        return [key for key, typist in self._typing.items() if typist.until <= now]
+
+    def of(self, sid: str) -> list[tuple[int, int]]:
+        return [key for key, typist in self._typing.items() if typist.sid == sid]
+
+
+class Peer(NamedTuple):
+    sid: str
+    server_id: int
+    channel_id: int
+    participant: Participant
+
+
+class Voices:
+    """Who talks where: one voice channel a socket."""
+
+    def __init__(self) -> None:
+        self._peers: dict[str, Peer] = {}  # by socket
+
+    def join(self, peer: Peer) -> None:
+        self._peers[peer.sid] = peer
+
+    def leave(self, sid: str) -> Peer | None:
+        return self._peers.pop(sid, None)
+
+    def of(self, sid: str) -> Peer | None:
+        return self._peers.get(sid)
+
+    def others(self, channel_id: int, sid: str) -> list[Participant]:
+        return [peer.participant for peer in self._peers.values() if peer.channel_id == channel_id and peer.sid != sid]
+
+    def named(self, channel_id: int, peer_id: str) -> Peer | None:
+        return next(
+            (p for p in self._peers.values() if p.channel_id == channel_id and p.participant.peer_id == peer_id), None
+        )
+
+    def within(self, *, server_id: int | None = None, channel_id: int | None = None) -> list[Peer]:
+        return [p for p in self._peers.values() if server_id == p.server_id or channel_id == p.channel_id]
+
+
+# ---- Keys ----------------------------------------------------------------------------------------------------------
+# Passwords and tokens. A password costs 16 MiB and some 50 ms to check, on threads of its own, whether or not its account
+# exists. A token is a JWT of one algorithm; whether it still stands is asked of the database and remembered by Chat.
+
+ALGORITHM = "HS256"
+SCRYPT = {"n": 2**14, "r": 8, "p": 1}
+HASHERS = 2
+HASHING_LINE = 64  # who waits behind that many is sent away
+
+
+class Me(NamedTuple):
+    """Who calls: an account, and the token they came with (none for a call from the program itself)."""
+
+    user_id: int
+    username: str
+    status: Status = "online"
+    generation: int = 0
+    digest: bytes = b""
+    expires: float = float("inf")
+
+
+def hash_password(password: str, salt: bytes, n: int, r: int, p: int) -> str:
+    key = hashlib.scrypt(password.encode(), salt=salt, n=n, r=r, p=p, maxmem=128 * n * r * 2, dklen=32)
+    return f"scrypt${n}${r}${p}${salt.hex()}${key.hex()}"
+
+
+def same_password(password: str, stored: str | None) -> bool:
+    """Whether it is the password; as slow for an account that has none, or is not there."""
+    _, n, r, p, salt, _ = (stored or DUMMY).split("$")
+    made = hash_password(password, bytes.fromhex(salt), int(n), int(r), int(p))
+    return hmac.compare_digest(made, stored or DUMMY) and stored is not None
+
+
+DUMMY = hash_password(secrets.token_hex(), secrets.token_bytes(16), **SCRYPT)
+
+
+class Passwords:
+    """Hashing beside the event loop, by few threads, with a bounded line before them."""
+
+    def __init__(self, bounded: bool) -> None:
+        self._threads = concurrent.futures.ThreadPoolExecutor(HASHERS, thread_name_prefix="chatrtc-scrypt")
+        self._line = 0
+        self._most = HASHING_LINE if bounded else sys.maxsize
+
+    async def hash(self, password: str) -> str:
+        return await self._run(functools.partial(hash_password, password, secrets.token_bytes(16), **SCRYPT))
+
+    async def check(self, password: str, stored: str | None) -> bool:
+        return await self._run(functools.partial(same_password, password, stored))
+
+    async def _run(self, work: Callable[[], R]) -> R:
+        if self._line >= self._most:
+            raise ChatError("RATE_LIMITED", "Too many people are signing in; try again in a moment", 2)
+        self._line += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            self._line -= 1
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def make_secret(database: Path) -> str:
+    """The secret kept beside the database, made at the first start, readable by its owner alone."""
+    path = database.with_name(database.name + ".secret")
+    try:
+        if not path.exists():
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(SECRET_BYTES))
+        secret = path.read_text().strip()
+    except OSError as error:
+        raise StartError(f"Cannot open {path}: {error.strerror}") from None
+    if len(secret.encode()) < SECRET_BYTES:
+        raise StartError(
+            f"{path} holds no secret of {SECRET_BYTES} bytes; move it away to have one made (all tokens then end)"
+        )
+    return secret
+
+
+class Keys:
+    """Signs and reads tokens. Claims: `sub` (user id), `iat`, `exp`, `jti`, and `gen`, the account's generation of tokens."""
+
+    def __init__(self, secret: str, ttl: int) -> None:
+        if len(secret.encode()) < SECRET_BYTES:
+            raise StartError(f"The secret is too short: {SECRET_BYTES} bytes or more are needed")
+        self._secret = secret
+        self._ttl = ttl
+
+    def issue(self, user_id: int, username: str, generation: int, now: float) -> Account:
+        expires = int(now) + self._ttl
+        claims = {"sub": str(user_id), "iat": int(now), "exp": expires, "jti": secrets.token_hex(8), "gen": generation}
+        token = jwt.encode(claims, self._secret, algorithm=ALGORITHM)
+        return Account(user_id, username, token, utc(expires))
+
+    def read(self, token: str) -> tuple[int, int, float]:
+        """User id, generation and end of a token that we signed and that has not expired. Raises UNAUTHORIZED."""
+        options: Any = {"require": ["sub", "iat", "exp"], "verify_iat": False, "verify_aud": False, "verify_iss": False}
+        try:
+            claims = jwt.decode(token, self._secret, algorithms=[ALGORITHM], options=options)
+            generation = claims.get("gen", 0)
+            if type(generation) is not int or type(claims["iat"]) not in (int, float):
+                raise ValueError
+            return int(claims["sub"]), generation, float(claims["exp"])
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
+            raise ChatError("UNAUTHORIZED", "Invalid token") from None
+
+
+def token_digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
+
+
+# ---- Limits --------------------------------------------------------------------------------------------------------
+# How often somebody may do something: token buckets on the monotonic clock, by user or by address. A class shares one address,
+# so what an account may do is counted by account first.
+
+
+class Limit(NamedTuple):
+    per_second: float
+    burst: float
+    by: Literal["user", "address", "account"]
+    counts: str
+    failures: bool = False  # only what fails is counted
+
+
+LIMITS = {
+    "post": Limit(10, 20, "user", "messages, edits and reactions"),
+    "event": Limit(8, 120, "user", "Socket.IO events (a repeated `typing_start` costs nothing)"),
+    "request": Limit(50, 500, "user", "REST requests"),
+    "register": Limit(1, 60, "address", "new accounts and guests"),
+    "login": Limit(5 / 60, 5, "account", "failed logins", True),
+    "login_address": Limit(100 / 60, 100, "address", "failed logins", True),
+    "invite": Limit(10 / 60, 10, "address", "wrong invite codes", True),
+}
+SOCKETS_PER_USER = 20
+BUCKETS_KEPT = 20_000
+
+
+class Limiter:
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._buckets: dict[tuple[str, object], tuple[float, float]] = {}  # (limit, whose) -> tokens left, when
+
+    def level(self, name: str, whose: object) -> tuple[float, float]:
+        """Tokens in the bucket now, and now."""
+        limit, now = LIMITS[name], time.monotonic()
+        left, then = self._buckets.get((name, whose), (limit.burst, now))
+        return min(limit.burst, left + (now - then) * limit.per_second), now
+
+    def take(self, name: str, whose: object) -> None:
+        """Count one; raises RATE_LIMITED where that is one too many."""
+        if not self._enabled:
+            return
+        left, now = self.level(name, whose)
+        if left < 1:
+            raise ChatError("RATE_LIMITED", retry_after=(1 - left) / LIMITS[name].per_second)
+        self._buckets[name, whose] = (left - 1, now)
+        if len(self._buckets) > BUCKETS_KEPT:
+            self._forget()
+
+    def give_back(self, name: str, whose: object) -> None:
+        """What was counted turned out well, where only failures count."""
+        left, now = self.level(name, whose)
+        self._buckets[name, whose] = (left + 1, now)
+
+    def _forget(self) -> None:
+        """Full buckets are as good as none; if that does not help, the oldest go."""
+        full = [key for key in self._buckets if self.level(*key)[0] >= LIMITS[key[0]].burst - 0.01]
+        for key in full or list(self._buckets)[: BUCKETS_KEPT // 2]:
+            del self._buckets[key]
+
+
+# ---- Policy --------------------------------------------------------------------------------------------------------
+# Who may do what, decided here alone, inside the transaction that does it. An operation names one `Who`; what it is about is
+# found from its arguments. A thing that is not there is NOT_FOUND; one of a server that the caller is no member of, FORBIDDEN.
+
+RANK: dict[Role | None, int] = {None: 0, "member": 1, "admin": 2, "owner": 3}
+
+
+@dataclasses.dataclass(slots=True)
+class Scope:
+    """What an operation knows: the transaction, the time, the caller, and the things that its arguments name."""
+
+    db: sqlite3.Connection
+    me: Me
+    clock: float  # Unix seconds
+    presence: Presence
+    server_id: int = 0
+    channel_id: int = 0
+    role: Role | None = None  # the caller's, in that server
+    message: Message | None = None
+    target: Role | None = None  # the role of the member that the arguments name
+
+    @property
+    def now(self) -> str:
+        return utc(self.clock)
+
+    def here(self) -> list[int]:
+        return self.presence.visible(self.server_id, self.me.user_id)
+
+
+class Who(enum.Enum):
+    """Who may; each with the sentence that refuses the others."""
+
+    ANYONE = "anyone, without a token"
+    USER = "anyone with a token"
+    MEMBER = "members"
+    ADMIN = "admins and the owner"
+    OWNER = "the owner"
+    AUTHOR = "its author"
+    AUTHOR_OR_ADMIN = "its author, admins and the owner"
+    SELF_OR_ABOVE = "oneself (but the owner), and admins for those of a lower role"
+    ABOVE = "admins and the owner, for those of a lower role"
+
+
+def permits(who: Who, at: Scope) -> bool:
+    """Whether the caller may, being a member."""
+    rank = RANK[at.role]
+    mine = at.message is not None and at.message.author_id == at.me.user_id
+    match who:
+        case Who.ADMIN:
+            return rank >= RANK["admin"]
+        case Who.OWNER:
+            return rank >= RANK["owner"]
+        case Who.AUTHOR:
+            return mine
+        case Who.AUTHOR_OR_ADMIN:
+            return mine or rank >= RANK["admin"]
+        case Who.ABOVE | Who.SELF_OR_ABOVE:
+            return rank >= RANK["admin"] and rank > RANK[at.target]
+    return True
+
+
+def find_place(at: Scope, args: Any) -> None:
+    """Fill in what the arguments name: message, channel, server, member. Raises NOT_FOUND."""
+    user_id = at.me.user_id
+    if (message_id := getattr(args, "message_id", None)) and not hasattr(args, "channel_id"):
+        at.message = message_view(at.db, message_id)
+        if at.message is None:
+            raise ChatError("NOT_FOUND", "There is no such message")
+        at.channel_id = at.message.channel_id
+    elif not hasattr(args, "server_id"):
+        at.channel_id = getattr(args, "channel_id", 0)
+    if at.channel_id:
+        row = at.db.execute(
+            """SELECT c.server_id, m.role FROM channels c
+               LEFT JOIN members m ON m.server_id = c.server_id AND m.user_id = ?
+               WHERE c.channel_id = ? AND c.server_id IS NOT NULL""",
+            (user_id, at.channel_id),
+        ).fetchone()
+        missing = "There is no such channel"
+    else:
+        row = at.db.execute(
+            """SELECT s.server_id, m.role FROM servers s
+               LEFT JOIN members m ON m.server_id = s.server_id AND m.user_id = ? WHERE s.server_id = ?""",
+            (user_id, args.server_id),
+        ).fetchone()
+        missing = "There is no such server"
+    if row is None:
+        raise ChatError("NOT_FOUND", missing)
+    at.server_id, at.role = row
+
+
+def find_target(at: Scope, who: Who, user_id: int) -> None:
+    """The member or, for a ban, the user that the arguments name. Raises NOT_FOUND."""
+    at.target = role_of(at.db, at.server_id, user_id)
+    if at.target is None and (who is not Who.ABOVE or username_of(at.db, user_id) is None):
+        raise ChatError("NOT_FOUND", "There is no such member" if who is not Who.ABOVE else "There is no such user")
+
+
+def authorize(who: Who, at: Scope, args: Any) -> None:
+    """Find what the arguments name and refuse who may not. Raises UNAUTHORIZED, NOT_FOUND or FORBIDDEN."""
+    if who is Who.ANYONE:
+        return
+    account = standing(at.db, at.me.user_id, at.me.digest)
+    if account is None or account.generation != at.me.generation:
+        raise ChatError("UNAUTHORIZED", "Invalid token")
+    if who is Who.USER:
+        return
+    find_place(at, args)
+    if at.role is None:
+        raise ChatError("FORBIDDEN", "You are not a member of this server")
+    user_id = getattr(args, "user_id", None)
+    if user_id is not None:
+        if RANK[at.role] < RANK["admin"] and not (who is Who.SELF_OR_ABOVE and user_id == at.me.user_id):
+            raise ChatError("FORBIDDEN", f"Only {who.value} may do this")
+        find_target(at, who, user_id)
+        if who is Who.SELF_OR_ABOVE and user_id == at.me.user_id and at.role != "owner":
+            return
+    if not permits(who, at):
+        raise ChatError("FORBIDDEN", f"Only {who.value} may do this")
+
+
+# ---- Operations ----------------------------------------------------------------------------------------------------
+# What can be asked, each declared once: its event, its route, who may, what it emits; its arguments and its answer are the
+# types in its signature, its sentence is its docstring. The doors, the descriptions, the README's tables and the tests come
+# from this table. An operation of this room is a plain function in one transaction: it knows neither HTTP nor sockets.
+
+
+class Operation(NamedTuple):
+    name: str
+    run: Callable[..., Any]
+    kind: Literal["write", "read", "live"]
+    event: str | None
+    method: str | None
+    path: str | None
+    who: Who
+    args: type[Args]
+    answer: Any
+    emits: tuple[str, ...]
+    status: int  # of REST
+    repeat_status: int  # where the thing had been done before
+    limit: str | None
+    acks: bool  # whether the ack carries the answer, or only says success
+    sentence: str
+
+
+OPERATIONS: dict[str, Operation] = {}
+Run = TypeVar("Run", bound=Callable[..., Any])
+
+
+def operation(
+    kind: Literal["write", "read", "live"],
+    http: str | None,
+    who: Who,
+    *,
+    event: str | None = None,
+    emits: Sequence[str] = (),
+    status: int = 200,
+    repeat_status: int | None = None,
+    limit: str | None = None,
+    acks: bool = True,
+) -> Callable[[Run], Run]:
+    """Put a function into the table."""
+
+    def register(run: Run) -> Run:
+        hints = typing.get_type_hints(run)
+        method, path = http.split() if http else (None, None)
+        answer = typing.get_args(hints["return"])[0]
+        OPERATIONS[run.__name__] = Operation(
+            run.__name__, run, kind, event, method, path, who, hints["args"], answer, tuple(emits), status,
+            repeat_status or status, limit, acks, inspect.getdoc(run) or "",
+        )  # fmt: skip
+        return run
+
+    return register
+
+
+@operation("read", "GET /users/me", Who.USER)
+def get_profile(at: Scope, args: Nothing) -> Done[Profile]:
+    """Who I am."""
+    return Done(profile(at.db, at.me.user_id))
+
+
+@operation(
+    "write", "PATCH /users/me", Who.USER, event="user:status", emits=["user:status", "user:connected", "user:disconnected"],
+    acks=False,
+)  # fmt: skip
+def set_status(at: Scope, args: StatusArgs) -> Done[Profile]:
+    """Set my status."""
+    before = profile(at.db, at.me.user_id).status
+    at.db.execute("UPDATE users SET status = ? WHERE user_id = ?", (args.status, at.me.user_id))
+    servers = member_servers(at.db, at.me.user_id)
+    change = SetStatus(at.me.user_id, at.me.username, before, args.status, servers)
+    return Done(profile(at.db, at.me.user_id), [change])
+
+
+@operation("write", "POST /auth/logout", Who.USER, status=204)
+def logout(at: Scope, args: Nothing) -> Done[None]:
+    """End the token that the request came with; its sockets are disconnected."""
+    at.db.execute("INSERT OR IGNORE INTO revoked_tokens VALUES (?, ?)", (at.me.digest, at.me.expires))
+    return Done(None, [Revoke(at.me.user_id, at.me.digest)])
+
+
+@operation("read", "GET /servers", Who.USER)
+def list_servers(at: Scope, args: Nothing) -> Done[Servers]:
+    """The servers that I am a member of."""
+    return Done(Servers(servers_of(at.db, at.me.user_id)))
+
+
+@operation("write", "POST /servers", Who.USER, status=201, limit="post")
+def create_server(at: Scope, args: NameArgs) -> Done[Server]:
+    """Create a server, with the channel `general`; its creator owns it."""
+    row = at.db.execute(
+        "INSERT INTO servers (name, created_at) VALUES (?, ?) RETURNING server_id", (args.name, at.now)
+    ).fetchone()
+    add_member(at.db, row[0], at.me.user_id, "owner", at.now)
+    add_channel(at.db, row[0], "general", "text", "")
+    return Done(server_view(at.db, row[0], at.me.user_id))
+
+
+@operation("read", "GET /servers/{server_id}", Who.MEMBER)
+def get_server(at: Scope, args: ServerArgs) -> Done[Server]:
+    """A server, with its channels and my role in it."""
+    return Done(server_view(at.db, at.server_id, at.me.user_id))
+
+
+@operation("write", "PATCH /servers/{server_id}", Who.ADMIN, emits=["server:updated"])
+def rename_server(at: Scope, args: RenameServer) -> Done[Server]:
+    """Rename a server."""
+    at.db.execute("UPDATE servers SET name = ? WHERE server_id = ?", (args.name, at.server_id))
+    renamed = ServerRenamed(at.server_id, args.name, next_seq(at.db, at.server_id))
+    return Done(server_view(at.db, at.server_id, at.me.user_id), [Emit("server:updated", at.server_id, renamed)])
+
+
+@operation("write", "DELETE /servers/{server_id}", Who.OWNER, emits=["server:deleted"], status=204)
+def delete_server(at: Scope, args: ServerArgs) -> Done[None]:
+    """Delete a server with everything in it."""
+    at.db.execute("DELETE FROM servers WHERE server_id = ?", (at.server_id,))
+    deleted = ServerDeleted(at.server_id)
+    return Done(None, [Emit("server:deleted", at.server_id, deleted), CloseServer(at.server_id)])
+
+
+@operation("read", "GET /servers/{server_id}/members", Who.MEMBER)
+def list_members(at: Scope, args: ServerArgs) -> Done[Members]:
+    """The members, with their roles and whether they are connected."""
+    return Done(Members(members_of(at.db, at.server_id, at.here(), at.me.user_id)))
+
+
+@operation("write", "PATCH /servers/{server_id}/members/{user_id}", Who.OWNER, emits=["member:updated"])
+def set_role(at: Scope, args: RoleArgs) -> Done[Member]:
+    """Give a member a role; `owner` hands the server over, and its owner becomes an admin."""
+    if at.target == "owner" and args.role != "owner":
+        raise ChatError("FORBIDDEN", "A server has an owner: hand it over first")
+    changed = {args.user_id: args.role}
+    if args.role == "owner" and at.target != "owner":
+        changed = {at.me.user_id: "admin", args.user_id: "owner"}
+    effects = [give_role(at, user_id, role) for user_id, role in changed.items()]
+    members = members_of(at.db, at.server_id, at.here(), at.me.user_id)
+    return Done(next(member for member in members if member.user_id == args.user_id), effects)
+
+
+def give_role(at: Scope, user_id: int, role: Role) -> Emit:
+    at.db.execute("UPDATE members SET role = ? WHERE server_id = ? AND user_id = ?", (role, at.server_id, user_id))
+    seq = next_seq(at.db, at.server_id, "members")
+    return Emit(
+        "member:updated", at.server_id, RoleChanged(at.server_id, user_id, username_of(at.db, user_id) or "", role, seq)
+    )
+
+
+@operation(
+    "write", "DELETE /servers/{server_id}/members/{user_id}", Who.SELF_OR_ABOVE, emits=["member:left"], status=204
+)
+def remove_member(at: Scope, args: MemberArgs) -> Done[None]:
+    """Leave a server, or remove somebody of a lower role; who is removed has their sockets closed."""
+    return Done(None, expel(at.db, at.server_id, args.user_id, cut=args.user_id != at.me.user_id))
+
+
+def expel(db: sqlite3.Connection, server_id: int, user_id: int, cut: bool) -> list[Effect]:
+    seq = drop_member(db, server_id, user_id)
+    left = MemberChanged(server_id, user_id, username_of(db, user_id) or "", seq)
+    return [Emit("member:left", server_id, left), Evict(server_id, user_id, cut)]
+
+
+@operation("read", "GET /servers/{server_id}/bans", Who.ADMIN)
+def list_bans(at: Scope, args: ServerArgs) -> Done[Bans]:
+    """Who is banned."""
+    rows = at.db.execute(
+        """SELECT b.server_id, b.user_id, u.username, b.banned_by, b.banned_at
+           FROM bans b JOIN users u ON u.user_id = b.user_id WHERE b.server_id = ? ORDER BY b.user_id""",
+        (at.server_id,),
+    )
+    return Done(Bans([Ban(*row) for row in rows]))
+
+
+@operation("write", "PUT /servers/{server_id}/bans/{user_id}", Who.ABOVE, emits=["member:left"], status=204)
+def ban(at: Scope, args: MemberArgs) -> Done[None]:
+    """Ban somebody, member or not yet; a member is removed."""
+    at.db.execute("INSERT OR IGNORE INTO bans VALUES (?, ?, ?, ?)", (at.server_id, args.user_id, at.me.user_id, at.now))
+    return Done(None, expel(at.db, at.server_id, args.user_id, cut=True) if at.target else [])
+
+
+@operation("write", "DELETE /servers/{server_id}/bans/{user_id}", Who.ABOVE, status=204)
+def unban(at: Scope, args: MemberArgs) -> Done[None]:
+    """Lift a ban."""
+    lifted = at.db.execute("DELETE FROM bans WHERE server_id = ? AND user_id = ?", (at.server_id, args.user_id))
+    if not lifted.rowcount:
+        raise ChatError("NOT_FOUND", "This user is not banned")
+    return Done(None)
+
+
+@operation("write", "POST /servers/{server_id}/invites", Who.ADMIN, status=201, limit="post")
+def create_invite(at: Scope, args: NewInvite) -> Done[Invite]:
+    """Make an invite: for `max_uses` people, for `expires_in` seconds, or without such a limit."""
+    expires_at = utc(at.clock + args.expires_in) if args.expires_in is not None else None
+    invite = Invite(secrets.token_urlsafe(16), at.server_id, args.max_uses, 0, expires_at)
+    at.db.execute(
+        "INSERT INTO invites (code, server_id, created_by, max_uses, expires_at) VALUES (?, ?, ?, ?, ?)",
+        (invite.code, at.server_id, at.me.user_id, args.max_uses, expires_at),
+    )
+    return Done(invite)
+
+
+@operation("read", "GET /servers/{server_id}/invites", Who.ADMIN)
+def list_invites(at: Scope, args: ServerArgs) -> Done[Invites]:
+    """The invites, used up and expired ones included."""
+    rows = at.db.execute(
+        "SELECT code, server_id, max_uses, uses, expires_at FROM invites WHERE server_id = ? ORDER BY rowid",
+        (at.server_id,),
+    )
+    return Done(Invites([Invite(*row) for row in rows]))
+
+
+def need_invite(at: Scope, code: str) -> Invite:
+    invite = open_invite(at.db, code, at.now)
+    if invite is None:
+        raise ChatError("NOT_FOUND", "There is no such invite, or it is used up or expired")
+    return invite
+
+
+@operation("read", "GET /invites/{code}", Who.ANYONE, limit="invite")
+def get_invite(at: Scope, args: InviteArgs) -> Done[InvitePreview]:
+    """Where an invite leads."""
+    invite = need_invite(at, args.code)
+    row = at.db.execute(
+        "SELECT name, (SELECT count(*) FROM members m WHERE m.server_id = s.server_id) FROM servers s WHERE server_id = ?",
+        (invite.server_id,),
+    ).fetchone()
+    return Done(InvitePreview(invite.code, invite.server_id, *row))
+
+
+@operation(
+    "write", "POST /invites/{code}", Who.USER, emits=["member:joined"], status=201, repeat_status=200, limit="invite"
+)
+def accept_invite(at: Scope, args: InviteArgs) -> Done[Server]:
+    """Become a member by an invite; 200 for who is one already."""
+    row = at.db.execute("SELECT server_id FROM invites WHERE code = ?", (args.code,)).fetchone()
+    if row and role_of(at.db, row[0], at.me.user_id):
+        return Done(server_view(at.db, row[0], at.me.user_id), repeat=True)
+    invite = need_invite(at, args.code)
+    if is_banned(at.db, invite.server_id, at.me.user_id):
+        raise ChatError("FORBIDDEN", "You are banned from this server")
+    effects = use_invite(at.db, invite, at.me.user_id, at.me.username, at.now)
+    return Done(server_view(at.db, invite.server_id, at.me.user_id), effects)
+
+
+def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, username: str, now: str) -> list[Effect]:
+    db.execute("UPDATE invites SET uses = uses + 1 WHERE code = ?", (invite.code,))
+    seq = add_member(db, invite.server_id, user_id, "member", now)
+    return [Emit("member:joined", invite.server_id, MemberChanged(invite.server_id, user_id, username, seq))]
+
+
+@operation("write", "DELETE /invites/{code}", Who.USER, status=204, limit="invite")
+def revoke_invite(at: Scope, args: InviteArgs) -> Done[None]:
+    """Take an invite back (admins and the owner of its server)."""
+    row = at.db.execute("SELECT server_id FROM invites WHERE code = ?", (args.code,)).fetchone()
+    if row is None:
+        raise ChatError("NOT_FOUND", "There is no such invite")
+    authorize(Who.ADMIN, at, ServerArgs(server_id=row[0]))
+    at.db.execute("DELETE FROM invites WHERE code = ?", (args.code,))
+    return Done(None)
+
+
+@operation("read", "GET /servers/{server_id}/channels", Who.MEMBER)
+def list_channels(at: Scope, args: ServerArgs) -> Done[Channels]:
+    """The channels of a server."""
+    return Done(Channels(channels_of(at.db, at.server_id)))
+
+
+@operation(
+    "write", "POST /servers/{server_id}/channels", Who.ADMIN, emits=["channel:created"], status=201, limit="post"
+)
+def create_channel(at: Scope, args: NewChannel) -> Done[Channel]:
+    """Create a text or a voice channel; who is connected to the server hears it at once."""
+    channel, seq = add_channel(at.db, at.server_id, args.name, args.kind, args.topic)
+    created = ChannelChanged(at.server_id, channel.channel_id, channel.name, seq, channel.kind, channel.topic)
+    return Done(
+        channel, [OpenChannel(at.server_id, channel.channel_id), Emit("channel:created", at.server_id, created)]
+    )
+
+
+@operation("write", "PATCH /channels/{channel_id}", Who.ADMIN, emits=["channel:updated"])
+def edit_channel(at: Scope, args: EditChannel) -> Done[Channel]:
+    """Rename a channel, or give it another topic."""
+    old = channel_view(at.db, at.channel_id)
+    name = old.name if args.name is None else args.name
+    topic = old.topic if args.topic is None else args.topic
+    taken = "SELECT 1 FROM channels WHERE server_id = ? AND name_key = ? AND channel_id <> ?"
+    if at.db.execute(taken, (at.server_id, fold(name), at.channel_id)).fetchone():
+        raise ChatError("CONFLICT", "The server has a channel of this name")
+    at.db.execute(
+        "UPDATE channels SET name = ?, name_key = ?, topic = ? WHERE channel_id = ?",
+        (name, fold(name), topic, at.channel_id),
+    )
+    seq = next_seq(at.db, at.server_id, "channels")
+    updated = ChannelChanged(at.server_id, at.channel_id, name, seq, old.kind, topic)
+    return Done(channel_view(at.db, at.channel_id), [Emit("channel:updated", at.server_id, updated)])
+
+
+@operation("write", "DELETE /channels/{channel_id}", Who.ADMIN, emits=["channel:deleted"], status=204)
+def delete_channel(at: Scope, args: ChannelArgs) -> Done[None]:
+    """Delete a channel with its messages."""
+    at.db.execute("UPDATE channels SET server_id = NULL WHERE channel_id = ?", (at.channel_id,))
+    seq = next_seq(at.db, at.server_id, "channels")
+    deleted = ChannelDeleted(at.server_id, at.channel_id, seq)
+    return Done(None, [Emit("channel:deleted", at.server_id, deleted), CloseChannel(at.server_id, at.channel_id)])
+
+
+@operation(
+    "write", "POST /messages", Who.MEMBER, emits=["message:new", "mention", "typing_stop"], status=201, limit="post"
+)
+def post_message(at: Scope, args: NewMessage) -> Done[Message]:
+    """Post a message. A repeat of a `nonce` by the same author in the same channel gives the first message again."""
+    if args.nonce is not None:
+        first = posted_before(at.db, at.me.user_id, args.channel_id, args.nonce)
+        if first is not None:
+            return Done(first, repeat=True)
+    if args.reply_to is not None:
+        original = message_view(at.db, args.reply_to)
+        if original is None or original.channel_id != args.channel_id:
+            raise ChatError("NOT_FOUND", "There is no such message to reply to in this channel")
+    author = Standing(at.me.user_id, at.me.username, at.me.status, at.me.generation)
+    message = insert_message(at.db, at.server_id, author, args, at.now)
+    effects: list[Effect] = [StopTyping(args.channel_id, at.me.user_id), Emit("message:new", at.server_id, message)]
+    return Done(message, effects + mention_notices(at, message, set()))
+
+
+def mention_notices(at: Scope, message: Message, known: Collection[int]) -> list[Effect]:
+    """A notice to each member that the message names, but its author and who has had one."""
+    named = [user_id for user_id in message.mentions if user_id != message.author_id and user_id not in known]
+    if not named:
+        return []
+    notice = MentionNotice(**msgspec.structs.asdict(message), server_id=at.server_id)
+    return [Emit("mention", user_id, notice) for user_id in named]
+
+
+@operation("read", "GET /channels/{channel_id}/messages", Who.MEMBER)
+def list_messages(at: Scope, args: PageArgs) -> Done[Messages]:
+    """A page of a channel: the newest, or before, after or around a message."""
+    return Done(page(at.db, args))
+
+
+def the_message(at: Scope) -> Message:
+    assert at.message is not None
+    return at.message
+
+
+@operation("read", "GET /messages/{message_id}", Who.MEMBER)
+def get_message(at: Scope, args: MessageArgs) -> Done[Message]:
+    """One message."""
+    return Done(the_message(at))
+
+
+@operation(
+    "write",
+    "PATCH /messages/{message_id}",
+    Who.AUTHOR,
+    event="message:edit",
+    emits=["message:edit", "mention"],
+    limit="post",
+)
+def edit_message(at: Scope, args: EditMessage) -> Done[Message]:
+    """Change a message's text."""
+    old = the_message(at)
+    update_message(at.db, at.server_id, old, args.content, at.now)
+    new = message_view(at.db, args.message_id)
+    assert new is not None
+    return Done(new, [Emit("message:edit", at.server_id, new), *mention_notices(at, new, old.mentions)])
+
+
+@operation("write", "DELETE /messages/{message_id}", Who.AUTHOR_OR_ADMIN, emits=["message:deleted"], status=204)
+def remove_message(at: Scope, args: MessageArgs) -> Done[None]:
+    """Delete a message: its text is gone from history, search and catching up."""
+    seq = delete_message(at.db, at.server_id, args.message_id)
+    return Done(None, [Emit("message:deleted", at.server_id, MessageDeleted(at.channel_id, args.message_id, seq))])
+
+
+@operation(
+    "write", "PUT /messages/{message_id}/reactions/{emoji}", Who.MEMBER, event="reaction:add", emits=["reaction:add"],
+    status=204, limit="post",
+)  # fmt: skip
+def add_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
+    """React to a message; nothing happens where I did so already."""
+    emojis = {reaction.emoji for reaction in the_message(at).reactions} | {args.emoji}
+    if len(emojis) > REACTIONS_MAX:
+        raise ChatError("CONFLICT", f"A message holds {REACTIONS_MAX} different reactions at most")
+    added = at.db.execute(
+        "INSERT OR IGNORE INTO reactions VALUES (?, ?, ?)", (args.message_id, args.emoji, at.me.user_id)
+    )
+    return Done(None, [reaction_notice(at, "reaction:add", args)] if added.rowcount else [], not added.rowcount)
+
+
+@operation(
+    "write", "DELETE /messages/{message_id}/reactions/{emoji}", Who.MEMBER, event="reaction:remove", emits=["reaction:remove"],
+    status=204, limit="post",
+)  # fmt: skip
+def remove_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
+    """Take my reaction back; nothing happens where there is none."""
+    removed = at.db.execute(
+        "DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?",
+        (args.message_id, args.emoji, at.me.user_id),
+    )
+    return Done(None, [reaction_notice(at, "reaction:remove", args)] if removed.rowcount else [], not removed.rowcount)
+
+
+def reaction_notice(at: Scope, event: str, args: ReactionArgs) -> Emit:
+    seq = touch_message(at.db, at.server_id, args.message_id)
+    changed = ReactionChanged(at.channel_id, args.message_id, at.me.user_id, at.me.username, args.emoji, seq)
+    return Emit(event, at.server_id, changed)
+
+
+@operation("read", "GET /channels/{channel_id}/read", Who.MEMBER)
+def get_read(at: Scope, args: ChannelArgs) -> Done[ReadState]:
+    """How far I have read a channel, and what is unread: messages of others, and those that name me."""
+    return Done(read_state(at.db, at.me.user_id, at.channel_id))
+
+
+@operation("write", "PUT /channels/{channel_id}/read", Who.MEMBER, status=204)
+def mark_read(at: Scope, args: ReadArgs) -> Done[None]:
+    """I have read a channel up to this message; the mark never goes back."""
+    there = "SELECT 1 FROM messages WHERE message_id = ? AND channel_id = ?"
+    if at.db.execute(there, (args.message_id, at.channel_id)).fetchone() is None:
+        raise ChatError("NOT_FOUND", "There is no such message in this channel")
+    at.db.execute(
+        """INSERT INTO reads VALUES (?, ?, ?)
+           ON CONFLICT DO UPDATE SET last_read_id = max(last_read_id, excluded.last_read_id)""",
+        (at.me.user_id, at.channel_id, args.message_id),
+    )
+    return Done(None)
+
+
+@operation("read", "GET /servers/{server_id}/changes", Who.MEMBER)
+def list_changes(at: Scope, args: ChangesArgs) -> Done[Changes]:
+    """What came after a number of the server's sequence."""
+    return Done(changes_since(at.db, args, at.here(), at.me.user_id))
+
+
+# ---- Transport -----------------------------------------------------------------------------------------------------
+def origin_allowed(request: web.BaseRequest, allowed: Collection[str]) -> bool:
+    """Whether a page of the request's origin may talk to us: our own, or one of those allowed."""
+    origin = request.headers.get("Origin")
+    return origin is None or "*" in allowed or origin in allowed or urlsplit(origin).netloc == request.host
+
+
+class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
+    def publish(self, event, payload, room, skip_sid=None):
+        t = asyncio.create_task(self.emit(event, msgspec.to_builtins(payload), room=room, skip_sid=skip_sid))
+        self.__dict__.setdefault("_t", set()).add(t)
+        t.add_done_callback(self._t.discard)
+
+    def cut(self, sid, *, final):
+        rooms = [r for r in self.manager.get_rooms(sid, "/")]
+        for r in rooms:
+            self.leave(sid, r)
+        t = asyncio.create_task(self.disconnect(sid))
+        self.__dict__.setdefault("_t", set()).add(t)
+        t.add_done_callback(self._t.discard)
+
+    async def drain(self, grace=2.0):
+        for s in list(self.eio.sockets.values()):
+            await s.close(wait=False)
+
+    def enter(self, sid, room):
+        self.manager.basic_enter_room(sid, "/", room)
+
+    def leave(self, sid, room):
+        self.manager.basic_leave_room(sid, "/", room)
+
+    def members(self, room):
+        return list(self.manager.rooms.get("/", {}).get(room, ()))
+
+    def connected(self, sid):
+        return sid in self.manager.rooms.get("/", {}).get(None, ())
+
+    def address(self, sid):
+        return self.get_environ(sid)["aiohttp.request"].remote
+
+    async def _handle_event_internal(self, server, sid, eio_sid, data, namespace, id):
+        ack_wanted.set(id is not None)
+        await super()._handle_event_internal(server, sid, eio_sid, data, namespace, id)
+
+
+from contextvars import ContextVar
+
+ack_wanted = ContextVar("ack_wanted", default=False)
+
+
+class _Json:
+    @staticmethod
+    def dumps(o, **kw):
+        return msgspec.json.encode(o).decode()
+
+    @staticmethod
+    def loads(s, **kw):
+        try:
+            return msgspec.json.decode(s)
+        except Exception:
+            return json.loads(s)
+
+
+def socket_server(
+    *,
+    origins=(),
+    ping_interval=20,
+    ping_timeout=15,
+    max_payload=131072,
+    connect_timeout=10,
+    max_sessions=20000,
+    max_sessions_per_address=1000,
+    frames_per_second=100,
+    **options,
+):
+    return SocketServer(
+        async_mode="aiohttp",
+        async_handlers=False,
+        ping_interval=ping_interval,
+        ping_timeout=ping_timeout,
+        json=_Json,
+        max_http_buffer_size=max_payload,
+        **options,
+    )
+
+
+# ---- Chat ----------------------------------------------------------------------------------------------------------
+# The living chat: its sockets, who they belong to, and the one function that carries out what operations ask for. Everything
+# here that changes something runs between two awaits, so that nobody sees half of it.
+
+LOGIN_SECONDS = 10  # for a socket to authenticate
+DEADLINE = 8.0  # for any call; shorter than the ping timeout
+SESSIONS_KEPT = 10_000
+
+Listener = Callable[[Any], Awaitable[None]]
+
+
+class Connection:
+    """One socket, from connect to disconnect."""
+
+    def __init__(self, sid: str, address: str) -> None:
+        self.sid = sid
+        self.address = address
+        self.me: Me | None = None
+        self.closed = False
+        self.servers: dict[int, set[int]] = {}  # joined server -> its channels
+        self.timer: asyncio.TimerHandle | None = None  # the end of its time to log in, then of its token
+
+    def until(self, seconds: float, then: Callable[[], None]) -> None:
+        """Do that in so many seconds, and nothing that was to be done before."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = asyncio.get_running_loop().call_later(max(0.0, min(seconds, 10.0**8)), then)
+
+
+class Caller(NamedTuple):
+    me: Me | None
+    address: str
+    connection: Connection | None = None
+
+
+class Chat:
+    """What one ChatRTC is made of. Operations of Live get it whole."""
+
+    def __init__(self, settings: Settings, sio: SocketServer) -> None:
+        self.settings = settings
+        self.sio = sio
+        self.keys = Keys(settings.secret or secrets.token_hex(SECRET_BYTES), settings.token_ttl)
+        self.store = Store(Path(settings.database), self.carry_out)
+        self.passwords = Passwords(bounded=not settings.no_rate_limit)
+        self.limiter = Limiter(enabled=not settings.no_rate_limit)
+        self.presence = Presence()
+        self.typists = Typists()
+        self.voices = Voices()
+        self.connections: dict[str, Connection] = {}
+        self.sockets: dict[int, set[str]] = {}  # user -> authenticated sockets
+        self.listeners: dict[str, list[Listener]] = {}
+        self.epoch = (
+            0  # counts what takes a right away, or opens a channel: what was read before is not acted upon after
+        )
+        self._sessions: dict[str, Me] = {}  # token -> who bears it, while it is known to stand
+        self._heard: asyncio.Queue[tuple[Listener, Any]] = asyncio.Queue()
+
+    # Asking the database.
+
+    async def steady(self, question: Question[R], *args: Any) -> R:
+        """Ask, and ask again if rights changed meanwhile: the answer holds at the moment it is returned."""
+        while True:
+            epoch = self.epoch
+            answer = await self.store.read(question, *args)
+            if epoch == self.epoch:
+                return answer
+
+    async def ask(self, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
+        """Ask about what the arguments name, if the caller may; as steadily."""
+        return await self.steady(self._allowed, who, caller, args, question)
+
+    def _allowed(
+        self, db: sqlite3.Connection, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]
+    ) -> R:
+        assert caller.me is not None
+        at = Scope(db, caller.me, time.time(), self.presence)
+        authorize(who, at, args)
+        return question(at, args)
+
+    async def recognise(self, token: str) -> Me:
+        """Who bears this token. Raises UNAUTHORIZED where it does not stand (any more)."""
+        known = self._sessions.get(token)
+        if known is not None and known.expires > time.time():
+            return known
+        user_id, generation, expires = self.keys.read(token)
+        digest = token_digest(token)
+        account = await self.steady(standing, user_id, digest)
+        if account is None or account.generation != generation:
+            raise ChatError("UNAUTHORIZED", "Invalid token")
+        if len(self._sessions) >= SESSIONS_KEPT:
+            del self._sessions[next(iter(self._sessions))]
+        me = self._sessions[token] = Me(account.user_id, account.username, account.status, generation, digest, expires)
+        return me
+
+    def forget_sessions(self, user_id: int) -> None:
+        self._sessions = {token: me for token, me in self._sessions.items() if me.user_id != user_id}
+        self.epoch += 1
+
+    # Carrying out.
+
+    def carry_out(self, effects: Iterable[Effect]) -> None:
+        """Do what operations ask for beside their answer. Called once what they did is on disk, in the order of commits."""
+        for effect in effects:
+            match effect:
+                case Emit(event, to, payload):
+                    self.tell(event, to, payload)
+                case StopTyping(channel_id, user_id):
+                    self.stop_typing(channel_id, user_id)
+                case OpenChannel(server_id, channel_id):
+                    self.open_channel(server_id, channel_id)
+                case CloseChannel(server_id, channel_id):
+                    self.close_channel(server_id, channel_id)
+                case CloseServer(server_id):
+                    self.close_server(server_id)
+                case Evict(server_id, user_id, cut):
+                    self.evict(server_id, user_id, cut)
+                case Revoke(user_id, digest):
+                    self.revoke(user_id, digest)
+                case SetStatus():
+                    self.show_status(effect)
+
+    def tell(self, event: str, to: int, payload: View, *, room: str = "", skip_sid: str | None = None) -> None:
+        """Send an event to its room, and to the program's own listeners."""
+        self.sio.publish(event, payload, f"{room or EVENTS[event].room}:{to}", skip_sid)
+        for listener in self.listeners.get(event, ()):
+            self._heard.put_nowait((listener, msgspec.to_builtins(payload)))
+
+    async def call_listeners(self) -> None:
+        """Call the program's listeners, one event after another, for ever."""
+        while True:
+            listener, payload = await self._heard.get()
+            (error,) = await asyncio.gather(listener(payload), return_exceptions=True)
+            if isinstance(error, Exception):
+                log.error("a listener failed", exc_info=error)
+
+    def of_user(self, user_id: int) -> list[Connection]:
+        return [self.connections[sid] for sid in self.sockets.get(user_id, ()) if sid in self.connections]
+
+    def open_channel(self, server_id: int, channel_id: int) -> None:
+        self.epoch += 1
+        for sid in self.sio.members(f"server:{server_id}"):
+            self.connections[sid].servers[server_id].add(channel_id)
+            self.sio.enter(sid, f"channel:{channel_id}")
+
+    def close_channel(self, server_id: int, channel_id: int) -> None:
+        self.epoch += 1
+        for peer in self.voices.within(channel_id=channel_id):
+            self.voices.leave(peer.sid)
+        for sid in self.sio.members(f"channel:{channel_id}"):
+            self.connections[sid].servers[server_id].discard(channel_id)
+            self.sio.leave(sid, f"channel:{channel_id}")
+        self.typists.close(channel_id)
+
+    def close_server(self, server_id: int) -> None:
+        self.epoch += 1
+        for sid in self.sio.members(f"server:{server_id}"):
+            self.leave_server(self.connections[sid], server_id, quietly=True)
+
+    def evict(self, server_id: int, user_id: int, cut: bool) -> None:
+        self.epoch += 1
+        for connection in self.of_user(user_id):
+            if self.leave_server(connection, server_id) and cut:
+                self.close(connection, final=False)
+
+    def revoke(self, user_id: int, digest: bytes | None) -> None:
+        self.forget_sessions(user_id)
+        for connection in self.of_user(user_id):
+            if connection.me is not None and digest in (None, connection.me.digest):
+                self.close(connection)
+
+    def show_status(self, change: SetStatus) -> None:
+        """Tell a new status; who turns invisible is seen to go, and only their own sockets hear why."""
+        self.forget_sessions(change.user_id)
+        told = StatusChanged(change.user_id, change.username, change.after)
+        here = self.presence.servers(change.user_id)
+        if change.after == "invisible":
+            self.presence.hidden.add(change.user_id)
+            self.tell("user:status", change.user_id, told, room="user")
+        else:
+            self.presence.hidden.discard(change.user_id)
+            for server_id in change.server_ids:
+                self.tell("user:status", server_id, told)
+        if "invisible" in (change.before, change.after) and change.before != change.after:
+            event = "user:disconnected" if change.after == "invisible" else "user:connected"
+            for server_id in here:
+                self.tell(event, server_id, PresenceChanged(server_id, change.user_id, change.username))
+
+    # Sockets.
+
+    def welcome(self, sid: str) -> Connection:
+        """A socket has come; it has so many seconds to say who it is."""
+        connection = self.connections[sid] = Connection(sid, self.sio.address(sid))
+        connection.until(LOGIN_SECONDS, functools.partial(self.close, connection))
+        return connection
+
+    def admit(self, connection: Connection, me: Me) -> None:
+        """The socket is this user's, until the token ends. Raises CONFLICT, RATE_LIMITED."""
+        if connection.closed:
+            raise ChatError("UNAVAILABLE", "The connection is closing")
+        if connection.me is not None and connection.me.user_id != me.user_id:
+            raise ChatError("CONFLICT", f"This socket belongs to {connection.me.username}")
+        sids = self.sockets.setdefault(me.user_id, set())
+        if len(sids) >= SOCKETS_PER_USER and connection.sid not in sids and not self.settings.no_rate_limit:
+            raise ChatError("RATE_LIMITED", f"You have {SOCKETS_PER_USER} connections open already", 30)
+        if me.status == "invisible" and not sids:
+            self.presence.hidden.add(me.user_id)
+        sids.add(connection.sid)
+        connection.me = me
+        connection.until(me.expires - time.time(), functools.partial(self.close, connection))
+        self.sio.enter(connection.sid, f"user:{me.user_id}")
+
+    def close(self, connection: Connection, final: bool = True) -> None:
+        """End a socket, transport included; `final`: its client is told not to come back by itself."""
+        self.dismiss(connection.sid)
+        self.sio.cut(connection.sid, final=final)
+
+    def dismiss(self, sid: str) -> None:
+        """A socket has gone: nothing of it stays."""
+        connection = self.connections.pop(sid, None)
+        if connection is None:
+            return
+        connection.closed = True
+        if connection.timer is not None:
+            connection.timer.cancel()
+        for server_id in list(connection.servers):
+            self.leave_server(connection, server_id)
+        self.hush(connection)
+        if connection.me is not None:
+            sids = self.sockets[connection.me.user_id]
+            sids.discard(sid)
+            if not sids:
+                del self.sockets[connection.me.user_id]
+                self.presence.hidden.discard(connection.me.user_id)
+
+    def hush(self, connection: Connection, server_id: int | None = None) -> None:
+        """The socket types and talks no more (in that server)."""
+        for channel_id, user_id in self.typists.of(connection.sid):
+            if server_id is None or channel_id in connection.servers.get(server_id, ()):
+                self.stop_typing(channel_id, user_id)
+        peer = self.voices.of(connection.sid)
+        if peer is not None and server_id in (None, peer.server_id):
+            self.leave_voice(connection.sid)
+
+    def join_server(self, connection: Connection, server_id: int, channel_ids: Iterable[int]) -> None:
+        me = connection.me
+        if connection.closed or me is None:
+            raise ChatError("UNAVAILABLE", "The connection is closing")
+        self.sio.enter(connection.sid, f"server:{server_id}")
+        connection.servers[server_id] = set(channel_ids)
+        for channel_id in channel_ids:
+            self.sio.enter(connection.sid, f"channel:{channel_id}")
+        if self.presence.join(server_id, me.user_id, connection.sid):
+            self.tell("user:connected", server_id, PresenceChanged(server_id, me.user_id, me.username))
+
+    def leave_server(self, connection: Connection, server_id: int, quietly: bool = False) -> bool:
+        """Whether the socket was joined."""
+        me = connection.me
+        if me is None or server_id not in connection.servers:
+            return False
+        self.hush(connection, server_id)
+        for channel_id in connection.servers.pop(server_id):
+            self.sio.leave(connection.sid, f"channel:{channel_id}")
+        self.sio.leave(connection.sid, f"server:{server_id}")
+        if self.presence.leave(server_id, me.user_id, connection.sid) and not quietly:
+            self.tell("user:disconnected", server_id, PresenceChanged(server_id, me.user_id, me.username))
+        return True
+
+    def start_typing(self, channel_id: int, me: Me, sid: str) -> None:
+        loop = asyncio.get_running_loop()
+        if self.typists.start(channel_id, me.user_id, me.username, sid, loop.time()):
+            if me.user_id not in self.presence.hidden:
+                self.tell("user:typing", channel_id, Typing(channel_id, me.user_id, me.username), skip_sid=sid)
+        loop.call_later(TYPING_SECONDS + 0.01, self.end_typing)
+
+    def end_typing(self) -> None:
+        for channel_id, user_id in self.typists.over(asyncio.get_running_loop().time()):
+            self.stop_typing(channel_id, user_id)
+
+    def stop_typing(self, channel_id: int, user_id: int) -> None:
+        typist = self.typists.stop(channel_id, user_id)
+        if typist is not None and user_id not in self.presence.hidden:
+            self.tell("typing_stop", channel_id, Typing(channel_id, user_id, typist.username), skip_sid=typist.sid)
+
+    def leave_voice(self, sid: str) -> None:
+        peer = self.voices.leave(sid)
+        if peer is not None:
+            who = peer.participant
+            self.tell(
+                "voice:leave", peer.server_id, VoiceChanged(peer.channel_id, who.user_id, who.username, who.peer_id)
+            )
+
+
+# ---- Live ----------------------------------------------------------------------------------------------------------
+# Operations that need more than one transaction: passwords, which take time, and sockets, which are not in the database.
+
+
+def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: str | None, clock: float) -> Done[int]:
+    """A new account; with an invite, also a member of its server."""
+    user_id = insert_user(db, args.username, password, utc(clock))
+    if args.code is None:
+        return Done(user_id)
+    invite = open_invite(db, args.code, utc(clock))
+    if invite is None:
+        raise ChatError("NOT_FOUND", "There is no such invite, or it is used up or expired")
+    return Done(user_id, use_invite(db, invite, user_id, args.username, utc(clock)))
+
+
+async def make_account(chat: Chat, caller: Caller, args: NewUser | NewGuest, password: str | None) -> Done[Account]:
+    clock = time.time()
+    chat.limiter.take("invite", caller.address)
+    done = await chat.store.write(lambda db: create_account(db, args, password, clock))
+    chat.limiter.give_back("invite", caller.address)
+    return Done(chat.keys.issue(done.answer, args.username, 0, clock))
+
+
+@operation("live", "POST /auth/register", Who.ANYONE, emits=["member:joined"], status=201)
+async def register(chat: Chat, caller: Caller, args: NewUser) -> Done[Account]:
+    """Make an account; with `code`, an invite, also become a member."""
+    if chat.settings.registration == "closed":
+        raise ChatError("FORBIDDEN", "Accounts are made by whoever runs this server")
+    if chat.settings.registration == "invite" and args.code is None:
+        raise ChatError("FORBIDDEN", "An invite is needed to make an account here")
+    chat.limiter.take("register", caller.address)
+    return await make_account(chat, caller, args, await chat.passwords.hash(args.password))
+
+
+@operation("live", "POST /auth/guest", Who.ANYONE, emits=["member:joined"], status=201)
+async def register_guest(chat: Chat, caller: Caller, args: NewGuest) -> Done[Account]:
+    """Come in by an invite and a name alone; a password can be set later."""
+    if chat.settings.no_guests or chat.settings.registration == "closed":
+        raise ChatError("FORBIDDEN", "Guests are not let in here")
+    chat.limiter.take("register", caller.address)
+    return await make_account(chat, caller, args, None)
+
+
+@operation("live", "POST /auth/login", Who.ANYONE)
+async def login(chat: Chat, caller: Caller, args: Credentials) -> Done[Account]:
+    """Sign in. An unknown name and a wrong password take the same time and get the same answer."""
+    attempts = [("login", fold(args.username)), ("login_address", caller.address)]
+    for attempt in attempts:
+        chat.limiter.take(*attempt)
+    found = await chat.store.read(account_named, args.username)
+    if not await chat.passwords.check(args.password, found[1] if found else None) or found is None:
+        raise ChatError("UNAUTHORIZED", "The username or the password is wrong")
+    for attempt in attempts:
+        chat.limiter.give_back(*attempt)
+    account = found[0]
+    return Done(chat.keys.issue(account.user_id, account.username, account.generation, time.time()))
+
+
+def replace_password(db: sqlite3.Connection, user_id: int, before: str | None, password: str) -> Done[int]:
+    """Set a password, unless somebody else did meanwhile; all tokens end. The new generation."""
+    row = db.execute(
+        "UPDATE users SET password = ?, generation = generation + 1 WHERE user_id = ? AND password IS ? AND deleted = 0 RETURNING generation",
+        (password, user_id, before),
+    ).fetchone()
+    if row is None:
+        raise ChatError("CONFLICT", "The password was changed meanwhile")
+    return Done(row[0], [Revoke(user_id)])
+
+
+@operation("live", "POST /auth/password", Who.USER)
+async def change_password(chat: Chat, caller: Caller, args: NewPassword) -> Done[Account]:
+    """Change the password (a guest sets the first one without `old_password`); every other token ends, its sockets too."""
+    me = caller.me
+    assert me is not None
+    chat.limiter.take("login", fold(me.username))
+    stored = await chat.store.read(password_of, me.user_id)
+    if stored is not None and not await chat.passwords.check(args.old_password or "", stored):
+        raise ChatError("FORBIDDEN", "The old password is wrong")
+    chat.limiter.give_back("login", fold(me.username))
+    password = await chat.passwords.hash(args.new_password)
+    done = await chat.store.write(lambda db: replace_password(db, me.user_id, stored, password))
+    return Done(chat.keys.issue(me.user_id, me.username, done.answer, time.time()))
+
+
+async def index_all(chat: Chat) -> None:
+    """Teach search all that is there by now, step by step, so that posting goes on."""
+    newest = await chat.store.read(unindexed)
+    while newest and (await chat.store.write(index_messages)).answer < newest:
+        pass
+
+
+@operation("live", "GET /servers/{server_id}/search", Who.MEMBER)
+async def search_messages(chat: Chat, caller: Caller, args: SearchArgs) -> Done[Messages]:
+    """Messages that hold every word of `q`, newest first."""
+    await index_all(chat)
+    return Done(await chat.ask(Who.MEMBER, caller, args, lambda at, args: search(at.db, args)))
+
+
+@operation("live", "GET /healthz", Who.ANYONE)
+async def check_health(chat: Chat, caller: Caller, args: Nothing) -> Done[Health]:
+    """Whether the server works: the database can be read, and written."""
+    try:
+        async with asyncio.timeout(2):
+            await chat.store.read(lambda db: db.execute("SELECT 1").fetchone())
+            await chat.store.write(probe if chat.store.trouble else lambda db: Done(None))
+    except TimeoutError:
+        raise ChatError("UNAVAILABLE", "The database does not answer") from None
+    return Done(Health("ok", __version__))
+
+
+def probe(db: sqlite3.Connection) -> Done[None]:
+    """Write something, however little."""
+    db.execute("UPDATE search SET indexed_id = indexed_id")
+    return Done(None)
+
+
+@operation("live", "GET /config", Who.ANYONE)
+async def get_configuration(chat: Chat, caller: Caller, args: Nothing) -> Done[Configuration]:
+    """What a page has to know before anybody signed in."""
+    settings = chat.settings
+    return Done(
+        Configuration(settings.registration, not settings.no_guests and settings.registration != "closed", __version__)
+    )
+
+
+def bearer(caller: Caller) -> tuple[Connection, Me]:
+    assert caller.connection is not None
+    assert caller.me is not None
+    return caller.connection, caller.me
+
+
+@operation("live", None, Who.ANYONE, event="authenticate")
+async def authenticate(chat: Chat, caller: Caller, args: TokenArgs) -> Done[Identity]:
+    """Say who this socket belongs to (or pass `auth: {token}` in the handshake)."""
+    assert caller.connection is not None
+    me = await chat.recognise(args.token)
+    chat.admit(caller.connection, me)
+    return Done(Identity(me.user_id, me.username))
+
+
+@operation("live", None, Who.USER, event="ping")
+async def heartbeat(chat: Chat, caller: Caller, args: Nothing) -> Done[None]:
+    """The application's heartbeat."""
+    return Done(None)
+
+
+@operation("live", None, Who.MEMBER, event="join_server", emits=["user:connected"])
+async def join_server(chat: Chat, caller: Caller, args: JoinServer) -> Done[Joined]:
+    """Hear a server: its events from now on and, with `after`, what came after that number. Nothing falls in between."""
+    connection, me = bearer(caller)
+    channels = await chat.ask(Who.MEMBER, caller, args, lambda at, _: channels_of(at.db, at.server_id))
+    chat.join_server(connection, args.server_id, [channel.channel_id for channel in channels])
+    seq, changes = await chat.store.read(
+        missed, chat.presence, me.user_id, args
+    )  # after joining: what was told before is in it
+    return Done(Joined(chat.presence.visible(args.server_id, me.user_id), seq, changes))
+
+
+def missed(
+    db: sqlite3.Connection, presence: Presence, user_id: int, args: JoinServer
+) -> tuple[int, Changes | UnsetType]:
+    """The server's last number, and what came after the one given."""
+    row = db.execute("SELECT seq FROM servers WHERE server_id = ?", (args.server_id,)).fetchone()
+    if row is None:
+        raise ChatError("NOT_FOUND", "There is no such server")
+    if args.after is None:
+        return row[0], UNSET
+    since = ChangesArgs(server_id=args.server_id, after=args.after)
+    return row[0], changes_since(db, since, presence.visible(args.server_id, user_id), user_id)
+
+
+@operation("live", None, Who.USER, event="leave_server", emits=["user:disconnected"])
+async def leave_server(chat: Chat, caller: Caller, args: ServerArgs) -> Done[None]:
+    """Hear a server no longer."""
+    connection, _ = bearer(caller)
+    if not chat.leave_server(connection, args.server_id):
+        await chat.ask(Who.MEMBER, caller, args, lambda at, _: None)  # says what is wrong, if anything is
+    return Done(None)
+
+
+@operation("live", None, Who.MEMBER, event="typing_start", emits=["user:typing"], limit="itself")
+async def typing_start(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[None]:
+    """I am typing: heard once a second at most, and for three seconds."""
+    connection, me = bearer(caller)
+    if not chat.typists.typing(args.channel_id, me.user_id):
+        chat.limiter.take("event", me.user_id)
+        await chat.ask(Who.MEMBER, caller, args, lambda at, _: None)
+    if not connection.closed:
+        chat.start_typing(args.channel_id, me, connection.sid)
+    return Done(None)
+
+
+@operation("live", None, Who.MEMBER, event="typing_stop", emits=["typing_stop"], limit="itself")
+async def typing_stop(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[None]:
+    """I have stopped typing."""
+    _, me = bearer(caller)
+    if not chat.typists.typing(args.channel_id, me.user_id):
+        chat.limiter.take("event", me.user_id)
+        await chat.ask(Who.MEMBER, caller, args, lambda at, _: None)
+    chat.stop_typing(args.channel_id, me.user_id)
+    return Done(None)
+
+
+@operation("live", None, Who.MEMBER, event="voice:join", emits=["voice:join", "voice:leave"])
+async def voice_join(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[VoiceJoined]:
+    """Enter a voice channel, leaving the one that the socket was in. Who is there already is in the answer."""
+    connection, me = bearer(caller)
+    channel = await chat.ask(Who.MEMBER, caller, args, lambda at, _: channel_view(at.db, at.channel_id))
+    if channel.kind != "voice":
+        raise ChatError("BAD_REQUEST", "This is no voice channel")
+    if connection.closed:
+        raise ChatError("UNAVAILABLE", "The connection is closing")
+    peer = chat.voices.of(connection.sid)
+    if peer is None or peer.channel_id != args.channel_id:
+        chat.leave_voice(connection.sid)
+        participant = Participant(me.user_id, me.username, secrets.token_urlsafe(9))
+        peer = Peer(connection.sid, channel.server_id, args.channel_id, participant)
+        chat.voices.join(peer)
+        chat.tell(
+            "voice:join", channel.server_id, VoiceChanged(args.channel_id, me.user_id, me.username, participant.peer_id)
+        )
+    servers = [IceServer(urls) for urls in chat.settings.ice_server]
+    return Done(VoiceJoined(peer.participant.peer_id, chat.voices.others(args.channel_id, connection.sid), servers))
+
+
+@operation("live", None, Who.MEMBER, event="voice:leave", emits=["voice:leave"])
+async def voice_leave(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[None]:
+    """Leave a voice channel; nothing happens where the socket is not in it."""
+    connection, _ = bearer(caller)
+    peer = chat.voices.of(connection.sid)
+    if peer is not None and peer.channel_id == args.channel_id:
+        chat.leave_voice(connection.sid)
+    else:
+        await chat.ask(Who.MEMBER, caller, args, lambda at, _: None)
+    return Done(None)
+
+
+@operation("live", None, Who.MEMBER, event="voice:signal", emits=["voice:signal"])
+async def voice_signal(chat: Chat, caller: Caller, args: SignalArgs) -> Done[None]:
+    """Pass a WebRTC signal on to a peer of the voice channel that the socket is in."""
+    connection, me = bearer(caller)
+    sender = chat.voices.of(connection.sid)
+    if sender is None or sender.channel_id != args.channel_id:
+        await chat.ask(Who.MEMBER, caller, ChannelArgs(channel_id=args.channel_id), lambda at, _: None)
+        raise ChatError("FORBIDDEN", "You are not in this voice channel")
+    peer = chat.voices.named(args.channel_id, args.to)
+    if peer is None:
+        raise ChatError("NOT_FOUND", "There is no such peer in this voice channel")
+    signal = VoiceSignal(args.channel_id, sender.participant.peer_id, me.user_id, args.data)
+    chat.sio.publish("voice:signal", signal, peer.sid)
+    return Done(None)
+
+
+# ---- Doors ---------------------------------------------------------------------------------------------------------
+# REST and Socket.IO: two ways to the one table of operations, and what is derived from it. A door finds out who calls, makes
+# arguments of what they sent, and turns the outcome into a response or an ack. Here is the one broad `except` of this file.
+
+BODY_MAX = 256 * 1024
+BODY_SECONDS = 10
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+async def settle(work: Awaitable[Done[Any]]) -> Done[Any] | ChatError:
+    """The outcome of a call, whatever happens in it."""
+    try:
+        return await work
+    except ChatError as refusal:
+        return refusal
+    except TimeoutError:
+        return ChatError("UNAVAILABLE", "The server did not get to it in time")
+    except Exception:
+        log.exception("a call failed")
+        return ChatError("INTERNAL_ERROR")
+
+
+def in_scope(op: Operation, me: Me, args: Any, presence: Presence, db: sqlite3.Connection) -> Done[Any]:
+    """Run an operation in the transaction that is open: allowed now, or not at all."""
+    at = Scope(db, me, time.time(), presence)
+    authorize(op.who, at, args)
+    done: Done[Any] = op.run(at, args)
+    return done
+
+
+async def perform(chat: Chat, op: Operation, caller: Caller, args: Any) -> Done[Any]:
+    """Do what an operation says; nobody else calls it. Raises ChatError, TimeoutError."""
+    me = caller.me or Me(0, "")
+    limit = LIMITS.get(op.limit or "")
+    whose = caller.address if limit and limit.by == "address" else me.user_id
+    if limit and op.limit:
+        chat.limiter.take(op.limit, whose)
+    async with asyncio.timeout(DEADLINE):
+        if op.kind == "live":
+            done: Done[Any] = await op.run(chat, caller, args)
+        elif op.kind == "read":
+            done = await chat.store.read(lambda db: in_scope(op, me, args, chat.presence, db))
+        else:
+            done = await chat.store.write(lambda db: in_scope(op, me, args, chat.presence, db))
+    if limit and op.limit and limit.failures:
+        chat.limiter.give_back(op.limit, whose)
+    return done
+
+
+# REST.
+
+
+def numeric_fields(kind: type[Args]) -> set[str]:
+    """The fields that a path or a query, which are all text, gives as numbers."""
+    schema = msgspec.json.schema(kind)
+    properties = schema["$defs"][kind.__name__]["properties"]
+    return {name for name, field in properties.items() if "integer" in json.dumps(field)}
+
+
+def from_text(numeric: Collection[str], name: str, text: str) -> int | str:
+    return int(text) if name in numeric and re.fullmatch(r"-?[0-9]{1,30}", text) else text
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The body, bounded in size and time. Raises BAD_REQUEST, TOO_LARGE."""
+    if "Content-Encoding" in request.headers:
+        raise ChatError("BAD_REQUEST", "A compressed body is not taken")
+    if (request.content_length or 0) > BODY_MAX:
+        raise ChatError("TOO_LARGE", f"A body has {BODY_MAX} bytes at most")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while chunk := await request.content.readany():
+                body += chunk
+                if len(body) > BODY_MAX:
+                    raise ChatError("TOO_LARGE", f"A body has {BODY_MAX} bytes at most")
+    except TimeoutError:
+        raise ChatError("BAD_REQUEST", f"The body did not come within {BODY_SECONDS} seconds") from None
+    except (web.HTTPException, ValueError, OSError, aiohttp.ClientError):
+        raise ChatError("BAD_REQUEST", "The body is broken") from None
+    return bytes(body)
+
+
+class Route:
+    """One operation as REST offers it."""
+
+    def __init__(self, chat: Chat, op: Operation) -> None:
+        self.chat = chat
+        self.op = op
+        self.numeric = numeric_fields(op.args)
+        self.has_body = op.method in ("POST", "PUT", "PATCH")
+        self.decoder = msgspec.json.Decoder(op.args)
+
+    async def __call__(self, request: web.Request) -> web.Response:
+        outcome = await settle(self.answer(request))
+        if isinstance(outcome, ChatError):
+            return refuse(outcome)
+        headers = {"Idempotent-Replayed": "true"} if outcome.repeat else {}
+        status = self.op.repeat_status if outcome.repeat else self.op.status
+        if status == 204:
+            return web.Response(status=status, headers=headers)
+        return web.Response(
+            body=msgspec.json.encode(outcome.answer), status=status, headers=headers, content_type="application/json"
+        )
+
+    async def answer(self, request: web.Request) -> Done[Any]:
+        address = request.remote or ""
+        me = None
+        if self.op.who is not Who.ANYONE:
+            scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+            if scheme.lower() != "bearer":
+                raise ChatError("UNAUTHORIZED")
+            me = await self.chat.recognise(token.strip())
+            self.chat.limiter.take("request", me.user_id)
+        return await perform(self.chat, self.op, Caller(me, address), await self.read_args(request))
+
+    async def read_args(self, request: web.Request) -> Any:
+        """Path, query and body as the operation's arguments; each in its place, and nothing else."""
+        given: dict[str, Any] = {name: from_text(self.numeric, name, text) for name, text in request.match_info.items()}
+        body = await read_body(request) if self.has_body else b""
+        if not self.has_body:
+            for name, text in request.query.items():
+                if name in given:
+                    raise ChatError("BAD_REQUEST", f"{name}: given twice")
+                given[name] = from_text(self.numeric, name, text)
+        elif body and not given:
+            return decode(self.decoder, body)
+        elif body:
+            payload = decode(ANY_OBJECT, body)
+            if payload.keys() & given.keys():
+                raise ChatError("BAD_REQUEST", f"{min(payload.keys() & given.keys())}: given twice")
+            given |= payload
+        return read_args(self.op.args, given)
+
+
+ANY_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
+
+
+def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """The JSON of a body, validated. Raises BAD_REQUEST, TOO_LARGE."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise ChatError(*explain(str(error))) from None
+    except (ValueError, RecursionError):
+        raise ChatError("BAD_REQUEST", "The body is not JSON") from None
+
+
+def refuse(error: ChatError) -> web.Response:
+    response = web.Response(
+        body=msgspec.json.encode(error.body()), status=error.status, content_type="application/json"
+    )
+    if error.retry_after is not None:
+        response.headers["Retry-After"] = str(error.body()["retry_after"])
+    if error.code == "TOO_LARGE":
+        response.force_close()
+    return response
+
+
+def cors_headers(request: web.BaseRequest) -> dict[str, str]:
+    origin = request.headers.get("Origin")
+    if origin is None:
+        return {}
+    return {
+        "Access-Control-Allow-Origin": origin,
+        "Vary": "Origin",
+        "Access-Control-Expose-Headers": "Retry-After, Idempotent-Replayed",
+    }
+
+
+def make_guard(settings: Settings) -> Callable[..., Awaitable[web.StreamResponse]]:
+    """What stands before every route: the check of the origin, and our kind of answer where the router has none."""
+    allowed = frozenset(settings.cors_origin)
+
+    @web.middleware
+    async def guard(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        if request.path.endswith(("/socket.io/", "/socket.io")):
+            return await handler(request)
+        if not origin_allowed(request, allowed):
+            return refuse(ChatError("FORBIDDEN", "Pages of this origin may not use this server"))
+        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+            return web.Response(status=204, headers=PREFLIGHT)
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            code = {413: "TOO_LARGE", 404: "NOT_FOUND", 405: "NOT_FOUND"}.get(error.status, "BAD_REQUEST")
+            return refuse(ChatError(code, "There is no such route" if code == "NOT_FOUND" else None))
+
+    return guard
+
+
+PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Max-Age": "600",
+}
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    for name, value in (HEADERS | cors_headers(request)).items():
+        response.headers.setdefault(name, value)
+
+
+# Socket.IO.
+
+EVENTS_IN = {op.event: op for op in OPERATIONS.values() if op.event is not None}
+
+
+def bind_sockets(chat: Chat) -> None:
+    """The three handlers that Socket.IO has: a socket comes, goes, and says something."""
+    sio = chat.sio
+
+    @sio.on("connect")  # type: ignore[untyped-decorator]
+    async def on_connect(sid: str, environ: Any, auth: Any = None) -> None:
+        connection = chat.welcome(sid)
+        if not auth:
+            return
+        outcome = await settle(greet(chat, connection, auth))
+        if isinstance(outcome, ChatError):
+            chat.dismiss(sid)
+            raise socketio.exceptions.ConnectionRefusedError(outcome.sentence, outcome.body())
+
+    @sio.on("disconnect")  # type: ignore[untyped-decorator]
+    async def on_disconnect(sid: str, reason: str) -> None:
+        chat.dismiss(sid)
+
+    @sio.on("*")  # type: ignore[untyped-decorator]
+    async def on_event(event: str, sid: str, *payload: Any) -> dict[str, Any] | None:
+        outcome = await settle(hear(chat, event, sid, payload))
+        if not isinstance(outcome, ChatError):
+            return {"success": True} | (msgspec.to_builtins(outcome.answer) or {} if EVENTS_IN[event].acks else {})
+        if not ack_wanted.get():
+            chat.sio.publish("error", Failure(event[:100], outcome.sentence, outcome.code), sid)
+        return {"success": False} | outcome.body()
+
+
+async def greet(chat: Chat, connection: Connection, auth: Any) -> Done[Any]:
+    """Authenticate by the handshake."""
+    op = EVENTS_IN["authenticate"]
+    caller = Caller(None, connection.address, connection)
+    return await perform(chat, op, caller, read_args(op.args, auth))
+
+
+async def hear(chat: Chat, event: str, sid: str, payload: tuple[Any, ...]) -> Done[Any]:
+    """What an event asks for."""
+    op = EVENTS_IN.get(event)
+    if op is None:
+        raise ChatError("NOT_FOUND", "There is no such event")
+    connection = chat.connections.get(sid)
+    if connection is None:
+        raise ChatError("UNAVAILABLE", "The connection is closing")
+    if connection.me is None and op.who is not Who.ANYONE:
+        raise ChatError("UNAUTHORIZED", "Authenticate first")
+    if op.limit != "itself":
+        chat.limiter.take("event", connection.me.user_id if connection.me else sid)
+    if len(payload) > 1 or (not payload and op.args is not Nothing):
+        raise ChatError("BAD_REQUEST", "An event carries one object")
+    raw = payload[0] if payload and payload != (None,) else ({} if op.args is Nothing else None)
+    return await perform(chat, op, Caller(connection.me, connection.address, connection), read_args(op.args, raw))
+
+
+# Descriptions.
+
+
+def openapi() -> dict[str, Any]:
+    """The REST side of the table, as OpenAPI 3.1."""
+    _, schemas = describe(
+        [kind for op in OPERATIONS.values() for kind in (op.args, op.answer) if kind is not type(None)]
+    )
+    paths: dict[str, dict[str, Any]] = {}
+    for op in OPERATIONS.values():
+        if op.path and op.method:
+            paths.setdefault(op.path, {})[op.method.lower()] = describe_route(op, schemas)
+    for name in {op.args.__name__ for op in OPERATIONS.values()}:
+        schemas.pop(name, None)
+    failure = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"enum": list(ERRORS)}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "ChatRTC", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": schemas | {"Error": failure | {"required": ["error", "code"]}},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
+        },
+    }
+
+
+def describe(kinds: Iterable[Any]) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+    return msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+
+
+def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
+    fields = schemas[op.args.__name__]["properties"]
+    required = schemas[op.args.__name__].get("required", [])
+    in_path = re.findall(r"{(\w+)}", op.path or "")
+    has_body = op.method in ("POST", "PUT", "PATCH")
+    places = {name: "path" if name in in_path else "query" for name in fields if name in in_path or not has_body}
+    route: dict[str, Any] = {
+        "operationId": op.name,
+        "summary": op.sentence,
+        "description": f"Who may: {op.who.value}." + (f" Emits {', '.join(op.emits)}." if op.emits else ""),
+        "parameters": [
+            {"name": name, "in": place, "required": name in required, "schema": fields[name]}
+            for name, place in places.items()
+        ],
+        "responses": {str(op.status): describe_answer(op), "default": failure_response()},
+        "security": [] if op.who is Who.ANYONE else [{"token": []}],
+    }
+    body = {name: field for name, field in fields.items() if name not in places}
+    if body:
+        schema = {"type": "object", "properties": body, "additionalProperties": False}
+        schema["required"] = [name for name in required if name in body]
+        route["requestBody"] = {
+            "required": bool(schema["required"]),
+            "content": {"application/json": {"schema": schema}},
+        }
+    return route
+
+
+def describe_answer(op: Operation) -> dict[str, Any]:
+    if op.status == 204:
+        return {"description": "Done."}
+    schema = {"$ref": f"#/components/schemas/{op.answer.__name__}"}
+    return {"description": op.answer.__name__, "content": {"application/json": {"schema": schema}}}
+
+
+def failure_response() -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/Error"}
+    return {"description": "A refusal, by its code.", "content": {"application/json": {"schema": schema}}}
+
+
+def asyncapi() -> dict[str, Any]:
+    """The Socket.IO side, as AsyncAPI 3.0: what a client may emit, with its ack, and what it hears."""
+    kinds = [op.args for op in EVENTS_IN.values()] + [kind.payload for kind in EVENTS.values()]
+    kinds += [op.answer for op in EVENTS_IN.values() if op.answer is not type(None)]
+    _, schemas = describe(kinds)
+    sent = {f"{name}.in": {"name": name, "payload": reference(op.args)} for name, op in EVENTS_IN.items()}
+    acks = {f"{name}.ack": {"name": name, "payload": ack_schema(op)} for name, op in EVENTS_IN.items()}
+    heard = {name: {"name": name, "payload": reference(kind.payload)} for name, kind in EVENTS.items()}
+    return {
+        "asyncapi": "3.0.0",
+        "info": {"title": "ChatRTC", "version": __version__},
+        "channels": {"socket": {"address": "/socket.io/", "messages": sent | acks | heard}},
+        "operations": {
+            **{f"emit {name}": describe_event(name, op) for name, op in EVENTS_IN.items()},
+            **{f"hear {name}": describe_notice(name, kind) for name, kind in EVENTS.items()},
+        },
+        "components": {"schemas": schemas},
+    }
+
+
+def reference(kind: Any) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+def ack_schema(op: Operation) -> dict[str, Any]:
+    success = {"type": "object", "properties": {"success": {"const": True}}, "required": ["success"]}
+    return {"allOf": [success, reference(op.answer)]} if op.acks and op.answer is not type(None) else success
+
+
+def message_reference(name: str) -> dict[str, str]:
+    return {"$ref": "#/channels/socket/messages/" + name.replace("~", "~0").replace("/", "~1")}
+
+
+def describe_event(name: str, op: Operation) -> dict[str, Any]:
+    return {
+        "action": "receive",
+        "channel": {"$ref": "#/channels/socket"},
+        "summary": op.sentence,
+        "description": f"Who may: {op.who.value}." + (f" Emits {', '.join(op.emits)}." if op.emits else ""),
+        "messages": [message_reference(f"{name}.in")],
+        "reply": {"channel": {"$ref": "#/channels/socket"}, "messages": [message_reference(f"{name}.ack")]},
+    }
+
+
+def describe_notice(name: str, kind: EventKind) -> dict[str, Any]:
+    return {
+        "action": "send",
+        "channel": {"$ref": "#/channels/socket"},
+        "summary": kind.sentence,
+        "description": f"To the {kind.room}." if kind.room == "socket" else f"To room {kind.room}:{{id}}.",
+        "messages": [message_reference(name)],
+    }
+
+
+# ---- Application ---------------------------------------------------------------------------------------------------
+# Starting, stopping and embedding: an aiohttp application's start-up opens a chat and its clean-up closes it.
+
+CHORES_EVERY = 0.5
+ADMIN: dict[str, Callable[..., Done[Any]]] = {}  # what the command line may have done to the database
+Admin = TypeVar("Admin", bound=Callable[..., Done[Any]])
+
+
+def admin(run: Admin) -> Admin:
+    ADMIN[run.__name__] = run
+    return run
+
+
+@admin
+def add_user(db: sqlite3.Connection, username: str, password: str) -> Done[int]:
+    """Make an account; its id. Raises BAD_REQUEST, CONFLICT."""
+    read_args(NewUser, {"username": username, "password": "not this one"})
+    return Done(insert_user(db, username, password, utc(time.time())))
+
+
+def need_account(db: sqlite3.Connection, username: str) -> Standing:
+    found = account_named(db, username)
+    if found is None:
+        raise ChatError("NOT_FOUND", f"There is no account named {username}")
+    return found[0]
+
+
+@admin
+def set_password(db: sqlite3.Connection, username: str, password: str) -> Done[int]:
+    """Give an account another password; its tokens end."""
+    user_id = need_account(db, username).user_id
+    return replace_password(db, user_id, password_of(db, user_id), password)
+
+
+@admin
+def delete_user(db: sqlite3.Connection, username: str) -> Done[int]:
+    """End an account. What it wrote stays, under its name. A server that it owned goes to its first admin, else its first
+    member, and with nobody left is deleted."""
+    user_id = need_account(db, username).user_id
+    effects: list[Effect] = []
+    for server_id in member_servers(db, user_id):
+        effects += bequeath(db, server_id, user_id)
+    db.execute(
+        "UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?", (user_id,)
+    )
+    return Done(user_id, [*effects, Revoke(user_id)])
+
+
+def bequeath(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
+    """Take somebody out of a server, handing it over if they owned it."""
+    owned = role_of(db, server_id, user_id) == "owner"
+    effects = expel(db, server_id, user_id, cut=False)
+    if not owned:
+        return effects
+    heir = db.execute(
+        "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1",
+        (server_id,),
+    ).fetchone()
+    if heir is None:
+        db.execute("DELETE FROM servers WHERE server_id = ?", (server_id,))
+        return [CloseServer(server_id)]
+    return [*effects, give_role(Scope(db, Me(heir[0], ""), 0, Presence(), server_id), heir[0], "owner")]
+
+
+def read_settings(given: dict[str, Any]) -> Settings:
+    """Settings of what was given. Raises StartError in one line."""
+    try:
+        settings = msgspec.convert(given, Settings)
+    except msgspec.ValidationError as error:
+        code_and_sentence = explain(str(error))
+        raise StartError(f"A setting does not fit: {code_and_sentence[1]}") from None
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        raise StartError("--tls-cert and --tls-key go together")
+    return settings
+
+
+class ChatRTC:
+    """A chat to run or to embed:
+
+        chat = ChatRTC(database="chat.db")
+        chat.attach(app, prefix="/chat")
+
+    Keywords are the settings of `serve`. Every operation of the table is a method, that does what its route does, events
+    included: `await chat.post_message(author_id=1, channel_id=1, content="hello")`. `author_id` is who does it; the other
+    keywords are the operation's arguments; it returns the answer and raises ChatError.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = read_settings(settings)
+        self.sio = socket_server(
+            origins=self.settings.cors_origin,
+            **({"frames_per_second": None, "max_sessions_per_address": 10**6} if self.settings.no_rate_limit else {}),
+        )
+        self.chat = Chat(self.settings, self.sio)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._control: tuple[asyncio.Server, tempfile.TemporaryDirectory[str]] | None = None
+        bind_sockets(self.chat)
+
+    def attach(self, app: web.Application, prefix: str = "") -> None:
+        """Mount REST, Socket.IO and the page under `prefix`; the app's start-up and clean-up open and close the chat."""
+        place = web.Application() if prefix.strip("/") else app
+        place.middlewares.append(make_guard(self.settings))
+        place.on_response_prepare.append(add_headers)
+        for op in OPERATIONS.values():
+            if op.method and op.path:
+                place.router.add_route(op.method, op.path, Route(self.chat, op).__call__)
+        for path, text in (("/openapi.json", openapi), ("/asyncapi.json", asyncapi)):
+            place.router.add_get(path, functools.partial(send_json, msgspec.json.encode(text())))
+        self.sio.attach(place)
+        place.on_startup.append(self._on_startup)
+        place.on_shutdown.append(self._on_shutdown)
+        place.on_cleanup.append(self._on_cleanup)
+        if place is not app:
+            app.add_subapp("/" + prefix.strip("/"), place)
+
+    def on(self, event: str) -> Callable[[Listener], Listener]:
+        """Have a coroutine function called with the payload of each such event, one after another."""
+        if event not in EVENTS:
+            raise ValueError(f"There is no event named {event}")
+
+        def remember(listener: Listener) -> Listener:
+            self.chat.listeners.setdefault(event, []).append(listener)
+            return listener
+
+        return remember
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        """An operation as a method."""
+        op = OPERATIONS.get(name)
+        if op is None or op.path is None:
+            raise AttributeError(name)
+        return functools.partial(self._call, op)
+
+    async def _call(self, op: Operation, *, author_id: int | None = None, **args: Any) -> Any:
+        me = None
+        if author_id is not None:
+            account = await self.chat.steady(standing, author_id, b"")
+            if account is None:
+                raise ChatError("NOT_FOUND", "There is no such user")
+            me = Me(account.user_id, account.username, account.status, account.generation)
+        elif op.who is not Who.ANYONE:
+            raise ChatError("UNAUTHORIZED", "author_id says who does it")
+        done = await perform(self.chat, op, Caller(me, "program"), read_args(op.args, args))
+        return done.answer
+
+    async def start(self) -> None:
+        """Open the chat. Raises StartError."""
+        chat = self.chat
+        await chat.store.open()
+        try:
+            if self.settings.secret is None:
+                chat.keys = Keys(make_secret(chat.store.path), self.settings.token_ttl)
+            await self._listen_for_admin()
+        except BaseException:
+            await chat.store.close()
+            raise
+        for work in (chat.call_listeners(), do_chores(chat)):
+            self._tasks.append(asyncio.create_task(work))
+
+    async def stop(self) -> None:
+        """Close the chat: what was accepted is committed."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        if self._control is not None:
+            server, folder = self._control
+            server.close()
+            folder.cleanup()
+            self._control = None
+        self.chat.passwords.close()
+        await self.chat.store.close()
+
+    async def _on_startup(self, app: web.Application) -> None:
+        await self.start()
+
+    async def _on_shutdown(self, app: web.Application) -> None:
+        await self.sio.drain()
+
+    async def _on_cleanup(self, app: web.Application) -> None:
+        await self.stop()
+
+    async def _listen_for_admin(self) -> None:
+        """Let the command line of the same user have its writes done by us, who hold the lock, over a socket in a private folder."""
+        folder = tempfile.TemporaryDirectory(prefix="chatrtc-")
+        address = f"{folder.name}/control"
+        self._control = (await asyncio.start_unix_server(self._serve_admin, address), folder)
+        self.chat.store.lock.tell(address)
+
+    async def _serve_admin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One line of JSON in, [name, arguments]; one out."""
+        try:
+            name, args = json.loads(await reader.readline())
+            outcome = await settle(self.chat.store.write(lambda db: ADMIN[name](db, *args)))
+            reply = outcome.body() if isinstance(outcome, ChatError) else {"answer": outcome.answer}
+            writer.write(json.dumps(reply).encode() + b"\n")
+            await writer.drain()
+        except (ValueError, OSError) as error:
+            log.warning("a command could not be read: %s", error)
+        finally:
+            writer.close()
+
+
+async def send_json(body: bytes, request: web.Request) -> web.Response:
+    return web.Response(body=body, content_type="application/json")
+
+
+async def do_chores(chat: Chat) -> None:
+    """What can wait: teaching search, emptying deleted channels, forgetting revoked tokens that have expired. For ever."""
+    await chat.store.write(lambda db: purge_tokens(db, time.time()))
+    while True:
+        await asyncio.sleep(CHORES_EVERY)
+        with contextlib.suppress(ChatError):
+            await index_all(chat)
+            while await chat.store.read(deleted_channels):
+                await chat.store.write(purge_channels)
+
+
+async def serve_until_stopped(settings: dict[str, Any]) -> None:
+    """Run a server until SIGTERM or SIGINT. Raises StartError."""
+    chat = ChatRTC(**settings)
+    app = web.Application()
+    chat.attach(app)
+    context = tls_context(chat.settings)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        keepalive_timeout=KEEPALIVE,
+        shutdown_timeout=3,
+        auto_decompress=False,
+        handler_cancellation=False,
+    )
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, chat.settings.host, chat.settings.port, ssl_context=context, backlog=1024)
+        try:
+            await site.start()
+        except OSError as error:
+            raise StartError(
+                f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {os.strerror(error.errno or 0)}"
+            ) from None
+        stopped = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+        click.echo(f"ChatRTC listening on {address_of(runner, context is not None)}")
+        await stopped.wait()
+    finally:
+        await runner.cleanup()
+
+
+KEEPALIVE = 20.0
+
+
+def address_of(runner: web.AppRunner, tls: bool) -> str:
+    host, port = runner.addresses[0][:2]
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if tls else 'http'}://{host}:{port}"
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise StartError(f"The certificate cannot be used: {error}") from None
+    return context
+
+
+# ---- Command line --------------------------------------------------------------------------------------------------
+# `chatrtc serve` and its siblings: each command is a few lines that call what stands above, and a StartError or a ChatError is
+# one line on standard error and exit status 1.
+
+
+class Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        os.umask(0o077)
+        try:
+            return super().invoke(ctx)
+        except (StartError, ChatError) as error:
+            raise click.ClickException(getattr(error, "sentence", str(error))) from None
+        except sqlite3.Error as error:
+            raise click.ClickException(f"The database cannot be used: {error}") from None
+
+
+@click.group(cls=Group, context_settings={"auto_envvar_prefix": "CHATRTC", "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ChatRTC")
+def main() -> None:
+    """ChatRTC: a chat server in one file."""
+
+
+def option_of(flag: str, field: msgspec.structs.FieldInfo) -> Callable[[Any], Any]:
+    """A setting as an option: its type, default, sentence and variable follow from its declaration."""
+    meta = typing.get_type_hints(Settings, include_extras=True)[field.name]
+    inner, description = typing.get_args(meta)[0], typing.get_args(meta)[1].description
+    shape: dict[str, Any] = {"type": click.STRING}
+    if inner in (int, float):
+        shape = {"type": inner}
+    elif inner is bool:
+        shape = {"is_flag": True}
+    elif typing.get_origin(inner) is Literal:
+        shape = {"type": click.Choice(typing.get_args(inner))}
+    elif typing.get_origin(inner) is tuple:
+        shape = {"multiple": True}
+    name = f"CHATRTC_{field.name.upper()}"
+    return click.option(
+        flag,
+        field.name,
+        default=field.default,
+        help=description,
+        envvar=name,
+        show_envvar=True,
+        show_default=True,
+        **shape,
+    )
+
+
+def options(*names: str) -> Callable[[Any], Any]:
+    """Those settings (all, where none is named) as options of a command."""
+
+    def decorate(command: Any) -> Any:
+        for flag, field in reversed(setting_names()):
+            if not names or field.name in names:
+                command = option_of(flag, field)(command)
+        return command
+
+    return decorate
+
+
+@main.command()
+@options()
+def serve(**settings: Any) -> None:
+    """Run the server until Ctrl-C or SIGTERM."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(serve_until_stopped(settings))
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where there is one."""
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        return uvloop.new_event_loop
+    return None
+
+
+def existing(database: str) -> Path:
+    path = Path(database)
+    if not path.is_file():
+        raise StartError(f"There is no database {path}")
+    return path
+
+
+@contextlib.contextmanager
+def reading(database: str) -> Iterator[sqlite3.Connection]:
+    """The database in one snapshot, whether or not a server runs."""
+    path = existing(database)
+    lock = Lock(path)
+    alone = lock.take()
+    db = prepare(path) if alone else connect_reader(path)
+    try:
+        db.execute("BEGIN")
+        yield db
+    finally:
+        db.close()
+        lock.release()
+
+
+def administer(database: str, name: str, *args: Any) -> Any:
+    """Have something done to the database: by the server that holds it, or here where none does."""
+    path = Path(database)
+    if not path.parent.is_dir():
+        raise StartError(f"The directory {path.parent} does not exist")
+    lock = Lock(path)
+    if not lock.take():
+        return ask_server(lock, name, args)
+    db = prepare(path)
+    try:
+        outcome = in_transaction(db, [lambda db: ADMIN[name](db, *args)])[0]
+    finally:
+        db.close()
+        lock.release()
+    if isinstance(outcome, ChatError):
+        raise outcome
+    return outcome.answer
+
+
+def ask_server(lock: Lock, name: str, args: Sequence[Any]) -> Any:
+    try:
+        with socket.socket(socket.AF_UNIX) as control, control.makefile("rwb") as line:
+            control.settimeout(15)
+            control.connect(lock.ask())
+            line.write(json.dumps([name, args]).encode() + b"\n")
+            line.flush()
+            reply = json.loads(line.readline())
+    except (OSError, ValueError) as error:
+        raise StartError(f"The server that holds the database does not answer: {error}") from None
+    if "code" in reply:
+        raise ChatError(reply["code"], reply["error"])
+    return reply["answer"]
+
+
+@main.group()
+def user() -> None:
+    """Manage accounts, also while the server runs."""
+
+
+def ask_password() -> str:
+    """From the terminal, twice, or a line of standard input; never from an argument, which others could see."""
+    if sys.stdin.isatty():
+        password = click.prompt("Password", hide_input=True, confirmation_prompt=True)
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    read_args(NewPassword, {"new_password": password})
+    return hash_password(password, secrets.token_bytes(16), **SCRYPT)
+
+
+@user.command("add")
+@click.argument("username")
+@options("database")
+def user_add(username: str, database: str) -> None:
+    """Make an account; the password is asked for, or read from standard input."""
+    read_args(NewUser, {"username": username, "password": "not this one"})
+    user_id = administer(database, "add_user", username, ask_password())
+    click.echo(f"{username} has the id {user_id}")
+
+
+@user.command("list")
+@options("database")
+def user_list(database: str) -> None:
+    """List the accounts: id, name, since when."""
+    with reading(database) as db:
+        for row in db.execute("SELECT user_id, username, created_at FROM users WHERE deleted = 0 ORDER BY user_id"):
+            click.echo("{}\t{}\t{}".format(*row))
+
+
+@user.command("password")
+@click.argument("username")
+@options("database")
+def user_password(username: str, database: str) -> None:
+    """Give an account another password; its tokens end, its sockets are closed."""
+    administer(database, "set_password", username, ask_password())
+    click.echo(f"{username} has a new password")
+
+
+@user.command("delete")
+@click.argument("username")
+@options("database")
+@click.confirmation_option(
+    prompt="Delete this account? Servers that it owns go to somebody else, or with nobody left are deleted."
+)
+def user_delete(username: str, database: str) -> None:
+    """Delete an account; what it wrote stays, under its name."""
+    administer(database, "delete_user", username)
+    click.echo(f"{username} is deleted")
+
+
+@main.command()
+@click.argument("username")
+@options("database", "secret", "token_ttl")
+def token(username: str, database: str, secret: str | None, token_ttl: int) -> None:
+    """Print a token for a user, for scripts and demos."""
+    with reading(database) as db:
+        account = need_account(db, username)
+    keys = Keys(secret or make_secret(Path(database)), token_ttl)
+    click.echo(keys.issue(account.user_id, account.username, account.generation, time.time()).token)
+
+
+@main.command()
+@click.argument("dest", type=click.Path(path_type=Path))
+@options("database")
+def backup(dest: Path, database: str) -> None:
+    """Copy the database to DEST, also while the server runs; verified before it gets that name."""
+    if dest.exists():
+        raise StartError(f"{dest} exists; it was left as it is")
+    if not dest.parent.is_dir():
+        raise StartError(f"The directory {dest.parent} does not exist")
+    part = dest.with_name(dest.name + ".part")
+    with reading(database) as source:
+        copy_database(source, part)
+    os.rename(part, dest)
+    sync_folder(dest.parent)
+    click.echo(f"{dest} holds {dest.stat().st_size} bytes, verified")
+
+
+def copy_database(source: sqlite3.Connection, part: Path) -> None:
+    """Copy from the snapshot that is open, in steps that show on a progress bar; sync and verify."""
+    part.unlink(missing_ok=True)
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    source.execute("SELECT 1 FROM sqlite_master").fetchone()  # the snapshot begins with the first read
+    target = sqlite3.connect(part, isolation_level=None)
+    try:
+        with click.progressbar(length=1, label="Copying", file=sys.stderr) as bar:
+
+            def show(status: int, remaining: int, total: int) -> None:
+                bar.length = total
+                bar.update(total - remaining - bar.pos)
+
+            source.backup(target, pages=1024, progress=show, sleep=0)
+        target.execute("PRAGMA journal_mode = delete")
+        trouble = find_trouble(target)
+    finally:
+        target.close()
+    if trouble:
+        part.unlink()
+        raise StartError(f"The copy is not sound ({trouble[0]}); it was thrown away")
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+CHECKS = {
+    "a server without an owner": "SELECT server_id FROM servers WHERE server_id NOT IN (SELECT server_id FROM members WHERE role = 'owner')",
+    "a number beyond its server's last": """SELECT message_id FROM messages m JOIN servers s ON s.server_id = m.server_id
+                                            WHERE m.seq > s.seq""",
+    "a message whose channel is of another server": """SELECT message_id FROM messages m JOIN channels c
+                                            ON c.channel_id = m.channel_id WHERE c.server_id <> m.server_id""",
+    "a reply across channels": """SELECT m.message_id FROM messages m JOIN messages r ON r.message_id = m.reply_to
+                                  WHERE r.channel_id <> m.channel_id""",
+    "a deleted message with text": "SELECT message_id FROM messages WHERE deleted = 1 AND content <> ''",
+}
+
+
+def find_trouble(db: sqlite3.Connection) -> list[str]:
+    """What is wrong with a database, in lines; none where it is sound."""
+    lines = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+    if lines:
+        return lines
+    lines += [
+        f"{row[0]} {row[1]} refers to a missing row of {row[2]}" for row in db.execute("PRAGMA foreign_key_check")
+    ]
+    for name, query in CHECKS.items():
+        lines += [f"{name}: {row[0]}" for row in db.execute(query)]
+    return lines
+
+
+@main.command()
+@options("database")
+def check(database: str) -> None:
+    """Check the database's integrity, and what refers to what; exit status 1 where something is wrong."""
+    with reading(database) as db:
+        lines = find_trouble(db)
+        counts = [
+            db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("users", "servers", "messages")
+        ]
+    for line in lines:
+        click.echo(line)
+    if lines:
+        raise StartError(f"{len(lines)} things are wrong with {database}")
+    click.echo("sound: {} users, {} servers, {} messages".format(*counts))
+
+
+@main.command()
+@click.option("--format", "shape", type=click.Choice(["jsonl", "html"]), default="jsonl", show_default=True)
+@click.option("--server", "server_id", type=int, help="Only the server of this id.")
+@click.option(
+    "--output", type=click.File("w", encoding="utf-8", lazy=False), default="-", help="A file; else standard output."
+)
+@options("database")
+def export(shape: str, server_id: int | None, output: typing.TextIO, database: str) -> None:
+    """Write out one server or all: a JSON object a line, or a page to read."""
+    with reading(database) as db:
+        ids = [row[0] for row in db.execute("SELECT server_id FROM servers ORDER BY server_id")]
+        if server_id is not None and server_id not in ids:
+            raise StartError(f"There is no server {server_id}")
+        write = write_html if shape == "html" else write_jsonl
+        write(export_things(db, ids if server_id is None else [server_id]), output)
+
+
+def export_things(db: sqlite3.Connection, server_ids: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Servers, their members and channels, and the channels' messages, oldest first, in the shapes of the wire."""
+    total = db.execute("SELECT count(*) FROM messages WHERE deleted = 0").fetchone()[0]
+    with click.progressbar(length=total, label="Exporting", file=sys.stderr) as bar:
+        for server_id in server_ids:
+            row = db.execute(
+                "SELECT server_id, name, created_at, seq FROM servers WHERE server_id = ?", (server_id,)
+            ).fetchone()
+            yield "server", dict(zip(("server_id", "name", "created_at", "seq"), row, strict=True))
+            yield from (("member", msgspec.to_builtins(member)) for member in members_of(db, server_id, (), 0))
+            for channel in channels_of(db, server_id):
+                yield "channel", msgspec.to_builtins(channel)
+                rows = db.execute(
+                    MESSAGE + "WHERE m.channel_id = ? AND m.deleted = 0 ORDER BY m.message_id", (channel.channel_id,)
+                )
+                for row in rows:
+                    bar.update(1)
+                    yield "message", msgspec.to_builtins(to_message(row))
+
+
+def write_jsonl(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:
+    for kind, thing in things:
+        output.write(json.dumps({"type": kind} | thing, ensure_ascii=False) + "\n")
+
+
+def write_html(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:
+    output.write(
+        '<!doctype html><meta charset="utf-8"><title>ChatRTC</title><style>body{font:16px/1.5 sans-serif;margin:2em auto;'
+    )
+    output.write("max-width:45em}time{color:#666;font-size:.8em}p{white-space:pre-wrap;margin:.3em 0}</style>\n")
+    for kind, thing in things:
+        thing = {key: html.escape(str(value)) for key, value in thing.items()}
+        if kind == "message":
+            output.write("<p><b>{author_username}</b> <time>{created_at}</time>\n{content}</p>\n".format(**thing))
+        elif kind in ("server", "channel"):
+            tag = "h1" if kind == "server" else "h2"
+            output.write(f"<{tag}>{thing['name']}</{tag}>\n")
+
+
+if __name__ == "__main__":
+    sys.modules.setdefault("chatrtc", sys.modules["__main__"])
+    main(prog_name="chatrtc")
