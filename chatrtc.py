@@ -30,9 +30,11 @@ Three laws: names point upward; every call is answered; what is published has be
 from __future__ import annotations
 
 import asyncio
+import base64
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import enum
 import fcntl
 import functools
@@ -40,6 +42,8 @@ import hashlib
 import hmac
 import html
 import inspect
+import io
+import ipaddress
 import json
 import logging
 import os
@@ -65,6 +69,7 @@ import aiosqlite
 import click
 import jwt
 import msgspec
+import segno
 import socketio
 from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -109,6 +114,15 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = ()
     tls_cert: Annotated[str | None, Meta(description="Certificate file (PEM) to serve https with.")] = None
     tls_key: Annotated[str | None, Meta(description="Key file (PEM) of that certificate.")] = None
+    tls_self_signed: Annotated[
+        bool,
+        Meta(
+            description="Serve https with a certificate made for this machine's addresses, and kept (needs chatrtc[tls])."
+        ),
+    ] = False
+    lan: Annotated[bool, Meta(description="Listen on the local network, and show the address with its QR code.")] = (
+        False
+    )
     no_rate_limit: Annotated[bool, Meta(description="Lift every limit on how often and how many; for benchmarks.")] = (
         False
     )
@@ -3451,6 +3465,10 @@ def read_settings(given: dict[str, Any]) -> Settings:
         raise StartError(f"A setting does not fit: {code_and_sentence[1]}") from None
     if (settings.tls_cert is None) != (settings.tls_key is None):
         raise StartError("--tls-cert and --tls-key go together")
+    if settings.tls_self_signed and settings.tls_cert is not None:
+        raise StartError("--tls-self-signed makes a certificate; --tls-cert brings one")
+    if settings.lan and settings.host == Settings().host:
+        settings = msgspec.structs.replace(settings, host="0.0.0.0")
     return settings
 
 
@@ -3481,11 +3499,13 @@ class ChatRTC:
         place = web.Application() if prefix.strip("/") else app
         place.middlewares.append(make_guard(self.settings))
         place.on_response_prepare.append(add_headers)
+        place.router.add_get("/invites/{code}.svg", functools.partial(send_invite_code, self.chat))
         for op in OPERATIONS.values():
             if op.method and op.path:
                 place.router.add_route(op.method, op.path, Route(self.chat, op).__call__)
         for path, text in (("/openapi.json", openapi), ("/asyncapi.json", asyncapi)):
             place.router.add_get(path, functools.partial(send_json, msgspec.json.encode(text())))
+        place.router.add_get("/", functools.partial(send_page, *page_with_policy()))
         self.sio.attach(place)
         place.on_startup.append(self._on_startup)
         place.on_shutdown.append(self._on_shutdown)
@@ -3581,6 +3601,39 @@ class ChatRTC:
             writer.close()
 
 
+def page_with_policy() -> tuple[bytes, str]:
+    """The chat page, and the policy that lets its own script and style run, by their hashes, and nothing else."""
+    page = asset("chatrtc.html")
+    hashes = {
+        tag: base64.b64encode(
+            hashlib.sha256(re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.S)[0]).digest()
+        ).decode()
+        for tag in (b"script", b"style")
+    }
+    return page, (
+        f"default-src 'none'; script-src 'sha256-{hashes[b'script']}'; style-src 'sha256-{hashes[b'style']}'; "
+        "connect-src 'self'; img-src 'self' data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+async def send_page(page: bytes, policy: str, request: web.Request) -> web.Response:
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
+    return web.Response(body=page, content_type="text/html", charset="utf-8", headers=headers)
+
+
+async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
+    """The QR code of an invite's link, for a camera."""
+    caller, args = Caller(None, request.remote or ""), InviteArgs(code=request.match_info["code"])
+    outcome = await settle(perform(chat, OPERATIONS["get_invite"], caller, args))
+    if isinstance(outcome, ChatError):
+        return refuse(outcome)
+    root = request.path.partition("/invites/")[0]
+    picture = io.BytesIO()
+    link = f"{request.scheme}://{request.host}{root}/#/invite/{args.code}"
+    segno.make(link, micro=False).save(picture, kind="svg", scale=8, border=2, light="#fff")
+    return web.Response(body=picture.getvalue(), content_type="image/svg+xml")
+
+
 async def send_json(body: bytes, request: web.Request) -> web.Response:
     return web.Response(body=body, content_type="application/json")
 
@@ -3622,7 +3675,7 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
         stopped = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-        click.echo(f"ChatRTC listening on {address_of(runner, context is not None)}")
+        announce(chat.settings, runner.addresses[0][:2], context is not None)
         await stopped.wait()
     finally:
         await runner.cleanup()
@@ -3631,21 +3684,78 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
 KEEPALIVE = 20.0
 
 
-def address_of(runner: web.AppRunner, tls: bool) -> str:
-    host, port = runner.addresses[0][:2]
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if tls else 'http'}://{host}:{port}"
+def announce(settings: Settings, address: tuple[str, int], tls: bool) -> None:
+    """Say where the server answers, for this machine and for others."""
+    host, port = address
+    scheme = "https" if tls else "http"
+    click.echo(f"ChatRTC listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+    link = f"{scheme}://{lan_address()}:{port}"
+    if ipaddress.ip_address(host).is_loopback:
+        click.echo(f"Only this machine can reach it; with --lan others on your network can, at {link}")
+    elif settings.lan:
+        click.echo(f"Others on your network: {link}")
+        segno.make(link, micro=False).terminal(compact=True, border=2)
+    sys.stdout.flush()
+
+
+def lan_address() -> str:
+    """This machine's address on the local network, as the system would choose it; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    if settings.tls_cert is None or settings.tls_key is None:
+    """The certificate to serve with, if any. Raises StartError."""
+    cert, key = settings.tls_cert, settings.tls_key
+    if settings.tls_self_signed:
+        cert, key = self_signed(Path(settings.database))
+    if cert is None or key is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key)
+        context.load_cert_chain(cert, key)
     except (OSError, ssl.SSLError) as error:
         raise StartError(f"The certificate cannot be used: {error}") from None
     return context
+
+
+def self_signed(database: Path) -> tuple[str, str]:
+    """A certificate and its key beside the database, made once for a year, so that browsers ask only once. Raises StartError."""
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+    except ImportError:
+        raise StartError("--tls-self-signed needs an extra: pip install 'chatrtc[tls]'") from None
+    addresses = sorted({"127.0.0.1", "::1", lan_address()})
+    path = database.with_name(f"{database.name}.tls.pem")
+    now = datetime.datetime.now(datetime.UTC)
+    if path.exists():
+        cert = x509.load_pem_x509_certificate(path.read_bytes())
+        named = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(
+            x509.IPAddress
+        )
+        if cert.not_valid_after_utc > now and {str(address) for address in named} >= set(addresses):
+            return str(path), str(path)
+        path.unlink()
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ChatRTC")])
+    names = [x509.DNSName("localhost"), *(x509.IPAddress(ipaddress.ip_address(address)) for address in addresses)]
+    cert = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=365))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secret + cert.public_bytes(pem))
+    return str(path), str(path)
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------
