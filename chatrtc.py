@@ -73,6 +73,7 @@ import segno
 import socketio
 from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType
+from multidict import CIMultiDict
 
 __version__ = "1.0.0"
 __all__ = ["ChatError", "ChatRTC", "Settings", "socket_server"]
@@ -789,6 +790,7 @@ VERSION = len(MIGRATIONS) + 1
 READERS = 3
 BATCH = 256  # jobs in a transaction at most
 WAITING = 20_000  # jobs that may wait for the writer
+DEADLINE = 8.0  # seconds for any call; shorter than the ping timeout
 PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "trusted_schema": 0, "cell_size_check": 1}
 
 R = TypeVar("R")
@@ -810,7 +812,7 @@ def utc(moment: float) -> str:
 def connect_writer(path: Path) -> sqlite3.Connection:
     """The connection that writes; refuses where a pragma does not hold, as WAL does not on some network file systems."""
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
-    db.execute("PRAGMA busy_timeout = 5000")
+    db.execute("PRAGMA busy_timeout = 100")  # nobody else writes; a program that does must not hold up the event loop
     for name, value in PRAGMAS.items():
         db.execute(f"PRAGMA {name} = {value}")
         if db.execute(f"PRAGMA {name}").fetchone()[0] != value:
@@ -927,15 +929,15 @@ class Lock:
 
 
 def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Awaitable[R]:
-    """Call `run` with the sqlite3 connection in its own thread: a whole transaction in one hop.
+    """Call `run` with the sqlite3 connection in its own thread, in one hop.
 
     aiosqlite offers one hop a statement; these are the two private names of it that this file uses.
     """
     return db._execute(run, db._conn, *args)  # type: ignore[no-untyped-call]
 
 
-def in_transaction(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatError]:
-    """Run the jobs in one transaction. One that refuses before it has changed anything does not disturb the others;
+def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatError]:
+    """Open a transaction and run the jobs in it. One that refuses before it has changed anything does not disturb the others;
     whatever else is raised undoes all."""
     outcomes: list[Done[Any] | ChatError] = []
     db.execute("BEGIN IMMEDIATE")
@@ -948,10 +950,27 @@ def in_transaction(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any
                 if db.total_changes != changes:
                     raise
                 outcomes.append(refusal)
+    except BaseException:
+        undo(db)
+        raise
+    return outcomes
+
+
+def commit(db: sqlite3.Connection) -> None:
+    try:
         db.execute("COMMIT")
     finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
+        undo(db)
+
+
+def undo(db: sqlite3.Connection) -> None:
+    if db.in_transaction:
+        db.execute("ROLLBACK")
+
+
+def in_transaction(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatError]:
+    outcomes = begin(db, jobs)
+    commit(db)
     return outcomes
 
 
@@ -963,33 +982,43 @@ def in_snapshot(db: sqlite3.Connection, question: Question[R], *args: Any) -> R:
         db.execute("ROLLBACK")
 
 
+class Entry(NamedTuple):
+    """A job in the writer's line."""
+
+    job: Job
+    future: asyncio.Future[Done[Any]]
+    long: bool
+
+
 class Store:
-    """The database, open. `publish` is called on the event loop with each committed job's effects, in the order of commits."""
+    """The database, open. `publish` is called on the event loop with each committed job's effects, in the order of commits.
+
+    What takes a few steps of an index is done on the event loop: a job's statements touch pages in memory and cost 20 us, and
+    a hop to a thread and back costs 150. What waits for the disk (COMMIT, which syncs) or may take long has a thread.
+    """
 
     def __init__(self, path: Path, publish: Callable[[Sequence[Effect]], None]) -> None:
         self.path = path
+        self.lock = Lock(path)
         self.trouble = ""  # why the last write failed; empty while writing works
         self._publish = publish
-        self._lock = Lock(path)
-        self._waiting: deque[tuple[Job, asyncio.Future[Done[Any]]]] = deque()
+        self._line: deque[Entry] = deque()
         self._wake = asyncio.Event()
+        self._rest = asyncio.Event()  # set while nothing waits to be written
         self._idle: asyncio.LifoQueue[aiosqlite.Connection] = asyncio.LifoQueue()
         self._readers: list[aiosqlite.Connection] = []
         self._writer: aiosqlite.Connection | None = None
+        self._near: sqlite3.Connection | None = None  # the event loop's own reader
         self._committer: asyncio.Task[None] | None = None
-
-    @property
-    def lock(self) -> Lock:
-        return self._lock
 
     async def open(self) -> None:
         """Take the lock, check and migrate the file, start the writer and the readers. Raises StartError."""
         if not self.path.parent.is_dir():
             raise StartError(f"The directory {self.path.parent} does not exist")
         try:
-            taken = self._lock.take()
+            taken = self.lock.take()
         except OSError as error:
-            raise StartError(f"Cannot open {self._lock.path}: {error.strerror}") from None
+            raise StartError(f"Cannot open {self.lock.path}: {error.strerror}") from None
         if not taken:
             raise StartError(f"{self.path} is in use by another ChatRTC")
         try:
@@ -998,6 +1027,7 @@ class Store:
             for _ in range(READERS):
                 self._readers.append(await aiosqlite.Connection(functools.partial(connect_reader, self.path), 64))
                 self._idle.put_nowait(self._readers[-1])
+            self._near = connect_reader(self.path)
         except BaseException:
             await self.close()
             raise
@@ -1006,67 +1036,102 @@ class Store:
     async def close(self) -> None:
         """Commit what waits, checkpoint, close."""
         if self._committer is not None:
-            while self._waiting and not self._committer.done():
-                await asyncio.sleep(0.01)
+            await asyncio.wait(
+                [self._committer, rest := asyncio.ensure_future(self._rest.wait())], return_when="FIRST_COMPLETED"
+            )
+            rest.cancel()
             self._committer.cancel()
             await asyncio.gather(self._committer, return_exceptions=True)
             self._committer = None
         for db in [*self._readers, *filter(None, [self._writer])]:
             await db.close()
+        if self._near is not None:
+            self._near.close()
         self._readers.clear()
-        self._writer = None
-        self._lock.release()
+        self._writer = self._near = None
+        self.lock.release()
+
+    def peek(self, question: Question[R], *args: Any) -> R:
+        """Ask, here and now, what takes a few steps of an index. Raises ChatError UNAVAILABLE where the file does not answer."""
+        if self._near is None:
+            raise ChatError("UNAVAILABLE")
+        try:
+            return in_snapshot(self._near, question, *args)
+        except sqlite3.OperationalError as error:
+            raise self._unreadable(error) from None
 
     async def read(self, question: Question[R], *args: Any) -> R:
-        """Ask in a snapshot of its own. Raises ChatError UNAVAILABLE where the file does not answer."""
+        """Ask what may take longer, on a thread. Raises ChatError UNAVAILABLE as well."""
         db = await self._idle.get()
         try:
             return await on_thread(db, in_snapshot, question, *args)
         except sqlite3.OperationalError as error:
-            log.error("reading %s failed: %s", self.path, error)
-            raise ChatError("UNAVAILABLE") from None
+            raise self._unreadable(error) from None
         finally:
             self._idle.put_nowait(db)
 
-    async def write(self, job: Job) -> Done[Any]:
+    def _unreadable(self, error: sqlite3.OperationalError) -> ChatError:
+        log.error("reading %s failed: %s", self.path, error)
+        return ChatError("UNAVAILABLE", "The database does not answer at the moment")
+
+    async def write(self, job: Job, *, long: bool = False) -> Done[Any]:
         """Have the job done in the next transaction, and return once it is synced and its effects are out.
 
         Raises what the job raises, and ChatError UNAVAILABLE where the file takes no writes. A caller that goes away in
-        between changes nothing: the job is done all the same.
+        between changes nothing: the job is done all the same. `long`: it takes more than a few steps of an index.
         """
-        if len(self._waiting) >= WAITING or self._committer is None or self._committer.done():
+        if len(self._line) >= WAITING or self._committer is None or self._committer.done():
             raise ChatError("UNAVAILABLE")
         future: asyncio.Future[Done[Any]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((job, future))
+        self._line.append(Entry(job, future, long))
+        self._rest.clear()
         self._wake.set()
         return await future
 
     async def _commit_forever(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            self._rest.set()
             await self._wake.wait()
             self._wake.clear()
-            while self._waiting:
-                batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
-                outcomes = await self._commit([job for job, _ in batch])
-                for (_, future), outcome in zip(batch, outcomes, strict=True):
-                    loop.call_soon(self._deliver, future, outcome)
+            while self._line:
+                batch = self._next_batch()
+                give_up = loop.call_later(DEADLINE, self._give_up, batch)
+                outcomes = await self._commit(batch)
+                give_up.cancel()
+                for entry, outcome in zip(batch, outcomes, strict=True):
+                    loop.call_soon(self._deliver, entry.future, outcome)
 
-    async def _commit(self, jobs: list[Job]) -> list[Done[Any] | BaseException]:
+    def _next_batch(self) -> list[Entry]:
+        """What goes into one transaction: a long job alone, the others together."""
+        batch = [self._line.popleft()]
+        while self._line and len(batch) < BATCH and not batch[0].long and not self._line[0].long:
+            batch.append(self._line.popleft())
+        return batch
+
+    async def _commit(self, batch: list[Entry]) -> list[Done[Any] | BaseException]:
         """One transaction for all; where that fails, one for each, so that none suffers from another."""
-        assert self._writer is not None
-        result = (await asyncio.gather(on_thread(self._writer, in_transaction, jobs), return_exceptions=True))[0]
+        result: list[Done[Any] | ChatError] | BaseException
+        (result,) = await asyncio.gather(self._transact(batch), return_exceptions=True)
         if not isinstance(result, BaseException):
             self.trouble = ""
             return list(result)
-        if len(jobs) > 1:
-            return [(await self._commit([job]))[0] for job in jobs]
+        if len(batch) > 1:
+            return [(await self._commit([entry]))[0] for entry in batch]
         if isinstance(result, sqlite3.OperationalError):
             await self._suffer(result)
-            return [
-                ChatError("UNAVAILABLE", f"The database takes no writes at the moment ({result}); nothing was changed")
-            ]
+            sentence = f"The database takes no writes at the moment ({result}); nothing was changed"
+            return [ChatError("UNAVAILABLE", sentence)]
         return [result]
+
+    async def _transact(self, batch: list[Entry]) -> list[Done[Any] | ChatError]:
+        assert self._writer is not None
+        jobs = [entry.job for entry in batch]
+        if batch[0].long:
+            return await on_thread(self._writer, in_transaction, jobs)
+        outcomes = begin(self._writer._conn, jobs)
+        await on_thread(self._writer, commit)
+        return outcomes
 
     async def _suffer(self, error: sqlite3.OperationalError) -> None:
         """Remember that writing fails; after a failed sync nothing may be assumed of the connection, so it is opened anew."""
@@ -1077,6 +1142,13 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 await self._writer.close()
                 self._writer = await aiosqlite.Connection(functools.partial(connect_writer, self.path), 64)
+
+    def _give_up(self, batch: list[Entry]) -> None:
+        """The disk takes too long: nobody is left waiting. What was asked for may still be done."""
+        self.trouble = self.trouble or f"a commit takes more than {DEADLINE:.0f} s"
+        for entry in [*batch, *self._line]:
+            if not entry.future.done():
+                entry.future.set_exception(ChatError("UNAVAILABLE", "The disk is too slow; it may still be done"))
 
     def _deliver(self, future: asyncio.Future[Done[Any]], outcome: Done[Any] | BaseException) -> None:
         """Tell the world, then the caller."""
@@ -1104,7 +1176,7 @@ MESSAGE = MESSAGE_FIELDS + "FROM messages m JOIN users u ON u.user_id = m.author
 FOUND = (
     MESSAGE_FIELDS
     + """FROM messages_fts f CROSS JOIN messages m ON m.message_id = f.rowid
-    JOIN users u ON u.user_id = m.author_id WHERE messages_fts MATCH :match AND f.rowid < :before """
+    JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id JOIN users u ON u.user_id = m.author_id WHERE messages_fts MATCH :match AND f.rowid < :before """
 )
 CHANNEL = "SELECT server_id, channel_id, name, kind, topic FROM channels "
 SERVER = """
@@ -1117,7 +1189,7 @@ UNINDEX = """
     FROM messages WHERE deleted = 0 AND message_id <= (SELECT indexed_id FROM search) AND """
 NAMED = re.compile(r"@([^\s@]{2,64})")
 REACTIONS_MAX = 50  # different ones on one message
-INDEX_STEP = 1000  # messages that search learns of in one transaction
+INDEX_STEP = 500  # messages that search learns of in one transaction
 
 
 class Standing(NamedTuple):
@@ -1956,6 +2028,7 @@ class Operation(NamedTuple):
     repeat_status: int  # where the thing had been done before
     limit: str | None
     acks: bool  # whether the ack carries the answer, or only says success
+    long: bool  # whether it may take more than a few steps of an index
     sentence: str
 
 
@@ -1974,6 +2047,7 @@ def operation(
     repeat_status: int | None = None,
     limit: str | None = None,
     acks: bool = True,
+    long: bool = False,
 ) -> Callable[[Run], Run]:
     """Put a function into the table."""
 
@@ -1983,7 +2057,7 @@ def operation(
         answer = typing.get_args(hints["return"])[0]
         OPERATIONS[run.__name__] = Operation(
             run.__name__, run, kind, event, method, path, who, hints["args"], answer, tuple(emits), status,
-            repeat_status or status, limit, acks, inspect.getdoc(run) or "",
+            repeat_status or status, limit, acks, long, inspect.getdoc(run) or "",
         )  # fmt: skip
         return run
 
@@ -2047,7 +2121,7 @@ def rename_server(at: Scope, args: RenameServer) -> Done[Server]:
     return Done(server_view(at.db, at.server_id, at.me.user_id), [Emit("server:updated", at.server_id, renamed)])
 
 
-@operation("write", "DELETE /servers/{server_id}", Who.OWNER, emits=["server:deleted"], status=204)
+@operation("write", "DELETE /servers/{server_id}", Who.OWNER, emits=["server:deleted"], status=204, long=True)
 def delete_server(at: Scope, args: ServerArgs) -> Done[None]:
     """Delete a server with everything in it."""
     at.db.execute("DELETE FROM servers WHERE server_id = ?", (at.server_id,))
@@ -2055,7 +2129,7 @@ def delete_server(at: Scope, args: ServerArgs) -> Done[None]:
     return Done(None, [Emit("server:deleted", at.server_id, deleted), CloseServer(at.server_id)])
 
 
-@operation("read", "GET /servers/{server_id}/members", Who.MEMBER)
+@operation("read", "GET /servers/{server_id}/members", Who.MEMBER, long=True)
 def list_members(at: Scope, args: ServerArgs) -> Done[Members]:
     """The members, with their roles and whether they are connected."""
     return Done(Members(members_of(at.db, at.server_id, at.here(), at.me.user_id)))
@@ -2343,7 +2417,7 @@ def reaction_notice(at: Scope, event: str, args: ReactionArgs) -> Emit:
     return Emit(event, at.server_id, changed)
 
 
-@operation("read", "GET /channels/{channel_id}/read", Who.MEMBER)
+@operation("read", "GET /channels/{channel_id}/read", Who.MEMBER, long=True)
 def get_read(at: Scope, args: ChannelArgs) -> Done[ReadState]:
     """How far I have read a channel, and what is unread: messages of others, and those that name me."""
     return Done(read_state(at.db, at.me.user_id, at.channel_id))
@@ -2363,7 +2437,7 @@ def mark_read(at: Scope, args: ReadArgs) -> Done[None]:
     return Done(None)
 
 
-@operation("read", "GET /servers/{server_id}/changes", Who.MEMBER)
+@operation("read", "GET /servers/{server_id}/changes", Who.MEMBER, long=True)
 def list_changes(at: Scope, args: ChangesArgs) -> Done[Changes]:
     """What came after a number of the server's sequence."""
     return Done(changes_since(at.db, args, at.here(), at.me.user_id))
@@ -2460,7 +2534,6 @@ def socket_server(
 # here that changes something runs between two awaits, so that nobody sees half of it.
 
 LOGIN_SECONDS = 10  # for a socket to authenticate
-DEADLINE = 8.0  # for any call; shorter than the ping timeout
 SESSIONS_KEPT = 10_000
 
 Listener = Callable[[Any], Awaitable[None]]
@@ -2506,42 +2579,40 @@ class Chat:
         self.connections: dict[str, Connection] = {}
         self.sockets: dict[int, set[str]] = {}  # user -> authenticated sockets
         self.listeners: dict[str, list[Listener]] = {}
-        self.epoch = (
-            0  # counts what takes a right away, or opens a channel: what was read before is not acted upon after
-        )
         self._sessions: dict[str, Me] = {}  # token -> who bears it, while it is known to stand
         self._heard: asyncio.Queue[tuple[Listener, Any]] = asyncio.Queue()
 
-    # Asking the database.
+    # Asking the database. What is asked by `peek` and acted upon before the next await still holds when it is acted upon.
 
-    async def steady(self, question: Question[R], *args: Any) -> R:
-        """Ask, and ask again if rights changed meanwhile: the answer holds at the moment it is returned."""
-        while True:
-            epoch = self.epoch
-            answer = await self.store.read(question, *args)
-            if epoch == self.epoch:
-                return answer
+    def ask(self, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
+        """Ask about what the arguments name, if the caller may. Raises ChatError."""
+        return self.store.peek(self.allowed, who, caller, args, question)
 
-    async def ask(self, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
-        """Ask about what the arguments name, if the caller may; as steadily."""
-        return await self.steady(self._allowed, who, caller, args, question)
+    async def ask_long(self, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
+        """Ask what may take longer."""
+        return await self.store.read(self.allowed, who, caller, args, question)
 
-    def _allowed(
+    def check(self, who: Who, caller: Caller, args: Args) -> None:
+        """Refuse who may not."""
+        self.ask(who, caller, args, lambda at, args: None)
+
+    def allowed(
         self, db: sqlite3.Connection, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]
     ) -> R:
         assert caller.me is not None
         at = Scope(db, caller.me, time.time(), self.presence)
         authorize(who, at, args)
-        return question(at, args)
+        answer: R = question(at, args)
+        return answer
 
-    async def recognise(self, token: str) -> Me:
+    def recognise(self, token: str) -> Me:
         """Who bears this token. Raises UNAUTHORIZED where it does not stand (any more)."""
         known = self._sessions.get(token)
         if known is not None and known.expires > time.time():
             return known
         user_id, generation, expires = self.keys.read(token)
         digest = token_digest(token)
-        account = await self.steady(standing, user_id, digest)
+        account = self.store.peek(standing, user_id, digest)
         if account is None or account.generation != generation:
             raise ChatError("UNAUTHORIZED", "Invalid token")
         if len(self._sessions) >= SESSIONS_KEPT:
@@ -2551,7 +2622,6 @@ class Chat:
 
     def forget_sessions(self, user_id: int) -> None:
         self._sessions = {token: me for token, me in self._sessions.items() if me.user_id != user_id}
-        self.epoch += 1
 
     # Carrying out.
 
@@ -2594,13 +2664,11 @@ class Chat:
         return [self.connections[sid] for sid in self.sockets.get(user_id, ()) if sid in self.connections]
 
     def open_channel(self, server_id: int, channel_id: int) -> None:
-        self.epoch += 1
         for sid in self.sio.members(f"server:{server_id}"):
             self.connections[sid].servers[server_id].add(channel_id)
             self.sio.enter(sid, f"channel:{channel_id}")
 
     def close_channel(self, server_id: int, channel_id: int) -> None:
-        self.epoch += 1
         for peer in self.voices.within(channel_id=channel_id):
             self.voices.leave(peer.sid)
         for sid in self.sio.members(f"channel:{channel_id}"):
@@ -2609,12 +2677,10 @@ class Chat:
         self.typists.close(channel_id)
 
     def close_server(self, server_id: int) -> None:
-        self.epoch += 1
         for sid in self.sio.members(f"server:{server_id}"):
             self.leave_server(self.connections[sid], server_id, quietly=True)
 
     def evict(self, server_id: int, user_id: int, cut: bool) -> None:
-        self.epoch += 1
         for connection in self.of_user(user_id):
             if self.leave_server(connection, server_id) and cut:
                 self.close(connection, final=False)
@@ -2796,7 +2862,7 @@ async def login(chat: Chat, caller: Caller, args: Credentials) -> Done[Account]:
     attempts = [("login", fold(args.username)), ("login_address", caller.address)]
     for attempt in attempts:
         chat.limiter.take(*attempt)
-    found = await chat.store.read(account_named, args.username)
+    found = chat.store.peek(account_named, args.username)
     if not await chat.passwords.check(args.password, found[1] if found else None) or found is None:
         raise ChatError("UNAUTHORIZED", "The username or the password is wrong")
     for attempt in attempts:
@@ -2822,7 +2888,7 @@ async def change_password(chat: Chat, caller: Caller, args: NewPassword) -> Done
     me = caller.me
     assert me is not None
     chat.limiter.take("login", fold(me.username))
-    stored = await chat.store.read(password_of, me.user_id)
+    stored = chat.store.peek(password_of, me.user_id)
     if stored is not None and not await chat.passwords.check(args.old_password or "", stored):
         raise ChatError("FORBIDDEN", "The old password is wrong")
     chat.limiter.give_back("login", fold(me.username))
@@ -2833,16 +2899,17 @@ async def change_password(chat: Chat, caller: Caller, args: NewPassword) -> Done
 
 async def index_all(chat: Chat) -> None:
     """Teach search all that is there by now, step by step, so that posting goes on."""
-    newest = await chat.store.read(unindexed)
-    while newest and (await chat.store.write(index_messages)).answer < newest:
+    newest = chat.store.peek(unindexed)
+    while newest and (await chat.store.write(index_messages, long=True)).answer < newest:
         pass
 
 
 @operation("live", "GET /servers/{server_id}/search", Who.MEMBER)
 async def search_messages(chat: Chat, caller: Caller, args: SearchArgs) -> Done[Messages]:
     """Messages that hold every word of `q`, newest first."""
+    chat.check(Who.MEMBER, caller, args)
     await index_all(chat)
-    return Done(await chat.ask(Who.MEMBER, caller, args, lambda at, args: search(at.db, args)))
+    return Done(await chat.ask_long(Who.MEMBER, caller, args, lambda at, args: search(at.db, args)))
 
 
 @operation("live", "GET /healthz", Who.ANYONE)
@@ -2882,7 +2949,7 @@ def bearer(caller: Caller) -> tuple[Connection, Me]:
 async def authenticate(chat: Chat, caller: Caller, args: TokenArgs) -> Done[Identity]:
     """Say who this socket belongs to (or pass `auth: {token}` in the handshake)."""
     assert caller.connection is not None
-    me = await chat.recognise(args.token)
+    me = chat.recognise(args.token)
     chat.admit(caller.connection, me)
     return Done(Identity(me.user_id, me.username))
 
@@ -2897,25 +2964,22 @@ async def heartbeat(chat: Chat, caller: Caller, args: Nothing) -> Done[None]:
 async def join_server(chat: Chat, caller: Caller, args: JoinServer) -> Done[Joined]:
     """Hear a server: its events from now on and, with `after`, what came after that number. Nothing falls in between."""
     connection, me = bearer(caller)
-    channels = await chat.ask(Who.MEMBER, caller, args, lambda at, _: channels_of(at.db, at.server_id))
+    channels = chat.ask(Who.MEMBER, caller, args, lambda at, _: channels_of(at.db, at.server_id))
     chat.join_server(connection, args.server_id, [channel.channel_id for channel in channels])
-    seq, changes = await chat.store.read(
-        missed, chat.presence, me.user_id, args
-    )  # after joining: what was told before is in it
+    # What was told before this moment is on disk: it is among what is read now.
+    if args.after is None:
+        seq, changes = chat.ask(Who.MEMBER, caller, args, missed)
+    else:
+        seq, changes = await chat.ask_long(Who.MEMBER, caller, args, missed)
     return Done(Joined(chat.presence.visible(args.server_id, me.user_id), seq, changes))
 
 
-def missed(
-    db: sqlite3.Connection, presence: Presence, user_id: int, args: JoinServer
-) -> tuple[int, Changes | UnsetType]:
+def missed(at: Scope, args: JoinServer) -> tuple[int, Changes | UnsetType]:
     """The server's last number, and what came after the one given."""
-    row = db.execute("SELECT seq FROM servers WHERE server_id = ?", (args.server_id,)).fetchone()
-    if row is None:
-        raise ChatError("NOT_FOUND", "There is no such server")
     if args.after is None:
-        return row[0], UNSET
-    since = ChangesArgs(server_id=args.server_id, after=args.after)
-    return row[0], changes_since(db, since, presence.visible(args.server_id, user_id), user_id)
+        return last_seq(at.db, at.server_id), UNSET
+    since = ChangesArgs(server_id=at.server_id, after=args.after)
+    return last_seq(at.db, at.server_id), changes_since(at.db, since, at.here(), at.me.user_id)
 
 
 @operation("live", None, Who.USER, event="leave_server", emits=["user:disconnected"])
@@ -2923,7 +2987,7 @@ async def leave_server(chat: Chat, caller: Caller, args: ServerArgs) -> Done[Non
     """Hear a server no longer."""
     connection, _ = bearer(caller)
     if not chat.leave_server(connection, args.server_id):
-        await chat.ask(Who.MEMBER, caller, args, lambda at, _: None)  # says what is wrong, if anything is
+        chat.check(Who.MEMBER, caller, args)  # says what is wrong, if anything is
     return Done(None)
 
 
@@ -2933,7 +2997,7 @@ async def typing_start(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[No
     connection, me = bearer(caller)
     if not chat.typists.typing(args.channel_id, me.user_id):
         chat.limiter.take("event", me.user_id)
-        await chat.ask(Who.MEMBER, caller, args, lambda at, _: None)
+        chat.check(Who.MEMBER, caller, args)
     if not connection.closed:
         chat.start_typing(args.channel_id, me, connection.sid)
     return Done(None)
@@ -2945,7 +3009,7 @@ async def typing_stop(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[Non
     _, me = bearer(caller)
     if not chat.typists.typing(args.channel_id, me.user_id):
         chat.limiter.take("event", me.user_id)
-        await chat.ask(Who.MEMBER, caller, args, lambda at, _: None)
+        chat.check(Who.MEMBER, caller, args)
     chat.stop_typing(args.channel_id, me.user_id)
     return Done(None)
 
@@ -2954,7 +3018,7 @@ async def typing_stop(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[Non
 async def voice_join(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[VoiceJoined]:
     """Enter a voice channel, leaving the one that the socket was in. Who is there already is in the answer."""
     connection, me = bearer(caller)
-    channel = await chat.ask(Who.MEMBER, caller, args, lambda at, _: channel_view(at.db, at.channel_id))
+    channel = chat.ask(Who.MEMBER, caller, args, lambda at, _: channel_view(at.db, at.channel_id))
     if channel.kind != "voice":
         raise ChatError("BAD_REQUEST", "This is no voice channel")
     if connection.closed:
@@ -2980,7 +3044,7 @@ async def voice_leave(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[Non
     if peer is not None and peer.channel_id == args.channel_id:
         chat.leave_voice(connection.sid)
     else:
-        await chat.ask(Who.MEMBER, caller, args, lambda at, _: None)
+        chat.check(Who.MEMBER, caller, args)
     return Done(None)
 
 
@@ -2990,7 +3054,7 @@ async def voice_signal(chat: Chat, caller: Caller, args: SignalArgs) -> Done[Non
     connection, me = bearer(caller)
     sender = chat.voices.of(connection.sid)
     if sender is None or sender.channel_id != args.channel_id:
-        await chat.ask(Who.MEMBER, caller, ChannelArgs(channel_id=args.channel_id), lambda at, _: None)
+        chat.check(Who.MEMBER, caller, ChannelArgs(channel_id=args.channel_id))
         raise ChatError("FORBIDDEN", "You are not in this voice channel")
     peer = chat.voices.named(args.channel_id, args.to)
     if peer is None:
@@ -3007,6 +3071,7 @@ async def voice_signal(chat: Chat, caller: Caller, args: SignalArgs) -> Done[Non
 BODY_MAX = 256 * 1024
 BODY_SECONDS = 10
 HEADERS = {
+    "Server": "ChatRTC",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -3027,7 +3092,7 @@ async def settle(work: Awaitable[Done[Any]]) -> Done[Any] | ChatError:
         return ChatError("INTERNAL_ERROR")
 
 
-def in_scope(op: Operation, me: Me, args: Any, presence: Presence, db: sqlite3.Connection) -> Done[Any]:
+def in_scope(db: sqlite3.Connection, op: Operation, me: Me, args: Any, presence: Presence) -> Done[Any]:
     """Run an operation in the transaction that is open: allowed now, or not at all."""
     at = Scope(db, me, time.time(), presence)
     authorize(op.who, at, args)
@@ -3042,13 +3107,14 @@ async def perform(chat: Chat, op: Operation, caller: Caller, args: Any) -> Done[
     whose = caller.address if limit and limit.by == "address" else me.user_id
     if limit and op.limit:
         chat.limiter.take(op.limit, whose)
-    async with asyncio.timeout(DEADLINE):
-        if op.kind == "live":
-            done: Done[Any] = await op.run(chat, caller, args)
-        elif op.kind == "read":
-            done = await chat.store.read(lambda db: in_scope(op, me, args, chat.presence, db))
-        else:
-            done = await chat.store.write(lambda db: in_scope(op, me, args, chat.presence, db))
+    job = functools.partial(in_scope, op=op, me=me, args=args, presence=chat.presence)
+    if op.kind == "write":
+        done: Done[Any] = await chat.store.write(job, long=op.long)
+    elif op.kind == "read" and not op.long:
+        done = chat.store.peek(job)
+    else:
+        async with asyncio.timeout(DEADLINE):
+            done = await (op.run(chat, caller, args) if op.kind == "live" else chat.store.read(job))
     if limit and op.limit and limit.failures:
         chat.limiter.give_back(op.limit, whose)
     return done
@@ -3068,12 +3134,25 @@ def from_text(numeric: Collection[str], name: str, text: str) -> int | str:
     return int(text) if name in numeric and re.fullmatch(r"-?[0-9]{1,30}", text) else text
 
 
+def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """A response of our kind; `body` None: none."""
+    fields = CIMultiDict(HEADERS)
+    if headers:
+        fields.update(headers)
+    if body is None:
+        return web.Response(status=status, headers=fields)
+    fields["Content-Type"] = "application/json"
+    return web.Response(body=msgspec.json.encode(body), status=status, headers=fields)
+
+
 async def read_body(request: web.Request) -> bytes:
     """The body, bounded in size and time. Raises BAD_REQUEST, TOO_LARGE."""
     if "Content-Encoding" in request.headers:
         raise ChatError("BAD_REQUEST", "A compressed body is not taken")
     if (request.content_length or 0) > BODY_MAX:
         raise ChatError("TOO_LARGE", f"A body has {BODY_MAX} bytes at most")
+    if request.content.is_eof():  # all of it is here, as mostly
+        return request.content.read_nowait()
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -3101,14 +3180,10 @@ class Route:
     async def __call__(self, request: web.Request) -> web.Response:
         outcome = await settle(self.answer(request))
         if isinstance(outcome, ChatError):
-            return refuse(outcome)
-        headers = {"Idempotent-Replayed": "true"} if outcome.repeat else {}
+            return refuse(outcome, request)
         status = self.op.repeat_status if outcome.repeat else self.op.status
-        if status == 204:
-            return web.Response(status=status, headers=headers)
-        return web.Response(
-            body=msgspec.json.encode(outcome.answer), status=status, headers=headers, content_type="application/json"
-        )
+        headers = cors_headers(request) | ({"Idempotent-Replayed": "true"} if outcome.repeat else {})
+        return respond(None if status == 204 else outcome.answer, status, headers)
 
     async def answer(self, request: web.Request) -> Done[Any]:
         address = request.remote or ""
@@ -3117,7 +3192,7 @@ class Route:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             if scheme.lower() != "bearer":
                 raise ChatError("UNAUTHORIZED")
-            me = await self.chat.recognise(token.strip())
+            me = self.chat.recognise(token.strip())
             self.chat.limiter.take("request", me.user_id)
         return await perform(self.chat, self.op, Caller(me, address), await self.read_args(request))
 
@@ -3153,12 +3228,10 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         raise ChatError("BAD_REQUEST", "The body is not JSON") from None
 
 
-def refuse(error: ChatError) -> web.Response:
-    response = web.Response(
-        body=msgspec.json.encode(error.body()), status=error.status, content_type="application/json"
-    )
-    if error.retry_after is not None:
-        response.headers["Retry-After"] = str(error.body()["retry_after"])
+def refuse(error: ChatError, request: web.BaseRequest) -> web.Response:
+    body = error.body()
+    retry = {"Retry-After": str(body["retry_after"])} if error.retry_after is not None else {}
+    response = respond(body, error.status, cors_headers(request) | retry)
     if error.code == "TOO_LARGE":
         response.force_close()
     return response
@@ -3186,14 +3259,14 @@ def make_guard(settings: Settings) -> Callable[..., Awaitable[web.StreamResponse
         if request.path.endswith(("/socket.io/", "/socket.io")):
             return await handler(request)
         if not origin_allowed(request, allowed):
-            return refuse(ChatError("FORBIDDEN", "Pages of this origin may not use this server"))
+            return refuse(ChatError("FORBIDDEN", "Pages of this origin may not use this server"), request)
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-            return web.Response(status=204, headers=PREFLIGHT)
+            return respond(None, 204, cors_headers(request) | PREFLIGHT)
         try:
             return await handler(request)
         except web.HTTPException as error:
             code = {413: "TOO_LARGE", 404: "NOT_FOUND", 405: "NOT_FOUND"}.get(error.status, "BAD_REQUEST")
-            return refuse(ChatError(code, "There is no such route" if code == "NOT_FOUND" else None))
+            return refuse(ChatError(code, "There is no such route" if code == "NOT_FOUND" else None), request)
 
     return guard
 
@@ -3203,11 +3276,6 @@ PREFLIGHT = {
     "Access-Control-Allow-Headers": "Authorization, Content-Type",
     "Access-Control-Max-Age": "600",
 }
-
-
-async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    for name, value in (HEADERS | cors_headers(request)).items():
-        response.headers.setdefault(name, value)
 
 
 # Socket.IO.
@@ -3498,7 +3566,6 @@ class ChatRTC:
         """Mount REST, Socket.IO and the page under `prefix`; the app's start-up and clean-up open and close the chat."""
         place = web.Application() if prefix.strip("/") else app
         place.middlewares.append(make_guard(self.settings))
-        place.on_response_prepare.append(add_headers)
         place.router.add_get("/invites/{code}.svg", functools.partial(send_invite_code, self.chat))
         for op in OPERATIONS.values():
             if op.method and op.path:
@@ -3534,7 +3601,7 @@ class ChatRTC:
     async def _call(self, op: Operation, *, author_id: int | None = None, **args: Any) -> Any:
         me = None
         if author_id is not None:
-            account = await self.chat.steady(standing, author_id, b"")
+            account = self.chat.store.peek(standing, author_id, b"")
             if account is None:
                 raise ChatError("NOT_FOUND", "There is no such user")
             me = Me(account.user_id, account.username, account.status, account.generation)
@@ -3617,8 +3684,12 @@ def page_with_policy() -> tuple[bytes, str]:
 
 
 async def send_page(page: bytes, policy: str, request: web.Request) -> web.Response:
-    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
-    return web.Response(body=page, content_type="text/html", charset="utf-8", headers=headers)
+    headers = HEADERS | {
+        "Content-Security-Policy": policy,
+        "Cache-Control": "no-cache",
+        "Content-Type": "text/html; charset=utf-8",
+    }
+    return web.Response(body=page, headers=headers)
 
 
 async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
@@ -3626,16 +3697,16 @@ async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
     caller, args = Caller(None, request.remote or ""), InviteArgs(code=request.match_info["code"])
     outcome = await settle(perform(chat, OPERATIONS["get_invite"], caller, args))
     if isinstance(outcome, ChatError):
-        return refuse(outcome)
+        return refuse(outcome, request)
     root = request.path.partition("/invites/")[0]
     picture = io.BytesIO()
     link = f"{request.scheme}://{request.host}{root}/#/invite/{args.code}"
     segno.make(link, micro=False).save(picture, kind="svg", scale=8, border=2, light="#fff")
-    return web.Response(body=picture.getvalue(), content_type="image/svg+xml")
+    return web.Response(body=picture.getvalue(), headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
 
 async def send_json(body: bytes, request: web.Request) -> web.Response:
-    return web.Response(body=body, content_type="application/json")
+    return web.Response(body=body, headers=HEADERS | cors_headers(request) | {"Content-Type": "application/json"})
 
 
 async def do_chores(chat: Chat) -> None:
@@ -3645,8 +3716,8 @@ async def do_chores(chat: Chat) -> None:
         await asyncio.sleep(CHORES_EVERY)
         with contextlib.suppress(ChatError):
             await index_all(chat)
-            while await chat.store.read(deleted_channels):
-                await chat.store.write(purge_channels)
+            while chat.store.peek(deleted_channels):
+                await chat.store.write(purge_channels, long=True)
 
 
 async def serve_until_stopped(settings: dict[str, Any]) -> None:
