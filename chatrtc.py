@@ -809,6 +809,15 @@ def utc(moment: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a power cut."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def connect_writer(path: Path) -> sqlite3.Connection:
     """The connection that writes; refuses where a pragma does not hold, as WAL does not on some network file systems."""
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
@@ -867,6 +876,7 @@ def prepare(path: Path) -> sqlite3.Connection:
         raise StartError(f"The directory {path.parent} does not exist")
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        sync_folder(path.parent)
         db = connect_writer(path)
     except OSError as error:
         raise StartError(f"Cannot open {path}: {error.strerror}") from None
@@ -1747,7 +1757,7 @@ def same_password(password: str, stored: str | None) -> bool:
     return hmac.compare_digest(made, stored or DUMMY) and stored is not None
 
 
-DUMMY = hash_password(secrets.token_hex(), secrets.token_bytes(16), **SCRYPT)
+DUMMY = f"scrypt${SCRYPT['n']}${SCRYPT['r']}${SCRYPT['p']}${secrets.token_hex(16)}${secrets.token_hex(32)}"  # of no password
 
 
 class Passwords:
@@ -1863,13 +1873,20 @@ class Limiter:
         left, then = self._buckets.get((name, whose), (limit.burst, now))
         return min(limit.burst, left + (now - then) * limit.per_second), now
 
+    def check(self, name: str, whose: object) -> None:
+        """Raises RATE_LIMITED where one more would be one too many."""
+        left, _ = self.level(name, whose)
+        if left < 1 and self._enabled:
+            raise ChatError("RATE_LIMITED", retry_after=(1 - left) / LIMITS[name].per_second)
+
     def take(self, name: str, whose: object) -> None:
         """Count one; raises RATE_LIMITED where that is one too many."""
-        if not self._enabled:
-            return
+        if self._enabled:
+            self.check(name, whose)
+            self.count(name, whose)
+
+    def count(self, name: str, whose: object) -> None:
         left, now = self.level(name, whose)
-        if left < 1:
-            raise ChatError("RATE_LIMITED", retry_after=(1 - left) / LIMITS[name].per_second)
         self._buckets[name, whose] = (left - 1, now)
         if len(self._buckets) > BUCKETS_KEPT:
             self._forget()
@@ -2586,7 +2603,8 @@ class Chat:
 
     def ask(self, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
         """Ask about what the arguments name, if the caller may. Raises ChatError."""
-        return self.store.peek(self.allowed, who, caller, args, question)
+        answer: R = self.store.peek(self.allowed, who, caller, args, question)
+        return answer
 
     async def ask_long(self, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
         """Ask what may take longer."""
@@ -2830,9 +2848,13 @@ def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: s
 
 async def make_account(chat: Chat, caller: Caller, args: NewUser | NewGuest, password: str | None) -> Done[Account]:
     clock = time.time()
-    chat.limiter.take("invite", caller.address)
-    done = await chat.store.write(lambda db: create_account(db, args, password, clock))
-    chat.limiter.give_back("invite", caller.address)
+    chat.limiter.check("invite", caller.address)
+    try:
+        done = await chat.store.write(lambda db: create_account(db, args, password, clock))
+    except ChatError as refusal:
+        if refusal.code == "NOT_FOUND":
+            chat.limiter.count("invite", caller.address)
+        raise
     return Done(chat.keys.issue(done.answer, args.username, 0, clock))
 
 
@@ -3100,24 +3122,35 @@ def in_scope(db: sqlite3.Connection, op: Operation, me: Me, args: Any, presence:
     return done
 
 
+async def carry_through(chat: Chat, op: Operation, me: Me, caller: Caller, args: Any) -> Done[Any]:
+    """Run an operation where its kind belongs: in the next commit, in a snapshot, or on the living chat."""
+    job = functools.partial(in_scope, op=op, me=me, args=args, presence=chat.presence)
+    if op.kind == "write":
+        return await chat.store.write(job, long=op.long)
+    if op.kind == "read" and not op.long:
+        return chat.store.peek(job)
+    async with asyncio.timeout(DEADLINE):
+        done: Done[Any] = await (op.run(chat, caller, args) if op.kind == "live" else chat.store.read(job))
+    return done
+
+
 async def perform(chat: Chat, op: Operation, caller: Caller, args: Any) -> Done[Any]:
     """Do what an operation says; nobody else calls it. Raises ChatError, TimeoutError."""
     me = caller.me or Me(0, "")
     limit = LIMITS.get(op.limit or "")
-    whose = caller.address if limit and limit.by == "address" else me.user_id
-    if limit and op.limit:
+    if limit is None or op.limit is None:
+        return await carry_through(chat, op, me, caller, args)
+    whose = caller.address if limit.by == "address" else me.user_id
+    if not limit.failures:
         chat.limiter.take(op.limit, whose)
-    job = functools.partial(in_scope, op=op, me=me, args=args, presence=chat.presence)
-    if op.kind == "write":
-        done: Done[Any] = await chat.store.write(job, long=op.long)
-    elif op.kind == "read" and not op.long:
-        done = chat.store.peek(job)
-    else:
-        async with asyncio.timeout(DEADLINE):
-            done = await (op.run(chat, caller, args) if op.kind == "live" else chat.store.read(job))
-    if limit and op.limit and limit.failures:
-        chat.limiter.give_back(op.limit, whose)
-    return done
+        return await carry_through(chat, op, me, caller, args)
+    chat.limiter.check(op.limit, whose)
+    try:
+        return await carry_through(chat, op, me, caller, args)
+    except ChatError as refusal:
+        if refusal.code == "NOT_FOUND":
+            chat.limiter.count(op.limit, whose)
+        raise
 
 
 # REST.
@@ -4069,14 +4102,6 @@ def copy_database(source: sqlite3.Connection, part: Path) -> None:
         raise StartError(f"The copy is not sound ({trouble[0]}); it was thrown away")
     with part.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 CHECKS = {
