@@ -806,7 +806,13 @@ def asset(name: str) -> bytes:
 
 
 def utc(moment: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+    """A moment (Unix seconds) as the wire has it."""
+    return utc_second(int(moment))
+
+
+@functools.lru_cache(maxsize=8)
+def utc_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
 
 
 def sync_folder(folder: Path) -> None:
