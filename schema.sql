@@ -59,7 +59,7 @@ CREATE TABLE invites (
     uses       INTEGER NOT NULL DEFAULT 0,
     expires_at TEXT,                               -- NULL: never
     CHECK (max_uses IS NULL OR uses <= max_uses)
-) STRICT, WITHOUT ROWID;
+) STRICT;
 CREATE INDEX invites_by_server ON invites (server_id);
 
 -- A channel without a server is deleted: nobody finds it any more, and its messages go little by little, so that a channel of
