@@ -1194,6 +1194,7 @@ FOUND = (
     + """FROM messages_fts f CROSS JOIN messages m ON m.message_id = f.rowid
     JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id JOIN users u ON u.user_id = m.author_id WHERE messages_fts MATCH :match AND f.rowid < :before """
 )
+INVITE = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
 CHANNEL = "SELECT server_id, channel_id, name, kind, topic FROM channels "
 SERVER = """
     SELECT s.server_id, s.name, (SELECT user_id FROM members o WHERE o.server_id = s.server_id AND o.role = 'owner'),
@@ -1253,6 +1254,37 @@ def insert_user(db: sqlite3.Connection, username: str, password: str | None, now
     return int(row[0])
 
 
+def update_status(db: sqlite3.Connection, user_id: int, status: Status) -> None:
+    db.execute("UPDATE users SET status = ? WHERE user_id = ?", (status, user_id))
+
+
+def update_password(db: sqlite3.Connection, user_id: int, before: str | None, password: str) -> int:
+    """Set a password; all tokens end. The new generation. Raises CONFLICT where somebody else set one meanwhile."""
+    row = db.execute(
+        """UPDATE users SET password = ?, generation = generation + 1
+           WHERE user_id = ? AND password IS ? AND deleted = 0 RETURNING generation""",
+        (password, user_id, before),
+    ).fetchone()
+    if row is None:
+        raise ChatError("CONFLICT", "The password was changed meanwhile")
+    return int(row[0])
+
+
+def close_account(db: sqlite3.Connection, user_id: int) -> None:
+    db.execute(
+        "UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?", (user_id,)
+    )
+
+
+def accounts(db: sqlite3.Connection) -> list[tuple[int, str, str]]:
+    """Id, name and beginning of each account that stands."""
+    return db.execute("SELECT user_id, username, created_at FROM users WHERE deleted = 0 ORDER BY user_id").fetchall()
+
+
+def insert_revoked(db: sqlite3.Connection, digest: bytes, expires: float) -> None:
+    db.execute("INSERT OR IGNORE INTO revoked_tokens VALUES (?, ?)", (digest, expires))
+
+
 def profile(db: sqlite3.Connection, user_id: int) -> Profile:
     row = db.execute(
         "SELECT user_id, username, status, created_at, password IS NULL FROM users WHERE user_id = ?", (user_id,)
@@ -1277,6 +1309,41 @@ def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
 
 def last_seq(db: sqlite3.Connection, server_id: int) -> int:
     return int(db.execute("SELECT seq FROM servers WHERE server_id = ?", (server_id,)).fetchone()[0])
+
+
+def insert_server(db: sqlite3.Connection, name: str, now: str) -> int:
+    row = db.execute("INSERT INTO servers (name, created_at) VALUES (?, ?) RETURNING server_id", (name, now)).fetchone()
+    return int(row[0])
+
+
+def update_name(db: sqlite3.Connection, server_id: int, name: str) -> int:
+    db.execute("UPDATE servers SET name = ? WHERE server_id = ?", (name, server_id))
+    return next_seq(db, server_id)
+
+
+def drop_server(db: sqlite3.Connection, server_id: int) -> None:
+    db.execute("DELETE FROM servers WHERE server_id = ?", (server_id,))
+
+
+def place_of_server(db: sqlite3.Connection, server_id: int, user_id: int) -> tuple[int, Role | None] | None:
+    """The server, if it is there, and the user's role in it."""
+    found: tuple[int, Role | None] | None = db.execute(
+        """SELECT s.server_id, m.role FROM servers s
+           LEFT JOIN members m ON m.server_id = s.server_id AND m.user_id = ? WHERE s.server_id = ?""",
+        (user_id, server_id),
+    ).fetchone()
+    return found
+
+
+def place_of_channel(db: sqlite3.Connection, channel_id: int, user_id: int) -> tuple[int, Role | None] | None:
+    """The channel's server, if they are there, and the user's role in it."""
+    found: tuple[int, Role | None] | None = db.execute(
+        """SELECT c.server_id, m.role FROM channels c
+           LEFT JOIN members m ON m.server_id = c.server_id AND m.user_id = ?
+           WHERE c.channel_id = ? AND c.server_id IS NOT NULL""",
+        (user_id, channel_id),
+    ).fetchone()
+    return found
 
 
 def server_view(db: sqlite3.Connection, server_id: int, user_id: int) -> Server:
@@ -1329,14 +1396,63 @@ def is_banned(db: sqlite3.Connection, server_id: int, user_id: int) -> bool:
     return found is not None
 
 
+def bans_of(db: sqlite3.Connection, server_id: int) -> list[Ban]:
+    rows = db.execute(
+        """SELECT b.server_id, b.user_id, u.username, b.banned_by, b.banned_at
+           FROM bans b JOIN users u ON u.user_id = b.user_id WHERE b.server_id = ? ORDER BY b.user_id""",
+        (server_id,),
+    )
+    return [Ban(*row) for row in rows]
+
+
+def insert_ban(db: sqlite3.Connection, server_id: int, user_id: int, banned_by: int, now: str) -> None:
+    db.execute("INSERT OR IGNORE INTO bans VALUES (?, ?, ?, ?)", (server_id, user_id, banned_by, now))
+
+
+def drop_ban(db: sqlite3.Connection, server_id: int, user_id: int) -> bool:
+    """Whether there was one."""
+    return db.execute("DELETE FROM bans WHERE server_id = ? AND user_id = ?", (server_id, user_id)).rowcount > 0
+
+
+def insert_invite(db: sqlite3.Connection, invite: Invite, created_by: int) -> None:
+    db.execute(
+        "INSERT INTO invites (code, server_id, created_by, max_uses, expires_at) VALUES (?, ?, ?, ?, ?)",
+        (invite.code, invite.server_id, created_by, invite.max_uses, invite.expires_at),
+    )
+
+
+def invites_of(db: sqlite3.Connection, server_id: int) -> list[Invite]:
+    return [Invite(*row) for row in db.execute(INVITE + "WHERE server_id = ? ORDER BY rowid", (server_id,))]
+
+
+def invited_to(db: sqlite3.Connection, code: str) -> int | None:
+    """The server that the invite, used up or not, is for."""
+    row = db.execute("SELECT server_id FROM invites WHERE code = ?", (code,)).fetchone()
+    return row[0] if row else None
+
+
+def invite_preview(db: sqlite3.Connection, invite: Invite) -> InvitePreview:
+    row = db.execute(
+        """SELECT name, (SELECT count(*) FROM members m WHERE m.server_id = s.server_id)
+           FROM servers s WHERE server_id = ?""",
+        (invite.server_id,),
+    ).fetchone()
+    return InvitePreview(invite.code, invite.server_id, *row)
+
+
 def open_invite(db: sqlite3.Connection, code: str, now: str) -> Invite | None:
     """The invite, if it is there, not expired and not used up."""
-    row = db.execute(
-        """SELECT code, server_id, max_uses, uses, expires_at FROM invites
-           WHERE code = ? AND (max_uses IS NULL OR uses < max_uses) AND (expires_at IS NULL OR expires_at > ?)""",
-        (code, now),
-    ).fetchone()
+    valid = "(max_uses IS NULL OR uses < max_uses) AND (expires_at IS NULL OR expires_at > ?)"
+    row = db.execute(INVITE + "WHERE code = ? AND " + valid, (code, now)).fetchone()
     return Invite(*row) if row else None
+
+
+def count_use(db: sqlite3.Connection, code: str) -> None:
+    db.execute("UPDATE invites SET uses = uses + 1 WHERE code = ?", (code,))
+
+
+def drop_invite(db: sqlite3.Connection, code: str) -> None:
+    db.execute("DELETE FROM invites WHERE code = ?", (code,))
 
 
 def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str) -> int:
@@ -1348,6 +1464,20 @@ def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role,
 def drop_member(db: sqlite3.Connection, server_id: int, user_id: int) -> int:
     db.execute("DELETE FROM members WHERE server_id = ? AND user_id = ?", (server_id, user_id))
     return next_seq(db, server_id, "members")
+
+
+def update_role(db: sqlite3.Connection, server_id: int, user_id: int, role: Role) -> int:
+    db.execute("UPDATE members SET role = ? WHERE server_id = ? AND user_id = ?", (role, server_id, user_id))
+    return next_seq(db, server_id, "members")
+
+
+def heir_of(db: sqlite3.Connection, server_id: int) -> int | None:
+    """Who comes after the owner: the first admin, else the first member."""
+    row = db.execute(
+        "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1",
+        (server_id,),
+    ).fetchone()
+    return row[0] if row else None
 
 
 def add_channel(
@@ -1362,6 +1492,24 @@ def add_channel(
     if row is None:
         raise ChatError("CONFLICT", "The server has a channel of this name")
     return Channel(*row), next_seq(db, server_id, "channels")
+
+
+def update_channel(db: sqlite3.Connection, server_id: int, channel_id: int, name: str, topic: str) -> int:
+    """The number of that change. Raises CONFLICT where another channel has the name."""
+    taken = "SELECT 1 FROM channels WHERE server_id = ? AND name_key = ? AND channel_id <> ?"
+    if db.execute(taken, (server_id, fold(name), channel_id)).fetchone():
+        raise ChatError("CONFLICT", "The server has a channel of this name")
+    db.execute(
+        "UPDATE channels SET name = ?, name_key = ?, topic = ? WHERE channel_id = ?",
+        (name, fold(name), topic, channel_id),
+    )
+    return next_seq(db, server_id, "channels")
+
+
+def drop_channel(db: sqlite3.Connection, server_id: int, channel_id: int) -> int:
+    """Take the channel out of its server; its messages go later (`purge_channels`)."""
+    db.execute("UPDATE channels SET server_id = NULL WHERE channel_id = ?", (channel_id,))
+    return next_seq(db, server_id, "channels")
 
 
 def to_message(row: Sequence[Any]) -> Message:
@@ -1492,6 +1640,18 @@ def touch_message(db: sqlite3.Connection, server_id: int, message_id: int) -> in
     return seq
 
 
+def insert_reaction(db: sqlite3.Connection, message_id: int, emoji: str, user_id: int) -> bool:
+    """Whether it is new."""
+    added = db.execute("INSERT OR IGNORE INTO reactions VALUES (?, ?, ?)", (message_id, emoji, user_id))
+    return added.rowcount > 0
+
+
+def drop_reaction(db: sqlite3.Connection, message_id: int, emoji: str, user_id: int) -> bool:
+    """Whether there was one."""
+    values = (message_id, emoji, user_id)
+    return db.execute("DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?", values).rowcount > 0
+
+
 def page_of(db: sqlite3.Connection, where: str, order: str, limit: int, **values: Any) -> tuple[list[Message], bool]:
     """At most `limit` standing messages, and whether there are more."""
     rows = db.execute(
@@ -1571,6 +1731,18 @@ def read_state(db: sqlite3.Connection, user_id: int, channel_id: int) -> ReadSta
     return ReadState(channel_id, values["last"], unread, mentions)
 
 
+def update_read(db: sqlite3.Connection, user_id: int, channel_id: int, message_id: int) -> None:
+    """Move the mark, never back. Raises NOT_FOUND where the channel has no such message."""
+    there = "SELECT 1 FROM messages WHERE message_id = ? AND channel_id = ?"
+    if db.execute(there, (message_id, channel_id)).fetchone() is None:
+        raise ChatError("NOT_FOUND", "There is no such message in this channel")
+    db.execute(
+        """INSERT INTO reads VALUES (?, ?, ?)
+           ON CONFLICT DO UPDATE SET last_read_id = max(last_read_id, excluded.last_read_id)""",
+        (user_id, channel_id, message_id),
+    )
+
+
 def unindexed(db: sqlite3.Connection) -> int:
     """The newest message that search does not know yet; 0 where it knows all."""
     (newest, known) = db.execute("SELECT (SELECT max(message_id) FROM messages), indexed_id FROM search").fetchone()
@@ -1610,6 +1782,55 @@ def search(db: sqlite3.Connection, args: SearchArgs) -> Messages:
 def purge_tokens(db: sqlite3.Connection, now: float) -> Done[None]:
     db.execute("DELETE FROM revoked_tokens WHERE expires_at < ?", (now,))
     return Done(None)
+
+
+def probe(db: sqlite3.Connection) -> Done[None]:
+    """Write something, however little."""
+    db.execute("UPDATE search SET indexed_id = indexed_id")
+    return Done(None)
+
+
+def count_rows(db: sqlite3.Connection) -> list[int]:
+    """How many users, servers and messages there are."""
+    return [db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("users", "servers", "messages")]
+
+
+def all_servers(db: sqlite3.Connection) -> list[dict[str, Any]]:
+    rows = db.execute("SELECT server_id, name, created_at, seq FROM servers ORDER BY server_id")
+    return [dict(zip(("server_id", "name", "created_at", "seq"), row, strict=True)) for row in rows]
+
+
+def messages_of(db: sqlite3.Connection, channel_id: int) -> Iterator[Message]:
+    """All of a channel that stands, oldest first, without holding it in memory."""
+    yield from map(
+        to_message,
+        db.execute(MESSAGE + "WHERE m.channel_id = ? AND m.deleted = 0 ORDER BY m.message_id", (channel_id,)),
+    )
+
+
+CHECKS = {
+    "a server without an owner": "SELECT server_id FROM servers WHERE server_id NOT IN (SELECT server_id FROM members WHERE role = 'owner')",
+    "a number beyond its server's last": """SELECT message_id FROM messages m JOIN servers s ON s.server_id = m.server_id
+                                            WHERE m.seq > s.seq""",
+    "a message whose channel is of another server": """SELECT message_id FROM messages m JOIN channels c
+                                            ON c.channel_id = m.channel_id WHERE c.server_id <> m.server_id""",
+    "a reply across channels": """SELECT m.message_id FROM messages m JOIN messages r ON r.message_id = m.reply_to
+                                  WHERE r.channel_id <> m.channel_id""",
+    "a deleted message with text": "SELECT message_id FROM messages WHERE deleted = 1 AND content <> ''",
+}
+
+
+def find_trouble(db: sqlite3.Connection) -> list[str]:
+    """What is wrong with a database, in lines; none where it is sound."""
+    lines = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+    if lines:
+        return lines
+    lines += [
+        f"{row[0]} {row[1]} refers to a missing row of {row[2]}" for row in db.execute("PRAGMA foreign_key_check")
+    ]
+    for name, query in CHECKS.items():
+        lines += [f"{name}: {row[0]}" for row in db.execute(query)]
+    return lines
 
 
 # ---- Presence ------------------------------------------------------------------------------------------------------
@@ -1972,7 +2193,6 @@ def permits(who: Who, at: Scope) -> bool:
 
 def find_place(at: Scope, args: Any) -> None:
     """Fill in what the arguments name: message, channel, server, member. Raises NOT_FOUND."""
-    user_id = at.me.user_id
     if (message_id := getattr(args, "message_id", None)) and not hasattr(args, "channel_id"):
         at.message = message_view(at.db, message_id)
         if at.message is None:
@@ -1981,23 +2201,14 @@ def find_place(at: Scope, args: Any) -> None:
     elif not hasattr(args, "server_id"):
         at.channel_id = getattr(args, "channel_id", 0)
     if at.channel_id:
-        row = at.db.execute(
-            """SELECT c.server_id, m.role FROM channels c
-               LEFT JOIN members m ON m.server_id = c.server_id AND m.user_id = ?
-               WHERE c.channel_id = ? AND c.server_id IS NOT NULL""",
-            (user_id, at.channel_id),
-        ).fetchone()
+        found = place_of_channel(at.db, at.channel_id, at.me.user_id)
         missing = "There is no such channel"
     else:
-        row = at.db.execute(
-            """SELECT s.server_id, m.role FROM servers s
-               LEFT JOIN members m ON m.server_id = s.server_id AND m.user_id = ? WHERE s.server_id = ?""",
-            (user_id, args.server_id),
-        ).fetchone()
+        found = place_of_server(at.db, args.server_id, at.me.user_id)
         missing = "There is no such server"
-    if row is None:
+    if found is None:
         raise ChatError("NOT_FOUND", missing)
-    at.server_id, at.role = row
+    at.server_id, at.role = found
 
 
 def find_target(at: Scope, who: Who, user_id: int) -> None:
@@ -2100,7 +2311,7 @@ def get_profile(at: Scope, args: Nothing) -> Done[Profile]:
 def set_status(at: Scope, args: StatusArgs) -> Done[Profile]:
     """Set my status."""
     before = profile(at.db, at.me.user_id).status
-    at.db.execute("UPDATE users SET status = ? WHERE user_id = ?", (args.status, at.me.user_id))
+    update_status(at.db, at.me.user_id, args.status)
     servers = member_servers(at.db, at.me.user_id)
     change = SetStatus(at.me.user_id, at.me.username, before, args.status, servers)
     return Done(profile(at.db, at.me.user_id), [change])
@@ -2109,7 +2320,7 @@ def set_status(at: Scope, args: StatusArgs) -> Done[Profile]:
 @operation("write", "POST /auth/logout", Who.USER, status=204)
 def logout(at: Scope, args: Nothing) -> Done[None]:
     """End the token that the request came with; its sockets are disconnected."""
-    at.db.execute("INSERT OR IGNORE INTO revoked_tokens VALUES (?, ?)", (at.me.digest, at.me.expires))
+    insert_revoked(at.db, at.me.digest, at.me.expires)
     return Done(None, [Revoke(at.me.user_id, at.me.digest)])
 
 
@@ -2122,12 +2333,10 @@ def list_servers(at: Scope, args: Nothing) -> Done[Servers]:
 @operation("write", "POST /servers", Who.USER, status=201, limit="post")
 def create_server(at: Scope, args: NameArgs) -> Done[Server]:
     """Create a server, with the channel `general`; its creator owns it."""
-    row = at.db.execute(
-        "INSERT INTO servers (name, created_at) VALUES (?, ?) RETURNING server_id", (args.name, at.now)
-    ).fetchone()
-    add_member(at.db, row[0], at.me.user_id, "owner", at.now)
-    add_channel(at.db, row[0], "general", "text", "")
-    return Done(server_view(at.db, row[0], at.me.user_id))
+    server_id = insert_server(at.db, args.name, at.now)
+    add_member(at.db, server_id, at.me.user_id, "owner", at.now)
+    add_channel(at.db, server_id, "general", "text", "")
+    return Done(server_view(at.db, server_id, at.me.user_id))
 
 
 @operation("read", "GET /servers/{server_id}", Who.MEMBER)
@@ -2139,15 +2348,14 @@ def get_server(at: Scope, args: ServerArgs) -> Done[Server]:
 @operation("write", "PATCH /servers/{server_id}", Who.ADMIN, emits=["server:updated"])
 def rename_server(at: Scope, args: RenameServer) -> Done[Server]:
     """Rename a server."""
-    at.db.execute("UPDATE servers SET name = ? WHERE server_id = ?", (args.name, at.server_id))
-    renamed = ServerRenamed(at.server_id, args.name, next_seq(at.db, at.server_id))
+    renamed = ServerRenamed(at.server_id, args.name, update_name(at.db, at.server_id, args.name))
     return Done(server_view(at.db, at.server_id, at.me.user_id), [Emit("server:updated", at.server_id, renamed)])
 
 
 @operation("write", "DELETE /servers/{server_id}", Who.OWNER, emits=["server:deleted"], status=204, long=True)
 def delete_server(at: Scope, args: ServerArgs) -> Done[None]:
     """Delete a server with everything in it."""
-    at.db.execute("DELETE FROM servers WHERE server_id = ?", (at.server_id,))
+    drop_server(at.db, at.server_id)
     deleted = ServerDeleted(at.server_id)
     return Done(None, [Emit("server:deleted", at.server_id, deleted), CloseServer(at.server_id)])
 
@@ -2172,8 +2380,7 @@ def set_role(at: Scope, args: RoleArgs) -> Done[Member]:
 
 
 def give_role(at: Scope, user_id: int, role: Role) -> Emit:
-    at.db.execute("UPDATE members SET role = ? WHERE server_id = ? AND user_id = ?", (role, at.server_id, user_id))
-    seq = next_seq(at.db, at.server_id, "members")
+    seq = update_role(at.db, at.server_id, user_id, role)
     return Emit(
         "member:updated", at.server_id, RoleChanged(at.server_id, user_id, username_of(at.db, user_id) or "", role, seq)
     )
@@ -2196,26 +2403,20 @@ def expel(db: sqlite3.Connection, server_id: int, user_id: int, cut: bool) -> li
 @operation("read", "GET /servers/{server_id}/bans", Who.ADMIN)
 def list_bans(at: Scope, args: ServerArgs) -> Done[Bans]:
     """Who is banned."""
-    rows = at.db.execute(
-        """SELECT b.server_id, b.user_id, u.username, b.banned_by, b.banned_at
-           FROM bans b JOIN users u ON u.user_id = b.user_id WHERE b.server_id = ? ORDER BY b.user_id""",
-        (at.server_id,),
-    )
-    return Done(Bans([Ban(*row) for row in rows]))
+    return Done(Bans(bans_of(at.db, at.server_id)))
 
 
 @operation("write", "PUT /servers/{server_id}/bans/{user_id}", Who.ABOVE, emits=["member:left"], status=204)
 def ban(at: Scope, args: MemberArgs) -> Done[None]:
     """Ban somebody, member or not yet; a member is removed."""
-    at.db.execute("INSERT OR IGNORE INTO bans VALUES (?, ?, ?, ?)", (at.server_id, args.user_id, at.me.user_id, at.now))
+    insert_ban(at.db, at.server_id, args.user_id, at.me.user_id, at.now)
     return Done(None, expel(at.db, at.server_id, args.user_id, cut=True) if at.target else [])
 
 
 @operation("write", "DELETE /servers/{server_id}/bans/{user_id}", Who.ABOVE, status=204)
 def unban(at: Scope, args: MemberArgs) -> Done[None]:
     """Lift a ban."""
-    lifted = at.db.execute("DELETE FROM bans WHERE server_id = ? AND user_id = ?", (at.server_id, args.user_id))
-    if not lifted.rowcount:
+    if not drop_ban(at.db, at.server_id, args.user_id):
         raise ChatError("NOT_FOUND", "This user is not banned")
     return Done(None)
 
@@ -2225,21 +2426,14 @@ def create_invite(at: Scope, args: NewInvite) -> Done[Invite]:
     """Make an invite: for `max_uses` people, for `expires_in` seconds, or without such a limit."""
     expires_at = utc(at.clock + args.expires_in) if args.expires_in is not None else None
     invite = Invite(secrets.token_urlsafe(16), at.server_id, args.max_uses, 0, expires_at)
-    at.db.execute(
-        "INSERT INTO invites (code, server_id, created_by, max_uses, expires_at) VALUES (?, ?, ?, ?, ?)",
-        (invite.code, at.server_id, at.me.user_id, args.max_uses, expires_at),
-    )
+    insert_invite(at.db, invite, at.me.user_id)
     return Done(invite)
 
 
 @operation("read", "GET /servers/{server_id}/invites", Who.ADMIN)
 def list_invites(at: Scope, args: ServerArgs) -> Done[Invites]:
     """The invites, used up and expired ones included."""
-    rows = at.db.execute(
-        "SELECT code, server_id, max_uses, uses, expires_at FROM invites WHERE server_id = ? ORDER BY rowid",
-        (at.server_id,),
-    )
-    return Done(Invites([Invite(*row) for row in rows]))
+    return Done(Invites(invites_of(at.db, at.server_id)))
 
 
 def need_invite(at: Scope, code: str) -> Invite:
@@ -2253,11 +2447,7 @@ def need_invite(at: Scope, code: str) -> Invite:
 def get_invite(at: Scope, args: InviteArgs) -> Done[InvitePreview]:
     """Where an invite leads."""
     invite = need_invite(at, args.code)
-    row = at.db.execute(
-        "SELECT name, (SELECT count(*) FROM members m WHERE m.server_id = s.server_id) FROM servers s WHERE server_id = ?",
-        (invite.server_id,),
-    ).fetchone()
-    return Done(InvitePreview(invite.code, invite.server_id, *row))
+    return Done(invite_preview(at.db, invite))
 
 
 @operation(
@@ -2265,9 +2455,9 @@ def get_invite(at: Scope, args: InviteArgs) -> Done[InvitePreview]:
 )
 def accept_invite(at: Scope, args: InviteArgs) -> Done[Server]:
     """Become a member by an invite; 200 for who is one already."""
-    row = at.db.execute("SELECT server_id FROM invites WHERE code = ?", (args.code,)).fetchone()
-    if row and role_of(at.db, row[0], at.me.user_id):
-        return Done(server_view(at.db, row[0], at.me.user_id), repeat=True)
+    server_id = invited_to(at.db, args.code)
+    if server_id is not None and role_of(at.db, server_id, at.me.user_id):
+        return Done(server_view(at.db, server_id, at.me.user_id), repeat=True)
     invite = need_invite(at, args.code)
     if is_banned(at.db, invite.server_id, at.me.user_id):
         raise ChatError("FORBIDDEN", "You are banned from this server")
@@ -2276,7 +2466,7 @@ def accept_invite(at: Scope, args: InviteArgs) -> Done[Server]:
 
 
 def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, username: str, now: str) -> list[Effect]:
-    db.execute("UPDATE invites SET uses = uses + 1 WHERE code = ?", (invite.code,))
+    count_use(db, invite.code)
     seq = add_member(db, invite.server_id, user_id, "member", now)
     return [Emit("member:joined", invite.server_id, MemberChanged(invite.server_id, user_id, username, seq))]
 
@@ -2284,11 +2474,11 @@ def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, username: s
 @operation("write", "DELETE /invites/{code}", Who.USER, status=204, limit="invite")
 def revoke_invite(at: Scope, args: InviteArgs) -> Done[None]:
     """Take an invite back (admins and the owner of its server)."""
-    row = at.db.execute("SELECT server_id FROM invites WHERE code = ?", (args.code,)).fetchone()
-    if row is None:
+    server_id = invited_to(at.db, args.code)
+    if server_id is None:
         raise ChatError("NOT_FOUND", "There is no such invite")
-    authorize(Who.ADMIN, at, ServerArgs(server_id=row[0]))
-    at.db.execute("DELETE FROM invites WHERE code = ?", (args.code,))
+    authorize(Who.ADMIN, at, ServerArgs(server_id=server_id))
+    drop_invite(at.db, args.code)
     return Done(None)
 
 
@@ -2316,14 +2506,7 @@ def edit_channel(at: Scope, args: EditChannel) -> Done[Channel]:
     old = channel_view(at.db, at.channel_id)
     name = old.name if args.name is None else args.name
     topic = old.topic if args.topic is None else args.topic
-    taken = "SELECT 1 FROM channels WHERE server_id = ? AND name_key = ? AND channel_id <> ?"
-    if at.db.execute(taken, (at.server_id, fold(name), at.channel_id)).fetchone():
-        raise ChatError("CONFLICT", "The server has a channel of this name")
-    at.db.execute(
-        "UPDATE channels SET name = ?, name_key = ?, topic = ? WHERE channel_id = ?",
-        (name, fold(name), topic, at.channel_id),
-    )
-    seq = next_seq(at.db, at.server_id, "channels")
+    seq = update_channel(at.db, at.server_id, at.channel_id, name, topic)
     updated = ChannelChanged(at.server_id, at.channel_id, name, seq, old.kind, topic)
     return Done(channel_view(at.db, at.channel_id), [Emit("channel:updated", at.server_id, updated)])
 
@@ -2331,9 +2514,7 @@ def edit_channel(at: Scope, args: EditChannel) -> Done[Channel]:
 @operation("write", "DELETE /channels/{channel_id}", Who.ADMIN, emits=["channel:deleted"], status=204)
 def delete_channel(at: Scope, args: ChannelArgs) -> Done[None]:
     """Delete a channel with its messages."""
-    at.db.execute("UPDATE channels SET server_id = NULL WHERE channel_id = ?", (at.channel_id,))
-    seq = next_seq(at.db, at.server_id, "channels")
-    deleted = ChannelDeleted(at.server_id, at.channel_id, seq)
+    deleted = ChannelDeleted(at.server_id, at.channel_id, drop_channel(at.db, at.server_id, at.channel_id))
     return Done(None, [Emit("channel:deleted", at.server_id, deleted), CloseChannel(at.server_id, at.channel_id)])
 
 
@@ -2415,10 +2596,8 @@ def add_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
     emojis = {reaction.emoji for reaction in the_message(at).reactions} | {args.emoji}
     if len(emojis) > REACTIONS_MAX:
         raise ChatError("CONFLICT", f"A message holds {REACTIONS_MAX} different reactions at most")
-    added = at.db.execute(
-        "INSERT OR IGNORE INTO reactions VALUES (?, ?, ?)", (args.message_id, args.emoji, at.me.user_id)
-    )
-    return Done(None, [reaction_notice(at, "reaction:add", args)] if added.rowcount else [], not added.rowcount)
+    added = insert_reaction(at.db, args.message_id, args.emoji, at.me.user_id)
+    return Done(None, [reaction_notice(at, "reaction:add", args)] if added else [], not added)
 
 
 @operation(
@@ -2427,11 +2606,8 @@ def add_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
 )  # fmt: skip
 def remove_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
     """Take my reaction back; nothing happens where there is none."""
-    removed = at.db.execute(
-        "DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?",
-        (args.message_id, args.emoji, at.me.user_id),
-    )
-    return Done(None, [reaction_notice(at, "reaction:remove", args)] if removed.rowcount else [], not removed.rowcount)
+    removed = drop_reaction(at.db, args.message_id, args.emoji, at.me.user_id)
+    return Done(None, [reaction_notice(at, "reaction:remove", args)] if removed else [], not removed)
 
 
 def reaction_notice(at: Scope, event: str, args: ReactionArgs) -> Emit:
@@ -2449,14 +2625,7 @@ def get_read(at: Scope, args: ChannelArgs) -> Done[ReadState]:
 @operation("write", "PUT /channels/{channel_id}/read", Who.MEMBER, status=204)
 def mark_read(at: Scope, args: ReadArgs) -> Done[None]:
     """I have read a channel up to this message; the mark never goes back."""
-    there = "SELECT 1 FROM messages WHERE message_id = ? AND channel_id = ?"
-    if at.db.execute(there, (args.message_id, at.channel_id)).fetchone() is None:
-        raise ChatError("NOT_FOUND", "There is no such message in this channel")
-    at.db.execute(
-        """INSERT INTO reads VALUES (?, ?, ?)
-           ON CONFLICT DO UPDATE SET last_read_id = max(last_read_id, excluded.last_read_id)""",
-        (at.me.user_id, at.channel_id, args.message_id),
-    )
+    update_read(at.db, at.me.user_id, at.channel_id, args.message_id)
     return Done(None)
 
 
@@ -2900,14 +3069,8 @@ async def login(chat: Chat, caller: Caller, args: Credentials) -> Done[Account]:
 
 
 def replace_password(db: sqlite3.Connection, user_id: int, before: str | None, password: str) -> Done[int]:
-    """Set a password, unless somebody else did meanwhile; all tokens end. The new generation."""
-    row = db.execute(
-        "UPDATE users SET password = ?, generation = generation + 1 WHERE user_id = ? AND password IS ? AND deleted = 0 RETURNING generation",
-        (password, user_id, before),
-    ).fetchone()
-    if row is None:
-        raise ChatError("CONFLICT", "The password was changed meanwhile")
-    return Done(row[0], [Revoke(user_id)])
+    """Set a password, unless somebody else did meanwhile; all tokens end, their sockets too. The new generation."""
+    return Done(update_password(db, user_id, before, password), [Revoke(user_id)])
 
 
 @operation("live", "POST /auth/password", Who.USER)
@@ -2945,17 +3108,11 @@ async def check_health(chat: Chat, caller: Caller, args: Nothing) -> Done[Health
     """Whether the server works: the database can be read, and written."""
     try:
         async with asyncio.timeout(2):
-            await chat.store.read(lambda db: db.execute("SELECT 1").fetchone())
+            await chat.store.read(unindexed)
             await chat.store.write(probe if chat.store.trouble else lambda db: Done(None))
     except TimeoutError:
         raise ChatError("UNAVAILABLE", "The database does not answer") from None
     return Done(Health("ok", __version__))
-
-
-def probe(db: sqlite3.Connection) -> Done[None]:
-    """Write something, however little."""
-    db.execute("UPDATE search SET indexed_id = indexed_id")
-    return Done(None)
 
 
 @operation("live", "GET /config", Who.ANYONE)
@@ -3541,9 +3698,7 @@ def delete_user(db: sqlite3.Connection, username: str) -> Done[int]:
     effects: list[Effect] = []
     for server_id in member_servers(db, user_id):
         effects += bequeath(db, server_id, user_id)
-    db.execute(
-        "UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?", (user_id,)
-    )
+    close_account(db, user_id)
     return Done(user_id, [*effects, Revoke(user_id)])
 
 
@@ -3553,14 +3708,11 @@ def bequeath(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effec
     effects = expel(db, server_id, user_id, cut=False)
     if not owned:
         return effects
-    heir = db.execute(
-        "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1",
-        (server_id,),
-    ).fetchone()
+    heir = heir_of(db, server_id)
     if heir is None:
-        db.execute("DELETE FROM servers WHERE server_id = ?", (server_id,))
+        drop_server(db, server_id)
         return [CloseServer(server_id)]
-    return [*effects, give_role(Scope(db, Me(heir[0], ""), 0, Presence(), server_id), heir[0], "owner")]
+    return [*effects, give_role(Scope(db, Me(heir, ""), 0, Presence(), server_id), heir, "owner")]
 
 
 def read_settings(given: dict[str, Any]) -> Settings:
@@ -4032,7 +4184,7 @@ def user_add(username: str, database: str) -> None:
 def user_list(database: str) -> None:
     """List the accounts: id, name, since when."""
     with reading(database) as db:
-        for row in db.execute("SELECT user_id, username, created_at FROM users WHERE deleted = 0 ORDER BY user_id"):
+        for row in accounts(db):
             click.echo("{}\t{}\t{}".format(*row))
 
 
@@ -4110,40 +4262,13 @@ def copy_database(source: sqlite3.Connection, part: Path) -> None:
         os.fsync(file.fileno())
 
 
-CHECKS = {
-    "a server without an owner": "SELECT server_id FROM servers WHERE server_id NOT IN (SELECT server_id FROM members WHERE role = 'owner')",
-    "a number beyond its server's last": """SELECT message_id FROM messages m JOIN servers s ON s.server_id = m.server_id
-                                            WHERE m.seq > s.seq""",
-    "a message whose channel is of another server": """SELECT message_id FROM messages m JOIN channels c
-                                            ON c.channel_id = m.channel_id WHERE c.server_id <> m.server_id""",
-    "a reply across channels": """SELECT m.message_id FROM messages m JOIN messages r ON r.message_id = m.reply_to
-                                  WHERE r.channel_id <> m.channel_id""",
-    "a deleted message with text": "SELECT message_id FROM messages WHERE deleted = 1 AND content <> ''",
-}
-
-
-def find_trouble(db: sqlite3.Connection) -> list[str]:
-    """What is wrong with a database, in lines; none where it is sound."""
-    lines = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
-    if lines:
-        return lines
-    lines += [
-        f"{row[0]} {row[1]} refers to a missing row of {row[2]}" for row in db.execute("PRAGMA foreign_key_check")
-    ]
-    for name, query in CHECKS.items():
-        lines += [f"{name}: {row[0]}" for row in db.execute(query)]
-    return lines
-
-
 @main.command()
 @options("database")
 def check(database: str) -> None:
     """Check the database's integrity, and what refers to what; exit status 1 where something is wrong."""
     with reading(database) as db:
         lines = find_trouble(db)
-        counts = [
-            db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("users", "servers", "messages")
-        ]
+        counts = count_rows(db)
     for line in lines:
         click.echo(line)
     if lines:
@@ -4161,31 +4286,26 @@ def check(database: str) -> None:
 def export(shape: str, server_id: int | None, output: typing.TextIO, database: str) -> None:
     """Write out one server or all: a JSON object a line, or a page to read."""
     with reading(database) as db:
-        ids = [row[0] for row in db.execute("SELECT server_id FROM servers ORDER BY server_id")]
-        if server_id is not None and server_id not in ids:
+        chosen = [row for row in all_servers(db) if server_id in (None, row["server_id"])]
+        if server_id is not None and not chosen:
             raise StartError(f"There is no server {server_id}")
         write = write_html if shape == "html" else write_jsonl
-        write(export_things(db, ids if server_id is None else [server_id]), output)
+        write(export_things(db, chosen), output)
 
 
-def export_things(db: sqlite3.Connection, server_ids: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Servers, their members and channels, and the channels' messages, oldest first, in the shapes of the wire."""
-    total = db.execute("SELECT count(*) FROM messages WHERE deleted = 0").fetchone()[0]
-    with click.progressbar(length=total, label="Exporting", file=sys.stderr) as bar:
-        for server_id in server_ids:
-            row = db.execute(
-                "SELECT server_id, name, created_at, seq FROM servers WHERE server_id = ?", (server_id,)
-            ).fetchone()
-            yield "server", dict(zip(("server_id", "name", "created_at", "seq"), row, strict=True))
-            yield from (("member", msgspec.to_builtins(member)) for member in members_of(db, server_id, (), 0))
-            for channel in channels_of(db, server_id):
+    with click.progressbar(length=count_rows(db)[2], label="Exporting", file=sys.stderr) as bar:
+        for server in servers:
+            yield "server", server
+            yield from (
+                ("member", msgspec.to_builtins(member)) for member in members_of(db, server["server_id"], (), 0)
+            )
+            for channel in channels_of(db, server["server_id"]):
                 yield "channel", msgspec.to_builtins(channel)
-                rows = db.execute(
-                    MESSAGE + "WHERE m.channel_id = ? AND m.deleted = 0 ORDER BY m.message_id", (channel.channel_id,)
-                )
-                for row in rows:
+                for message in messages_of(db, channel.channel_id):
                     bar.update(1)
-                    yield "message", msgspec.to_builtins(to_message(row))
+                    yield "message", msgspec.to_builtins(message)
 
 
 def write_jsonl(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:
