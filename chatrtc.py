@@ -998,6 +998,11 @@ def in_snapshot(db: sqlite3.Connection, question: Question[R], *args: Any) -> R:
         db.execute("ROLLBACK")
 
 
+def is_defect(error: sqlite3.OperationalError) -> bool:
+    """Whether the statement is wrong, and not the file or the disk."""
+    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR
+
+
 class Entry(NamedTuple):
     """A job in the writer's line."""
 
@@ -1086,7 +1091,9 @@ class Store:
         finally:
             self._idle.put_nowait(db)
 
-    def _unreadable(self, error: sqlite3.OperationalError) -> ChatError:
+    def _unreadable(self, error: sqlite3.OperationalError) -> Exception:
+        if is_defect(error):
+            return error
         log.error("reading %s failed: %s", self.path, error)
         return ChatError("UNAVAILABLE", "The database does not answer at the moment")
 
@@ -1134,7 +1141,7 @@ class Store:
             return list(result)
         if len(batch) > 1:
             return [(await self._commit([entry]))[0] for entry in batch]
-        if isinstance(result, sqlite3.OperationalError):
+        if isinstance(result, sqlite3.OperationalError) and not is_defect(result):
             await self._suffer(result)
             sentence = f"The database takes no writes at the moment ({result}); nothing was changed"
             return [ChatError("UNAVAILABLE", sentence)]
