@@ -2501,10 +2501,16 @@ def list_channels(at: Scope, args: ServerArgs) -> Done[Channels]:
 def create_channel(at: Scope, args: NewChannel) -> Done[Channel]:
     """Create a text or a voice channel; who is connected to the server hears it at once."""
     channel, seq = add_channel(at.db, at.server_id, args.name, args.kind, args.topic)
-    created = ChannelChanged(at.server_id, channel.channel_id, channel.name, seq, channel.kind, channel.topic)
     return Done(
-        channel, [OpenChannel(at.server_id, channel.channel_id), Emit("channel:created", at.server_id, created)]
+        channel, [OpenChannel(at.server_id, channel.channel_id), channel_notice("channel:created", channel, seq)]
     )
+
+
+def channel_notice(event: str, channel: Channel, seq: int) -> Emit:
+    changed = ChannelChanged(channel.server_id, channel.channel_id, channel.name, seq, topic=channel.topic)
+    if channel.kind != changed.kind:  # set only then: msgspec leaves a default out where it is the very same string
+        changed.kind = channel.kind
+    return Emit(event, channel.server_id, changed)
 
 
 @operation("write", "PATCH /channels/{channel_id}", Who.ADMIN, emits=["channel:updated"])
@@ -2514,8 +2520,8 @@ def edit_channel(at: Scope, args: EditChannel) -> Done[Channel]:
     name = old.name if args.name is None else args.name
     topic = old.topic if args.topic is None else args.topic
     seq = update_channel(at.db, at.server_id, at.channel_id, name, topic)
-    updated = ChannelChanged(at.server_id, at.channel_id, name, seq, old.kind, topic)
-    return Done(channel_view(at.db, at.channel_id), [Emit("channel:updated", at.server_id, updated)])
+    new = channel_view(at.db, at.channel_id)
+    return Done(new, [channel_notice("channel:updated", new, seq)])
 
 
 @operation("write", "DELETE /channels/{channel_id}", Who.ADMIN, emits=["channel:deleted"], status=204)
