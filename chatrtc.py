@@ -2026,8 +2026,13 @@ def make_secret(database: Path) -> str:
     path = database.with_name(database.name + ".secret")
     try:
         if not path.exists():
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            part = path.with_name(path.name + ".part")
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
                 file.write(secrets.token_hex(SECRET_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(part, path)
+            sync_folder(path.parent)
         secret = path.read_text().strip()
     except OSError as error:
         raise StartError(f"Cannot open {path}: {error.strerror}") from None
