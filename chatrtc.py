@@ -797,6 +797,7 @@ READERS = 3
 BATCH = 256  # jobs in a transaction at most
 WAITING = 20_000  # jobs that may wait for the writer
 DEADLINE = 8.0  # seconds for any call; shorter than the ping timeout
+THOROUGH_MAX = 64 * 1024 * 1024  # up to this size a start checks what each index holds as well, which is a second
 PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "trusted_schema": 0, "cell_size_check": 1}
 
 R = TypeVar("R")
@@ -842,28 +843,78 @@ def connect_writer(path: Path) -> sqlite3.Connection:
     return db
 
 
-def connect_reader(path: Path) -> sqlite3.Connection:
-    uri = f"{path.resolve().as_uri()}?mode=ro"
+def connect_reader(path: Path, *, immutable: bool = False) -> sqlite3.Connection:
+    """A connection that only reads; `immutable`: nobody writes meanwhile, and not even a -shm is made."""
+    uri = f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' if immutable else ''}"
     db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, cached_statements=256)
     db.execute("PRAGMA busy_timeout = 5000")
     db.execute("PRAGMA query_only = 1")
     return db
 
 
-def migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Bring a database to `VERSION`, each step in one transaction with its number; refuse what is not ours or is newer."""
+@contextlib.contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    """What keeps a database from being opened, as a StartError."""
+    try:
+        yield
+    except OSError as error:
+        raise StartError(f"Cannot open {path}: {error.strerror}") from None
+    except sqlite3.OperationalError as error:
+        raise StartError(f"Cannot open {path}: {error}") from None
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite quotes the damage, which may be no text
+        raise StartError(
+            f"{path} is damaged ({' '.join(str(error).split())}); it was left as it is. "
+            f"To go back: `chatrtc restore BACKUP`"
+        ) from None
+
+
+def check_format(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse what is not ours, or is newer."""
     (version,) = db.execute("PRAGMA user_version").fetchone()
     (owner,) = db.execute("PRAGMA application_id").fetchone()
-    empty = not db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
-    if not (empty and not version) and owner != APPLICATION_ID:
+    blank = not version and not db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
+    if not blank and owner != APPLICATION_ID:
         raise StartError(f"{path} is a database of another program; it was left as it is")
     if version > VERSION:
         raise StartError(
             f"{path} was written by a newer ChatRTC (format {version}; this one knows {VERSION}): use that one, or restore a backup"
         )
-    steps = [asset("schema.sql").decode()] if empty else MIGRATIONS[version - 1 :]
-    first = VERSION if empty else version + 1
-    for number, step in enumerate(steps, first):
+
+
+def inspect_file(path: Path) -> None:
+    """Look whether a database that nobody uses is one to open, without touching it. Raises StartError.
+
+    SQLite would take a -wal that lies beside a database for its own, whatever it belongs to, and mix the two or throw it away.
+    """
+    with one_line(path):
+        wal, secret = (path.resolve().with_name(path.resolve().name + end) for end in ("-wal", ".secret"))
+        unsaved = wal.exists() and wal.stat().st_size > 0
+        way_back = f"put a backup in its place with `chatrtc restore`, or move {wal if unsaved else path} away"
+        header = b""
+        if path.exists():
+            with path.open("rb") as file:
+                header = file.read(100)
+        if not header and (unsaved or (path.exists() and secret.exists())):
+            raise StartError(f"{path} is empty, but it held something, as what lies beside it shows: {way_back}")
+        if not header:
+            return
+        if not header.startswith(b"SQLite format 3\0"):
+            raise StartError(f"{path} is not an SQLite database; it was left as it is")
+        if unsaved and header[18:19] == b"\1":  # ours are in WAL mode (2) from the first; a backup is not
+            raise StartError(f"{path} is a backup that lies beside the {wal.name} of another database: {way_back}")
+        with contextlib.closing(connect_reader(path, immutable=not unsaved)) as db:
+            check_format(db, path)
+            thorough = path.stat().st_size < THOROUGH_MAX
+            trouble = db.execute(f"PRAGMA {'integrity' if thorough else 'quick'}_check(1)").fetchone()[0]
+        if trouble != "ok":
+            raise sqlite3.DatabaseError(trouble)
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Bring a database to `VERSION`, each step in one transaction with its number."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    steps = MIGRATIONS[version - 1 :] if version else [asset("schema.sql").decode()]
+    for number, step in enumerate(steps, version + 1 if version else VERSION):
         try:
             db.executescript(f"BEGIN IMMEDIATE;\n{step}\nPRAGMA user_version = {number};\nCOMMIT;")
         finally:
@@ -871,60 +922,39 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
                 db.execute("ROLLBACK")
 
 
-def verify(db: sqlite3.Connection, path: Path) -> None:
-    trouble = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if trouble != "ok":
-        raise sqlite3.DatabaseError(trouble)
-
-
 def prepare(path: Path) -> sqlite3.Connection:
     """Open the database file for writing: made if missing (readable by its owner alone), checked, and brought up to date.
 
     Raises StartError, in one line, where that cannot be; nothing is overwritten.
     """
-    if str(path) in ("", ":memory:"):
-        raise StartError("The database is a file; ':memory:' would keep nothing")
-    if not path.parent.is_dir():
-        raise StartError(f"The directory {path.parent} does not exist")
-    try:
+    with one_line(path):
+        inspect_file(path)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         sync_folder(path.parent)
         db = connect_writer(path)
-    except OSError as error:
-        raise StartError(f"Cannot open {path}: {error.strerror}") from None
-    except sqlite3.DatabaseError as error:
-        raise StartError(describe_damage(path, error)) from None
-    try:
-        verify(db, path)
-        migrate(db, path)
-    except sqlite3.DatabaseError as error:
-        db.close()
-        raise StartError(describe_damage(path, error)) from None
-    except StartError:
-        db.close()
-        raise
-    return db
-
-
-def describe_damage(path: Path, error: sqlite3.DatabaseError) -> str:
-    if "not a database" in str(error):
-        return f"{path} is not an SQLite database; it was left as it is"
-    return (
-        f"{path} cannot be used ({' '.join(str(error).split())}); it was left as it is. "
-        f"To go back: move it and its -wal and -shm away, and put the last backup in its place"
-    )
+        try:
+            migrate(db)
+        except BaseException:
+            db.close()
+            raise
+        return db
 
 
 class Lock:
     """The right to write a database, held by one process; says where to reach that process."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.with_name(path.name + ".lock")
+        self.path = path.resolve().with_name(path.resolve().name + ".lock")
         self._file: int | None = None
 
     def take(self) -> bool:
-        """Whether it could be had."""
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Whether it could be had. Raises StartError."""
+        if self.path.name == ":memory:.lock":
+            raise StartError("The database is a file; ':memory:' would keep nothing")
+        if not self.path.parent.is_dir():
+            raise StartError(f"The directory {self.path.parent} does not exist")
+        with one_line(self.path):
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -948,6 +978,36 @@ class Lock:
             self.tell("")
             os.close(self._file)
             self._file = None
+
+
+@contextlib.contextmanager
+def snapshot(path: Path) -> Iterator[sqlite3.Connection]:
+    """A database as it is now, while others may write it. Raises StartError."""
+    with contextlib.ExitStack() as stack:
+        with one_line(path):
+            db = stack.enter_context(contextlib.closing(connect_reader(path)))
+            db.execute("BEGIN")
+            db.execute("SELECT 1 FROM sqlite_master").fetchone()  # a snapshot begins with the first read
+        yield db
+
+
+def copy_database(source: sqlite3.Connection, dest: Path, progress: Callable[[int, int, int], None]) -> None:
+    """Copy what a connection sees, in steps, into a new file that its owner alone can read, and sync it."""
+    dest.unlink(missing_ok=True)
+    os.close(os.open(dest, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    with contextlib.closing(sqlite3.connect(dest, isolation_level=None)) as target:
+        source.backup(target, pages=1024, progress=progress, sleep=0)
+        target.execute("PRAGMA journal_mode = delete")  # one file, and marked as a copy
+    with dest.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Awaitable[R]:
@@ -1040,13 +1100,7 @@ class Store:
 
     async def open(self) -> None:
         """Take the lock, check and migrate the file, start the writer and the readers. Raises StartError."""
-        if not self.path.parent.is_dir():
-            raise StartError(f"The directory {self.path.parent} does not exist")
-        try:
-            taken = self.lock.take()
-        except OSError as error:
-            raise StartError(f"Cannot open {self.lock.path}: {error.strerror}") from None
-        if not taken:
+        if not self.lock.take():
             raise StartError(f"{self.path} is in use by another ChatRTC")
         try:
             db = await asyncio.to_thread(prepare, self.path)
@@ -1833,6 +1887,11 @@ CHECKS = {
                                   WHERE r.channel_id <> m.channel_id""",
     "a deleted message with text": "SELECT message_id FROM messages WHERE deleted = 1 AND content <> ''",
 }
+
+
+def find_trouble_in(path: Path) -> list[str]:
+    with contextlib.closing(connect_reader(path, immutable=True)) as db:
+        return find_trouble(db)
 
 
 def find_trouble(db: sqlite3.Connection) -> list[str]:
@@ -5146,52 +5205,47 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return None
 
 
-def existing(database: str) -> Path:
+@contextlib.contextmanager
+def reading(database: str) -> Iterator[sqlite3.Connection]:
+    """The database in one snapshot, whether or not a server runs; where none does, looked at first. Raises StartError."""
     path = Path(database)
     if not path.is_file():
         raise StartError(f"There is no database {path}")
-    return path
-
-
-@contextlib.contextmanager
-def reading(database: str) -> Iterator[sqlite3.Connection]:
-    """The database in one snapshot, whether or not a server runs."""
-    path = existing(database)
     lock = Lock(path)
-    alone = lock.take()
-    db = prepare(path) if alone else connect_reader(path)
-    try:
-        db.execute("BEGIN")
+    if lock.take():
+        try:
+            inspect_file(path)
+        finally:
+            lock.release()
+    with snapshot(path) as db:
         yield db
-    finally:
-        db.close()
-        lock.release()
 
 
 def administer(database: str, name: str, *args: Any) -> Any:
     """Have something done to the database: by the server that holds it, or here where none does."""
-    path = Path(database)
-    if not path.parent.is_dir():
-        raise StartError(f"The directory {path.parent} does not exist")
-    lock = Lock(path)
-    if not lock.take():
-        return ask_server(lock, name, args)
-    db = prepare(path)
+    lock = Lock(Path(database))
+    patience = time.monotonic() + 10  # for a server that is starting, or another command
+    while not lock.take():
+        if address := lock.ask():
+            return ask_server(address, name, args)
+        if time.monotonic() > patience:
+            raise StartError(f"{database} is in use by another program")
+        time.sleep(0.05)
     try:
-        outcome = in_transaction(db, [lambda db: ADMIN[name](db, *args)])[0]
+        with contextlib.closing(prepare(Path(database))) as db:
+            outcome = in_transaction(db, [lambda db: ADMIN[name](db, *args)])[0]
     finally:
-        db.close()
         lock.release()
     if isinstance(outcome, ChatError):
         raise outcome
     return outcome.answer
 
 
-def ask_server(lock: Lock, name: str, args: Sequence[Any]) -> Any:
+def ask_server(address: str, name: str, args: Sequence[Any]) -> Any:
     try:
         with socket.socket(socket.AF_UNIX) as control, control.makefile("rwb") as line:
             control.settimeout(15)
-            control.connect(lock.ask())
+            control.connect(address)
             line.write(json.dumps([name, args]).encode() + b"\n")
             line.flush()
             reply = json.loads(line.readline())
@@ -5275,39 +5329,33 @@ def backup(dest: Path, database: str) -> None:
     """Copy the database to DEST, also while the server runs; verified before it gets that name."""
     if dest.exists():
         raise StartError(f"{dest} exists; it was left as it is")
-    if not dest.parent.is_dir():
-        raise StartError(f"The directory {dest.parent} does not exist")
-    part = dest.with_name(dest.name + ".part")
-    with reading(database) as source:
-        copy_database(source, part)
+    with reading(database) as db:
+        part = copy_verified(db, dest)
     os.rename(part, dest)
     sync_folder(dest.parent)
     click.echo(f"{dest} holds {dest.stat().st_size} bytes, verified")
 
 
-def copy_database(source: sqlite3.Connection, part: Path) -> None:
-    """Copy from the snapshot that is open, in steps that show on a progress bar; sync and verify."""
-    part.unlink(missing_ok=True)
-    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    source.execute("SELECT 1 FROM sqlite_master").fetchone()  # the snapshot begins with the first read
-    target = sqlite3.connect(part, isolation_level=None)
-    try:
-        with click.progressbar(length=1, label="Copying", file=sys.stderr) as bar:
+def copy_verified(db: sqlite3.Connection, dest: Path) -> Path:
+    """A sound copy of a database, synced, beside where it is to go. Raises StartError, and leaves nothing then."""
+    if not dest.parent.is_dir():
+        raise StartError(f"The directory {dest.parent} does not exist")
+    part = dest.with_name(dest.name + ".part")
+    with click.progressbar(length=1, label="Copying", file=sys.stderr) as bar:
 
-            def show(status: int, remaining: int, total: int) -> None:
-                bar.length = total
-                bar.update(total - remaining - bar.pos)
+        def show(status: int, remaining: int, total: int) -> None:
+            bar.length = total
+            bar.update(total - remaining - bar.pos)
 
-            source.backup(target, pages=1024, progress=show, sleep=0)
-        target.execute("PRAGMA journal_mode = delete")
-        trouble = find_trouble(target)
-    finally:
-        target.close()
+        try:
+            copy_database(db, part, show)
+            trouble = find_trouble_in(part)
+        except (OSError, sqlite3.Error) as error:
+            trouble = [str(error)]
     if trouble:
-        part.unlink()
-        raise StartError(f"The copy is not sound ({trouble[0]}); it was thrown away")
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
+        part.unlink(missing_ok=True)
+        raise StartError(f"{dest} could not be made ({trouble[0]}); what was copied is thrown away")
+    return part
 
 
 @main.command()
