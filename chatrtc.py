@@ -1002,6 +1002,26 @@ def copy_database(source: sqlite3.Connection, dest: Path, progress: Callable[[in
         os.fsync(file.fileno())
 
 
+def replace_database(path: Path, part: Path) -> Path | None:
+    """Put a copy in a database's place, keeping what was there (with its -wal, which belongs to it) under another name.
+
+    Whenever this is cut off, either the old database stands, or a copy beside a -wal, which `inspect_file` knows.
+    """
+    kept = None
+    if path.exists():
+        kept = path.with_name(f"{path.name}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+        for suffix in ("", "-wal"):
+            if Path(f"{path}{suffix}").exists():
+                os.link(f"{path}{suffix}", f"{kept}{suffix}")
+        sync_folder(path.parent)
+    os.rename(part, path)
+    sync_folder(path.parent)
+    for suffix in ("-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return kept
+
+
 def sync_folder(folder: Path) -> None:
     file = os.open(folder, os.O_RDONLY)
     try:
@@ -5334,6 +5354,27 @@ def backup(dest: Path, database: str) -> None:
     os.rename(part, dest)
     sync_folder(dest.parent)
     click.echo(f"{dest} holds {dest.stat().st_size} bytes, verified")
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@options("database")
+def restore(source: Path, database: str) -> None:
+    """Put the backup SOURCE in the database's place, while no server runs; what was there is kept under another name."""
+    path = Path(database).resolve()
+    lock = Lock(path)
+    if not source.is_file():
+        raise StartError(f"There is no backup {source}")
+    if not lock.take():
+        raise StartError(f"{path} is in use: stop the server first")
+    try:
+        inspect_file(source)
+        with snapshot(source) as db:
+            part = copy_verified(db, path)
+        kept = replace_database(path, part)
+    finally:
+        lock.release()
+    click.echo(f"{path} is what {source} holds" + (f"; what it was is kept as {kept}" if kept else ""))
 
 
 def copy_verified(db: sqlite3.Connection, dest: Path) -> Path:
