@@ -1022,14 +1022,6 @@ def replace_database(path: Path, part: Path) -> Path | None:
     return kept
 
 
-def sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
 def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Awaitable[R]:
     """Call `run` with the sqlite3 connection in its own thread, in one hop.
 
