@@ -4778,6 +4778,7 @@ def describe_notice(name: str, kind: EventKind) -> dict[str, Any]:
 # Starting, stopping and embedding: an aiohttp application's start-up opens a chat and its clean-up closes it.
 
 CHORES_EVERY = 0.5
+KEEPALIVE = 20.0
 ADMIN: dict[str, Callable[..., Done[Any]]] = {}  # what the command line may have done to the database
 Admin = TypeVar("Admin", bound=Callable[..., Done[Any]])
 
@@ -5031,7 +5032,10 @@ async def do_chores(chat: Chat) -> None:
 
 
 async def serve_until_stopped(settings: dict[str, Any]) -> None:
-    """Run a server until SIGTERM or SIGINT. Raises StartError."""
+    """Run a server until SIGTERM, SIGINT or SIGHUP, which from now on end it cleanly. Raises StartError."""
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     chat = ChatRTC(**settings)
     app = web.Application()
     chat.attach(app)
@@ -5053,16 +5057,10 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
             raise StartError(
                 f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {os.strerror(error.errno or 0)}"
             ) from None
-        stopped = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         announce(chat.settings, runner.addresses[0][:2], context is not None)
         await stopped.wait()
     finally:
         await runner.cleanup()
-
-
-KEEPALIVE = 20.0
 
 
 def announce(settings: Settings, address: tuple[str, int], tls: bool) -> None:
