@@ -5054,9 +5054,8 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
         try:
             await site.start()
         except OSError as error:
-            raise StartError(
-                f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {os.strerror(error.errno or 0)}"
-            ) from None
+            why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+            raise StartError(f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {why}") from None
         announce(chat.settings, runner.addresses[0][:2], context is not None)
         await stopped.wait()
     finally:
