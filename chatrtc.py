@@ -3895,7 +3895,7 @@ class Chat:
     def __init__(self, settings: Settings, sio: SocketServer) -> None:
         self.settings = settings
         self.sio = sio
-        self.keys = Keys(settings.secret or secrets.token_hex(SECRET_BYTES), settings.token_ttl)
+        self.keys = Keys(secrets.token_hex() if settings.secret is None else settings.secret, settings.token_ttl)
         self.store = Store(Path(settings.database), self.carry_out)
         self.passwords = Passwords(bounded=not settings.no_rate_limit)
         self.limiter = Limiter(enabled=not settings.no_rate_limit)
@@ -5327,7 +5327,7 @@ def token(username: str, database: str, secret: str | None, token_ttl: int) -> N
     """Print a token for a user, for scripts and demos."""
     with reading(database) as db:
         account = need_account(db, username)
-    keys = Keys(secret or make_secret(Path(database)), token_ttl)
+    keys = Keys(make_secret(Path(database)) if secret is None else secret, token_ttl)
     click.echo(keys.issue(account.user_id, account.username, account.generation, time.time()).token)
 
 
