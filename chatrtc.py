@@ -5141,18 +5141,50 @@ def self_signed(database: Path) -> tuple[str, str]:
 # one line on standard error and exit status 1.
 
 
+class Mistake(click.ClickException):
+    """A command that was typed wrongly."""
+
+    exit_code = 2
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Whatever is wrong, in one line."""
+    try:
+        yield
+    except (StartError, ChatError) as error:
+        raise click.ClickException(getattr(error, "sentence", str(error))) from None
+    except sqlite3.Error as error:
+        raise click.ClickException(f"The database cannot be used: {error}") from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or 'Writing'}: {error.strerror}") from None
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        raise Mistake(" ".join(error.format_message().split())) from None
+
+
 class Group(click.Group):
+    group_class = type
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Every option of every command reads CHATRTC_<OPTION>."""
+        cmd.context_settings = {"auto_envvar_prefix": "CHATRTC", "show_default": True, **cmd.context_settings}
+        super().add_command(cmd, name)
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with plainly():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         os.umask(0o077)
-        try:
+        with plainly():
             return super().invoke(ctx)
-        except (StartError, ChatError) as error:
-            raise click.ClickException(getattr(error, "sentence", str(error))) from None
-        except sqlite3.Error as error:
-            raise click.ClickException(f"The database cannot be used: {error}") from None
 
 
-@click.group(cls=Group, context_settings={"auto_envvar_prefix": "CHATRTC", "help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ChatRTC")
 def main() -> None:
     """ChatRTC: a chat server in one file."""
@@ -5171,17 +5203,7 @@ def option_of(flag: str, field: msgspec.structs.FieldInfo) -> Callable[[Any], An
         shape = {"type": click.Choice(typing.get_args(inner))}
     elif typing.get_origin(inner) is tuple:
         shape = {"multiple": True}
-    name = f"CHATRTC_{field.name.upper()}"
-    return click.option(
-        flag,
-        field.name,
-        default=field.default,
-        help=description,
-        envvar=name,
-        show_envvar=True,
-        show_default=True,
-        **shape,
-    )
+    return click.option(flag, field.name, default=field.default, help=description, show_envvar=True, **shape)
 
 
 def options(*names: str) -> Callable[[Any], Any]:
@@ -5403,20 +5425,25 @@ def check(database: str) -> None:
 
 
 @main.command()
-@click.option("--format", "shape", type=click.Choice(["jsonl", "html"]), default="jsonl", show_default=True)
-@click.option("--server", "server_id", type=int, help="Only the server of this id.")
+@click.option("--format", type=click.Choice(["jsonl", "html"]), default="jsonl", show_envvar=True)
+@click.option("--server", type=int, help="Only the server of this id.", show_envvar=True)
 @click.option(
-    "--output", type=click.File("w", encoding="utf-8", lazy=False), default="-", help="A file; else standard output."
+    "--output",
+    type=click.File("w", encoding="utf-8", lazy=False),
+    default="-",
+    show_envvar=True,
+    help="A file; else standard output.",
 )
 @options("database")
-def export(shape: str, server_id: int | None, output: typing.TextIO, database: str) -> None:
+def export(format: str, server: int | None, output: typing.TextIO, database: str) -> None:
     """Write out one server or all: a JSON object a line, or a page to read."""
     with reading(database) as db:
-        chosen = [row for row in all_servers(db) if server_id in (None, row["server_id"])]
-        if server_id is not None and not chosen:
-            raise StartError(f"There is no server {server_id}")
-        write = write_html if shape == "html" else write_jsonl
+        chosen = [row for row in all_servers(db) if server in (None, row["server_id"])]
+        if server is not None and not chosen:
+            raise StartError(f"There is no server {server}")
+        write = write_html if format == "html" else write_jsonl
         write(export_things(db, chosen), output)
+        output.flush()
 
 
 def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
