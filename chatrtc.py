@@ -564,6 +564,14 @@ T = TypeVar("T")
 SENTENCES = re.compile(r" - at `\$\.?([^`]*)`$")
 
 
+def explain(complaint: str) -> tuple[str, str]:
+    """The code and the sentence for msgspec's complaint."""
+    code = "TOO_LARGE" if "of length <=" in complaint else "BAD_REQUEST"
+    field = SENTENCES.search(complaint)
+    sentence = SENTENCES.sub("", complaint).replace("`", "'")
+    return code, f"{field[1]}: {sentence}" if field and field[1] else sentence
+
+
 def read_args(kind: type[T], raw: Any) -> T:
     """`raw`, an object as JSON gives it, as arguments of that kind; BAD_REQUEST or TOO_LARGE where it does not fit."""
     try:
@@ -576,14 +584,6 @@ def read_args(kind: type[T], raw: Any) -> T:
     except (RecursionError, TypeError, ValueError):
         raise ChatError("BAD_REQUEST") from None
     return args
-
-
-def explain(complaint: str) -> tuple[str, str]:
-    """The code and the sentence for msgspec's complaint."""
-    code = "TOO_LARGE" if "of length <=" in complaint else "BAD_REQUEST"
-    field = SENTENCES.search(complaint)
-    sentence = SENTENCES.sub("", complaint).replace("`", "'")
-    return code, f"{field[1]}: {sentence}" if field and field[1] else sentence
 
 
 # ---- Events --------------------------------------------------------------------------------------------------------
@@ -812,14 +812,14 @@ def asset(name: str) -> bytes:
     return next(path for path in names if path.exists()).read_bytes()
 
 
-def utc(moment: float) -> str:
-    """A moment (Unix seconds) as the wire has it."""
-    return utc_second(int(moment))
-
-
 @functools.lru_cache(maxsize=8)
 def utc_second(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
+
+
+def utc(moment: float) -> str:
+    """A moment (Unix seconds) as the wire has it."""
+    return utc_second(int(moment))
 
 
 def sync_folder(folder: Path) -> None:
@@ -1030,6 +1030,11 @@ def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Aw
     return db._execute(run, db._conn, *args)  # type: ignore[no-untyped-call]
 
 
+def undo(db: sqlite3.Connection) -> None:
+    if db.in_transaction:
+        db.execute("ROLLBACK")
+
+
 def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatError]:
     """Open a transaction and run the jobs in it. One that refuses before it has changed anything does not disturb the others;
     whatever else is raised undoes all."""
@@ -1055,11 +1060,6 @@ def commit(db: sqlite3.Connection) -> None:
         db.execute("COMMIT")
     finally:
         undo(db)
-
-
-def undo(db: sqlite3.Connection) -> None:
-    if db.in_transaction:
-        db.execute("ROLLBACK")
 
 
 def in_transaction(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatError]:
@@ -1425,6 +1425,10 @@ def place_of_channel(db: sqlite3.Connection, channel_id: int, user_id: int) -> t
     return found
 
 
+def channels_of(db: sqlite3.Connection, server_id: int) -> list[Channel]:
+    return [Channel(*row) for row in db.execute(CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id", (server_id,))]
+
+
 def server_view(db: sqlite3.Connection, server_id: int, user_id: int) -> Server:
     row = db.execute(
         SERVER_ROWS + "WHERE s.server_id = :server_id", {"server_id": server_id, "user_id": user_id}
@@ -1437,12 +1441,12 @@ def servers_of(db: sqlite3.Connection, user_id: int) -> list[Server]:
     return [server_view(db, server_id, user_id) for server_id in member_servers(db, user_id)]
 
 
-def channels_of(db: sqlite3.Connection, server_id: int) -> list[Channel]:
-    return [Channel(*row) for row in db.execute(CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id", (server_id,))]
-
-
 def channel_view(db: sqlite3.Connection, channel_id: int) -> Channel:
     return Channel(*db.execute(CHANNEL_ROWS + "WHERE channel_id = ?", (channel_id,)).fetchone())
+
+
+def seen_status(status: Status, user_id: int, viewer: int) -> Status:
+    return "online" if status == "invisible" and user_id != viewer else status
 
 
 def members_of(db: sqlite3.Connection, server_id: int, present: Collection[int], viewer: int) -> list[Member]:
@@ -1456,10 +1460,6 @@ def members_of(db: sqlite3.Connection, server_id: int, present: Collection[int],
         Member(sid, user_id, name, role, seen_status(status, user_id, viewer), joined, user_id in present)
         for sid, user_id, name, role, status, joined in rows
     ]
-
-
-def seen_status(status: Status, user_id: int, viewer: int) -> Status:
-    return "online" if status == "invisible" and user_id != viewer else status
 
 
 def role_of(db: sqlite3.Connection, server_id: int, user_id: int) -> Role | None:
@@ -1620,6 +1620,16 @@ def posted_before(db: sqlite3.Connection, author_id: int, channel_id: int, nonce
     return to_message(row) if row else None
 
 
+def spellings(name: str) -> Iterator[str]:
+    """What `@name,` may mean: the name as it stands, or the beginning of it that holds only a username's characters, with and
+    without the dots and dashes that may end a sentence."""
+    word = "".join(c if is_username(f"x{c}") else " " for c in name).split(" ")[0]
+    yield word
+    while word and word[-1] in ".-_":
+        word = word[:-1]
+        yield word
+
+
 def named_members(db: sqlite3.Connection, server_id: int, content: str) -> list[int]:
     """The members whose @username stands in the text, ascending."""
     names = {fold(spelled) for name in NAMED.findall(content) for spelled in spellings(name)}
@@ -1631,14 +1641,11 @@ def named_members(db: sqlite3.Connection, server_id: int, content: str) -> list[
     return [user_id for (user_id,) in rows]
 
 
-def spellings(name: str) -> Iterator[str]:
-    """What `@name,` may mean: the name as it stands, or the beginning of it that holds only a username's characters, with and
-    without the dots and dashes that may end a sentence."""
-    word = "".join(c if is_username(f"x{c}") else " " for c in name).split(" ")[0]
-    yield word
-    while word and word[-1] in ".-_":
-        word = word[:-1]
-        yield word
+def set_mentions(db: sqlite3.Connection, server_id: int, channel_id: int, message_id: int, content: str) -> list[int]:
+    mentions = named_members(db, server_id, content) if "@" in content else []
+    for user_id in mentions:
+        db.execute("INSERT INTO mentions VALUES (?, ?, ?)", (message_id, user_id, channel_id))
+    return mentions
 
 
 def insert_message(db: sqlite3.Connection, server_id: int, author: Standing, args: NewMessage, now: str) -> Message:
@@ -1656,11 +1663,9 @@ def insert_message(db: sqlite3.Connection, server_id: int, author: Standing, arg
     )  # fmt: skip
 
 
-def set_mentions(db: sqlite3.Connection, server_id: int, channel_id: int, message_id: int, content: str) -> list[int]:
-    mentions = named_members(db, server_id, content) if "@" in content else []
-    for user_id in mentions:
-        db.execute("INSERT INTO mentions VALUES (?, ?, ?)", (message_id, user_id, channel_id))
-    return mentions
+def unindex(db: sqlite3.Connection, where: str, value: int) -> None:
+    """Have search forget those messages, before they change."""
+    db.execute(UNINDEX + where, (value,))
 
 
 def update_message(db: sqlite3.Connection, server_id: int, message: Message, content: str, now: str) -> None:
@@ -1686,11 +1691,6 @@ def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> i
     db.execute("DELETE FROM reactions WHERE message_id = ?", (message_id,))
     db.execute("DELETE FROM mentions WHERE message_id = ?", (message_id,))
     return seq
-
-
-def unindex(db: sqlite3.Connection, where: str, value: int) -> None:
-    """Have search forget those messages, before they change."""
-    db.execute(UNINDEX + where, (value,))
 
 
 def deleted_channels(db: sqlite3.Connection) -> bool:
@@ -1742,6 +1742,17 @@ def page_of(db: sqlite3.Connection, where: str, order: str, limit: int, **values
     return [to_message(row) for row in rows[:limit]], len(rows) > limit
 
 
+def page_around(db: sqlite3.Connection, args: PageArgs) -> Messages:
+    """Half of the page up to the message, half after it; more where either side has more."""
+    values = {"channel_id": args.channel_id, "around": args.around}
+    half = args.limit // 2
+    newer, more_newer = page_of(db, "m.channel_id = :channel_id AND m.message_id > :around", "ASC", half, **values)
+    older, more_older = page_of(
+        db, "m.channel_id = :channel_id AND m.message_id <= :around", "DESC", args.limit - len(newer), **values
+    )
+    return Messages(older[::-1] + newer, more_newer or more_older)
+
+
 def page(db: sqlite3.Connection, args: PageArgs) -> Messages:
     """A page of a channel, oldest first. It costs the same anywhere: an index walk of `limit` steps from the cursor."""
     channel = "m.channel_id = :channel_id"
@@ -1757,17 +1768,6 @@ def page(db: sqlite3.Connection, args: PageArgs) -> Messages:
         db, f"{channel} AND m.message_id < :before", "DESC", args.limit, channel_id=args.channel_id, before=before
     )
     return Messages(older[::-1], more)
-
-
-def page_around(db: sqlite3.Connection, args: PageArgs) -> Messages:
-    """Half of the page up to the message, half after it; more where either side has more."""
-    values = {"channel_id": args.channel_id, "around": args.around}
-    half = args.limit // 2
-    newer, more_newer = page_of(db, "m.channel_id = :channel_id AND m.message_id > :around", "ASC", half, **values)
-    older, more_older = page_of(
-        db, "m.channel_id = :channel_id AND m.message_id <= :around", "DESC", args.limit - len(newer), **values
-    )
-    return Messages(older[::-1] + newer, more_newer or more_older)
 
 
 def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection[int], viewer: int) -> Changes:
@@ -1901,11 +1901,6 @@ CHECKS = {
 }
 
 
-def find_trouble_in(path: Path) -> list[str]:
-    with contextlib.closing(connect_reader(path, immutable=True)) as db:
-        return find_trouble(db)
-
-
 def find_trouble(db: sqlite3.Connection) -> list[str]:
     """What is wrong with a database, in lines; none where it is sound."""
     lines = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
@@ -1917,6 +1912,11 @@ def find_trouble(db: sqlite3.Connection) -> list[str]:
     for name, query in CHECKS.items():
         lines += [f"{name}: {row[0]}" for row in db.execute(query)]
     return lines
+
+
+def find_trouble_in(path: Path) -> list[str]:
+    with contextlib.closing(connect_reader(path, immutable=True)) as db:
+        return find_trouble(db)
 
 
 # ---- Presence ------------------------------------------------------------------------------------------------------
@@ -2063,14 +2063,14 @@ def hash_password(password: str, salt: bytes, n: int, r: int, p: int) -> str:
     return f"scrypt${n}${r}${p}${salt.hex()}${key.hex()}"
 
 
+DUMMY = f"scrypt${SCRYPT['n']}${SCRYPT['r']}${SCRYPT['p']}${secrets.token_hex(16)}${secrets.token_hex(32)}"  # of no password
+
+
 def same_password(password: str, stored: str | None) -> bool:
     """Whether it is the password; as slow for an account that has none, or is not there."""
     _, n, r, p, salt, _ = (stored or DUMMY).split("$")
     made = hash_password(password, bytes.fromhex(salt), int(n), int(r), int(p))
     return hmac.compare_digest(made, stored or DUMMY) and stored is not None
-
-
-DUMMY = f"scrypt${SCRYPT['n']}${SCRYPT['r']}${SCRYPT['p']}${secrets.token_hex(16)}${secrets.token_hex(32)}"  # of no password
 
 
 class Passwords:
@@ -2457,6 +2457,13 @@ def list_members(at: Scope, args: ServerArgs) -> Done[Members]:
     return Done(Members(members_of(at.db, at.server_id, at.here(), at.me.user_id)))
 
 
+def give_role(at: Scope, user_id: int, role: Role) -> Emit:
+    seq = update_role(at.db, at.server_id, user_id, role)
+    return Emit(
+        "member:updated", at.server_id, RoleChanged(at.server_id, user_id, username_of(at.db, user_id) or "", role, seq)
+    )
+
+
 @operation("write", "PATCH /servers/{server_id}/members/{user_id}", Who.OWNER, emits=["member:updated"])
 def set_role(at: Scope, args: RoleArgs) -> Done[Member]:
     """Give a member a role; `owner` hands the server over, and its owner becomes an admin."""
@@ -2470,11 +2477,10 @@ def set_role(at: Scope, args: RoleArgs) -> Done[Member]:
     return Done(next(member for member in members if member.user_id == args.user_id), effects)
 
 
-def give_role(at: Scope, user_id: int, role: Role) -> Emit:
-    seq = update_role(at.db, at.server_id, user_id, role)
-    return Emit(
-        "member:updated", at.server_id, RoleChanged(at.server_id, user_id, username_of(at.db, user_id) or "", role, seq)
-    )
+def expel(db: sqlite3.Connection, server_id: int, user_id: int, cut: bool) -> list[Effect]:
+    seq = drop_member(db, server_id, user_id)
+    left = MemberChanged(server_id, user_id, username_of(db, user_id) or "", seq)
+    return [Emit("member:left", server_id, left), Evict(server_id, user_id, cut)]
 
 
 @operation(
@@ -2483,12 +2489,6 @@ def give_role(at: Scope, user_id: int, role: Role) -> Emit:
 def remove_member(at: Scope, args: MemberArgs) -> Done[None]:
     """Leave a server, or remove somebody of a lower role; who is removed has their sockets closed."""
     return Done(None, expel(at.db, at.server_id, args.user_id, cut=args.user_id != at.me.user_id))
-
-
-def expel(db: sqlite3.Connection, server_id: int, user_id: int, cut: bool) -> list[Effect]:
-    seq = drop_member(db, server_id, user_id)
-    left = MemberChanged(server_id, user_id, username_of(db, user_id) or "", seq)
-    return [Emit("member:left", server_id, left), Evict(server_id, user_id, cut)]
 
 
 @operation("read", "GET /servers/{server_id}/bans", Who.ADMIN)
@@ -2541,6 +2541,12 @@ def get_invite(at: Scope, args: InviteArgs) -> Done[InvitePreview]:
     return Done(invite_preview(at.db, invite))
 
 
+def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, username: str, now: str) -> list[Effect]:
+    count_use(db, invite.code)
+    seq = add_member(db, invite.server_id, user_id, "member", now)
+    return [Emit("member:joined", invite.server_id, MemberChanged(invite.server_id, user_id, username, seq))]
+
+
 @operation(
     "write", "POST /invites/{code}", Who.USER, emits=["member:joined"], status=201, repeat_status=200, limit="invite"
 )
@@ -2554,12 +2560,6 @@ def accept_invite(at: Scope, args: InviteArgs) -> Done[Server]:
         raise ChatError("FORBIDDEN", "You are banned from this server")
     effects = use_invite(at.db, invite, at.me.user_id, at.me.username, at.now)
     return Done(server_view(at.db, invite.server_id, at.me.user_id), effects)
-
-
-def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, username: str, now: str) -> list[Effect]:
-    count_use(db, invite.code)
-    seq = add_member(db, invite.server_id, user_id, "member", now)
-    return [Emit("member:joined", invite.server_id, MemberChanged(invite.server_id, user_id, username, seq))]
 
 
 @operation("write", "DELETE /invites/{code}", Who.USER, status=204, limit="invite")
@@ -2579,6 +2579,13 @@ def list_channels(at: Scope, args: ServerArgs) -> Done[Channels]:
     return Done(Channels(channels_of(at.db, at.server_id)))
 
 
+def channel_notice(event: str, channel: Channel, seq: int) -> Emit:
+    changed = ChannelChanged(channel.server_id, channel.channel_id, channel.name, seq, topic=channel.topic)
+    if channel.kind != changed.kind:  # set only then: msgspec leaves a default out where it is the very same string
+        changed.kind = channel.kind
+    return Emit(event, channel.server_id, changed)
+
+
 @operation(
     "write", "POST /servers/{server_id}/channels", Who.ADMIN, emits=["channel:created"], status=201, limit="post"
 )
@@ -2588,13 +2595,6 @@ def create_channel(at: Scope, args: NewChannel) -> Done[Channel]:
     return Done(
         channel, [OpenChannel(at.server_id, channel.channel_id), channel_notice("channel:created", channel, seq)]
     )
-
-
-def channel_notice(event: str, channel: Channel, seq: int) -> Emit:
-    changed = ChannelChanged(channel.server_id, channel.channel_id, channel.name, seq, topic=channel.topic)
-    if channel.kind != changed.kind:  # set only then: msgspec leaves a default out where it is the very same string
-        changed.kind = channel.kind
-    return Emit(event, channel.server_id, changed)
 
 
 @operation("write", "PATCH /channels/{channel_id}", Who.ADMIN, emits=["channel:updated"])
@@ -2615,6 +2615,15 @@ def delete_channel(at: Scope, args: ChannelArgs) -> Done[None]:
     return Done(None, [Emit("channel:deleted", at.server_id, deleted), CloseChannel(at.server_id, at.channel_id)])
 
 
+def mention_notices(at: Scope, message: Message, known: Collection[int]) -> list[Effect]:
+    """A notice to each member that the message names, but its author and who has had one."""
+    named = [user_id for user_id in message.mentions if user_id != message.author_id and user_id not in known]
+    if not named:
+        return []
+    notice = MentionNotice(**msgspec.structs.asdict(message), server_id=at.server_id)
+    return [Emit("mention", user_id, notice) for user_id in named]
+
+
 @operation(
     "write", "POST /messages", Who.MEMBER, emits=["message:new", "mention", "typing_stop"], status=201, limit="post"
 )
@@ -2632,15 +2641,6 @@ def post_message(at: Scope, args: NewMessage) -> Done[Message]:
     message = insert_message(at.db, at.server_id, author, args, at.now)
     effects: list[Effect] = [StopTyping(args.channel_id, at.me.user_id), Emit("message:new", at.server_id, message)]
     return Done(message, effects + mention_notices(at, message, set()))
-
-
-def mention_notices(at: Scope, message: Message, known: Collection[int]) -> list[Effect]:
-    """A notice to each member that the message names, but its author and who has had one."""
-    named = [user_id for user_id in message.mentions if user_id != message.author_id and user_id not in known]
-    if not named:
-        return []
-    notice = MentionNotice(**msgspec.structs.asdict(message), server_id=at.server_id)
-    return [Emit("mention", user_id, notice) for user_id in named]
 
 
 @operation("read", "GET /channels/{channel_id}/messages", Who.MEMBER)
@@ -2684,6 +2684,12 @@ def remove_message(at: Scope, args: MessageArgs) -> Done[None]:
     return Done(None, [Emit("message:deleted", at.server_id, MessageDeleted(at.channel_id, args.message_id, seq))])
 
 
+def reaction_notice(at: Scope, event: str, args: ReactionArgs) -> Emit:
+    seq = touch_message(at.db, at.server_id, args.message_id)
+    changed = ReactionChanged(at.channel_id, args.message_id, at.me.user_id, at.me.username, args.emoji, seq)
+    return Emit(event, at.server_id, changed)
+
+
 @operation(
     "write", "PUT /messages/{message_id}/reactions/{emoji}", Who.MEMBER, event="reaction:add", emits=["reaction:add"],
     status=204, limit="post",
@@ -2705,12 +2711,6 @@ def remove_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
     """Take my reaction back; nothing happens where there is none."""
     removed = drop_reaction(at.db, args.message_id, args.emoji, at.me.user_id)
     return Done(None, [reaction_notice(at, "reaction:remove", args)] if removed else [], not removed)
-
-
-def reaction_notice(at: Scope, event: str, args: ReactionArgs) -> Emit:
-    seq = touch_message(at.db, at.server_id, args.message_id)
-    changed = ReactionChanged(at.channel_id, args.message_id, at.me.user_id, at.me.username, args.emoji, seq)
-    return Emit(event, at.server_id, changed)
 
 
 @operation("read", "GET /channels/{channel_id}/read", Who.MEMBER, long=True)
@@ -4279,6 +4279,14 @@ async def heartbeat(chat: Chat, caller: Caller, args: Nothing) -> Done[None]:
     return Done(None)
 
 
+def missed(at: Scope, args: JoinServer) -> tuple[int, Changes | UnsetType]:
+    """The server's last number, and what came after the one given."""
+    if args.after is None:
+        return last_seq(at.db, at.server_id), UNSET
+    since = ChangesArgs(server_id=at.server_id, after=args.after)
+    return last_seq(at.db, at.server_id), changes_since(at.db, since, at.here(), at.me.user_id)
+
+
 @operation("live", None, Who.MEMBER, event="join_server", emits=["user:connected"])
 async def join_server(chat: Chat, caller: Caller, args: JoinServer) -> Done[Joined]:
     """Hear a server: its events from now on and, with `after`, what came after that number. Nothing falls in between."""
@@ -4291,14 +4299,6 @@ async def join_server(chat: Chat, caller: Caller, args: JoinServer) -> Done[Join
     else:
         seq, changes = await chat.ask_long(Who.MEMBER, caller, args, missed)
     return Done(Joined(chat.presence.visible(args.server_id, me.user_id), seq, changes))
-
-
-def missed(at: Scope, args: JoinServer) -> tuple[int, Changes | UnsetType]:
-    """The server's last number, and what came after the one given."""
-    if args.after is None:
-        return last_seq(at.db, at.server_id), UNSET
-    since = ChangesArgs(server_id=at.server_id, after=args.after)
-    return last_seq(at.db, at.server_id), changes_since(at.db, since, at.here(), at.me.user_id)
 
 
 @operation("live", None, Who.USER, event="leave_server", emits=["user:disconnected"])
@@ -4497,6 +4497,28 @@ async def read_body(request: web.Request) -> bytes:
     return bytes(body)
 
 
+def refuse(error: ChatError) -> web.Response:
+    body = error.body()
+    retry = {"Retry-After": str(body["retry_after"])} if error.retry_after is not None else {}
+    response = respond(body, error.status, retry)
+    if error.code == "TOO_LARGE":
+        response.force_close()
+    return response
+
+
+def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """The JSON of a body, validated. Raises BAD_REQUEST, TOO_LARGE."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise ChatError(*explain(str(error))) from None
+    except (ValueError, RecursionError):
+        raise ChatError("BAD_REQUEST", "The body is not JSON") from None
+
+
+ANY_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
+
+
 class Route:
     """One operation as REST offers it."""
 
@@ -4545,28 +4567,6 @@ class Route:
         return read_args(self.op.args, given)
 
 
-ANY_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
-
-
-def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
-    """The JSON of a body, validated. Raises BAD_REQUEST, TOO_LARGE."""
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise ChatError(*explain(str(error))) from None
-    except (ValueError, RecursionError):
-        raise ChatError("BAD_REQUEST", "The body is not JSON") from None
-
-
-def refuse(error: ChatError) -> web.Response:
-    body = error.body()
-    retry = {"Retry-After": str(body["retry_after"])} if error.retry_after is not None else {}
-    response = respond(body, error.status, retry)
-    if error.code == "TOO_LARGE":
-        response.force_close()
-    return response
-
-
 def make_guard(settings: Settings) -> Callable[..., Awaitable[web.StreamResponse]]:
     """What stands before every route: the check of the origin, and our kind of answer where the router has none."""
     allowed = frozenset(settings.cors_origin)
@@ -4597,6 +4597,31 @@ def make_guard(settings: Settings) -> Callable[..., Awaitable[web.StreamResponse
 EVENTS_IN = {op.event: op for op in OPERATIONS.values() if op.event is not None}
 
 
+async def greet(chat: Chat, connection: Connection, auth: Any) -> Done[Any]:
+    """Authenticate by the handshake."""
+    op = EVENTS_IN["authenticate"]
+    caller = Caller(None, connection.address, connection)
+    return await perform(chat, op, caller, read_args(op.args, auth))
+
+
+async def hear(chat: Chat, event: str, sid: str, payload: tuple[Any, ...]) -> Done[Any]:
+    """What an event asks for."""
+    op = EVENTS_IN.get(event)
+    if op is None:
+        raise ChatError("NOT_FOUND", "There is no such event")
+    connection = chat.connections.get(sid)
+    if connection is None:
+        raise ChatError("UNAVAILABLE", "The connection is closing")
+    if connection.me is None and op.who is not Who.ANYONE:
+        raise ChatError("UNAUTHORIZED", "Authenticate first")
+    if op.limit != "itself":
+        chat.limiter.take("event", connection.me.user_id if connection.me else sid)
+    if len(payload) > 1 or (not payload and op.args is not Nothing):
+        raise ChatError("BAD_REQUEST", "An event carries one object")
+    raw = payload[0] if payload and payload != (None,) else ({} if op.args is Nothing else None)
+    return await perform(chat, op, Caller(connection.me, connection.address, connection), read_args(op.args, raw))
+
+
 def bind_sockets(chat: Chat) -> None:
     """The three handlers that Socket.IO has: a socket comes, goes, and says something."""
     sio = chat.sio
@@ -4625,59 +4650,23 @@ def bind_sockets(chat: Chat) -> None:
         return {"success": False} | outcome.body()
 
 
-async def greet(chat: Chat, connection: Connection, auth: Any) -> Done[Any]:
-    """Authenticate by the handshake."""
-    op = EVENTS_IN["authenticate"]
-    caller = Caller(None, connection.address, connection)
-    return await perform(chat, op, caller, read_args(op.args, auth))
-
-
-async def hear(chat: Chat, event: str, sid: str, payload: tuple[Any, ...]) -> Done[Any]:
-    """What an event asks for."""
-    op = EVENTS_IN.get(event)
-    if op is None:
-        raise ChatError("NOT_FOUND", "There is no such event")
-    connection = chat.connections.get(sid)
-    if connection is None:
-        raise ChatError("UNAVAILABLE", "The connection is closing")
-    if connection.me is None and op.who is not Who.ANYONE:
-        raise ChatError("UNAUTHORIZED", "Authenticate first")
-    if op.limit != "itself":
-        chat.limiter.take("event", connection.me.user_id if connection.me else sid)
-    if len(payload) > 1 or (not payload and op.args is not Nothing):
-        raise ChatError("BAD_REQUEST", "An event carries one object")
-    raw = payload[0] if payload and payload != (None,) else ({} if op.args is Nothing else None)
-    return await perform(chat, op, Caller(connection.me, connection.address, connection), read_args(op.args, raw))
-
-
 # Descriptions.
-
-
-def openapi() -> dict[str, Any]:
-    """The REST side of the table, as OpenAPI 3.1."""
-    _, schemas = describe(
-        [kind for op in OPERATIONS.values() for kind in (op.args, op.answer) if kind is not type(None)]
-    )
-    paths: dict[str, dict[str, Any]] = {}
-    for op in OPERATIONS.values():
-        if op.path and op.method:
-            paths.setdefault(op.path, {})[op.method.lower()] = describe_route(op, schemas)
-    for name in {op.args.__name__ for op in OPERATIONS.values()}:
-        schemas.pop(name, None)
-    failure = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"enum": list(ERRORS)}}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "ChatRTC", "version": __version__},
-        "paths": paths,
-        "components": {
-            "schemas": schemas | {"Error": failure | {"required": ["error", "code"]}},
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
-        },
-    }
 
 
 def describe(kinds: Iterable[Any]) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
     return msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+
+
+def describe_answer(op: Operation) -> dict[str, Any]:
+    if op.status == 204:
+        return {"description": "Done."}
+    schema = {"$ref": f"#/components/schemas/{op.answer.__name__}"}
+    return {"description": op.answer.__name__, "content": {"application/json": {"schema": schema}}}
+
+
+def failure_response() -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/Error"}
+    return {"description": "A refusal, by its code.", "content": {"application/json": {"schema": schema}}}
 
 
 def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
@@ -4708,35 +4697,26 @@ def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     return route
 
 
-def describe_answer(op: Operation) -> dict[str, Any]:
-    if op.status == 204:
-        return {"description": "Done."}
-    schema = {"$ref": f"#/components/schemas/{op.answer.__name__}"}
-    return {"description": op.answer.__name__, "content": {"application/json": {"schema": schema}}}
-
-
-def failure_response() -> dict[str, Any]:
-    schema = {"$ref": "#/components/schemas/Error"}
-    return {"description": "A refusal, by its code.", "content": {"application/json": {"schema": schema}}}
-
-
-def asyncapi() -> dict[str, Any]:
-    """The Socket.IO side, as AsyncAPI 3.0: what a client may emit, with its ack, and what it hears."""
-    kinds = [op.args for op in EVENTS_IN.values()] + [kind.payload for kind in EVENTS.values()]
-    kinds += [op.answer for op in EVENTS_IN.values() if op.answer is not type(None)]
-    _, schemas = describe(kinds)
-    sent = {f"{name}.in": {"name": name, "payload": reference(op.args)} for name, op in EVENTS_IN.items()}
-    acks = {f"{name}.ack": {"name": name, "payload": ack_schema(op)} for name, op in EVENTS_IN.items()}
-    heard = {name: {"name": name, "payload": reference(kind.payload)} for name, kind in EVENTS.items()}
+def openapi() -> dict[str, Any]:
+    """The REST side of the table, as OpenAPI 3.1."""
+    _, schemas = describe(
+        [kind for op in OPERATIONS.values() for kind in (op.args, op.answer) if kind is not type(None)]
+    )
+    paths: dict[str, dict[str, Any]] = {}
+    for op in OPERATIONS.values():
+        if op.path and op.method:
+            paths.setdefault(op.path, {})[op.method.lower()] = describe_route(op, schemas)
+    for name in {op.args.__name__ for op in OPERATIONS.values()}:
+        schemas.pop(name, None)
+    failure = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"enum": list(ERRORS)}}}
     return {
-        "asyncapi": "3.0.0",
+        "openapi": "3.1.0",
         "info": {"title": "ChatRTC", "version": __version__},
-        "channels": {"socket": {"address": "/socket.io/", "messages": sent | acks | heard}},
-        "operations": {
-            **{f"emit {name}": describe_event(name, op) for name, op in EVENTS_IN.items()},
-            **{f"hear {name}": describe_notice(name, kind) for name, kind in EVENTS.items()},
+        "paths": paths,
+        "components": {
+            "schemas": schemas | {"Error": failure | {"required": ["error", "code"]}},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
         },
-        "components": {"schemas": schemas},
     }
 
 
@@ -4771,6 +4751,26 @@ def describe_notice(name: str, kind: EventKind) -> dict[str, Any]:
         "summary": kind.sentence,
         "description": f"To the {kind.room}." if kind.room == "socket" else f"To room {kind.room}:{{id}}.",
         "messages": [message_reference(name)],
+    }
+
+
+def asyncapi() -> dict[str, Any]:
+    """The Socket.IO side, as AsyncAPI 3.0: what a client may emit, with its ack, and what it hears."""
+    kinds = [op.args for op in EVENTS_IN.values()] + [kind.payload for kind in EVENTS.values()]
+    kinds += [op.answer for op in EVENTS_IN.values() if op.answer is not type(None)]
+    _, schemas = describe(kinds)
+    sent = {f"{name}.in": {"name": name, "payload": reference(op.args)} for name, op in EVENTS_IN.items()}
+    acks = {f"{name}.ack": {"name": name, "payload": ack_schema(op)} for name, op in EVENTS_IN.items()}
+    heard = {name: {"name": name, "payload": reference(kind.payload)} for name, kind in EVENTS.items()}
+    return {
+        "asyncapi": "3.0.0",
+        "info": {"title": "ChatRTC", "version": __version__},
+        "channels": {"socket": {"address": "/socket.io/", "messages": sent | acks | heard}},
+        "operations": {
+            **{f"emit {name}": describe_event(name, op) for name, op in EVENTS_IN.items()},
+            **{f"hear {name}": describe_notice(name, kind) for name, kind in EVENTS.items()},
+        },
+        "components": {"schemas": schemas},
     }
 
 
@@ -4809,18 +4809,6 @@ def set_password(db: sqlite3.Connection, username: str, password: str) -> Done[i
     return replace_password(db, user_id, password_of(db, user_id), password)
 
 
-@admin
-def delete_user(db: sqlite3.Connection, username: str) -> Done[int]:
-    """End an account. What it wrote stays, under its name. A server that it owned goes to its first admin, else its first
-    member, and with nobody left is deleted."""
-    user_id = need_account(db, username).user_id
-    effects: list[Effect] = []
-    for server_id in member_servers(db, user_id):
-        effects += bequeath(db, server_id, user_id)
-    close_account(db, user_id)
-    return Done(user_id, [*effects, Revoke(user_id)])
-
-
 def bequeath(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
     """Take somebody out of a server, handing it over if they owned it."""
     owned = role_of(db, server_id, user_id) == "owner"
@@ -4832,6 +4820,18 @@ def bequeath(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effec
         drop_server(db, server_id)
         return [CloseServer(server_id)]
     return [*effects, give_role(Scope(db, Me(heir, ""), 0, Presence(), server_id), heir, "owner")]
+
+
+@admin
+def delete_user(db: sqlite3.Connection, username: str) -> Done[int]:
+    """End an account. What it wrote stays, under its name. A server that it owned goes to its first admin, else its first
+    member, and with nobody left is deleted."""
+    user_id = need_account(db, username).user_id
+    effects: list[Effect] = []
+    for server_id in member_servers(db, user_id):
+        effects += bequeath(db, server_id, user_id)
+    close_account(db, user_id)
+    return Done(user_id, [*effects, Revoke(user_id)])
 
 
 def read_settings(given: dict[str, Any]) -> Settings:
@@ -4848,6 +4848,58 @@ def read_settings(given: dict[str, Any]) -> Settings:
     if settings.lan and settings.host == Settings().host:
         settings = msgspec.structs.replace(settings, host="0.0.0.0")
     return settings
+
+
+async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
+    """The QR code of an invite's link, for a camera."""
+    caller, args = Caller(None, request.remote or ""), InviteArgs(code=request.match_info["code"])
+    outcome = await settle(perform(chat, OPERATIONS["get_invite"], caller, args))
+    if isinstance(outcome, ChatError):
+        return refuse(outcome)
+    root = request.path.partition("/invites/")[0]
+    picture = io.BytesIO()
+    link = f"{request.scheme}://{request.host}{root}/#/invite/{args.code}"
+    segno.make(link, micro=False).save(picture, kind="svg", scale=8, border=2, light="#fff")
+    return web.Response(body=picture.getvalue(), headers=HEADERS | {"Content-Type": "image/svg+xml"})
+
+
+async def send_page(page: bytes, policy: str, request: web.Request) -> web.Response:
+    headers = HEADERS | {
+        "Content-Security-Policy": policy,
+        "Cache-Control": "no-cache",
+        "Content-Type": "text/html; charset=utf-8",
+    }
+    return web.Response(body=page, headers=headers)
+
+
+async def do_chores(chat: Chat) -> None:
+    """What can wait: teaching search, emptying deleted channels, forgetting revoked tokens that have expired. For ever."""
+    await chat.store.write(lambda db: purge_tokens(db, time.time()))
+    while True:
+        await asyncio.sleep(CHORES_EVERY)
+        with contextlib.suppress(ChatError):
+            await index_all(chat)
+            while chat.store.peek(deleted_channels):
+                await chat.store.write(purge_channels, long=True)
+
+
+async def send_json(body: bytes, request: web.Request) -> web.Response:
+    return web.Response(body=body, headers=HEADERS | {"Content-Type": "application/json"})
+
+
+def page_with_policy() -> tuple[bytes, str]:
+    """The chat page, and the policy that lets its own script and style run, by their hashes, and nothing else."""
+    page = asset("chatrtc.html")
+    hashes = {
+        tag: base64.b64encode(
+            hashlib.sha256(re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.S)[0]).digest()
+        ).decode()
+        for tag in (b"script", b"style")
+    }
+    return page, (
+        f"default-src 'none'; script-src 'sha256-{hashes[b'script']}'; style-src 'sha256-{hashes[b'style']}'; "
+        "connect-src 'self'; img-src 'self' data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 class ChatRTC:
@@ -4979,124 +5031,12 @@ class ChatRTC:
             writer.close()
 
 
-def page_with_policy() -> tuple[bytes, str]:
-    """The chat page, and the policy that lets its own script and style run, by their hashes, and nothing else."""
-    page = asset("chatrtc.html")
-    hashes = {
-        tag: base64.b64encode(
-            hashlib.sha256(re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.S)[0]).digest()
-        ).decode()
-        for tag in (b"script", b"style")
-    }
-    return page, (
-        f"default-src 'none'; script-src 'sha256-{hashes[b'script']}'; style-src 'sha256-{hashes[b'style']}'; "
-        "connect-src 'self'; img-src 'self' data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-async def send_page(page: bytes, policy: str, request: web.Request) -> web.Response:
-    headers = HEADERS | {
-        "Content-Security-Policy": policy,
-        "Cache-Control": "no-cache",
-        "Content-Type": "text/html; charset=utf-8",
-    }
-    return web.Response(body=page, headers=headers)
-
-
-async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
-    """The QR code of an invite's link, for a camera."""
-    caller, args = Caller(None, request.remote or ""), InviteArgs(code=request.match_info["code"])
-    outcome = await settle(perform(chat, OPERATIONS["get_invite"], caller, args))
-    if isinstance(outcome, ChatError):
-        return refuse(outcome)
-    root = request.path.partition("/invites/")[0]
-    picture = io.BytesIO()
-    link = f"{request.scheme}://{request.host}{root}/#/invite/{args.code}"
-    segno.make(link, micro=False).save(picture, kind="svg", scale=8, border=2, light="#fff")
-    return web.Response(body=picture.getvalue(), headers=HEADERS | {"Content-Type": "image/svg+xml"})
-
-
-async def send_json(body: bytes, request: web.Request) -> web.Response:
-    return web.Response(body=body, headers=HEADERS | {"Content-Type": "application/json"})
-
-
-async def do_chores(chat: Chat) -> None:
-    """What can wait: teaching search, emptying deleted channels, forgetting revoked tokens that have expired. For ever."""
-    await chat.store.write(lambda db: purge_tokens(db, time.time()))
-    while True:
-        await asyncio.sleep(CHORES_EVERY)
-        with contextlib.suppress(ChatError):
-            await index_all(chat)
-            while chat.store.peek(deleted_channels):
-                await chat.store.write(purge_channels, long=True)
-
-
-async def serve_until_stopped(settings: dict[str, Any]) -> None:
-    """Run a server until SIGTERM, SIGINT or SIGHUP, which from now on end it cleanly. Raises StartError."""
-    stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    chat = ChatRTC(**settings)
-    app = web.Application()
-    chat.attach(app)
-    context = tls_context(chat.settings)
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        keepalive_timeout=KEEPALIVE,
-        shutdown_timeout=3,
-        auto_decompress=False,
-        handler_cancellation=False,
-    )
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, chat.settings.host, chat.settings.port, ssl_context=context, backlog=1024)
-        try:
-            await site.start()
-        except OSError as error:
-            why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-            raise StartError(f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {why}") from None
-        announce(chat.settings, runner.addresses[0][:2], context is not None)
-        await stopped.wait()
-    finally:
-        await runner.cleanup()
-
-
-def announce(settings: Settings, address: tuple[str, int], tls: bool) -> None:
-    """Say where the server answers, for this machine and for others."""
-    host, port = address
-    scheme = "https" if tls else "http"
-    click.echo(f"ChatRTC listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
-    link = f"{scheme}://{lan_address()}:{port}"
-    if ipaddress.ip_address(host).is_loopback:
-        click.echo(f"Only this machine can reach it; with --lan others on your network can, at {link}")
-    elif settings.lan:
-        click.echo(f"Others on your network: {link}")
-        segno.make(link, micro=False).terminal(compact=True, border=2)
-    sys.stdout.flush()
-
-
 def lan_address() -> str:
     """This machine's address on the local network, as the system would choose it; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect(("192.0.2.1", 9))
         return str(probe.getsockname()[0])
     return "127.0.0.1"
-
-
-def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """The certificate to serve with, if any. Raises StartError."""
-    cert, key = settings.tls_cert, settings.tls_key
-    if settings.tls_self_signed:
-        cert, key = self_signed(Path(settings.database))
-    if cert is None or key is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(cert, key)
-    except (OSError, ssl.SSLError) as error:
-        raise StartError(f"The certificate cannot be used: {error}") from None
-    return context
 
 
 def self_signed(database: Path) -> tuple[str, str]:
@@ -5134,6 +5074,66 @@ def self_signed(database: Path) -> tuple[str, str]:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(secret + cert.public_bytes(pem))
     return str(path), str(path)
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """The certificate to serve with, if any. Raises StartError."""
+    cert, key = settings.tls_cert, settings.tls_key
+    if settings.tls_self_signed:
+        cert, key = self_signed(Path(settings.database))
+    if cert is None or key is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        raise StartError(f"The certificate cannot be used: {error}") from None
+    return context
+
+
+def announce(settings: Settings, address: tuple[str, int], tls: bool) -> None:
+    """Say where the server answers, for this machine and for others."""
+    host, port = address
+    scheme = "https" if tls else "http"
+    click.echo(f"ChatRTC listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+    link = f"{scheme}://{lan_address()}:{port}"
+    if ipaddress.ip_address(host).is_loopback:
+        click.echo(f"Only this machine can reach it; with --lan others on your network can, at {link}")
+    elif settings.lan:
+        click.echo(f"Others on your network: {link}")
+        segno.make(link, micro=False).terminal(compact=True, border=2)
+    sys.stdout.flush()
+
+
+async def serve_until_stopped(settings: dict[str, Any]) -> None:
+    """Run a server until SIGTERM, SIGINT or SIGHUP, which from now on end it cleanly. Raises StartError."""
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    chat = ChatRTC(**settings)
+    app = web.Application()
+    chat.attach(app)
+    context = tls_context(chat.settings)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        keepalive_timeout=KEEPALIVE,
+        shutdown_timeout=3,
+        auto_decompress=False,
+        handler_cancellation=False,
+    )
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, chat.settings.host, chat.settings.port, ssl_context=context, backlog=1024)
+        try:
+            await site.start()
+        except OSError as error:
+            why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+            raise StartError(f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {why}") from None
+        announce(chat.settings, runner.addresses[0][:2], context is not None)
+        await stopped.wait()
+    finally:
+        await runner.cleanup()
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------
@@ -5218,15 +5218,6 @@ def options(*names: str) -> Callable[[Any], Any]:
     return decorate
 
 
-@main.command()
-@options()
-def serve(**settings: Any) -> None:
-    """Run the server until Ctrl-C or SIGTERM."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(serve_until_stopped(settings))
-
-
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """uvloop's, where there is one."""
     with contextlib.suppress(ImportError):
@@ -5234,6 +5225,15 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
         return uvloop.new_event_loop
     return None
+
+
+@main.command()
+@options()
+def serve(**settings: Any) -> None:
+    """Run the server until Ctrl-C or SIGTERM."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(serve_until_stopped(settings))
 
 
 @contextlib.contextmanager
@@ -5250,6 +5250,21 @@ def reading(database: str) -> Iterator[sqlite3.Connection]:
             lock.release()
     with snapshot(path) as db:
         yield db
+
+
+def ask_server(address: str, name: str, args: Sequence[Any]) -> Any:
+    try:
+        with socket.socket(socket.AF_UNIX) as control, control.makefile("rwb") as line:
+            control.settimeout(15)
+            control.connect(address)
+            line.write(json.dumps([name, args]).encode() + b"\n")
+            line.flush()
+            reply = json.loads(line.readline())
+    except (OSError, ValueError) as error:
+        raise StartError(f"The server that holds the database does not answer: {error}") from None
+    if "code" in reply:
+        raise ChatError(reply["code"], reply["error"])
+    return reply["answer"]
 
 
 def administer(database: str, name: str, *args: Any) -> Any:
@@ -5270,21 +5285,6 @@ def administer(database: str, name: str, *args: Any) -> Any:
     if isinstance(outcome, ChatError):
         raise outcome
     return outcome.answer
-
-
-def ask_server(address: str, name: str, args: Sequence[Any]) -> Any:
-    try:
-        with socket.socket(socket.AF_UNIX) as control, control.makefile("rwb") as line:
-            control.settimeout(15)
-            control.connect(address)
-            line.write(json.dumps([name, args]).encode() + b"\n")
-            line.flush()
-            reply = json.loads(line.readline())
-    except (OSError, ValueError) as error:
-        raise StartError(f"The server that holds the database does not answer: {error}") from None
-    if "code" in reply:
-        raise ChatError(reply["code"], reply["error"])
-    return reply["answer"]
 
 
 @main.group()
@@ -5353,6 +5353,28 @@ def token(username: str, database: str, secret: str | None, token_ttl: int) -> N
     click.echo(keys.issue(account.user_id, account.username, account.generation, time.time()).token)
 
 
+def copy_verified(db: sqlite3.Connection, dest: Path) -> Path:
+    """A sound copy of a database, synced, beside where it is to go. Raises StartError, and leaves nothing then."""
+    if not dest.parent.is_dir():
+        raise StartError(f"The directory {dest.parent} does not exist")
+    part = dest.with_name(dest.name + ".part")
+    with click.progressbar(length=1, label="Copying", file=sys.stderr) as bar:
+
+        def show(status: int, remaining: int, total: int) -> None:
+            bar.length = total
+            bar.update(total - remaining - bar.pos)
+
+        try:
+            copy_database(db, part, show)
+            trouble = find_trouble_in(part)
+        except (OSError, sqlite3.Error) as error:
+            trouble = [str(error)]
+    if trouble:
+        part.unlink(missing_ok=True)
+        raise StartError(f"{dest} could not be made ({trouble[0]}); what was copied is thrown away")
+    return part
+
+
 @main.command()
 @click.argument("dest", type=click.Path(path_type=Path))
 @options("database")
@@ -5388,28 +5410,6 @@ def restore(source: Path, database: str) -> None:
     click.echo(f"{path} is what {source} holds" + (f"; what it was is kept as {kept}" if kept else ""))
 
 
-def copy_verified(db: sqlite3.Connection, dest: Path) -> Path:
-    """A sound copy of a database, synced, beside where it is to go. Raises StartError, and leaves nothing then."""
-    if not dest.parent.is_dir():
-        raise StartError(f"The directory {dest.parent} does not exist")
-    part = dest.with_name(dest.name + ".part")
-    with click.progressbar(length=1, label="Copying", file=sys.stderr) as bar:
-
-        def show(status: int, remaining: int, total: int) -> None:
-            bar.length = total
-            bar.update(total - remaining - bar.pos)
-
-        try:
-            copy_database(db, part, show)
-            trouble = find_trouble_in(part)
-        except (OSError, sqlite3.Error) as error:
-            trouble = [str(error)]
-    if trouble:
-        part.unlink(missing_ok=True)
-        raise StartError(f"{dest} could not be made ({trouble[0]}); what was copied is thrown away")
-    return part
-
-
 @main.command()
 @options("database")
 def check(database: str) -> None:
@@ -5422,6 +5422,40 @@ def check(database: str) -> None:
     if lines:
         raise StartError(f"{len(lines)} things are wrong with {database}")
     click.echo("sound: {} users, {} servers, {} messages".format(*counts))
+
+
+def write_html(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:
+    output.write(
+        '<!doctype html><meta charset="utf-8"><title>ChatRTC</title><style>body{font:16px/1.5 sans-serif;margin:2em auto;'
+    )
+    output.write("max-width:45em}time{color:#666;font-size:.8em}p{white-space:pre-wrap;margin:.3em 0}</style>\n")
+    for kind, thing in things:
+        thing = {key: html.escape(str(value)) for key, value in thing.items()}
+        if kind == "message":
+            output.write("<p><b>{author_username}</b> <time>{created_at}</time>\n{content}</p>\n".format(**thing))
+        elif kind in ("server", "channel"):
+            tag = "h1" if kind == "server" else "h2"
+            output.write(f"<{tag}>{thing['name']}</{tag}>\n")
+
+
+def write_jsonl(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:
+    for kind, thing in things:
+        output.write(json.dumps({"type": kind} | thing, ensure_ascii=False) + "\n")
+
+
+def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Servers, their members and channels, and the channels' messages, oldest first, in the shapes of the wire."""
+    with click.progressbar(length=count_rows(db)[2], label="Exporting", file=sys.stderr) as bar:
+        for server in servers:
+            yield "server", server
+            yield from (
+                ("member", msgspec.to_builtins(member)) for member in members_of(db, server["server_id"], (), 0)
+            )
+            for channel in channels_of(db, server["server_id"]):
+                yield "channel", msgspec.to_builtins(channel)
+                for message in messages_of(db, channel.channel_id):
+                    bar.update(1)
+                    yield "message", msgspec.to_builtins(message)
 
 
 @main.command()
@@ -5444,40 +5478,6 @@ def export(format: str, server: int | None, output: typing.TextIO, database: str
         write = write_html if format == "html" else write_jsonl
         write(export_things(db, chosen), output)
         output.flush()
-
-
-def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Servers, their members and channels, and the channels' messages, oldest first, in the shapes of the wire."""
-    with click.progressbar(length=count_rows(db)[2], label="Exporting", file=sys.stderr) as bar:
-        for server in servers:
-            yield "server", server
-            yield from (
-                ("member", msgspec.to_builtins(member)) for member in members_of(db, server["server_id"], (), 0)
-            )
-            for channel in channels_of(db, server["server_id"]):
-                yield "channel", msgspec.to_builtins(channel)
-                for message in messages_of(db, channel.channel_id):
-                    bar.update(1)
-                    yield "message", msgspec.to_builtins(message)
-
-
-def write_jsonl(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:
-    for kind, thing in things:
-        output.write(json.dumps({"type": kind} | thing, ensure_ascii=False) + "\n")
-
-
-def write_html(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:
-    output.write(
-        '<!doctype html><meta charset="utf-8"><title>ChatRTC</title><style>body{font:16px/1.5 sans-serif;margin:2em auto;'
-    )
-    output.write("max-width:45em}time{color:#666;font-size:.8em}p{white-space:pre-wrap;margin:.3em 0}</style>\n")
-    for kind, thing in things:
-        thing = {key: html.escape(str(value)) for key, value in thing.items()}
-        if kind == "message":
-            output.write("<p><b>{author_username}</b> <time>{created_at}</time>\n{content}</p>\n".format(**thing))
-        elif kind in ("server", "channel"):
-            tag = "h1" if kind == "server" else "h2"
-            output.write(f"<{tag}>{thing['name']}</{tag}>\n")
 
 
 if __name__ == "__main__":
