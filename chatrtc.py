@@ -2142,10 +2142,11 @@ class Keys:
         options: Any = {"require": ["sub", "iat", "exp"], "verify_iat": False, "verify_aud": False, "verify_iss": False}
         try:
             claims = jwt.decode(token, self._secret, algorithms=[ALGORITHM], options=options)
-            generation = claims.get("gen", 0)
-            if type(generation) is not int or type(claims["iat"]) not in (int, float):
+            user_id, generation = int(claims["sub"]), claims.get("gen", 0)
+            numbers = all(type(claims[name]) in (int, float) for name in ("iat", "exp"))
+            if not numbers or type(generation) is not int or not 0 < user_id < 2**63:
                 raise ValueError
-            return int(claims["sub"]), generation, float(claims["exp"])
+            return user_id, generation, float(claims["exp"])
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
             raise ChatError("UNAUTHORIZED", "Invalid token") from None
 
