@@ -86,6 +86,7 @@ CREATE TABLE messages (
     reply_to   INTEGER,                            -- a message of the same channel
     nonce      TEXT,                               -- the author's own key, by which a repeat is known
     seq        INTEGER NOT NULL,                   -- of its last change
+    extras     INTEGER NOT NULL DEFAULT 0 CHECK (extras IN (0, 1)),  -- 1: reactions or mentions may hang on it
     deleted    INTEGER NOT NULL DEFAULT 0 CHECK (deleted IN (0, 1))
 ) STRICT;
 CREATE INDEX messages_page ON messages (channel_id, message_id, author_id) WHERE deleted = 0;
