@@ -797,6 +797,7 @@ VERSION = len(MIGRATIONS) + 1
 READERS = 3
 BATCH = 256  # jobs in a transaction at most
 WAITING = 20_000  # jobs that may wait for the writer
+QUIET_SECONDS = 0.3  # without a write, before what can wait is done
 DEADLINE = 8.0  # seconds for any call; shorter than the ping timeout
 THOROUGH_MAX = 64 * 1024 * 1024  # up to this size a start checks what each index holds as well, which is a second
 PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "trusted_schema": 0, "cell_size_check": 1}
@@ -841,6 +842,9 @@ def connect_writer(path: Path) -> sqlite3.Connection:
         if db.execute(f"PRAGMA {name}").fetchone()[0] != value:
             raise StartError(f"{path}: SQLite cannot set {name} = {value} here; use a local disk")
     db.execute("PRAGMA journal_size_limit = 67108864")
+    db.execute(
+        "PRAGMA wal_autocheckpoint = 4000"
+    )  # pages: 16 MiB, so that a page that is written often is copied seldom
     return db
 
 
@@ -1111,6 +1115,7 @@ class Store:
         self._writer: aiosqlite.Connection | None = None
         self._near: sqlite3.Connection | None = None  # the event loop's own reader
         self._committer: asyncio.Task[None] | None = None
+        self._wrote = 0.0  # when somebody last asked for a short write
 
     async def open(self) -> None:
         """Take the lock, check and migrate the file, start the writer and the readers. Raises StartError."""
@@ -1171,6 +1176,10 @@ class Store:
         log.error("reading %s failed: %s", self.path, error)
         return ChatError("UNAVAILABLE", "The database does not answer at the moment")
 
+    def busy(self) -> bool:
+        """Whether somebody wrote a moment ago."""
+        return asyncio.get_running_loop().time() - self._wrote < QUIET_SECONDS
+
     async def write(self, job: Job, *, long: bool = False) -> Done[Any]:
         """Have the job done in the next transaction, and return once it is synced and its effects are out.
 
@@ -1179,7 +1188,10 @@ class Store:
         """
         if len(self._line) >= WAITING or self._committer is None or self._committer.done():
             raise ChatError("UNAVAILABLE")
-        future: asyncio.Future[Done[Any]] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Done[Any]] = loop.create_future()
+        if not long:
+            self._wrote = loop.time()
         self._line.append(Entry(job, future, long))
         self._rest.clear()
         self._wake.set()
@@ -1657,7 +1669,17 @@ def insert_message(db: sqlite3.Connection, server_id: int, author: Standing, arg
     message_id = db.execute(
         """INSERT INTO messages (server_id, channel_id, author_id, content, created_at, reply_to, nonce, seq, extras)
            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-        (server_id, args.channel_id, author.user_id, args.content, now, args.reply_to, args.nonce, seq, "@" in args.content),
+        (
+            server_id,
+            args.channel_id,
+            author.user_id,
+            args.content,
+            now,
+            args.reply_to,
+            args.nonce,
+            seq,
+            "@" in args.content,
+        ),
     ).lastrowid
     assert message_id is not None
     mentions = set_mentions(db, server_id, args.channel_id, message_id, args.content)
@@ -1828,10 +1850,10 @@ def update_read(db: sqlite3.Connection, user_id: int, channel_id: int, message_i
     )
 
 
-def unindexed(db: sqlite3.Connection) -> int:
-    """The newest message that search does not know yet; 0 where it knows all."""
-    (newest, known) = db.execute("SELECT (SELECT max(message_id) FROM messages), indexed_id FROM search").fetchone()
-    return newest if newest is not None and newest > known else 0
+def search_state(db: sqlite3.Connection) -> tuple[int, int]:
+    """The newest message, and up to which search knows them."""
+    newest, known = db.execute("SELECT (SELECT max(message_id) FROM messages), indexed_id FROM search").fetchone()
+    return newest or 0, known
 
 
 def index_messages(db: sqlite3.Connection) -> Done[int]:
@@ -4229,9 +4251,9 @@ async def change_password(chat: Chat, caller: Caller, args: NewPassword) -> Done
 
 async def index_all(chat: Chat) -> None:
     """Teach search all that is there by now, step by step, so that posting goes on."""
-    newest = chat.store.peek(unindexed)
-    while newest and (await chat.store.write(index_messages, long=True)).answer < newest:
-        pass
+    newest, known = chat.store.peek(search_state)
+    while known < newest:
+        known = (await chat.store.write(index_messages, long=True)).answer
 
 
 @operation("live", "GET /servers/{server_id}/search", Who.MEMBER)
@@ -4247,7 +4269,7 @@ async def check_health(chat: Chat, caller: Caller, args: Nothing) -> Done[Health
     """Whether the server works: the database can be read, and written."""
     try:
         async with asyncio.timeout(2):
-            await chat.store.read(unindexed)
+            await chat.store.read(search_state)
             await chat.store.write(probe if chat.store.trouble else lambda db: Done(None))
     except TimeoutError:
         raise ChatError("UNAVAILABLE", "The database does not answer") from None
@@ -4782,7 +4804,9 @@ def asyncapi() -> dict[str, Any]:
 # ---- Application ---------------------------------------------------------------------------------------------------
 # Starting, stopping and embedding: an aiohttp application's start-up opens a chat and its clean-up closes it.
 
-CHORES_EVERY = 0.5
+CHORES_EVERY = 0.5  # seconds
+TOKENS_EVERY = 7200  # chores
+SEARCH_LAG = 50_000  # messages: some 2 seconds of catching up for the first search
 KEEPALIVE = 20.0
 ADMIN: dict[str, Callable[..., Done[Any]]] = {}  # what the command line may have done to the database
 Admin = TypeVar("Admin", bound=Callable[..., Done[Any]])
@@ -4878,14 +4902,22 @@ async def send_page(page: bytes, policy: str, request: web.Request) -> web.Respo
 
 
 async def do_chores(chat: Chat) -> None:
-    """What can wait: teaching search, emptying deleted channels, forgetting revoked tokens that have expired. For ever."""
-    await chat.store.write(lambda db: purge_tokens(db, time.time()))
+    """What can wait: forgetting revoked tokens that have expired, emptying deleted channels, teaching search. For ever."""
     while True:
-        await asyncio.sleep(CHORES_EVERY)
         with contextlib.suppress(ChatError):
-            await index_all(chat)
-            while chat.store.peek(deleted_channels):
-                await chat.store.write(purge_channels, long=True)
+            await chat.store.write(lambda db: purge_tokens(db, time.time()))
+            for _ in range(TOKENS_EVERY):
+                await asyncio.sleep(CHORES_EVERY)
+                await chores_of_now(chat)
+
+
+async def chores_of_now(chat: Chat) -> None:
+    """One step after another while nobody else writes; search may lag only so far behind those who do."""
+    while not chat.store.busy() and chat.store.peek(deleted_channels):
+        await chat.store.write(purge_channels, long=True)
+    newest, known = chat.store.peek(search_state)
+    while known < newest and (not chat.store.busy() or newest - known > SEARCH_LAG):
+        known = (await chat.store.write(index_messages, long=True)).answer
 
 
 async def send_json(body: bytes, request: web.Request) -> web.Response:
