@@ -45,8 +45,10 @@ import html
 import inspect
 import io
 import ipaddress
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -798,6 +800,8 @@ READERS = 3
 BATCH = 256  # jobs in a transaction at most
 WAITING = 20_000  # jobs that may wait for the writer
 QUIET_SECONDS = 0.3  # without a write, before what can wait is done
+ROOM = 1 << 20  # bytes free on the disk, with fewer of which it counts as full
+COMPLAIN_EVERY = 60  # seconds between two lines in the log on writes that fail
 DEADLINE = 8.0  # seconds for any call; shorter than the ping timeout
 THOROUGH_MAX = 64 * 1024 * 1024  # up to this size a start checks what each index holds as well, which is a second
 PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "trusted_schema": 0, "cell_size_check": 1}
@@ -1105,7 +1109,9 @@ class Store:
     def __init__(self, path: Path, publish: Callable[[Sequence[Effect]], None]) -> None:
         self.path = path
         self.lock = Lock(path)
-        self.trouble = ""  # why the last write failed; empty while writing works
+        self.trouble = ""  # why a write failed, until one that is sure to reach the disk has not
+        self._complained = -math.inf  # when that was last logged
+        self._doubtful = False  # whether the writer's connection is to be opened anew
         self._publish = publish
         self._line: deque[Entry] = deque()
         self._wake = asyncio.Event()
@@ -1197,6 +1203,11 @@ class Store:
         self._wake.set()
         return await future
 
+    def full(self) -> bool:
+        """Whether the disk has no room left to speak of."""
+        disk = os.statvfs(self.path)
+        return disk.f_bavail * disk.f_frsize < ROOM
+
     async def _commit_forever(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
@@ -1223,18 +1234,21 @@ class Store:
         result: list[Done[Any] | ChatError] | BaseException
         (result,) = await asyncio.gather(self._transact(batch), return_exceptions=True)
         if not isinstance(result, BaseException):
-            self.trouble = ""
             return list(result)
         if len(batch) > 1:
             return [(await self._commit([entry]))[0] for entry in batch]
-        if isinstance(result, sqlite3.OperationalError) and not is_defect(result):
-            await self._suffer(result)
+        if isinstance(result, StartError) or (isinstance(result, sqlite3.OperationalError) and not is_defect(result)):
+            self._suffer(result)
             sentence = f"The database takes no writes at the moment ({result}); nothing was changed"
             return [ChatError("UNAVAILABLE", sentence)]
         return [result]
 
     async def _transact(self, batch: list[Entry]) -> list[Done[Any] | ChatError]:
         assert self._writer is not None
+        if self._doubtful:
+            await self._writer.close()
+            self._writer = await aiosqlite.Connection(functools.partial(connect_writer, self.path), 64)
+            self._doubtful = False
         jobs = [entry.job for entry in batch]
         if batch[0].long:
             return await on_thread(self._writer, in_transaction, jobs)
@@ -1242,15 +1256,13 @@ class Store:
         await on_thread(self._writer, commit)
         return outcomes
 
-    async def _suffer(self, error: sqlite3.OperationalError) -> None:
+    def _suffer(self, error: sqlite3.OperationalError | StartError) -> None:
         """Remember that writing fails; after a failed sync nothing may be assumed of the connection, so it is opened anew."""
-        if not self.trouble:
+        if time.monotonic() - self._complained > COMPLAIN_EVERY:
+            self._complained = time.monotonic()
             log.error("writing %s failed: %s", self.path, error)
         self.trouble = str(error)
-        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR and self._writer is not None:
-            with contextlib.suppress(sqlite3.Error):
-                await self._writer.close()
-                self._writer = await aiosqlite.Connection(functools.partial(connect_writer, self.path), 64)
+        self._doubtful |= getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR
 
     def _give_up(self, batch: list[Entry]) -> None:
         """The disk takes too long: nobody is left waiting. What was asked for may still be done."""
@@ -1892,8 +1904,9 @@ def purge_tokens(db: sqlite3.Connection, now: float) -> Done[None]:
 
 
 def probe(db: sqlite3.Connection) -> Done[None]:
-    """Write something, however little."""
-    db.execute("UPDATE search SET indexed_id = indexed_id")
+    """Write something, however little; SQLite leaves out what would change nothing."""
+    for step in (1, -1):
+        db.execute("UPDATE search SET indexed_id = indexed_id + ?", (step,))
     return Done(None)
 
 
@@ -4270,7 +4283,13 @@ async def check_health(chat: Chat, caller: Caller, args: Nothing) -> Done[Health
     try:
         async with asyncio.timeout(2):
             await chat.store.read(search_state)
-            await chat.store.write(probe if chat.store.trouble else lambda db: Done(None))
+            if chat.store.full():
+                raise ChatError("UNAVAILABLE", "The disk is full")
+            if chat.store.trouble:
+                await chat.store.write(probe)
+                chat.store.trouble = ""
+            else:
+                await chat.store.write(lambda db: Done(None))
     except TimeoutError:
         raise ChatError("UNAVAILABLE", "The database does not answer") from None
     return Done(Health("ok", __version__))
@@ -4903,12 +4922,12 @@ async def send_page(page: bytes, policy: str, request: web.Request) -> web.Respo
 
 async def do_chores(chat: Chat) -> None:
     """What can wait: forgetting revoked tokens that have expired, emptying deleted channels, teaching search. For ever."""
-    while True:
+    for turn in itertools.count():
         with contextlib.suppress(ChatError):
-            await chat.store.write(lambda db: purge_tokens(db, time.time()))
-            for _ in range(TOKENS_EVERY):
-                await asyncio.sleep(CHORES_EVERY)
-                await chores_of_now(chat)
+            if turn % TOKENS_EVERY == 0:
+                await chat.store.write(lambda db: purge_tokens(db, time.time()))
+            await chores_of_now(chat)
+        await asyncio.sleep(CHORES_EVERY)
 
 
 async def chores_of_now(chat: Chat) -> None:
