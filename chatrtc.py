@@ -2847,6 +2847,14 @@ def connected(request: web.BaseRequest) -> bool:
     return request.transport is not None and not request.transport.is_closing()
 
 
+def abort(link: asyncio.Transport) -> None:
+    """Close at once; the kernel throws away what it holds for a client that does not read, which it would keep offering."""
+    if (pipe := link.get_extra_info("socket")) is not None:
+        with contextlib.suppress(OSError):
+            pipe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    link.abort()
+
+
 # Frames and fan-out: encoding, and when to write.
 
 
@@ -3069,7 +3077,7 @@ class Session:
         if self.link is None or self.link.is_closing():
             return
         if self.link.get_write_buffer_size() > BACKLOG_BYTES:
-            self.link.abort()
+            abort(self.link)
             self.end(REASON.TRANSPORT_ERROR)
         else:
             self.link.write(data)
@@ -3080,7 +3088,7 @@ class Session:
         if self.backlog > BACKLOG_BYTES or len(self.outbox) > BACKLOG_PACKETS:
             self.outbox.clear()
             if self.link is not None:
-                self.link.abort()
+                abort(self.link)
             self.end(REASON.TRANSPORT_ERROR, farewell=None)
         else:
             self.wake()
@@ -3208,7 +3216,7 @@ class Session:
         elif self.rules.fast:
             self._part(frames)
         if self.link is not None:
-            self.loop.call_later(LINGER, self.link.abort)
+            self.loop.call_later(LINGER, abort, self.link)
         self.wake()
         self.on_end(self, reason)
 
@@ -3279,7 +3287,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=grace)
         for link in list(self.links):
-            link.abort()
+            abort(link)
 
     # Sessions
 
