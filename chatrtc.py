@@ -3718,7 +3718,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         for sid, eio_sid in self.manager.get_participants(namespace, room):
             if sid not in skipped and (session := sockets.get(eio_sid)) is not None:
                 session.follow(batch)
-        if isinstance(room, str) and not any(skipped):
+        if self.fast and isinstance(room, str) and not any(skipped):
             self.batches[namespace, room] = batch
         return batch
 
