@@ -1149,10 +1149,10 @@ class Store:
             self._committer.cancel()
             await asyncio.gather(self._committer, return_exceptions=True)
             self._committer = None
-        for db in [*self._readers, *filter(None, [self._writer])]:
-            await db.close()
         if self._near is not None:
             self._near.close()
+        for db in [*self._readers, *filter(None, [self._writer])]:  # the writer last, who can checkpoint
+            await db.close()
         self._readers.clear()
         self._writer = self._near = None
         self.lock.release()
