@@ -5238,6 +5238,9 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
 # one line on standard error and exit status 1.
 
 
+BAR: dict[str, Any] = {"file": sys.stderr, "hidden": not sys.stderr.isatty()}  # progress is for a person
+
+
 class Mistake(click.ClickException):
     """A command that was typed wrongly."""
 
@@ -5455,7 +5458,7 @@ def copy_verified(db: sqlite3.Connection, dest: Path) -> Path:
     if not dest.parent.is_dir():
         raise StartError(f"The directory {dest.parent} does not exist")
     part = dest.with_name(dest.name + ".part")
-    with click.progressbar(length=1, label="Copying", file=sys.stderr) as bar:
+    with click.progressbar(length=1, label="Copying", **BAR) as bar:
 
         def show(status: int, remaining: int, total: int) -> None:
             bar.length = total
@@ -5542,7 +5545,7 @@ def write_jsonl(things: Iterable[tuple[str, dict[str, Any]]], output: typing.Tex
 
 def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Servers, their members and channels, and the channels' messages, oldest first, in the shapes of the wire."""
-    with click.progressbar(length=count_rows(db)[2], label="Exporting", file=sys.stderr) as bar:
+    with click.progressbar(length=count_rows(db)[2], label="Exporting", **BAR) as bar:
         for server in servers:
             yield "server", server
             yield from (
