@@ -145,7 +145,7 @@ def setting_names() -> list[tuple[str, msgspec.structs.FieldInfo]]:
 
 # ---- Errors --------------------------------------------------------------------------------------------------------
 # What can go wrong, by the codes of the wire contract. Every refusal anywhere is a ChatError; whatever else is raised is a
-# defect, which the one broad `except` of this file (in Doors) turns into INTERNAL_ERROR.
+# defect, which the one broad `except` of this file catches and Doors turns into INTERNAL_ERROR.
 
 
 class ErrorKind(NamedTuple):
@@ -184,6 +184,14 @@ class ChatError(Exception):
         if self.retry_after is not None:
             body["retry_after"] = max(1, round(self.retry_after + 0.5))
         return body
+
+
+async def outcome_of(work: Awaitable[Any]) -> Any:
+    """What comes of it, be it a defect: the one broad `except` of this file."""
+    try:
+        return await work
+    except Exception as error:
+        return error
 
 
 class StartError(Exception):
@@ -2832,7 +2840,7 @@ class Journal:
     def __init__(self, limit: int = 30) -> None:
         self.limit, self.lines, self.since = limit, 0, time.monotonic()
 
-    def say(self, text: str, *args: object, exc_info: bool = False) -> None:
+    def say(self, text: str, *args: object, exc_info: BaseException | bool = False) -> None:
         now = time.monotonic()
         if now - self.since > 60:
             self.lines, self.since = 0, now
@@ -2989,10 +2997,8 @@ class Lane:
         while self.jobs:
             job = self.jobs.popleft()
             self.room.set()
-            try:
-                await job()
-            except Exception:
-                self.journal.say("a handler failed", exc_info=True)
+            if isinstance(error := await outcome_of(job()), Exception):
+                self.journal.say("a handler failed", exc_info=error)
         self.running = None
 
     def close(self) -> None:
@@ -3854,10 +3860,9 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
 
     async def _handle_disconnect(self, eio_sid: str, namespace: str, reason: str | None = None) -> None:
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace or "/")
-        try:
-            await super()._handle_disconnect(eio_sid, namespace, reason)
-        except Exception:
-            self.eio.journal.say("a disconnect handler failed", exc_info=True)
+        error = await outcome_of(super()._handle_disconnect(eio_sid, namespace, reason))
+        if isinstance(error, Exception):
+            self.eio.journal.say("a disconnect handler failed", exc_info=error)
             await self.manager.disconnect(sid, namespace or "/", ignore_queue=True)
 
     async def _handle_event(self, eio_sid: str, namespace: str, id: int | None, data: Any) -> None:
@@ -3886,10 +3891,9 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     async def _handle_ack(self, eio_sid: str, namespace: Any, id: Any, data: Any) -> None:
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace or "/")
         if id in self.manager.callbacks.get(sid, ()):
-            try:
-                await self.manager.trigger_callback(sid, id, data)
-            except Exception:
-                self.eio.journal.say("a callback failed", exc_info=True)
+            error = await outcome_of(self.manager.trigger_callback(sid, id, data))
+            if isinstance(error, Exception):
+                self.eio.journal.say("a callback failed", exc_info=error)
 
 
 def socket_server(
@@ -4056,7 +4060,7 @@ class Chat:
         """Call the program's listeners, one event after another, for ever."""
         while True:
             listener, payload = await self._heard.get()
-            (error,) = await asyncio.gather(listener(payload), return_exceptions=True)
+            error = await outcome_of(listener(payload))
             if isinstance(error, Exception):
                 log.error("a listener failed", exc_info=error)
 
@@ -4464,7 +4468,7 @@ async def voice_signal(chat: Chat, caller: Caller, args: SignalArgs) -> Done[Non
 
 # ---- Doors ---------------------------------------------------------------------------------------------------------
 # REST and Socket.IO: two ways to the one table of operations, and what is derived from it. A door finds out who calls, makes
-# arguments of what they sent, and turns the outcome into a response or an ack. Here is the one broad `except` of this file.
+# arguments of what they sent, and turns the outcome into a response or an ack.
 
 BODY_MAX = 256 * 1024
 BODY_SECONDS = 10
@@ -4479,15 +4483,14 @@ HEADERS = {
 
 async def settle(work: Awaitable[Done[Any]]) -> Done[Any] | ChatError:
     """The outcome of a call, whatever happens in it."""
-    try:
-        return await work
-    except ChatError as refusal:
-        return refusal
-    except TimeoutError:
-        return ChatError("UNAVAILABLE", "The server did not get to it in time")
-    except Exception:
-        log.exception("a call failed")
-        return ChatError("INTERNAL_ERROR")
+    match await outcome_of(work):
+        case Done() | ChatError() as outcome:
+            return outcome
+        case TimeoutError():
+            return ChatError("UNAVAILABLE", "The server did not get to it in time")
+        case defect:
+            log.error("a call failed", exc_info=defect)
+            return ChatError("INTERNAL_ERROR")
 
 
 def in_scope(db: sqlite3.Connection, chat: Chat, op: Operation, me: Me, args: Any) -> Done[Any]:
