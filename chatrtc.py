@@ -1788,27 +1788,6 @@ def page_of(db: sqlite3.Connection, where: str, order: str, limit: int, **values
     return [to_message(row) for row in rows[:limit]], len(rows) > limit
 
 
-class Pages:
-    """Pages asked for of late, each with its server's number of then: while that is the last one, nothing in it has changed.
-
-    A class that opens a channel at once asks for the same page thirty times; reading it costs 120 us, looking it up 5.
-    """
-
-    KEPT = 256
-
-    def __init__(self) -> None:
-        self._pages: dict[tuple[int | None, ...], tuple[int, Messages]] = {}
-
-    def get(self, db: sqlite3.Connection, server_id: int, args: PageArgs) -> Messages:
-        key, seq = msgspec.structs.astuple(args), last_seq(db, server_id)
-        found = self._pages.pop(key, (-1, None))
-        messages = found[1] if found[0] == seq and found[1] is not None else page(db, args)
-        self._pages[key] = seq, messages
-        if len(self._pages) > self.KEPT:
-            del self._pages[next(iter(self._pages))]
-        return messages
-
-
 def page_around(db: sqlite3.Connection, args: PageArgs) -> Messages:
     """Half of the page up to the message, half after it; more where either side has more."""
     values = {"channel_id": args.channel_id, "around": args.around}
@@ -1835,6 +1814,27 @@ def page(db: sqlite3.Connection, args: PageArgs) -> Messages:
         db, f"{channel} AND m.message_id < :before", "DESC", args.limit, channel_id=args.channel_id, before=before
     )
     return Messages(older[::-1], more)
+
+
+class Pages:
+    """Pages asked for of late, each with its server's number of then: while that is the last one, nothing in it has changed.
+
+    A class that opens a channel at once asks for the same page thirty times; reading it costs 120 us, looking it up 5.
+    """
+
+    KEPT = 256
+
+    def __init__(self) -> None:
+        self._pages: dict[tuple[int | None, ...], tuple[int, Messages]] = {}
+
+    def get(self, db: sqlite3.Connection, server_id: int, args: PageArgs) -> Messages:
+        key, seq = msgspec.structs.astuple(args), last_seq(db, server_id)
+        found = self._pages.pop(key, (-1, None))
+        messages = found[1] if found[0] == seq and found[1] is not None else page(db, args)
+        self._pages[key] = seq, messages
+        if len(self._pages) > self.KEPT:
+            del self._pages[next(iter(self._pages))]
+        return messages
 
 
 def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection[int], viewer: int) -> Changes:
@@ -4956,6 +4956,15 @@ async def send_page(page: bytes, policy: str, request: web.Request) -> web.Respo
     return web.Response(body=page, headers=headers)
 
 
+async def chores_of_now(chat: Chat) -> None:
+    """One step after another while nobody else writes; search may lag only so far behind those who do."""
+    while not chat.store.busy() and chat.store.peek(deleted_channels):
+        await chat.store.write(purge_channels, long=True)
+    newest, known = chat.store.peek(search_state)
+    while known < newest and (not chat.store.busy() or newest - known > SEARCH_LAG):
+        known = (await chat.store.write(index_messages, long=True)).answer
+
+
 async def do_chores(chat: Chat) -> None:
     """What can wait: forgetting revoked tokens that have expired, emptying deleted channels, teaching search. For ever."""
     for turn in itertools.count():
@@ -4964,15 +4973,6 @@ async def do_chores(chat: Chat) -> None:
                 await chat.store.write(lambda db: purge_tokens(db, time.time()))
             await chores_of_now(chat)
         await asyncio.sleep(CHORES_EVERY)
-
-
-async def chores_of_now(chat: Chat) -> None:
-    """One step after another while nobody else writes; search may lag only so far behind those who do."""
-    while not chat.store.busy() and chat.store.peek(deleted_channels):
-        await chat.store.write(purge_channels, long=True)
-    newest, known = chat.store.peek(search_state)
-    while known < newest and (not chat.store.busy() or newest - known > SEARCH_LAG):
-        known = (await chat.store.write(index_messages, long=True)).answer
 
 
 async def send_json(body: bytes, request: web.Request) -> web.Response:
