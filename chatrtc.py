@@ -2481,6 +2481,8 @@ def set_status(at: Scope, args: StatusArgs) -> Done[Profile]:
 @operation("write", "POST /auth/logout", Who.USER, status=204)
 def logout(at: Scope, args: Nothing) -> Done[None]:
     """End the token that the request came with; its sockets are disconnected."""
+    if not at.me.digest:
+        raise ChatError("BAD_REQUEST", "The program itself has no token to end")
     insert_revoked(at.db, at.me.digest, at.me.expires)
     return Done(None, [Revoke(at.me.user_id, at.me.digest)])
 
