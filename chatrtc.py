@@ -5332,11 +5332,34 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return None
 
 
+LOG_LINES = 60  # a minute
+
+
+class Bounded(logging.Filter):
+    """Keeps clients from filling the log: not a word on broken HTTP, which could hold a token; of all else, so much a minute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._since, self._count = time.monotonic(), 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], aiohttp.http_exceptions.HttpProcessingError):
+            return False
+        if time.monotonic() - self._since > 60:
+            self._since, self._count = time.monotonic(), 0
+        self._count += 1
+        if self._count == LOG_LINES:
+            record.msg, record.args, record.exc_info = "So much for this minute; the rest is left out", (), None
+        return self._count <= LOG_LINES
+
+
 @main.command()
 @options()
 def serve(**settings: Any) -> None:
     """Run the server until Ctrl-C or SIGTERM."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Bounded())
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(serve_until_stopped(settings))
 
