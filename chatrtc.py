@@ -2880,8 +2880,8 @@ def connected(request: web.BaseRequest) -> bool:
 
 def abort(link: asyncio.Transport) -> None:
     """Close at once; the kernel throws away what it holds for a client that does not read, which it would keep offering."""
-    if (pipe := link.get_extra_info("socket")) is not None:
-        with contextlib.suppress(OSError, ValueError):  # it may be closed already
+    with contextlib.suppress(OSError, ValueError):  # it may be closed already
+        if (pipe := link.get_extra_info("socket")) is not None:
             pipe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     link.abort()
 
