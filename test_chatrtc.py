@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+import unicodedata
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
+import msgspec
 import pytest
 import pytest_asyncio
 import socketio
@@ -24,16 +27,16 @@ HERE = Path(__file__).resolve().parent
 PATIENCE = 10.0  # seconds that a test waits for something that is to happen
 
 # ---- World -----------------------------------------------------------------------------------------------------------
-# A server in this process (`world`) or in its own (`Process`), and people who use it with real clients. Waiting is for an
-# event, bounded; that nothing happens is shown by a fence: something later, on the same path, that does happen.
+# A server in this process (`world`) or in its own (`Process`), and people who use it with real clients. Waiting is for
+# an event, bounded; that nothing happens is shown by a fence: something later, on the same path, that does happen.
 
 
 def tool(name: str) -> str:
     """The path of a program that some tests need; they are skipped without it, but not in CI."""
     path = shutil.which(name)
     if path is None:
-        message = f"{name} is not installed"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        refuse = pytest.fail if os.environ.get("CI") else pytest.skip
+        refuse(f"{name} is not installed")
     return path
 
 
@@ -44,7 +47,65 @@ class Reply(NamedTuple):
 
     @property
     def code(self) -> str:
-        return str(self.body["code"])
+        """The code of a refusal; empty where it is none."""
+        return str(self.body["code"]) if self.status >= 400 else ""
+
+
+# What an auditor, who listens in for all tests, found wrong with what the server said.
+FAULTS: list[str] = []
+
+
+def fits(payload: Any, kind: Any) -> bool:
+    """Whether these are exactly the keys that the type allows, and the values are of its types."""
+    fields = {field.encode_name: field.required for field in msgspec.structs.fields(kind)}
+    try:
+        msgspec.convert(payload, kind)
+    except msgspec.ValidationError:
+        return False
+    return set(payload) <= set(fields) and all(name in payload for name, required in fields.items() if required)
+
+
+def audit_event(event: str, *payload: Any) -> None:
+    if event not in chatrtc.EVENTS or len(payload) != 1 or not fits(payload[0], chatrtc.EVENTS[event].payload):
+        FAULTS.append(f"event {event}: {payload}")
+
+
+def audit_ack(event: Any, ack: Any) -> None:
+    if not isinstance(ack, dict) or not isinstance(ack.get("success"), bool):
+        FAULTS.append(f"{event}: an ack says whether it succeeded: {ack}")
+    elif not ack["success"]:
+        audit_refusal({key: value for key, value in ack.items() if key != "success"})
+    else:
+        op = next(op for op in chatrtc.OPERATIONS.values() if op.event == event)
+        answer = {key: value for key, value in ack.items() if key != "success"}
+        if not (fits(answer, op.answer) if op.acks and op.answer is not type(None) else answer == {}):
+            FAULTS.append(f"{event}: ack {ack}")
+
+
+def audit_reply(reply: Reply) -> None:
+    if reply.status < 400:
+        return
+    audit_refusal(reply.body)
+    if isinstance(reply.body, dict) and reply.code in chatrtc.ERRORS:
+        retry_after = str(reply.body["retry_after"]) if "retry_after" in reply.body else None
+        if reply.status != chatrtc.ERRORS[reply.code].status or reply.headers.get("Retry-After") != retry_after:
+            FAULTS.append(f"reply {reply}")
+
+
+def audit_refusal(body: Any) -> None:
+    known = isinstance(body, dict) and body.get("code") in chatrtc.ERRORS and bool(body.get("error"))
+    if not known or set(body) != {"error", "code"} | ({"retry_after"} if body["code"] == "RATE_LIMITED" else set()):
+        FAULTS.append(f"refusal {body}")
+
+
+@pytest.fixture(autouse=True)
+def auditor(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Whatever a test is about: every event and error is one of the tables, in its shape, and nothing breaks unseen."""
+    FAULTS.clear()
+    yield
+    assert not FAULTS, FAULTS
+    broken = [record for record in caplog.get_records("call") if record.exc_info]
+    assert not broken, [f"{record.getMessage()}: {record.exc_info}" for record in broken]
 
 
 class Socket:
@@ -60,6 +121,7 @@ class Socket:
         self.client.on("disconnect", self._leave)
 
     async def _hear(self, event: str, *payload: Any) -> None:
+        audit_event(event, *payload)
         async with self._news:
             self.heard.append((event, payload[0] if payload else None))
             self._news.notify_all()
@@ -74,8 +136,10 @@ class Socket:
 
     async def call(self, event: str, *payload: Any) -> Any:
         """Emit and return the ack."""
-        data = payload[0] if len(payload) == 1 else payload or None
-        return await self.client.call(event, data, timeout=PATIENCE)
+        data = payload[0] if len(payload) == 1 and payload != (None,) else payload or None
+        ack = await self.client.call(event, data, timeout=PATIENCE)
+        audit_ack(event, ack)
+        return ack
 
     async def ok(self, event: str, *payload: Any) -> Any:
         ack = await self.call(event, *payload)
@@ -93,11 +157,11 @@ class Socket:
                         return payload
                 await self._news.wait()
 
-    async def hears_not(self, *events: str) -> None:
-        """None of these has come by the time that an ack of now comes."""
+    async def hears_not(self, *events: str, **fields: Any) -> None:
+        """None of these (with such fields) has come by the time that an ack of now comes."""
         await self.call("ping")
-        names = [name for name, _ in self.heard[self._read :]]
-        assert not set(events) & set(names), names
+        heard = [(name, told) for name, told in self.heard[self._read :] if name in events]
+        assert not [told for _, told in heard if all(told.get(key) == value for key, value in fields.items())], heard
 
     def names(self) -> list[str]:
         return [name for name, _ in self.heard]
@@ -160,7 +224,9 @@ class World:
         async with self.session.request(method, self.url + path, headers=headers, **options) as response:
             content = await response.read()
             is_json = response.content_type == "application/json"
-            return Reply(response.status, await response.json() if content and is_json else content, response.headers)
+            reply = Reply(response.status, await response.json() if content and is_json else content, response.headers)
+            audit_reply(reply)
+            return reply
 
     async def person(self, name: str) -> Person:
         reply = await self.call("POST", "/auth/register", {"username": name, "password": "correct horse"})
@@ -261,13 +327,458 @@ class Process:
         return self.process.returncode or 0, errors.decode()
 
 
-# ---- Operations ------------------------------------------------------------------------------------------------------
+# ---- Payloads --------------------------------------------------------------------------------------------------------
+# The shapes of things: what is a name, what is a text, and that a thing says no more than it has to say.
 
 
-async def test_two_people_talk(world: World) -> None:
+@pytest.mark.parametrize(
+    "name", ["al", "a" * 32, "élodie", "Жанна", "王小明", "नमस्ते", "a.b-c_d", "42", "ﬁona", "عمر", "ΣΊΣΥΦΟΣ"]
+)
+async def test_a_username_is_of_any_script(world: World, name: str) -> None:
+    person = await world.person(name)
+    assert (await person.ok("GET", "/users/me"))["username"] == name
+    for spelled in (name.upper(), unicodedata.normalize("NFD", name)):
+        again = await world.call("POST", "/auth/register", {"username": spelled, "password": "correct horse"})
+        assert again.code == "CONFLICT", spelled
+    login = await world.call("POST", "/auth/login", {"username": name.upper(), "password": "correct horse"})
+    assert (login.status, login.body["user_id"]) == (200, person.user_id)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a b", "a@b", "a/b", "a\n", "\u200bab", "a\u202eb", "\u3164\u3164", "ab\x00", "😀😀", "ab:", "\u0301a", "  "],
+)
+async def test_a_username_holds_nothing_else(world: World, name: str) -> None:
+    reply = await world.call("POST", "/auth/register", {"username": name, "password": "correct horse"})
+    assert reply.code == "BAD_REQUEST"
+
+
+async def test_a_plain_message_has_the_keys_of_the_specification_and_seq(world: World) -> None:
     ana, ben = await world.people("ana", "ben")
     place = await world.place(ana, ben)
     hears = await ben.socket(place.server_id)
     message = await ana.post(place.channel_id, "hello")
-    assert set(message) == {"channel_id", "message_id", "content", "author_id", "author_username", "created_at", "seq"}
+    assert set(message) == MESSAGE_KEYS
     assert await hears.hears("message:new") == message
+    assert await ben.ok("GET", f"/messages/{message['message_id']}") == message
+    history = await ben.ok("GET", f"/channels/{place.channel_id}/messages")
+    assert history == {"messages": [message], "has_more": False}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", message["created_at"])
+
+
+async def test_an_optional_key_is_there_when_it_has_something_to_say(world: World) -> None:
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    first = await ana.post(place.channel_id, "first")
+    full = await ana.post(place.channel_id, "@ben look", reply_to=first["message_id"], nonce="n1")
+    assert set(full) == MESSAGE_KEYS | {"reply_to", "nonce", "mentions"}
+    assert (full["reply_to"], full["nonce"], full["mentions"]) == (first["message_id"], "n1", [ben.user_id])
+    path = f"/messages/{full['message_id']}"
+    await ben.ok("PUT", f"{path}/reactions/👍")
+    await ana.ok("PUT", f"{path}/reactions/👍")
+    edited = await ana.ok("PATCH", path, {"content": "nobody"})
+    assert set(edited) == MESSAGE_KEYS | {"reply_to", "nonce", "edited_at", "reactions"}
+    assert edited["reactions"] == [{"emoji": "👍", "user_ids": [ana.user_id, ben.user_id]}]
+    for person in (ana, ben):
+        await person.ok("DELETE", f"{path}/reactions/👍")
+    assert set(await ben.ok("GET", path)) == MESSAGE_KEYS | {"reply_to", "nonce", "edited_at"}
+
+
+async def test_things_come_as_the_contract_has_them(world: World) -> None:
+    ana = await world.person("ana")
+    account = (await world.call("POST", "/auth/login", {"username": "ana", "password": "correct horse"})).body
+    assert set(account) == {"user_id", "username", "token", "expires_at"}
+    assert set(await ana.ok("GET", "/users/me")) == {"user_id", "username", "status", "created_at"}
+    server = await ana.ok("POST", "/servers", {"name": "class"})
+    assert set(server) == {"server_id", "name", "owner_id", "created_at", "role", "channels"}
+    assert (server["name"], server["owner_id"], server["role"]) == ("class", ana.user_id, "owner")
+    assert [channel["name"] for channel in server["channels"]] == ["general"]
+    path = f"/servers/{server['server_id']}"
+    assert await ana.ok("GET", "/servers") == {"servers": [server]}
+    assert await ana.ok("GET", path) == server
+    voice = await ana.ok("POST", f"{path}/channels", {"name": "talk", "kind": "voice", "topic": "aloud"})
+    assert voice == {"server_id": server["server_id"], "channel_id": voice["channel_id"], "name": "talk"} | {
+        "kind": "voice",
+        "topic": "aloud",
+    }
+    assert await ana.ok("GET", f"{path}/channels") == {"channels": [*server["channels"], voice]}
+    (me,) = (await ana.ok("GET", f"{path}/members"))["members"]
+    assert set(me) == {"server_id", "user_id", "username", "role", "status", "joined_at", "connected"}
+    invite = await ana.ok("POST", f"{path}/invites", {"max_uses": 3, "expires_in": 60})
+    assert set(invite) == {"code", "server_id", "max_uses", "uses", "expires_at"}
+    assert await ana.ok("GET", f"{path}/invites") == {"invites": [invite]}
+    preview = (await world.call("GET", f"/invites/{invite['code']}")).body
+    assert preview == {"code": invite["code"], "server_id": server["server_id"]} | {
+        "server_name": "class",
+        "member_count": 1,
+    }
+    health = await world.call("GET", "/healthz")
+    assert (health.status, set(health.body), health.body["status"]) == (200, {"status", "version"}, "ok")
+
+
+# ---- Events ----------------------------------------------------------------------------------------------------------
+# Each event of the contract, told by a short story: who hears it, with which keys, and who, on a path that works, does
+# not.
+
+MESSAGE_KEYS = {"channel_id", "message_id", "content", "author_id", "author_username", "created_at", "seq"}
+PLACE_KEYS = {"server_id", "user_id", "username"}
+TYPING_KEYS = {"channel_id", "user_id", "username"}
+
+
+class Scene:
+    """Ana's class, where she and Ben listen; Cy, a member, has not joined; Dee, a stranger, listens elsewhere."""
+
+    world: World
+    ana: Person
+    ben: Person
+    cy: Person
+    dee: Person
+    place: Place
+    mine: Socket  # Ana's
+    here: Socket  # Ben's
+    away: Socket  # Cy's
+    elsewhere: Socket  # Dee's
+
+    @classmethod
+    async def make(cls, world: World) -> Scene:
+        self = cls()
+        self.world = world
+        self.ana, self.ben, self.cy, self.dee = await world.people("ana", "ben", "cy", "dee")
+        self.place = await world.place(self.ana, self.ben, self.cy)
+        other = await world.place(self.dee, name="other")
+        self.mine = await self.ana.socket(self.place.server_id)
+        self.here = await self.ben.socket(self.place.server_id)
+        self.away = await self.cy.socket()
+        self.elsewhere = await self.dee.socket(other.server_id)
+        await self.ana.post(self.place.channel_id, "before")  # what came before is over
+        await asyncio.gather(self.mine.hears("message:new"), self.here.hears("message:new"))
+        return self
+
+    async def post(self) -> Any:
+        return await self.ana.post(self.place.channel_id, "told")
+
+    @property
+    def server(self) -> str:
+        return f"/servers/{self.place.server_id}"
+
+
+@pytest_asyncio.fixture
+async def scene(world: World) -> Scene:
+    return await Scene.make(world)
+
+
+Act = Callable[[Scene], Awaitable[dict[str, Any]]]
+
+
+class Story(NamedTuple):
+    event: str
+    keys: set[str]
+    act: Act
+    speaker_hears: bool = True
+
+
+STORIES: dict[str, Story] = {}
+
+
+def story(event: str, keys: set[str], speaker_hears: bool = True) -> Callable[[Act], Act]:
+    """What Ana does so that those who listen hear this event; it returns what must stand in the event."""
+
+    def tell(act: Act) -> Act:
+        STORIES[f"{event} {act.__name__}".replace("_", " ")] = Story(event, keys, act, speaker_hears)
+        return act
+
+    return tell
+
+
+@story("message:new", MESSAGE_KEYS)
+async def by_posting(at: Scene) -> dict[str, Any]:
+    message: dict[str, Any] = await at.post()
+    return message
+
+
+@story("message:edit", MESSAGE_KEYS | {"edited_at"})
+async def by_editing(at: Scene) -> dict[str, Any]:
+    message = await at.post()
+    edited: dict[str, Any] = await at.ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": "better"})
+    assert edited["content"] == "better"
+    return edited
+
+
+@story("message:edit", MESSAGE_KEYS | {"edited_at"})
+async def by_editing_over_the_socket(at: Scene) -> dict[str, Any]:
+    message = await at.post()
+    ack = await at.mine.ok("message:edit", {"message_id": message["message_id"], "content": "better"})
+    return {key: value for key, value in ack.items() if key != "success"} | {"content": "better"}
+
+
+@story("message:deleted", {"channel_id", "message_id", "seq"})
+async def by_deleting(at: Scene) -> dict[str, Any]:
+    message = await at.post()
+    await at.ana.ok("DELETE", f"/messages/{message['message_id']}")
+    return {"channel_id": at.place.channel_id, "message_id": message["message_id"], "seq": message["seq"] + 1}
+
+
+REACTION_KEYS = {"channel_id", "message_id", "user_id", "username", "emoji", "seq"}
+
+
+@story("reaction:add", REACTION_KEYS)
+async def by_reacting(at: Scene) -> dict[str, Any]:
+    message = await at.post()
+    await at.ana.ok("PUT", f"/messages/{message['message_id']}/reactions/🎉")
+    return {"message_id": message["message_id"], "user_id": at.ana.user_id, "username": "ana", "emoji": "🎉"}
+
+
+@story("reaction:add", REACTION_KEYS)
+async def by_reacting_over_the_socket(at: Scene) -> dict[str, Any]:
+    message = await at.post()
+    assert await at.mine.ok("reaction:add", {"message_id": message["message_id"], "emoji": "a/b"}) == {"success": True}
+    return {"message_id": message["message_id"], "emoji": "a/b"}
+
+
+@story("reaction:remove", REACTION_KEYS)
+async def by_taking_it_back(at: Scene) -> dict[str, Any]:
+    message = await at.post()
+    await at.ana.ok("PUT", f"/messages/{message['message_id']}/reactions/a%2Fb")
+    await at.ana.ok("DELETE", f"/messages/{message['message_id']}/reactions/a%2Fb")
+    return {"message_id": message["message_id"], "emoji": "a/b", "user_id": at.ana.user_id}
+
+
+@story("reaction:remove", REACTION_KEYS)
+async def by_taking_it_back_over_the_socket(at: Scene) -> dict[str, Any]:
+    message = await at.post()
+    reaction = {"message_id": message["message_id"], "emoji": ":+1:"}
+    await at.mine.ok("reaction:add", reaction)
+    assert await at.mine.ok("reaction:remove", reaction) == {"success": True}
+    return reaction
+
+
+@story("user:typing", TYPING_KEYS, speaker_hears=False)
+async def by_typing(at: Scene) -> dict[str, Any]:
+    assert await at.mine.ok("typing_start", {"channel_id": at.place.channel_id}) == {"success": True}
+    return {"channel_id": at.place.channel_id, "user_id": at.ana.user_id, "username": "ana"}
+
+
+@story("typing_stop", TYPING_KEYS, speaker_hears=False)
+async def by_stopping(at: Scene) -> dict[str, Any]:
+    await at.mine.ok("typing_start", {"channel_id": at.place.channel_id})
+    assert await at.mine.ok("typing_stop", {"channel_id": at.place.channel_id}) == {"success": True}
+    return {"channel_id": at.place.channel_id, "user_id": at.ana.user_id, "username": "ana"}
+
+
+@story("typing_stop", TYPING_KEYS, speaker_hears=False)
+async def by_posting_what_was_typed(at: Scene) -> dict[str, Any]:
+    await at.mine.ok("typing_start", {"channel_id": at.place.channel_id})
+    await at.post()
+    return {"user_id": at.ana.user_id}
+
+
+@story("typing_stop", TYPING_KEYS, speaker_hears=False)
+async def by_leaving_while_typing(at: Scene) -> dict[str, Any]:
+    await at.mine.ok("typing_start", {"channel_id": at.place.channel_id})
+    await at.mine.ok("leave_server", {"server_id": at.place.server_id})
+    return {"user_id": at.ana.user_id}
+
+
+@story("user:disconnected", PLACE_KEYS, speaker_hears=False)
+async def by_leaving_the_room(at: Scene) -> dict[str, Any]:
+    assert await at.mine.ok("leave_server", {"server_id": at.place.server_id}) == {"success": True}
+    return {"server_id": at.place.server_id, "user_id": at.ana.user_id, "username": "ana"}
+
+
+@story("user:connected", PLACE_KEYS)
+async def by_coming_back(at: Scene) -> dict[str, Any]:
+    await at.mine.ok("leave_server", {"server_id": at.place.server_id})
+    await at.mine.ok("join_server", {"server_id": at.place.server_id})
+    return {"server_id": at.place.server_id, "user_id": at.ana.user_id, "username": "ana"}
+
+
+@story("user:status", {"user_id", "username", "status"})
+async def by_setting_a_status(at: Scene) -> dict[str, Any]:
+    profile = await at.ana.ok("PATCH", "/users/me", {"status": "busy"})
+    assert set(profile) == {"user_id", "username", "status", "created_at"}
+    return {"user_id": at.ana.user_id, "username": "ana", "status": "busy"}
+
+
+@story("user:status", {"user_id", "username", "status"})
+async def by_setting_a_status_over_the_socket(at: Scene) -> dict[str, Any]:
+    assert await at.mine.ok("user:status", {"status": "away"}) == {"success": True}
+    return {"user_id": at.ana.user_id, "username": "ana", "status": "away"}
+
+
+@story("member:joined", {*PLACE_KEYS, "seq"})
+async def by_an_invite(at: Scene) -> dict[str, Any]:
+    invite = await at.ana.ok("POST", f"{at.server}/invites", {})
+    eve = await at.world.person("eve")
+    await eve.ok("POST", f"/invites/{invite['code']}")
+    return {"server_id": at.place.server_id, "user_id": eve.user_id, "username": "eve"}
+
+
+@story("member:joined", {*PLACE_KEYS, "seq"})
+async def by_registering_with_an_invite(at: Scene) -> dict[str, Any]:
+    invite = await at.ana.ok("POST", f"{at.server}/invites", {})
+    account = {"username": "eve", "password": "correct horse", "code": invite["code"]}
+    reply = await at.world.call("POST", "/auth/register", account)
+    return {"user_id": reply.body["user_id"], "username": "eve"}
+
+
+@story("member:left", {*PLACE_KEYS, "seq"})
+async def by_removing(at: Scene) -> dict[str, Any]:
+    await at.ana.ok("DELETE", f"{at.server}/members/{at.cy.user_id}")
+    return {"server_id": at.place.server_id, "user_id": at.cy.user_id, "username": "cy"}
+
+
+@story("member:left", {*PLACE_KEYS, "seq"})
+async def by_banning(at: Scene) -> dict[str, Any]:
+    await at.ana.ok("PUT", f"{at.server}/bans/{at.cy.user_id}")
+    return {"server_id": at.place.server_id, "user_id": at.cy.user_id, "username": "cy"}
+
+
+@story("member:left", {*PLACE_KEYS, "seq"})
+async def by_going(at: Scene) -> dict[str, Any]:
+    await at.cy.ok("DELETE", f"{at.server}/members/{at.cy.user_id}")
+    return {"server_id": at.place.server_id, "user_id": at.cy.user_id, "username": "cy"}
+
+
+CHANNEL_KEYS = {"server_id", "channel_id", "name", "seq"}
+
+
+@story("channel:created", CHANNEL_KEYS)
+async def by_creating(at: Scene) -> dict[str, Any]:
+    channel = await at.ana.ok("POST", f"{at.server}/channels", {"name": "new"})
+    return {"server_id": at.place.server_id, "channel_id": channel["channel_id"], "name": "new"}
+
+
+@story("channel:updated", CHANNEL_KEYS)
+async def by_renaming(at: Scene) -> dict[str, Any]:
+    await at.ana.ok("PATCH", f"/channels/{at.place.channel_id}", {"name": "renamed"})
+    return {"server_id": at.place.server_id, "channel_id": at.place.channel_id, "name": "renamed"}
+
+
+@story("channel:deleted", {"server_id", "channel_id", "seq"})
+async def by_closing_it(at: Scene) -> dict[str, Any]:
+    await at.ana.ok("DELETE", f"/channels/{at.place.channel_id}")
+    return {"server_id": at.place.server_id, "channel_id": at.place.channel_id}
+
+
+@story("server:updated", {"server_id", "name", "seq"})
+async def by_renaming_the_server(at: Scene) -> dict[str, Any]:
+    await at.ana.ok("PATCH", at.server, {"name": "better class"})
+    return {"server_id": at.place.server_id, "name": "better class"}
+
+
+@story("server:deleted", {"server_id"})
+async def by_deleting_the_server(at: Scene) -> dict[str, Any]:
+    await at.ana.ok("DELETE", at.server)
+    return {"server_id": at.place.server_id}
+
+
+VOICE_KEYS = {"channel_id", "user_id", "username", "peer_id"}
+
+
+async def talk(at: Scene) -> tuple[int, Any]:
+    voice = await at.ana.ok("POST", f"{at.server}/channels", {"name": "talk", "kind": "voice"})
+    return voice["channel_id"], await at.mine.ok("voice:join", {"channel_id": voice["channel_id"]})
+
+
+@story("voice:join", VOICE_KEYS)
+async def by_entering(at: Scene) -> dict[str, Any]:
+    channel_id, ack = await talk(at)
+    assert ack == {"success": True, "peer_id": ack["peer_id"], "participants": [], "ice_servers": []}
+    return {"channel_id": channel_id, "user_id": at.ana.user_id, "username": "ana", "peer_id": ack["peer_id"]}
+
+
+@story("voice:leave", VOICE_KEYS)
+async def by_leaving_it(at: Scene) -> dict[str, Any]:
+    channel_id, ack = await talk(at)
+    assert await at.mine.ok("voice:leave", {"channel_id": channel_id}) == {"success": True}
+    return {"channel_id": channel_id, "user_id": at.ana.user_id, "username": "ana", "peer_id": ack["peer_id"]}
+
+
+@pytest.mark.parametrize("name", STORIES)
+async def test_an_event_reaches_its_room_and_nobody_else(scene: Scene, name: str) -> None:
+    story = STORIES[name]
+    told = await story.act(scene)
+    heard = await scene.here.hears(story.event)
+    assert set(heard) == story.keys
+    assert {key: heard[key] for key in told} == told
+    if story.speaker_hears:
+        assert await scene.mine.hears(story.event) == heard
+    else:
+        await scene.mine.hears_not(story.event)
+    await scene.elsewhere.hears_not(story.event, **heard)
+    if not scene.away.closed.is_set():
+        await scene.away.hears_not(story.event, **heard)
+
+
+def test_every_event_of_the_contract_has_its_story() -> None:
+    told_below = {"mention", "member:updated", "voice:signal", "error"}
+    assert {story.event for story in STORIES.values()} | told_below == set(chatrtc.EVENTS)
+
+
+async def test_a_mention_reaches_each_socket_of_who_is_named_but_not_its_author(scene: Scene) -> None:
+    text = "@BEN, @cy. @ana @dee @nobody"
+    message = await scene.ana.post(scene.place.channel_id, text)
+    assert message["mentions"] == [scene.ana.user_id, scene.ben.user_id, scene.cy.user_id]
+    for hears in (scene.here, scene.away):  # one who has joined, one who has not
+        assert await hears.hears("mention") == message | {"server_id": scene.place.server_id}
+    await scene.mine.hears_not("mention")
+    await scene.elsewhere.hears_not("mention")
+
+
+async def test_an_edit_notifies_those_whom_it_names_anew(scene: Scene) -> None:
+    message = await scene.ana.post(scene.place.channel_id, "@ben")
+    await scene.here.hears("mention")
+    edited = await scene.ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": "@ben @cy"})
+    assert await scene.away.hears("mention") == edited | {"server_id": scene.place.server_id}
+    await scene.here.hears("message:edit")
+    await scene.here.hears_not("mention")
+
+
+async def test_a_role_is_told(scene: Scene) -> None:
+    member = await scene.ana.ok("PATCH", f"{scene.server}/members/{scene.ben.user_id}", {"role": "admin"})
+    assert member["role"] == "admin"
+    heard = await scene.here.hears("member:updated")
+    assert heard == {"server_id": scene.place.server_id, "user_id": scene.ben.user_id} | {
+        "username": "ben",
+        "role": "admin",
+        "seq": heard["seq"],
+    }
+    await scene.elsewhere.hears_not("member:updated")
+
+
+async def test_an_event_without_an_ack_that_fails_is_answered_by_an_error_event(scene: Scene) -> None:
+    await scene.here.client.emit("typing_start", {"channel_id": 999})
+    heard = await scene.here.hears("error")
+    assert set(heard) == {"event", "error", "code"}
+    assert (heard["event"], heard["code"]) == ("typing_start", "NOT_FOUND")
+    assert (await scene.here.call("typing_start", {"channel_id": 999}))["code"] == "NOT_FOUND"
+    await scene.here.hears_not("error")  # what asked for an ack has been answered by it
+    await scene.mine.hears_not("error")
+
+
+async def test_who_is_banned_or_removed_hears_nothing_more(scene: Scene) -> None:
+    for verb, path in (("PUT", "bans"), ("DELETE", "members")):
+        eve = await scene.world.person(f"eve-{path}")
+        invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
+        await eve.ok("POST", f"/invites/{invite['code']}")
+        socket = await eve.socket(scene.place.server_id)
+        await scene.post()
+        await socket.hears("message:new")
+        await scene.ana.ok(verb, f"{scene.server}/{path}/{eve.user_id}")
+        after = await scene.post()
+        await scene.here.hears("message:new", message_id=after["message_id"])
+        await asyncio.wait_for(socket.closed.wait(), PATIENCE)
+        assert after not in [payload for _, payload in socket.heard]
+        assert (await eve.call("GET", f"/channels/{scene.place.channel_id}/messages")).code == "FORBIDDEN"
+
+
+async def test_who_leaves_hears_it_and_then_nothing(scene: Scene) -> None:
+    await scene.ben.ok("DELETE", f"{scene.server}/members/{scene.ben.user_id}")
+    assert (await scene.here.hears("member:left"))["user_id"] == scene.ben.user_id
+    await scene.post()
+    await scene.mine.hears("message:new")
+    await scene.here.hears_not("message:new")
+    assert (await scene.here.call("join_server", {"server_id": scene.place.server_id}))["code"] == "FORBIDDEN"
+
+
+# ---- Operations ------------------------------------------------------------------------------------------------------
