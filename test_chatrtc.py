@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -12,7 +13,7 @@ import sys
 import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import aiohttp
 import msgspec
@@ -20,6 +21,7 @@ import pytest
 import pytest_asyncio
 import socketio
 from aiohttp import web
+from hypothesis import settings, stateful, strategies
 
 import chatrtc
 
@@ -718,7 +720,7 @@ def test_every_event_of_the_contract_has_its_story() -> None:
 async def test_a_mention_reaches_each_socket_of_who_is_named_but_not_its_author(scene: Scene) -> None:
     text = "@BEN, @cy. @ana @dee @nobody"
     message = await scene.ana.post(scene.place.channel_id, text)
-    assert message["mentions"] == [scene.ana.user_id, scene.ben.user_id, scene.cy.user_id]
+    assert message["mentions"] == sorted(person.user_id for person in (scene.ana, scene.ben, scene.cy))
     for hears in (scene.here, scene.away):  # one who has joined, one who has not
         assert await hears.hears("mention") == message | {"server_id": scene.place.server_id}
     await scene.mine.hears_not("mention")
@@ -779,6 +781,493 @@ async def test_who_leaves_hears_it_and_then_nothing(scene: Scene) -> None:
     await scene.mine.hears("message:new")
     await scene.here.hears_not("message:new")
     assert (await scene.here.call("join_server", {"server_id": scene.place.server_id}))["code"] == "FORBIDDEN"
+
+
+# ---- Store -----------------------------------------------------------------------------------------------------------
+# One sequence a server: every durable change takes the next number, those who listen hear it in that order, and who was
+# away catches up with it, to the same end.
+
+
+async def test_every_durable_change_takes_the_next_number(scene: Scene) -> None:
+    ana, server = scene.ana, scene.server
+    start = (await ana.ok("GET", f"{server}/changes"))["seq"]
+    message = await scene.post()
+    path = f"/messages/{message['message_id']}"
+    await ana.ok("PATCH", path, {"content": "better"})
+    await ana.ok("PUT", f"{path}/reactions/👍")
+    await ana.ok("PUT", f"{path}/reactions/👍")  # changes nothing, and takes no number
+    await ana.ok("DELETE", f"{path}/reactions/👍")
+    await ana.ok("DELETE", f"{path}/reactions/👍")
+    await ana.ok("DELETE", path)
+    await ana.ok("PATCH", server, {"name": "renamed"})
+    channel = await ana.ok("POST", f"{server}/channels", {"name": "new"})
+    await ana.ok("PATCH", f"/channels/{channel['channel_id']}", {"topic": "news"})
+    await ana.ok("DELETE", f"/channels/{channel['channel_id']}")
+    await ana.ok("PATCH", f"{server}/members/{scene.ben.user_id}", {"role": "admin"})
+    await ana.ok("DELETE", f"{server}/members/{scene.cy.user_id}")
+    assert (await ana.ok("GET", f"{server}/changes"))["seq"] == start + 11
+    await scene.here.hears("member:left")
+    told = [payload["seq"] for _, payload in scene.here.heard if "seq" in payload]
+    assert told[-11:] == [start + 1 + step for step in range(11)]
+
+
+async def test_changes_tell_what_came_after_a_number(scene: Scene) -> None:
+    ana, server = scene.ana, scene.server
+    seq = (await ana.ok("GET", f"{server}/changes"))["seq"]
+    assert await ana.ok("GET", f"{server}/changes?after={seq}") == {
+        "seq": seq,
+        "has_more": False,
+        "messages": [],
+        "deleted": [],
+    }
+    kept, gone = await scene.post(), await scene.post()
+    edited = await ana.ok("PATCH", f"/messages/{kept['message_id']}", {"content": "better"})
+    await ana.ok("DELETE", f"/messages/{gone['message_id']}")
+    changes = await scene.ben.ok("GET", f"{server}/changes?after={seq}")
+    deletion = {"channel_id": scene.place.channel_id, "message_id": gone["message_id"], "seq": seq + 4}
+    assert changes == {"seq": seq + 4, "has_more": False, "messages": [edited], "deleted": [deletion]}
+    await ana.ok("POST", f"{server}/channels", {"name": "new"})
+    changes = await ana.ok("GET", f"{server}/changes?after={seq + 4}")
+    assert set(changes) == {"seq", "has_more", "messages", "deleted", "channels"}
+    assert changes["channels"] == (await ana.ok("GET", f"{server}/channels"))["channels"]
+    await ana.ok("DELETE", f"{server}/members/{scene.cy.user_id}")
+    changes = await ana.ok("GET", f"{server}/changes?after={seq + 5}")
+    assert set(changes) == {"seq", "has_more", "messages", "deleted", "members"}
+    assert changes["members"] == (await ana.ok("GET", f"{server}/members"))["members"]
+
+
+async def test_joining_with_after_gives_the_changes_and_then_the_events(scene: Scene) -> None:
+    ack = await scene.away.ok("join_server", {"server_id": scene.place.server_id})
+    assert set(ack) == {"success", "connected_users", "seq"}
+    assert ack["connected_users"] == sorted(person.user_id for person in (scene.ana, scene.ben, scene.cy))
+    await scene.away.ok("leave_server", {"server_id": scene.place.server_id})
+    missed = await scene.post()
+    again = await scene.away.ok("join_server", {"server_id": scene.place.server_id, "after": ack["seq"]})
+    assert again["changes"] == {"seq": missed["seq"], "has_more": False, "messages": [missed], "deleted": []}
+    assert again["seq"] == missed["seq"]
+    told = await scene.post()
+    assert (await scene.away.hears("message:new"))["seq"] == told["seq"] == again["seq"] + 1
+
+
+async def test_changes_come_in_pages(scene: Scene) -> None:
+    seq = (await scene.ana.ok("GET", f"{scene.server}/changes"))["seq"]
+    posted = [await scene.ana.post(scene.place.channel_id, str(number)) for number in range(7)]
+    gone = posted.pop(3)
+    await scene.ana.ok("DELETE", f"/messages/{gone['message_id']}")
+    messages, deleted, after, more = [], [], seq, True
+    while more:
+        page = await scene.ana.ok("GET", f"{scene.server}/changes?after={after}&limit=3")
+        assert len(page["messages"]) + len(page["deleted"]) <= 3
+        messages += page["messages"]
+        deleted += page["deleted"]
+        after, more = page["seq"], page["has_more"]
+    assert messages == posted
+    assert [deletion["message_id"] for deletion in deleted] == [gone["message_id"]]
+    assert after == seq + 8
+
+
+class Replica:
+    """A client as the contract has it: it skips what it has, and asks for changes where a number is missing."""
+
+    def __init__(self, person: Person, server_id: int) -> None:
+        self.person, self.server_id = person, server_id
+        self.seq = 0
+        self.messages: dict[int, Any] = {}
+        self.channels: dict[int, Any] = {}
+        self.members: dict[int, str] = {}
+        self.socket: Socket | None = None
+        self.read = 0
+        self.asked = 0
+
+    async def come(self) -> None:
+        self.socket = await self.person.world.socket(self.person.token, transports=["websocket"])
+        self.read = 0
+        ack = await self.socket.ok("join_server", {"server_id": self.server_id, "after": self.seq})
+        self.merge(ack["changes"])
+        await self.catch_up(ack["changes"]["has_more"])
+
+    async def go(self) -> None:
+        """Drop the line, with whatever was on its way."""
+        if self.socket is not None:
+            await self.socket.close()
+            self.socket = None
+
+    async def catch_up(self, more: bool = True) -> None:
+        while more:
+            self.asked += 1
+            changes = await self.person.ok("GET", f"/servers/{self.server_id}/changes?after={self.seq}&limit=7")
+            self.merge(changes)
+            more = changes["has_more"]
+
+    def merge(self, changes: Any) -> None:
+        for message in changes["messages"]:
+            self.messages[message["message_id"]] = message
+        for deletion in changes["deleted"]:
+            self.messages.pop(deletion["message_id"], None)
+        if "channels" in changes:
+            self.channels = {channel["channel_id"]: channel for channel in changes["channels"]}
+            self.drop_strays()
+        if "members" in changes:
+            self.members = {member["user_id"]: member["role"] for member in changes["members"]}
+        self.seq = changes["seq"]
+
+    def drop_strays(self) -> None:
+        self.messages = {key: told for key, told in self.messages.items() if told["channel_id"] in self.channels}
+
+    async def listen(self) -> None:
+        """Take in what was heard so far."""
+        assert self.socket is not None
+        await self.socket.call("ping")
+        while self.read < len(self.socket.heard):
+            event, payload = self.socket.heard[self.read]
+            self.read += 1
+            if "seq" not in payload or event == "mention" or payload["seq"] <= self.seq:
+                continue
+            if payload["seq"] > self.seq + 1:
+                await self.catch_up()
+            else:
+                self.apply(event, dict(payload))
+                self.seq = payload["seq"]
+
+    def apply(self, event: str, told: Any) -> None:
+        message = self.messages.get(told.get("message_id"))
+        match event:
+            case "message:new" | "message:edit":
+                self.messages[told["message_id"]] = told
+            case "message:deleted":
+                self.messages.pop(told["message_id"], None)
+            case "reaction:add" | "reaction:remove" if message is not None:
+                pairs = {(one["emoji"], user) for one in message.pop("reactions", []) for user in one["user_ids"]}
+                pair = {(told["emoji"], told["user_id"])}
+                pairs = pairs | pair if event == "reaction:add" else pairs - pair
+                emojis = sorted({emoji for emoji, _ in pairs})
+                if emojis:
+                    message["reactions"] = [
+                        {"emoji": emoji, "user_ids": sorted(user for one, user in pairs if one == emoji)}
+                        for emoji in emojis
+                    ]
+                message["seq"] = told["seq"]
+            case "channel:created" | "channel:updated":
+                plain = {"kind": "text", "topic": ""} | told
+                plain.pop("seq")
+                self.channels[told["channel_id"]] = plain
+            case "channel:deleted":
+                del self.channels[told["channel_id"]]
+                self.drop_strays()
+            case "member:joined":
+                self.members[told["user_id"]] = "member"
+            case "member:left":
+                self.members.pop(told["user_id"], None)
+            case "member:updated":
+                self.members[told["user_id"]] = told["role"]
+
+    def state(self) -> Any:
+        return {"seq": self.seq, "messages": self.messages, "channels": self.channels, "members": self.members}
+
+
+async def truth(person: Person, server_id: int) -> Any:
+    """The same, as GET has it."""
+    server = f"/servers/{server_id}"
+    channels = (await person.ok("GET", f"{server}/channels"))["channels"]
+    messages: dict[int, Any] = {}
+    for channel in channels:
+        path, after, more = f"/channels/{channel['channel_id']}/messages?limit=9", 0, True
+        while more:
+            page = await person.ok("GET", f"{path}&after={after}")
+            messages |= {message["message_id"]: message for message in page["messages"]}
+            after, more = max((one["message_id"] for one in page["messages"]), default=0), page["has_more"]
+    return {
+        "seq": (await person.ok("GET", f"{server}/changes"))["seq"],
+        "messages": messages,
+        "channels": {channel["channel_id"]: channel for channel in channels},
+        "members": {
+            member["user_id"]: member["role"] for member in (await person.ok("GET", f"{server}/members"))["members"]
+        },
+    }
+
+
+class History:
+    """Random things that people do in one server."""
+
+    def __init__(self, scene: Scene, seed: int) -> None:
+        self.scene, self.random = scene, random.Random(seed)
+        self.channels = [scene.place.channel_id]
+        self.messages: list[int] = []
+        self.code = ""
+
+    async def step(self) -> None:
+        """One more thing; one that comes too late is refused, and that is all right."""
+        pick, scene = self.random.choice, self.scene
+        person, path = pick([scene.ana, scene.ben]), f"/messages/{pick(self.messages or [1])}"
+        match self.random.choices(
+            ["post", "edit", "delete", "react", "unreact", "open", "rename", "close", "leave", "join", "role", "name"],
+            [20, 8, 5, 8, 4, 2, 2, 1, 2, 3, 1, 1],
+        )[0]:
+            case "post":
+                reply = await person.call(
+                    "POST", "/messages", {"channel_id": pick(self.channels), "content": "@ben hi"}
+                )
+                if reply.status == 201:
+                    self.messages.append(reply.body["message_id"])
+            case "edit":
+                await person.call("PATCH", path, {"content": f"edited {self.random.random()}"})
+            case "delete":
+                await scene.ana.call("DELETE", path)
+            case "react":
+                await person.call("PUT", f"{path}/reactions/{pick('ab👍')}")
+            case "unreact":
+                await person.call("DELETE", f"{path}/reactions/{pick('ab👍')}")
+            case "open":
+                body = {"name": f"c{self.random.random()}", "kind": pick(["text", "voice"]), "topic": pick(["", "t"])}
+                self.channels.append((await scene.ana.ok("POST", f"{scene.server}/channels", body))["channel_id"])
+            case "rename":
+                await scene.ana.call("PATCH", f"/channels/{pick(self.channels)}", {"topic": str(self.random.random())})
+            case "close" if len(self.channels) > 1:
+                await scene.ana.call("DELETE", f"/channels/{self.channels.pop()}")
+            case "leave":
+                await scene.cy.call("DELETE", f"{scene.server}/members/{scene.cy.user_id}")
+            case "join":
+                self.code = self.code or (await scene.ana.ok("POST", f"{scene.server}/invites", {}))["code"]
+                await scene.cy.call("POST", f"/invites/{self.code}")
+            case "role":
+                role = {"role": pick(["admin", "member"])}
+                await scene.ana.call("PATCH", f"{scene.server}/members/{scene.cy.user_id}", role)
+            case "name":
+                await scene.ana.call("PATCH", scene.server, {"name": str(self.random.random())})
+
+
+async def converge(scene: Scene, seed: int, steps: int) -> None:
+    history = History(scene, seed)
+    steady, flighty = (Replica(scene.ben, scene.place.server_id) for _ in range(2))
+    await asyncio.gather(steady.come(), flighty.come())
+    for _ in range(steps):
+        await asyncio.gather(*(history.step() for _ in range(history.random.randint(1, 5))))
+        if history.random.random() < 0.3:
+            await (flighty.go() if flighty.socket else flighty.come())
+        for replica in (steady, flighty):
+            if replica.socket is not None and history.random.random() < 0.5:
+                await replica.listen()
+    if flighty.socket is None:
+        await flighty.come()
+    await asyncio.gather(steady.listen(), flighty.listen())
+    expected = await truth(scene.ben, scene.place.server_id)
+    assert steady.state() == expected
+    assert flighty.state() == expected
+    assert steady.asked == 0, "who never left is never missing a number"
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_client_that_comes_and_goes_ends_equal_to_one_that_never_left(scene: Scene, seed: int) -> None:
+    await converge(scene, seed, 60)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(100, 140))
+async def test_clients_converge_after_long_histories(scene: Scene, seed: int) -> None:
+    await converge(scene, seed, 400)
+
+
+async def test_a_thousand_concurrent_posts_are_heard_by_a_hundred_sockets_in_order(world: World) -> None:
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    start = (await ana.ok("GET", f"/servers/{place.server_id}/changes"))["seq"]
+    sockets = await asyncio.gather(*(ben.socket(place.server_id, transports=["websocket"]) for _ in range(100)))
+    replies = await asyncio.gather(*(ana.post(place.channel_id, str(number)) for number in range(1000)))
+    assert sorted(reply["seq"] for reply in replies) == [start + 1 + number for number in range(1000)]
+    expected = sorted(replies, key=lambda reply: int(reply["seq"]))
+    for socket in sockets:
+        await socket.hears("message:new", seq=start + 1000)
+        assert [payload for event, payload in socket.heard if event == "message:new"] == expected
+
+
+async def test_a_server_that_starts_again_has_all_that_it_acknowledged(tmp_path: Path) -> None:
+    process = await Process.start(tmp_path / "chat.db")
+    world = process.world()
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    message = await ana.post(place.channel_id, "kept", nonce="n")
+    await world.close()
+    await process.stop(signal.SIGKILL)
+    process = await Process.start(tmp_path / "chat.db")
+    world = process.world()
+    ben.world = ana.world = world  # tokens stand: the secret was kept
+    history = await ben.ok("GET", f"/channels/{place.channel_id}/messages")
+    assert history == {"messages": [message], "has_more": False}
+    assert await ana.post(place.channel_id, "kept", nonce="n") == message
+    again = await ana.post(place.channel_id, "next")
+    assert (again["message_id"], again["seq"]) == (message["message_id"] + 1, message["seq"] + 1)
+    await world.close()
+    assert await process.stop() == (0, "")
+
+
+# ---- Presence --------------------------------------------------------------------------------------------------------
+# Who is here and who types: several tabs are one person, and nothing stays of a socket that has gone.
+
+
+class PresenceMachine(stateful.RuleBasedStateMachine):
+    """Presence against the plainest model: a set of (server, user, socket)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.presence = chatrtc.Presence()
+        self.joined: set[tuple[int, int, str]] = set()
+
+    sids = strategies.sampled_from(["a", "b", "c", "d"])
+    servers = strategies.integers(1, 2)
+    owners: ClassVar[dict[str, int]] = {"a": 1, "b": 1, "c": 2, "d": 3}  # whose socket
+
+    def users(self, server_id: int) -> set[int]:
+        return {user_id for server, user_id, _ in self.joined if server == server_id}
+
+    @stateful.rule(server_id=servers, sid=sids)
+    def join(self, server_id: int, sid: str) -> None:
+        user_id = self.owners[sid]
+        seen = user_id not in self.users(server_id) | self.presence.hidden
+        assert self.presence.join(server_id, user_id, sid) == seen
+        self.joined.add((server_id, user_id, sid))
+
+    @stateful.rule(server_id=servers, sid=sids)
+    def leave(self, server_id: int, sid: str) -> None:
+        user_id, before = self.owners[sid], self.users(server_id)
+        self.joined.discard((server_id, user_id, sid))
+        seen = user_id in before - self.users(server_id) - self.presence.hidden
+        assert self.presence.leave(server_id, user_id, sid) == seen
+
+    @stateful.rule(user_id=strategies.integers(1, 3))
+    def hide_or_show(self, user_id: int) -> None:
+        self.presence.hidden ^= {user_id}
+
+    @stateful.invariant()
+    def agrees(self) -> None:
+        for server_id in (1, 2):
+            for viewer in (0, 1):
+                seen = {user for user in self.users(server_id) if user == viewer or user not in self.presence.hidden}
+                assert self.presence.visible(server_id, viewer) == sorted(seen)
+        for user_id in (1, 2, 3):
+            servers = {server for server, user, _ in self.joined if user == user_id}
+            assert set(self.presence.servers(user_id)) == servers
+
+
+TestPresence = PresenceMachine.TestCase
+TestPresence.settings = settings(
+    max_examples=60, stateful_step_count=30, derandomize=True, database=None, deadline=None
+)
+
+
+def test_a_user_is_heard_typing_once_a_second_and_for_three() -> None:
+    typists = chatrtc.Typists()
+    assert typists.start(1, 7, "ana", "a", 10.0)
+    assert not typists.start(1, 7, "ana", "a", 10.9)
+    assert not typists.start(2, 7, "ana", "a", 10.95), "once a second for a user, wherever"
+    assert typists.start(1, 8, "ben", "b", 10.95), "others have their own second"
+    assert typists.start(1, 7, "ana", "a", 11.0)
+    assert typists.over(13.9) == []
+    assert typists.over(14.0) == [(1, 8), (1, 7)] or set(typists.over(14.0)) == {(1, 7), (1, 8)}
+    assert typists.stop(1, 7) is not None
+    assert typists.stop(1, 7) is None
+
+
+async def test_typing_is_heard_once_a_second_and_ends_after_three(scene: Scene) -> None:
+    loop, typing = asyncio.get_running_loop(), {"channel_id": scene.place.channel_id}
+    start = loop.time()
+    for _ in range(5):
+        await scene.mine.ok("typing_start", typing)
+    assert await scene.here.hears("user:typing") == typing | {"user_id": scene.ana.user_id, "username": "ana"}
+    await scene.here.hears_not("user:typing")
+    stop = await scene.here.hears("typing_stop")
+    assert stop == typing | {"user_id": scene.ana.user_id, "username": "ana"}
+    assert 2.9 <= loop.time() - start < 4.5
+    await scene.mine.ok("typing_start", typing)
+    await scene.here.hears("user:typing")
+    await scene.mine.close()
+    await scene.here.hears("typing_stop", user_id=scene.ana.user_id)
+
+
+async def test_typing_is_heard_by_the_other_tab_of_who_types(scene: Scene) -> None:
+    tab = await scene.ana.socket(scene.place.server_id)
+    await scene.mine.ok("typing_start", {"channel_id": scene.place.channel_id})
+    await tab.hears("user:typing", user_id=scene.ana.user_id)
+    await scene.mine.hears_not("user:typing")
+
+
+async def test_several_tabs_are_one_person(scene: Scene) -> None:
+    scene.here.heard.clear()
+    scene.here._read = 0
+    tabs = [await scene.cy.socket(scene.place.server_id) for _ in range(3)]
+    assert (await scene.here.hears("user:connected"))["user_id"] == scene.cy.user_id
+    await tabs[0].close()
+    await tabs[1].ok("leave_server", {"server_id": scene.place.server_id})
+    await scene.here.hears_not("user:connected", "user:disconnected")
+    ack = await scene.here.ok("join_server", {"server_id": scene.place.server_id})
+    assert scene.cy.user_id in ack["connected_users"]
+    await tabs[2].close()
+    assert (await scene.here.hears("user:disconnected"))["user_id"] == scene.cy.user_id
+    ack = await scene.here.ok("join_server", {"server_id": scene.place.server_id})
+    assert ack["connected_users"] == sorted([scene.ana.user_id, scene.ben.user_id])
+
+
+async def test_joining_twice_is_joining_once(scene: Scene) -> None:
+    await scene.mine.ok("join_server", {"server_id": scene.place.server_id})
+    await scene.here.hears_not("user:connected")
+    await scene.post()
+    await scene.mine.hears("message:new")
+    await scene.mine.hears_not("message:new")
+    await scene.mine.ok("leave_server", {"server_id": scene.place.server_id})
+    await scene.here.hears("user:disconnected", user_id=scene.ana.user_id)
+    await scene.mine.ok("leave_server", {"server_id": scene.place.server_id})  # again: nothing to do
+    await scene.here.hears_not("user:disconnected")
+
+
+async def connected(person: Person, scene: Scene) -> dict[int, bool]:
+    members = (await person.ok("GET", f"{scene.server}/members"))["members"]
+    return {member["user_id"]: member["connected"] for member in members}
+
+
+async def test_the_invisible_count_as_not_connected_to_others(scene: Scene) -> None:
+    ana = scene.ana.user_id
+    assert (await connected(scene.ben, scene))[ana]
+    assert not (await connected(scene.ben, scene))[scene.cy.user_id], "who has not joined is not connected"
+    await scene.mine.ok("user:status", {"status": "invisible"})
+    assert (await scene.here.hears("user:disconnected"))["user_id"] == ana
+    assert not (await connected(scene.ben, scene))[ana]
+    assert (await connected(scene.ana, scene))[ana]
+    ack = await scene.here.ok("join_server", {"server_id": scene.place.server_id})
+    assert ack["connected_users"] == [scene.ben.user_id]
+    members = (await scene.ben.ok("GET", f"{scene.server}/members"))["members"]
+    assert "invisible" not in {member["status"] for member in members}
+    await scene.mine.ok("typing_start", {"channel_id": scene.place.channel_id})
+    tab = await scene.ana.socket(scene.place.server_id)
+    await scene.mine.close()
+    await scene.here.hears_not("user:connected", "user:disconnected", "user:typing", "typing_stop", "user:status")
+    await tab.ok("user:status", {"status": "online"})
+    assert (await scene.here.hears("user:connected"))["user_id"] == ana
+    assert "user:status" in scene.here.names()
+    assert (await connected(scene.ben, scene))[ana]
+
+
+async def test_who_comes_invisible_is_not_seen_to_come(scene: Scene) -> None:
+    await scene.cy.ok("PATCH", "/users/me", {"status": "invisible"})
+    await scene.away.close()
+    socket = await scene.cy.socket()
+    ack = await socket.ok("join_server", {"server_id": scene.place.server_id})
+    assert ack["connected_users"] == sorted(person.user_id for person in (scene.ana, scene.ben, scene.cy)), (
+        "oneself included"
+    )
+    await socket.close()
+    await scene.here.hears_not("user:connected", "user:disconnected", "user:status")
+
+
+async def test_a_socket_that_goes_while_it_joins_leaves_no_presence(scene: Scene) -> None:
+    for _ in range(10):
+        socket = await scene.cy.socket(transports=["websocket"])
+        await socket.client.emit("join_server", {"server_id": scene.place.server_id})
+        await socket.client.emit("typing_start", {"channel_id": scene.place.channel_id})
+        await socket.close()
+    last = await scene.cy.socket(scene.place.server_id)
+    await last.close()
+    await scene.here.hears("user:disconnected", user_id=scene.cy.user_id)
+    ack = await scene.here.ok("join_server", {"server_id": scene.place.server_id})
+    assert ack["connected_users"] == sorted([scene.ana.user_id, scene.ben.user_id])
 
 
 # ---- Operations ------------------------------------------------------------------------------------------------------
