@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
+import hmac
+import itertools
+import json
 import os
 import random
 import re
 import shutil
 import signal
 import sys
+import time
 import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -1268,6 +1275,566 @@ async def test_a_socket_that_goes_while_it_joins_leaves_no_presence(scene: Scene
     await scene.here.hears("user:disconnected", user_id=scene.cy.user_id)
     ack = await scene.here.ok("join_server", {"server_id": scene.place.server_id})
     assert ack["connected_users"] == sorted([scene.ana.user_id, scene.ben.user_id])
+
+
+# ---- Keys ------------------------------------------------------------------------------------------------------------
+# Passwords and tokens: what is not a token that we signed, for a user who is there, and that still stands, opens no
+# door.
+
+SECRET = "a secret of thirty-two bytes or more"
+HOUR = 3600
+
+
+def claims_of(person: Person, **changes: Any) -> dict[str, Any]:
+    """Claims that stand, with changes; one that is None is left out."""
+    now = int(time.time())
+    claims = {"sub": str(person.user_id), "iat": now, "exp": now + HOUR} | changes
+    return {name: value for name, value in claims.items() if value is not None}
+
+
+def sign(claims: dict[str, Any], secret: str = SECRET, algorithm: str = "HS256") -> str:
+    """A token made by hand, as PyJWT would not make some of them."""
+    hashes = {"HS256": "sha256", "HS384": "sha384", "HS512": "sha512"}
+    parts = [json.dumps({"alg": algorithm, "typ": "JWT"}).encode(), json.dumps(claims).encode()]
+    signed = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
+    digest = b""
+    if algorithm in hashes:
+        digest = hmac.new(secret.encode(), signed, hashes[algorithm]).digest()
+    return (signed + b"." + base64.urlsafe_b64encode(digest).rstrip(b"=")).decode()
+
+
+async def password_changed(world: World, person: Person) -> str:
+    words = {"old_password": "correct horse", "new_password": "battery staple"}
+    renewed = await person.ok("POST", "/auth/password", words)
+    assert set(renewed) == {"user_id", "username", "token", "expires_at"}
+    assert (await world.call("GET", "/users/me", token=renewed["token"])).status == 200
+    return person.token
+
+
+async def logged_out(world: World, person: Person) -> str:
+    assert (await person.call("POST", "/auth/logout")).status == 204
+    return person.token
+
+
+async def account_deleted(world: World, person: Person) -> str:
+    await world.chat.chat.store.write(lambda db: chatrtc.delete_user(db, person.name))
+    return person.token
+
+
+WRONG_TOKENS: dict[str, Callable[[Person], str]] = {
+    "stale": lambda me: sign(claims_of(me, iat=1, exp=int(time.time()) - 1)),
+    "forged": lambda me: sign(claims_of(me))[:-4] + "AAAA",
+    "of another secret": lambda me: sign(claims_of(me), secret="x" * 32),
+    "of algorithm none": lambda me: sign(claims_of(me), algorithm="none"),
+    "of algorithm HS384": lambda me: sign(claims_of(me), algorithm="HS384"),
+    "of algorithm HS512": lambda me: sign(claims_of(me), algorithm="HS512"),
+    "without exp": lambda me: sign(claims_of(me, exp=None)),
+    "without iat": lambda me: sign(claims_of(me, iat=None)),
+    "without sub": lambda me: sign(claims_of(me, sub=None)),
+    "with exp as a string": lambda me: sign(claims_of(me, exp=str(int(time.time()) + HOUR))),
+    "with iat as a string": lambda me: sign(claims_of(me, iat="now")),
+    "with exp a list": lambda me: sign(claims_of(me, exp=[])),
+    "with exp true": lambda me: sign(claims_of(me, exp=True)),
+    "with exp not a number": lambda me: sign(claims_of(me, exp=float("nan"))),
+    "not yet good": lambda me: sign(claims_of(me, nbf=int(time.time()) + HOUR)),
+    "of nobody": lambda me: sign(claims_of(me, sub="999")),
+    "of a number beyond numbers": lambda me: sign(claims_of(me, sub="9" * 30)),
+    "of a name": lambda me: sign(claims_of(me, sub=me.name)),
+    "of a number that is not text": lambda me: sign(claims_of(me, sub=me.user_id)),
+    "of a later generation": lambda me: sign(claims_of(me, gen=1)),
+    "of a strange generation": lambda me: sign(claims_of(me, gen=False)),
+    "cut short": lambda me: me.token.rpartition(".")[0],
+    "of five kilobytes": lambda me: sign(claims_of(me, pad="x" * 5000), secret="x" * 32),
+    "garbage": lambda me: "a.b.c",
+    "one word": lambda me: "token",
+    "dots": lambda me: "..",
+}
+ENDED_TOKENS = {"of an old password": password_changed, "logged out": logged_out, "of the dead": account_deleted}
+
+
+async def refused_everywhere(world: World, token: str) -> None:
+    reply = await world.call("GET", "/users/me", token=token)
+    assert (reply.status, reply.code) == (401, "UNAUTHORIZED")
+    assert (await world.call("POST", "/messages", {"channel_id": 1, "content": "x"}, token=token)).status == 401
+    with pytest.raises(socketio.exceptions.ConnectionError):
+        await world.socket(token)
+    socket = await world.socket()
+    ack = await socket.call("authenticate", {"token": token})
+    if len(token) < 5000:
+        assert (ack["success"], ack["error"], ack["code"]) == (False, "Invalid token", "UNAUTHORIZED")
+    assert ack["success"] is False
+    assert (await socket.call("join_server", {"server_id": 1}))["code"] == "UNAUTHORIZED"
+    await socket.close()
+
+
+async def test_a_token_of_sub_iat_and_exp_alone_is_good(make_world: MakeWorld) -> None:
+    world = await make_world(secret=SECRET)
+    ana = await world.person("ana")
+    token = sign(claims_of(ana))
+    assert (await world.call("GET", "/users/me", token=token)).body["user_id"] == ana.user_id
+    socket = await world.socket(token)
+    assert (await socket.ok("user:status", {"status": "away"})) == {"success": True}
+    socket = await world.socket()
+    ack = await socket.ok("authenticate", {"token": token})
+    assert ack == {"success": True, "user_id": ana.user_id, "username": "ana"}
+
+
+@pytest.mark.parametrize("kind", WRONG_TOKENS)
+async def test_a_wrong_token_is_refused_at_every_door(make_world: MakeWorld, kind: str) -> None:
+    world = await make_world(secret=SECRET)
+    ana = await world.person("ana")
+    await refused_everywhere(world, WRONG_TOKENS[kind](ana))
+
+
+async def test_a_token_of_ten_kilobytes_is_refused_at_every_door(make_world: MakeWorld) -> None:
+    world = await make_world(secret=SECRET)
+    token = sign(claims_of(await world.person("ana"), pad="x" * 7500))
+    headers = {"Authorization": f"Bearer {token}"}
+    async with world.session.get(f"{world.url}/users/me", headers=headers) as response:
+        assert response.status in (400, 401)  # the HTTP server itself takes no header of that size
+    with pytest.raises(socketio.exceptions.ConnectionError):
+        await world.socket(token)
+    socket = await world.socket()
+    assert (await socket.call("authenticate", {"token": token}))["code"] == "TOO_LARGE"
+
+
+@pytest.mark.parametrize("kind", ENDED_TOKENS)
+async def test_a_token_that_has_ended_is_refused_and_its_sockets_are_cut(world: World, kind: str) -> None:
+    ana = await world.person("ana")
+    socket = await ana.socket()
+    await socket.ok("ping")
+    token = await ENDED_TOKENS[kind](world, ana)
+    await asyncio.wait_for(socket.closed.wait(), PATIENCE)
+    await refused_everywhere(world, token)
+
+
+async def test_logging_out_ends_one_token_and_its_sockets_alone(world: World) -> None:
+    ana = await world.person("ana")
+    other = await world.call("POST", "/auth/login", {"username": "ana", "password": "correct horse"})
+    ends, stays = await ana.socket(), await world.socket(other.body["token"])
+    await ana.ok("POST", "/auth/logout")
+    await asyncio.wait_for(ends.closed.wait(), PATIENCE)
+    await stays.ok("ping")
+    assert (await world.call("GET", "/users/me", token=other.body["token"])).status == 200
+
+
+async def test_a_socket_does_not_outlive_its_token(make_world: MakeWorld) -> None:
+    world = await make_world(token_ttl=2)
+    ana = await world.person("ana")
+    socket = await ana.socket()
+    await socket.ok("ping")
+    await asyncio.wait_for(socket.closed.wait(), PATIENCE)
+    assert (await ana.call("GET", "/users/me")).code == "UNAUTHORIZED"
+
+
+async def test_a_wrong_old_password_changes_nothing(world: World) -> None:
+    ana = await world.person("ana")
+    reply = await ana.call("POST", "/auth/password", {"old_password": "wrong horse", "new_password": "battery staple"})
+    assert reply.code == "FORBIDDEN"
+    assert (await world.call("POST", "/auth/login", {"username": "ana", "password": "correct horse"})).status == 200
+
+
+async def test_logging_in_as_nobody_is_as_much_work(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.person("ana")
+    work: list[tuple[int, int, int]] = []
+    scrypt = hashlib.scrypt
+
+    def counted(password: bytes, *, n: int, r: int, p: int, **options: Any) -> bytes:
+        work.append((n, r, p))
+        return scrypt(password, n=n, r=r, p=p, **options)
+
+    monkeypatch.setattr(hashlib, "scrypt", counted)
+    answers = []
+    for name in ("ana", "nobody"):
+        work.clear()
+        reply = await world.call("POST", "/auth/login", {"username": name, "password": "a wrong one"})
+        answers.append((reply.status, reply.body, list(work)))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 401
+    assert len(answers[0][2]) == 1
+
+
+# ---- Limits ----------------------------------------------------------------------------------------------------------
+# How often: who does too much is told how long to wait, and others notice nothing.
+
+
+async def test_failed_logins_are_limited_by_account(make_world: MakeWorld) -> None:
+    world = await make_world(no_rate_limit=False)
+    await world.people("ana", "ben")
+    for _ in range(5):
+        reply = await world.call("POST", "/auth/login", {"username": "ana", "password": "a wrong one"})
+        assert reply.code == "UNAUTHORIZED"
+    for password in ("a wrong one", "correct horse"):
+        reply = await world.call("POST", "/auth/login", {"username": "ANA", "password": password})
+        assert (reply.status, reply.code) == (429, "RATE_LIMITED")
+        assert 1 <= int(reply.headers["Retry-After"]) <= 13
+    assert (await world.call("POST", "/auth/login", {"username": "ben", "password": "correct horse"})).status == 200
+
+
+async def test_logins_that_succeed_are_not_counted(make_world: MakeWorld) -> None:
+    world = await make_world(no_rate_limit=False)
+    await world.person("ana")
+    for _ in range(8):
+        reply = await world.call("POST", "/auth/login", {"username": "ana", "password": "correct horse"})
+        assert reply.status == 200
+
+
+async def test_messages_are_limited_by_user(make_world: MakeWorld) -> None:
+    world = await make_world(no_rate_limit=False)
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    message = await ana.post(place.channel_id)
+    socket = await ana.socket(place.server_id)
+    body = {"channel_id": place.channel_id, "content": "much"}
+    replies = await asyncio.gather(*(ana.call("POST", "/messages", body) for _ in range(40)))
+    refused = [reply for reply in replies if reply.status != 201]
+    assert 10 <= len(refused) < 40
+    for reply in refused:
+        assert (reply.status, reply.code) == (429, "RATE_LIMITED")
+        assert int(reply.headers["Retry-After"]) >= 1
+    acks = [
+        await socket.call("message:edit", {"message_id": message["message_id"], "content": str(number)})
+        for number in range(20)
+    ]
+    assert next(ack["code"] for ack in acks if not ack["success"] and ack["retry_after"] >= 1) == "RATE_LIMITED"
+    assert (await ben.call("POST", "/messages", body)).status == 201
+
+
+async def test_events_are_limited_by_user(make_world: MakeWorld) -> None:
+    world = await make_world(no_rate_limit=False)
+    ana, ben = await world.people("ana", "ben")
+    socket, other = await ana.socket(), await ben.socket()
+    acks = [await socket.call("ping") for _ in range(170)]
+    refused = [ack for ack in acks if not ack["success"]]
+    assert refused
+    assert {ack["code"] for ack in refused} == {"RATE_LIMITED"}
+    assert all(ack["retry_after"] >= 1 for ack in refused)
+    assert all(ack["success"] for ack in acks[:100])
+    await other.ok("ping")
+    assert not socket.closed.is_set()
+
+
+async def test_a_user_has_twenty_sockets_at_most(make_world: MakeWorld) -> None:
+    world = await make_world(no_rate_limit=False)
+    ana, ben = await world.people("ana", "ben")
+    sockets = [await ana.socket(transports=["websocket"]) for _ in range(20)]
+    with pytest.raises(socketio.exceptions.ConnectionError):
+        await ana.socket(transports=["websocket"])
+    late = await world.socket(transports=["websocket"])
+    ack = await late.call("authenticate", {"token": ana.token})
+    assert (ack["code"], ack["retry_after"] >= 1) == ("RATE_LIMITED", True)
+    await ben.socket()
+    await sockets[0].close()
+    async with asyncio.timeout(PATIENCE):
+        while not (await late.call("authenticate", {"token": ana.token}))["success"]:
+            await sockets[1].ok("ping")  # until the server has seen the other go
+
+
+async def test_a_whole_class_comes_in_by_one_invite_at_once(make_world: MakeWorld) -> None:
+    world = await make_world(no_rate_limit=False)
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    invite = await ana.ok("POST", f"/servers/{place.server_id}/invites", {})
+    guests = [
+        world.call("POST", "/auth/guest", {"username": f"guest-{number}", "code": invite["code"]})
+        for number in range(30)
+    ]
+    assert [reply.status for reply in await asyncio.gather(*guests)] == [201] * 30
+    wrong = [await world.call("GET", f"/invites/wrong-{number}") for number in range(14)]
+    assert [reply.code for reply in wrong[:10]] == ["NOT_FOUND"] * 10
+    assert wrong[-1].code == "RATE_LIMITED"
+
+
+# ---- Policy ----------------------------------------------------------------------------------------------------------
+# Who may do what: every operation, for everybody, with their own thing, another's, another server's, a deleted one and
+# one that never was, by each door that has it. What is to be expected stands in one table, a row an operation.
+
+CALLERS = ["anonymous", "outsider", "member", "admin", "owner", "banned", "left", "removed", "revoked"]
+RANKS = {"member": 1, "admin": 2, "owner": 3, "nobody": 9}
+WHOSE = ["own", "another server's", "deleted", "missing"]
+
+
+class Row(NamedTuple):
+    thing: str  # what the operation is about
+    least: str  # the lowest role that may; "open": anybody, "user": anybody with a token
+    other: str = ""  # the lowest role that may with somebody else's; the same, unless told
+    but: dict[tuple[str, str], str] = {}  # exceptions, by caller and whose thing it is: the code  # noqa: RUF012
+
+    @property
+    def whose(self) -> list[str]:
+        """Whose things there are; a server, a channel and an invite are of nobody in particular."""
+        if not self.thing:
+            return [""]
+        return ["own", "other's", *WHOSE[1:]] if self.thing in ("message", "member") else WHOSE
+
+
+STRANGER = {(caller, "another server's"): "NOT_FOUND" for caller in ("admin", "owner")}
+ROWS = {
+    "register": Row("", "open"),
+    "register_guest": Row("", "open"),
+    "login": Row("", "open"),
+    "logout": Row("", "user"),
+    "change_password": Row("", "user"),
+    "authenticate": Row("", "user"),
+    "heartbeat": Row("", "user"),
+    "check_health": Row("", "open"),
+    "get_configuration": Row("", "open"),
+    "get_profile": Row("", "user"),
+    "set_status": Row("", "user"),
+    "list_servers": Row("", "user"),
+    "create_server": Row("", "user"),
+    "get_server": Row("server", "member"),
+    "rename_server": Row("server", "admin"),
+    "delete_server": Row("server", "owner"),
+    "list_members": Row("server", "member"),
+    "list_bans": Row("server", "admin"),
+    "create_invite": Row("server", "admin"),
+    "list_invites": Row("server", "admin"),
+    "list_channels": Row("server", "member"),
+    "create_channel": Row("server", "admin"),
+    "list_changes": Row("server", "member"),
+    "search_messages": Row("server", "member"),
+    "join_server": Row("server", "member"),
+    "leave_server": Row("server", "member"),
+    "set_role": Row("member", "nobody", "owner", STRANGER | {("admin", "another server's"): "FORBIDDEN NOT_FOUND"}),
+    "remove_member": Row("member", "member", "admin", STRANGER | {("owner", "own"): "FORBIDDEN"}),
+    "ban": Row("member", "nobody", "admin", {(caller, "another server's"): "" for caller in ("admin", "owner")}),
+    "unban": Row("member", "nobody", "admin", STRANGER),
+    "get_invite": Row("invite", "open"),
+    "accept_invite": Row("invite", "user", but={("banned", "own"): "FORBIDDEN"}),
+    "revoke_invite": Row("invite", "admin"),
+    "edit_channel": Row("channel", "admin"),
+    "delete_channel": Row("channel", "admin"),
+    "list_messages": Row("channel", "member"),
+    "post_message": Row("channel", "member"),
+    "get_read": Row("channel", "member"),
+    "mark_read": Row("channel", "member"),
+    "typing_start": Row("channel", "member"),
+    "typing_stop": Row("channel", "member"),
+    "voice_join": Row("channel", "member"),
+    "voice_leave": Row("channel", "member"),
+    "voice_signal": Row("channel", "member"),
+    "get_message": Row("message", "member"),
+    "edit_message": Row("message", "member", "nobody"),
+    "remove_message": Row("message", "member", "admin"),
+    "add_reaction": Row("message", "member"),
+    "remove_reaction": Row("message", "member"),
+}
+
+
+def expectation(row: Row, caller: str, whose: str) -> str:
+    """The code, or several where a client can rely on any of them; empty for success."""
+    if row.least != "open" and caller in ("anonymous", "revoked"):
+        return "UNAUTHORIZED"
+    if (caller, whose) in row.but:
+        return row.but[caller, whose]
+    rank = RANKS.get(caller, 0)
+    least = row.other if row.other and whose != "own" else row.least
+    if whose in ("deleted", "missing"):
+        if row.thing != "member":
+            return "NOT_FOUND"
+        return "FORBIDDEN" if not rank else "NOT_FOUND" if rank >= RANKS[least] else "FORBIDDEN NOT_FOUND"
+    if least in ("open", "user"):
+        return ""
+    if whose == "another server's" or not rank:
+        return "FORBIDDEN"
+    return "" if rank >= RANKS[least] else "FORBIDDEN"
+
+
+class Stage(NamedTuple):
+    """A server of its own for one cell, with who calls and the thing that it is about."""
+
+    token: str | None
+    args: dict[str, Any]
+
+
+class Matrix:
+    """A world, and what all cells may share since none of them changes it."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.chat = world, world.chat
+        self.names = itertools.count()
+
+    async def open(self) -> Matrix:
+        self.keeper = await self.world.person("keeper")
+        self.far = await self.world.place(self.keeper, name="another")
+        self.lobby = await self.chat.create_invite(author_id=self.keeper.user_id, server_id=self.far.server_id)
+        self.far_message = await self.chat.post_message(
+            author_id=self.keeper.user_id, channel_id=self.far.channel_id, content="far"
+        )
+        self.far_voice = await self.chat.create_channel(
+            author_id=self.keeper.user_id, server_id=self.far.server_id, name="talk", kind="voice"
+        )
+        return self
+
+    def name(self) -> str:
+        return f"n{next(self.names)}"
+
+    async def user(self) -> Person:
+        """A new account, without the time that a password takes."""
+        name, now = self.name(), time.time()
+        store = self.chat.chat.store
+        done = await store.write(lambda db: chatrtc.Done(chatrtc.insert_user(db, name, None, "2026-01-01T00:00:00Z")))
+        return Person(self.world, name, done.answer, self.chat.chat.keys.issue(done.answer, name, 0, now).token)
+
+    async def stage(self, op: chatrtc.Operation, caller: str, whose: str) -> Stage:
+        chat = self.chat
+        owner, other = await self.user(), await self.user()
+        me = owner if caller == "owner" else await self.user()
+        server = await chat.create_server(author_id=owner.user_id, name="place")
+        place = {"author_id": owner.user_id, "server_id": server.server_id}
+        invite = await chat.create_invite(**place)
+        await chat.accept_invite(author_id=other.user_id, code=invite.code)
+        channel_id = server.channels[0].channel_id
+        if op.name.startswith("voice"):
+            channel_id = (await chat.create_channel(**place, name="talk", kind="voice")).channel_id
+        message = await chat.post_message(author_id=other.user_id, channel_id=channel_id, content="hello")
+        if caller not in ("anonymous", "outsider", "owner"):
+            await chat.accept_invite(author_id=me.user_id, code=invite.code)
+        mine = message
+        if caller not in ("anonymous", "outsider"):
+            mine = await chat.post_message(author_id=me.user_id, channel_id=channel_id, content="hello")
+        match caller:
+            case "admin":
+                await chat.set_role(**place, user_id=me.user_id, role="admin")
+            case "banned":
+                await chat.ban(**place, user_id=me.user_id)
+            case "left":
+                await chat.remove_member(author_id=me.user_id, server_id=server.server_id, user_id=me.user_id)
+            case "removed":
+                await chat.remove_member(**place, user_id=me.user_id)
+            case "revoked":
+                reply = await self.world.call("POST", "/auth/logout", token=me.token)
+                assert reply.status == 204
+        ids = {"server_id": server.server_id, "channel_id": channel_id, "code": invite.code} | {
+            "message_id": mine.message_id,
+            "user_id": me.user_id,
+        }
+        thing = ROWS[op.name].thing
+        if thing:
+            key = {"invite": "code", "member": "user_id"}.get(thing, f"{thing}_id")
+            ids[key] = await self.thing(op, thing, whose, ids[key], owner, other, place, channel_id, message)
+        if op.name == "unban" and whose == "other's":
+            await chat.ban(**place, user_id=ids["user_id"])
+        return Stage(None if caller == "anonymous" else me.token, self.arguments(op, ids, me))
+
+    async def thing(
+        self, op: chatrtc.Operation, thing: str, whose: str, own: Any, owner: Person, other: Person,
+        place: dict[str, Any], channel_id: int, message: Any,
+    ) -> Any:  # fmt: skip
+        """The id of such a thing."""
+        chat = self.chat
+        if whose == "own":
+            return own
+        if whose == "missing":
+            return "missing" if thing == "invite" else 10**9
+        if whose == "other's":
+            return other.user_id if thing == "member" else message.message_id
+        if whose == "another server's":
+            voice = op.name.startswith("voice")
+            return {
+                "server": self.far.server_id,
+                "channel": self.far_voice.channel_id if voice else self.far.channel_id,
+                "message": self.far_message.message_id,
+                "member": self.keeper.user_id,
+                "invite": self.lobby.code,
+            }[thing]
+        match thing:  # deleted
+            case "server":
+                gone = await chat.create_server(author_id=owner.user_id, name="gone")
+                await chat.delete_server(author_id=owner.user_id, server_id=gone.server_id)
+                return gone.server_id
+            case "channel":
+                kind = "voice" if op.name.startswith("voice") else "text"
+                channel = await chat.create_channel(**place, name="gone", kind=kind)
+                await chat.delete_channel(author_id=owner.user_id, channel_id=channel.channel_id)
+                return channel.channel_id
+            case "message":
+                await chat.remove_message(author_id=owner.user_id, message_id=message.message_id)
+                return message.message_id
+            case "invite":
+                await chat.revoke_invite(author_id=owner.user_id, code=own)
+                return own
+        await chat.chat.store.write(lambda db: chatrtc.delete_user(db, other.name))
+        return other.user_id
+
+    def arguments(self, op: chatrtc.Operation, ids: dict[str, Any], me: Person) -> dict[str, Any]:
+        """What the operation requires."""
+        values = ids | {
+            "name": self.name(), "username": self.name(), "password": "correct horse", "new_password": "battery staple",
+            "content": "hello", "emoji": "x", "role": "admin", "status": "away", "q": "hello", "token": me.token,
+            "to": "nobody", "data": {"sdp": "x"},
+        }  # fmt: skip
+        if op.name == "login":
+            values["username"] = "keeper"
+        if op.name == "register_guest":
+            values["code"] = self.lobby.code
+        return {field.name: values[field.name] for field in msgspec.structs.fields(op.args) if field.required}
+
+
+async def by_rest(world: World, token: str | None, op: chatrtc.Operation, args: dict[str, Any]) -> Reply:
+    """Call an operation by its route: each argument in its place."""
+    assert op.method is not None
+    assert op.path is not None
+    in_path = set(re.findall(r"{(\w+)}", op.path))
+    path = op.path.format(**{name: quote(str(args[name]), safe="") for name in in_path})
+    rest = {name: value for name, value in args.items() if name not in in_path}
+    if op.method in ("POST", "PUT", "PATCH"):
+        return await world.call(op.method, path, rest, token=token)
+    return await world.call(op.method, path, token=token, params={name: str(value) for name, value in rest.items()})
+
+
+def test_every_operation_has_its_row() -> None:
+    assert set(ROWS) == set(chatrtc.OPERATIONS)
+
+
+def cells(door: str) -> list[tuple[chatrtc.Operation, str, str]]:
+    return [
+        (op, caller, whose)
+        for op in chatrtc.OPERATIONS.values()
+        if (op.path if door == "rest" else op.event)
+        for caller in CALLERS
+        for whose in ROWS[op.name].whose
+    ]
+
+
+@pytest.mark.parametrize("door", ["rest", "socket"])
+async def test_who_may_do_what(world: World, door: str) -> None:
+    matrix, gate = await Matrix(world).open(), asyncio.Semaphore(24)
+    wrong: list[str] = []
+    outcomes: set[tuple[str, str]] = set()
+
+    async def by_socket(stage: Stage, op: chatrtc.Operation, caller: str) -> str:
+        token = None if caller == "revoked" else stage.token
+        socket = await world.socket(token, transports=["websocket"])
+        try:
+            if caller == "revoked" and op.name != "authenticate":
+                assert (await socket.call("authenticate", {"token": stage.token}))["code"] == "UNAUTHORIZED"
+            if op.name == "voice_signal":
+                ack = await socket.call("voice:join", {"channel_id": stage.args["channel_id"]})
+                stage.args["to"] = ack.get("peer_id", "nobody")
+            args = stage.args if stage.token or op.name != "authenticate" else {"token": "none"}
+            return str((await socket.call(op.event or "", *([args] if args else []))).get("code", ""))
+        finally:
+            await socket.close()
+
+    async def try_cell(op: chatrtc.Operation, caller: str, whose: str) -> None:
+        async with gate:
+            stage = await matrix.stage(op, caller, whose)
+            if door == "rest":
+                code = (await by_rest(world, stage.token, op, stage.args)).code
+            else:
+                code = await by_socket(stage, op, caller)
+        expected = expectation(ROWS[op.name], caller, whose)
+        outcomes.add((op.name, code))
+        if code not in (expected.split() or [""]):
+            wrong.append(f"{op.name}, {caller}, {whose or 'nothing'}: {code or 'done'}, expected {expected or 'done'}")
+
+    await asyncio.gather(*(try_cell(*cell) for cell in cells(door)))
+    assert not wrong, "\n".join(sorted(wrong))
+    for op, _, _ in cells(door):  # each was done at least once, and refused at least once where it is not open
+        assert (op.name, "") in outcomes
+        assert ROWS[op.name].least == "open" or any(name == op.name and code for name, code in outcomes)
 
 
 # ---- Operations ------------------------------------------------------------------------------------------------------
