@@ -1871,3 +1871,412 @@ async def test_who_may_do_what(world: World, door: str) -> None:
 
 
 # ---- Operations ------------------------------------------------------------------------------------------------------
+# Stories of the product, over REST: messages, pages, reactions, reading, searching, people and channels.
+
+
+async def test_a_repeated_nonce_gives_the_first_message_and_no_second_event(scene: Scene) -> None:
+    body = {"channel_id": scene.place.channel_id, "content": "once", "nonce": "n"}
+    first = await scene.ana.call("POST", "/messages", body)
+    assert (first.status, first.headers.get("Idempotent-Replayed")) == (201, None)
+    for content in ("once", "something else"):
+        again = await scene.ana.call("POST", "/messages", body | {"content": content})
+        assert (again.status, again.body, again.headers["Idempotent-Replayed"]) == (201, first.body, "true")
+    assert await scene.here.hears("message:new") == first.body
+    await scene.here.hears_not("message:new")
+    other = await scene.ben.call("POST", "/messages", body)  # a nonce is its author's own
+    assert other.body["message_id"] != first.body["message_id"]
+    channel = await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "next"})
+    elsewhere = await scene.ana.call("POST", "/messages", body | {"channel_id": channel["channel_id"]})
+    assert "Idempotent-Replayed" not in elsewhere.headers
+
+
+async def test_concurrent_repeats_of_a_nonce_post_once(scene: Scene) -> None:
+    body = {"channel_id": scene.place.channel_id, "content": "once", "nonce": "n"}
+    replies = await asyncio.gather(*(scene.ana.call("POST", "/messages", body) for _ in range(20)))
+    assert {reply.status for reply in replies} == {201}
+    assert len({reply.body["message_id"] for reply in replies}) == 1
+    assert sum("Idempotent-Replayed" in reply.headers for reply in replies) == 19
+
+
+async def test_a_reply_is_to_a_message_of_the_same_channel(scene: Scene) -> None:
+    first = await scene.post()
+    reply = await scene.ben.post(scene.place.channel_id, "yes", reply_to=first["message_id"])
+    assert reply["reply_to"] == first["message_id"]
+    channel = await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "next"})
+    for channel_id, message_id in ((channel["channel_id"], first["message_id"]), (scene.place.channel_id, 10**6)):
+        body = {"channel_id": channel_id, "content": "?", "reply_to": message_id}
+        assert (await scene.ben.call("POST", "/messages", body)).code == "NOT_FOUND"
+
+
+async def test_a_deleted_message_is_gone_from_everywhere(scene: Scene) -> None:
+    message = await scene.ana.post(scene.place.channel_id, "@ben secretword")
+    await scene.ben.ok("PUT", f"/messages/{message['message_id']}/reactions/x")
+    await scene.ana.ok("DELETE", f"/messages/{message['message_id']}")
+    for method, path, body in (
+        ("GET", "", None),
+        ("PATCH", "", {"content": "again"}),
+        ("DELETE", "", None),
+        ("PUT", "/reactions/x", None),
+        ("DELETE", "/reactions/x", None),
+    ):
+        reply = await scene.ana.call(method, f"/messages/{message['message_id']}{path}", body)
+        assert reply.code == "NOT_FOUND", method
+    everything = [
+        await scene.ana.ok("GET", f"/channels/{scene.place.channel_id}/messages"),
+        await scene.ana.ok("GET", f"{scene.server}/changes"),
+        await scene.ana.ok("GET", f"{scene.server}/search?q=secretword"),
+    ]
+    assert "secretword" not in json.dumps(everything)
+    assert (await scene.ben.ok("GET", f"/channels/{scene.place.channel_id}/read"))["mentions"] == 0
+
+
+async def test_pages(scene: Scene) -> None:
+    path = f"/channels/{scene.place.channel_id}/messages"
+    first = (await scene.ana.ok("GET", path))["messages"][0]
+    posted = [first, *[await scene.ana.post(scene.place.channel_id, str(number)) for number in range(1, 60)]]
+    ids = [message["message_id"] for message in posted]
+
+    async def page(query: str) -> tuple[list[Any], bool]:
+        reply = await scene.ben.ok("GET", path + query)
+        assert set(reply) == {"messages", "has_more"}
+        return reply["messages"], reply["has_more"]
+
+    assert await page("") == (posted[10:], True)
+    assert await page("?limit=100") == (posted, False)
+    assert await page("?limit=1") == (posted[-1:], True)
+    assert await page(f"?before={ids[10]}") == (posted[:10], False)
+    assert await page(f"?before={ids[10]}&limit=3") == (posted[7:10], True)
+    assert await page(f"?before={ids[0]}") == ([], False)
+    assert await page(f"?after={ids[0]}&limit=59") == (posted[1:], False)
+    assert await page(f"?after={ids[5]}&limit=4") == (posted[6:10], True)
+    assert await page(f"?after={ids[-1]}") == ([], False)
+    assert await page("?after=0&limit=2") == (posted[:2], True)
+    around, more = await page(f"?around={ids[30]}&limit=11")
+    assert posted[30] in around
+    assert more
+    assert len(around) == 11
+    assert around == posted[posted.index(around[0]) :][:11], "a page has no hole"
+    around, _ = await page(f"?around={ids[0]}&limit=10")
+    assert around == posted[: len(around)]
+    around, _ = await page(f"?around={ids[-1]}&limit=10")
+    assert around == posted[-10:]
+    for query in ("?limit=0", "?limit=101", "?before=x", "?before=1&after=1", "?around=1&before=1", "?before=0"):
+        assert (await scene.ben.call("GET", path + query)).code == "BAD_REQUEST", query
+
+
+@pytest.mark.parametrize("limit", [1, 7, 100])
+async def test_walking_pages_either_way_gives_the_history_once(scene: Scene, limit: int) -> None:
+    posted = [(await scene.post())["message_id"] for _ in range(20)]
+    await scene.ana.ok("DELETE", f"/messages/{posted.pop(7)}")
+    path = f"/channels/{scene.place.channel_id}/messages?limit={limit}"
+    up: list[int] = []
+    down: list[int] = []
+    more, cursor = True, posted[0] - 1
+    while more:
+        page = await scene.ben.ok("GET", f"{path}&after={cursor}")
+        up += [message["message_id"] for message in page["messages"]]
+        more, cursor = page["has_more"], up[-1]
+    more, cursor = True, posted[-1] + 1
+    while more and len(down) < 20:
+        page = await scene.ben.ok("GET", f"{path}&before={cursor}")
+        down = [message["message_id"] for message in page["messages"]] + down
+        more, cursor = page["has_more"], down[0]
+    assert up == posted
+    assert down[-len(posted) :] == posted
+
+
+async def test_reactions_are_idempotent(scene: Scene) -> None:
+    message = await scene.post()
+    path = f"/messages/{message['message_id']}"
+    for _ in range(2):
+        assert (await scene.ben.call("PUT", f"{path}/reactions/👍🏽")).status == 204
+    await scene.here.hears("reaction:add")
+    await scene.here.hears_not("reaction:add")
+    assert (await scene.ana.ok("GET", path))["reactions"] == [{"emoji": "👍🏽", "user_ids": [scene.ben.user_id]}]
+    assert (await scene.ana.call("DELETE", f"{path}/reactions/👍🏽")).status == 204, "not mine, and nothing happens"
+    for _ in range(2):
+        assert (await scene.ben.call("DELETE", f"{path}/reactions/👍🏽")).status == 204
+    await scene.here.hears("reaction:remove", user_id=scene.ben.user_id)
+    await scene.here.hears_not("reaction:remove")
+
+
+async def test_what_is_unread_is_what_others_wrote_since(scene: Scene) -> None:
+    path = f"/channels/{scene.place.channel_id}/read"
+    start = await scene.ben.ok("GET", path)
+    assert start == {"channel_id": scene.place.channel_id, "last_read_id": 0, "unread": 1, "mentions": 0}
+    first, second = await scene.post(), await scene.ana.post(scene.place.channel_id, "@ben hello")
+    await scene.ben.post(scene.place.channel_id, "@ben my own")
+    assert (await scene.ben.ok("GET", path)) == start | {"unread": 3, "mentions": 1}
+    assert (await scene.ben.call("PUT", path, {"message_id": first["message_id"]})).status == 204
+    read = start | {"last_read_id": first["message_id"]}
+    assert (await scene.ben.ok("GET", path)) == read | {"unread": 1, "mentions": 1}
+    await scene.ana.ok("PATCH", f"/messages/{second['message_id']}", {"content": "hello"})
+    assert (await scene.ben.ok("GET", path)) == read | {"unread": 1, "mentions": 0}
+    await scene.ben.ok("PUT", path, {"message_id": second["message_id"]})
+    await scene.ben.ok("PUT", path, {"message_id": first["message_id"]})  # the mark never goes back
+    assert (await scene.ben.ok("GET", path)) == start | {"last_read_id": second["message_id"], "unread": 0}
+    assert (await scene.ben.call("PUT", path, {"message_id": 10**6})).code == "NOT_FOUND"
+    assert (await scene.ana.ok("GET", path))["last_read_id"] == 0
+
+
+async def found(person: Person, server: str, q: str, **narrow: Any) -> list[str]:
+    reply = await person.call("GET", f"{server}/search", params={"q": q} | {key: str(narrow[key]) for key in narrow})
+    assert reply.status == 200, (q, reply)
+    assert set(reply.body) == {"messages", "has_more"}
+    return [message["content"] for message in reply.body["messages"]]
+
+
+async def test_search_finds_words_newest_first(scene: Scene) -> None:
+    ana, server, channel_id = scene.ana, scene.server, scene.place.channel_id
+    texts = [
+        "red apple",
+        "Green Apple pie",
+        "a pear",
+        "crème brûlée",
+        "привет мир",
+        "日本語 テスト",
+        "C++ & C#",
+        "x OR y",
+    ]
+    posted = {text: await ana.post(channel_id, text) for text in texts}
+    assert await found(ana, server, "apple") == ["Green Apple pie", "red apple"]
+    assert await found(ana, server, "apple red") == ["red apple"]
+    assert await found(ana, server, "APPLE PIE") == ["Green Apple pie"]
+    assert await found(ana, server, "creme") == ["crème brûlée"]
+    assert await found(ana, server, "ПРИВЕТ") == ["привет мир"]
+    assert await found(ana, server, "テスト") == ["日本語 テスト"]
+    assert await found(ana, server, "apple !!!") == ["Green Apple pie", "red apple"]
+    assert await found(ana, server, "orange") == []
+    assert await found(ana, server, "apple", limit=1) == ["Green Apple pie"]
+    assert await found(ana, server, "apple", before=posted["Green Apple pie"]["message_id"]) == ["red apple"]
+    assert await found(ana, server, "apple", author_id=scene.ben.user_id) == []
+    assert await found(ana, server, "apple", author_id=ana.user_id, channel_id=channel_id) != []
+    found_messages = (await ana.ok("GET", f"{server}/search?q=pear"))["messages"]
+    assert found_messages == [posted["a pear"]], "what is found is the message as it is"
+
+
+@pytest.mark.parametrize(
+    "q",
+    [
+        '"',
+        '""',
+        '"a',
+        "a OR",
+        "OR",
+        "NOT a",
+        "AND",
+        "NEAR(a b)",
+        "a*",
+        "^a",
+        "content:a",
+        "server_id : 1",
+        "(",
+        ")",
+        "a-b",
+    ]
+    + ["{a b}:c", "+", "'", "\\", "%", "_", ";--", "a\tb", "😀", "\u202e", "ﷺ", "\ufeff", "a" * 200, "a " * 100],
+)
+async def test_no_search_is_an_error(scene: Scene, q: str) -> None:
+    await scene.ana.post(scene.place.channel_id, "a b c OR")
+    await found(scene.ana, scene.server, q)
+
+
+async def test_search_finds_an_edit_anew_and_nothing_deleted_nor_of_other_servers(scene: Scene) -> None:
+    ana, server, channel_id = scene.ana, scene.server, scene.place.channel_id
+    other = await scene.world.place(scene.ana, name="mine too")
+    await ana.post(other.channel_id, "needle elsewhere")
+    edited, gone = await ana.post(channel_id, "needle one"), await ana.post(channel_id, "needle two")
+    assert await found(ana, server, "needle") == ["needle two", "needle one"]
+    await ana.ok("PATCH", f"/messages/{edited['message_id']}", {"content": "haystack"})
+    await ana.ok("DELETE", f"/messages/{gone['message_id']}")
+    assert await found(ana, server, "needle") == []
+    assert await found(ana, server, "haystack") == ["haystack"]
+    for q in (
+        f"needle {other.server_id}",
+        f'server_id:"{other.server_id}"',
+        f'needle" OR server_id:"{other.server_id}',
+    ):
+        assert "needle elsewhere" not in await found(ana, server, q)
+    assert await found(ana, f"/servers/{other.server_id}", "needle") == ["needle elsewhere"]
+    second = await ana.ok("POST", f"{server}/channels", {"name": "second"})
+    await ana.post(second["channel_id"], "needle in a channel that goes")
+    assert len(await found(ana, server, "needle")) == 1
+    await ana.ok("DELETE", f"/channels/{second['channel_id']}")
+    assert await found(ana, server, "needle") == []
+
+
+async def test_a_server_is_handed_over(scene: Scene) -> None:
+    ana, ben, server = scene.ana, scene.ben, scene.server
+    assert (await ana.call("DELETE", f"{server}/members/{ana.user_id}")).code == "FORBIDDEN"
+    await ana.ok("PATCH", f"{server}/members/{ben.user_id}", {"role": "owner"})
+    seen = await ben.ok("GET", server)
+    assert (seen["owner_id"], seen["role"]) == (ben.user_id, "owner")
+    assert (await ana.ok("GET", server))["role"] == "admin"
+    told = [await scene.here.hears("member:updated") for _ in range(2)]
+    assert {(one["user_id"], one["role"]) for one in told} == {(ana.user_id, "admin"), (ben.user_id, "owner")}
+    assert (await ana.call("DELETE", server)).code == "FORBIDDEN"
+    await ana.ok("DELETE", f"{server}/members/{ana.user_id}")
+    assert (await ana.call("GET", server)).code == "FORBIDDEN"
+    await ben.ok("DELETE", server)
+    assert (await ben.call("GET", server)).code == "NOT_FOUND"
+
+
+async def test_admins_remove_those_of_a_lower_role_alone(scene: Scene) -> None:
+    for admin in (scene.ben, scene.cy):
+        await scene.ana.ok("PATCH", f"{scene.server}/members/{admin.user_id}", {"role": "admin"})
+    for target in (scene.ana, scene.cy):
+        for verb, path in (("DELETE", "members"), ("PUT", "bans")):
+            assert (await scene.ben.call(verb, f"{scene.server}/{path}/{target.user_id}")).code == "FORBIDDEN"
+    await scene.ana.ok("PATCH", f"{scene.server}/members/{scene.cy.user_id}", {"role": "member"})
+    assert (await scene.ben.call("DELETE", f"{scene.server}/members/{scene.cy.user_id}")).status == 204
+
+
+async def test_bans(scene: Scene) -> None:
+    server, cy = scene.server, scene.cy
+    invite = await scene.ana.ok("POST", f"{server}/invites", {})
+    assert (await scene.ana.call("PUT", f"{server}/bans/{cy.user_id}")).status == 204
+    (entry,) = (await scene.ana.ok("GET", f"{server}/bans"))["bans"]
+    assert (entry["user_id"], entry["username"], entry["banned_by"]) == (cy.user_id, "cy", scene.ana.user_id)
+    assert cy.user_id not in await connected(scene.ana, scene)
+    assert (await cy.call("POST", f"/invites/{invite['code']}")).code == "FORBIDDEN"
+    assert (await scene.ana.call("PUT", f"{server}/bans/{cy.user_id}")).status == 204, "again: nothing changes"
+    assert (await scene.ana.call("DELETE", f"{server}/bans/{cy.user_id}")).status == 204
+    assert await scene.ana.ok("GET", f"{server}/bans") == {"bans": []}
+    assert (await cy.call("POST", f"/invites/{invite['code']}")).status == 201
+    assert (await scene.ana.call("PUT", f"{server}/bans/{scene.dee.user_id}")).status == 204, "who is no member yet"
+    assert (await scene.dee.call("POST", f"/invites/{invite['code']}")).code == "FORBIDDEN"
+
+
+async def test_invites_end_by_use_and_by_time(scene: Scene) -> None:
+    server = scene.server
+    once = await scene.ana.ok("POST", f"{server}/invites", {"max_uses": 1})
+    brief = await scene.ana.ok("POST", f"{server}/invites", {"expires_in": 1})
+    assert (await scene.cy.call("POST", f"/invites/{once['code']}")).status == 200, "a member uses nothing up"
+    joined = await scene.dee.call("POST", f"/invites/{once['code']}")
+    assert (joined.status, joined.body["server_id"], joined.body["role"]) == (201, scene.place.server_id, "member")
+    assert (await scene.dee.call("POST", f"/invites/{once['code']}")).status == 200
+    eve = await scene.world.person("eve")
+    assert (await eve.call("POST", f"/invites/{once['code']}")).code == "NOT_FOUND"
+    assert (await scene.world.call("GET", f"/invites/{once['code']}")).code == "NOT_FOUND"
+    listed = (await scene.ana.ok("GET", f"{server}/invites"))["invites"]
+    assert [invite["uses"] for invite in listed if invite["code"] == once["code"]] == [1]
+    async with asyncio.timeout(PATIENCE):  # until its second is over
+        while (await scene.world.call("GET", f"/invites/{brief['code']}")).status == 200:
+            await scene.here.ok("ping")
+    assert (await eve.call("POST", f"/invites/{brief['code']}")).code == "NOT_FOUND"
+    revoked = await scene.ana.ok("POST", f"{server}/invites", {})
+    assert (await scene.ana.call("DELETE", f"/invites/{revoked['code']}")).status == 204
+    assert (await eve.call("POST", f"/invites/{revoked['code']}")).code == "NOT_FOUND"
+
+
+async def test_an_invite_for_one_lets_one_in(scene: Scene) -> None:
+    invite = await scene.ana.ok("POST", f"{scene.server}/invites", {"max_uses": 1})
+    people = await scene.world.people(*(f"p{number}" for number in range(6)))
+    replies = await asyncio.gather(*(person.call("POST", f"/invites/{invite['code']}") for person in people))
+    assert sorted(reply.status for reply in replies) == [201] + [404] * 5
+
+
+async def test_channel_names_are_unique_in_their_server(scene: Scene) -> None:
+    await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "Straße"})
+    for name in ("Straße", "STRASSE", "strasse"):
+        reply = await scene.ana.call("POST", f"{scene.server}/channels", {"name": name})
+        assert (reply.status, reply.code) == (409, "CONFLICT")
+    renamed = await scene.ana.call("PATCH", f"/channels/{scene.place.channel_id}", {"name": "strasse"})
+    assert renamed.code == "CONFLICT"
+    same = await scene.ana.call("PATCH", f"/channels/{scene.place.channel_id}", {"name": "GENERAL"})
+    assert (same.status, same.body["name"]) == (200, "GENERAL"), "its own name in another spelling"
+
+
+async def test_a_new_channel_is_heard_at_once_and_a_deleted_one_no_more(scene: Scene) -> None:
+    channel = await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "new"})
+    await scene.here.hears("channel:created")
+    await scene.mine.ok("typing_start", {"channel_id": channel["channel_id"]})
+    await scene.here.hears("user:typing", channel_id=channel["channel_id"])
+    await scene.ana.ok("DELETE", f"/channels/{channel['channel_id']}")
+    await scene.here.hears("channel:deleted")
+    for reply in (
+        await scene.ana.call("GET", f"/channels/{channel['channel_id']}/messages"),
+        await scene.ana.call("POST", "/messages", {"channel_id": channel["channel_id"], "content": "x"}),
+    ):
+        assert reply.code == "NOT_FOUND"
+    assert (await scene.mine.call("typing_start", {"channel_id": channel["channel_id"]}))["code"] == "NOT_FOUND"
+
+
+async def test_what_a_deleted_server_leaves_is_nothing(scene: Scene) -> None:
+    message = await scene.post()
+    await scene.ana.ok("DELETE", scene.server)
+    await scene.here.hears("server:deleted")
+    for path in (scene.server, f"/channels/{scene.place.channel_id}/messages", f"/messages/{message['message_id']}"):
+        assert (await scene.ben.call("GET", path)).code == "NOT_FOUND"
+    assert (await scene.here.call("join_server", {"server_id": scene.place.server_id}))["code"] == "NOT_FOUND"
+    again = await scene.world.place(scene.ana)
+    assert again.server_id > scene.place.server_id, "an id is never used again"
+    assert again.channel_id > scene.place.channel_id
+
+
+# ---- Live ------------------------------------------------------------------------------------------------------------
+# What is of the moment: voice and its relay, and registration by its three settings.
+
+
+async def test_two_people_talk_through_the_relay(make_world: MakeWorld) -> None:
+    world = await make_world(ice_server=["stun:example.org:3478"])
+    at = await Scene.make(world)
+    voice = await at.ana.ok("POST", f"{at.server}/channels", {"name": "talk", "kind": "voice"})
+    channel = {"channel_id": voice["channel_id"]}
+    first = await at.mine.ok("voice:join", channel)
+    assert first["participants"] == []
+    assert first["ice_servers"] == [{"urls": "stun:example.org:3478"}]
+    second = await at.here.ok("voice:join", channel)
+    assert second["participants"] == [{"user_id": at.ana.user_id, "username": "ana", "peer_id": first["peer_id"]}]
+    offer = {"type": "offer", "sdp": "v=0", "list": [1, None, {"deep": True}]}
+    assert await at.here.ok("voice:signal", channel | {"to": first["peer_id"], "data": offer}) == {"success": True}
+    heard = await at.mine.hears("voice:signal")
+    assert heard == channel | {"from": second["peer_id"], "user_id": at.ben.user_id, "data": offer}
+    await at.here.hears_not("voice:signal")
+    outsider = await at.away.call("voice:signal", channel | {"to": first["peer_id"], "data": offer})
+    assert outsider["code"] == "FORBIDDEN"
+    assert (await at.here.call("voice:signal", channel | {"to": "nobody", "data": 1}))["code"] == "NOT_FOUND"
+    await at.mine.hears_not("voice:signal")
+    assert (await at.here.ok("voice:join", channel))["peer_id"] == second["peer_id"], "again: nothing changes"
+    await at.mine.close()
+    assert (await at.here.hears("voice:leave"))["peer_id"] == first["peer_id"]
+    text = {"channel_id": at.place.channel_id}
+    assert (await at.here.call("voice:join", text))["code"] == "BAD_REQUEST"
+    assert await at.here.ok("voice:leave", text) == {"success": True}, "not in it: nothing happens"
+
+
+async def test_who_may_register(make_world: MakeWorld, tmp_path: Path) -> None:
+    closed = await make_world(registration="closed", database=str(tmp_path / "closed.db"))
+    account = {"username": "ana", "password": "correct horse"}
+    assert (await closed.call("POST", "/auth/register", account)).code == "FORBIDDEN"
+    world = await make_world(registration="invite")
+    assert (await world.call("POST", "/auth/register", account)).code == "FORBIDDEN"
+    await world.chat.chat.store.write(lambda db: chatrtc.add_user(db, "ana", chatrtc.DUMMY))
+    server = await world.chat.create_server(author_id=1, name="class")
+    invite = await world.chat.create_invite(author_id=1, server_id=server.server_id, max_uses=1)
+    ben = {"username": "ben", "password": "correct horse", "code": invite.code}
+    assert (await world.call("POST", "/auth/register", ben | {"code": "wrong"})).code == "NOT_FOUND"
+    assert (await world.call("POST", "/auth/register", ben)).status == 201
+    assert (await world.call("POST", "/auth/register", ben | {"username": "cy"})).code == "NOT_FOUND"
+
+
+async def test_the_program_itself_has_no_token_to_end(world: World) -> None:
+    ana = await world.person("ana")
+    with pytest.raises(chatrtc.ChatError):
+        await world.chat.logout(author_id=ana.user_id)
+    assert (await world.chat.get_profile(author_id=ana.user_id)).username == "ana"
+
+
+async def test_a_listener_hears_what_sockets_hear(world: World) -> None:
+    told: asyncio.Queue[Any] = asyncio.Queue()
+
+    @world.chat.on("message:new")
+    async def listen(payload: Any) -> None:
+        await told.put(payload)
+
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    socket = await ana.socket(place.server_id)
+    posted = await world.chat.post_message(author_id=ana.user_id, channel_id=place.channel_id, content="by program")
+    heard = await socket.hears("message:new")
+    assert heard == msgspec.to_builtins(posted) == await asyncio.wait_for(told.get(), PATIENCE)
