@@ -28,7 +28,8 @@ import pytest
 import pytest_asyncio
 import socketio
 from aiohttp import web
-from hypothesis import settings, stateful, strategies
+from hypothesis import HealthCheck, given, settings, stateful, strategies
+from yarl import URL
 
 import chatrtc
 
@@ -228,13 +229,14 @@ class World:
         return self._chat
 
     async def call(
-        self, method: str, path: str, body: Any = None, *, token: str | None = None, **options: Any
+        self, method: str, path: str | URL, body: Any = None, *, token: str | None = None, **options: Any
     ) -> Reply:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         headers |= options.pop("headers", {})
         if body is not None:
             options["json"] = body
-        async with self.session.request(method, self.url + path, headers=headers, **options) as response:
+        url = path if isinstance(path, URL) else self.url + path
+        async with self.session.request(method, url, headers=headers, **options) as response:
             content = await response.read()
             is_json = response.content_type == "application/json"
             reply = Reply(response.status, await response.json() if content and is_json else content, response.headers)
@@ -2055,30 +2057,42 @@ async def test_search_finds_words_newest_first(scene: Scene) -> None:
     assert found_messages == [posted["a pear"]], "what is found is the message as it is"
 
 
-@pytest.mark.parametrize(
-    "q",
-    [
+ODD_QUERIES = [
+    *[
         '"',
         '""',
         '"a',
-        "a OR",
         "OR",
-        "NOT a",
+        "NOT",
         "AND",
-        "NEAR(a b)",
         "a*",
         "^a",
         "content:a",
-        "server_id : 1",
         "(",
         ")",
         "a-b",
-    ]
-    + ["{a b}:c", "+", "'", "\\", "%", "_", ";--", "a\tb", "😀", "\u202e", "ﷺ", "\ufeff", "a" * 200, "a " * 100],
-)
-async def test_no_search_is_an_error(scene: Scene, q: str) -> None:
+        "{a}:c",
+        "+",
+        "'",
+        "\\",
+        "%",
+        "_",
+        ";--",
+        "😀",
+        "\u202e",
+        "ﷺ",
+        "\ufeff",
+        "日本",
+    ],
+    *["a OR", "NOT a", "NEAR(a b)", "server_id : 1", "a\tb", "a" * 200, "a " * 100, 'a" OR "b', "a b c"],
+]
+
+
+async def test_no_search_is_an_error(scene: Scene) -> None:
     await scene.ana.post(scene.place.channel_id, "a b c OR")
-    await found(scene.ana, scene.server, q)
+    for q in ODD_QUERIES:
+        await found(scene.ana, scene.server, q)
+    assert await found(scene.ana, scene.server, ODD_QUERIES[-1]) == ["a b c OR"]
 
 
 async def test_search_finds_an_edit_anew_and_nothing_deleted_nor_of_other_servers(scene: Scene) -> None:
@@ -2280,3 +2294,367 @@ async def test_a_listener_hears_what_sockets_hear(world: World) -> None:
     posted = await world.chat.post_message(author_id=ana.user_id, channel_id=place.channel_id, content="by program")
     heard = await socket.hears("message:new")
     assert heard == msgspec.to_builtins(posted) == await asyncio.wait_for(told.get(), PATIENCE)
+
+
+# ---- Doors -----------------------------------------------------------------------------------------------------------
+# What comes in: refusals follow from the declarations, field by field, at both doors; and whatever else anybody sends
+# is answered, and breaks nothing.
+
+
+class Mistake(NamedTuple):
+    operation: str
+    field: str
+    wrong: str
+    value: Any
+    code: str
+
+
+MISSING = object()
+
+
+def mistakes_with(name: str, kind: msgspec.inspect.Type, required: bool) -> Iterator[tuple[str, Any, str]]:
+    """What can be wrong with a field of that type, by its declaration."""
+    types = kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,)
+    if any(isinstance(one, msgspec.inspect.AnyType) for one in types):
+        return
+    yield "of the wrong type", {"a": []}, "BAD_REQUEST"
+    if not any(isinstance(one, msgspec.inspect.NoneType) for one in types):
+        yield "null", None, "BAD_REQUEST"
+    for one in types:
+        if isinstance(one, msgspec.inspect.StrType):
+            yield "a number", 7, "BAD_REQUEST"
+            if one.max_length is not None:
+                yield "too long", "x" * (one.max_length + 1), "TOO_LARGE"
+            if one.min_length:
+                yield "too short", "x" * (one.min_length - 1), "BAD_REQUEST"
+            if one.pattern is not None:
+                yield "not fitting its pattern", "a\x00b", "BAD_REQUEST"
+        elif isinstance(one, msgspec.inspect.IntType):
+            yield "a string", "one", "BAD_REQUEST"
+            yield "true", True, "BAD_REQUEST"
+            yield "a fraction", 1.5, "BAD_REQUEST"
+            yield "beyond all numbers", 10**40, "BAD_REQUEST"
+            assert one.ge is not None
+            yield "too small", one.ge - 1, "BAD_REQUEST"
+            assert one.le is not None
+            yield "too large", one.le + 1, "BAD_REQUEST"
+        elif isinstance(one, msgspec.inspect.LiteralType):
+            yield "none of its words", "nothing", "BAD_REQUEST"
+
+
+def mistakes(op: chatrtc.Operation) -> Iterator[Mistake]:
+    kind = msgspec.inspect.type_info(op.args)
+    assert isinstance(kind, msgspec.inspect.StructType)
+    yield Mistake(op.name, "unknown", "there", 1, "BAD_REQUEST")
+    for field in kind.fields:
+        if field.required:
+            yield Mistake(op.name, field.name, "missing", MISSING, "BAD_REQUEST")
+        for wrong, value, code in mistakes_with(field.name, field.type, field.required):
+            yield Mistake(op.name, field.name, wrong, value, code)
+
+
+def mistakes_at(door: str, op: chatrtc.Operation) -> list[Mistake]:
+    """Those that this door can carry: a path or a query is text, and a path has all its parts."""
+    if door == "socket":
+        return list(mistakes(op)) if op.event else []
+    in_path = set(re.findall(r"{(\w+)}", op.path or ""))
+    in_text = in_path if op.method in ("POST", "PUT", "PATCH") else {field.name for field in fields_of(op)}
+    fitting = []
+    for mistake in mistakes(op) if op.path else ():
+        if mistake.field in in_path and mistake.value in (MISSING, ""):
+            continue  # is another route
+        if mistake.field in in_text:
+            numeric = "integer" in str(
+                msgspec.json.schema(op.args)["$defs"][op.args.__name__]["properties"][mistake.field]
+            )
+            if not (isinstance(mistake.value, str | int) and (numeric or mistake.wrong != "a number")):
+                continue  # is text like any other there
+        fitting.append(mistake)
+    return fitting
+
+
+def fields_of(op: chatrtc.Operation) -> tuple[Any, ...]:
+    return msgspec.structs.fields(op.args)
+
+
+@pytest.mark.parametrize("door", ["rest", "socket"])
+async def test_what_does_not_fit_is_refused_by_its_declaration(scene: Scene, door: str) -> None:
+    chat, owner = scene.world.chat, scene.ana.user_id
+    message, code = await scene.post(), (await chat.create_invite(author_id=owner, server_id=1)).code
+    right: dict[str, Any] = {
+        "server_id": 1, "channel_id": 1, "message_id": message["message_id"], "user_id": scene.cy.user_id, "code": code,
+        "name": "name", "username": "eve", "password": "correct horse", "new_password": "battery staple", "q": "told",
+        "content": "hello", "emoji": "x", "role": "member", "status": "away", "token": scene.ana.token, "to": "x",
+        "data": {},
+    }  # fmt: skip
+    tried, wrong = 0, []
+    for op in chatrtc.OPERATIONS.values():
+        for mistake in mistakes_at(door, op):
+            args = {field.name: right[field.name] for field in fields_of(op) if field.required}
+            args |= {mistake.field: mistake.value}
+            args = {name: value for name, value in args.items() if value is not MISSING}
+            if door == "rest":
+                got = (await by_rest(scene.world, scene.ana.token, op, args)).code
+            else:
+                got = (await scene.mine.call(op.event or "", args)).get("code")
+            tried += 1
+            if got != mistake.code:
+                wrong.append(f"{op.name}: {mistake.field} {mistake.wrong}: {got}, expected {mistake.code}")
+    assert not wrong, "\n".join(wrong)
+    assert tried > 100
+    assert (await scene.post())["seq"] == message["seq"] + 1, "none of them changed anything"
+
+
+async def test_a_body_that_is_no_object_is_refused(scene: Scene) -> None:
+    for body in (b"", b"{", b"[]", b"null", b"1", b'"x"', b"\xff", b'{"content": "\xff"}', b"{}" * 2, b"[" * 10_000):
+        reply = await scene.ana.call("POST", "/messages", data=body)
+        assert reply.code == "BAD_REQUEST", body
+    lone = b'{"channel_id": 1, "content": "\\ud800"}'
+    assert (await scene.ana.call("POST", "/messages", data=lone)).code == "BAD_REQUEST"
+    huge = b'{"content": "' + b"x" * 300_000 + b'"}'
+    assert (await scene.ana.call("POST", "/messages", data=huge)).code == "TOO_LARGE"
+    twice = await scene.ana.call("PATCH", "/servers/1", {"server_id": 2, "name": "x"})
+    assert twice.code == "BAD_REQUEST", "an argument has one place"
+    for method, path in (("GET", "/nothing"), ("POST", "/healthz"), ("DELETE", "/messages"), ("GET", "/servers/1/x")):
+        assert (await scene.ana.call(method, path)).code == "NOT_FOUND"
+    await scene.post()
+
+
+RESERVED = ["connect", "disconnect", "connect_error", "newListener", "message", "*", "error", "", "__proto__"]
+
+
+async def test_whatever_event_is_sent_gets_its_ack(scene: Scene) -> None:
+    for event in [*RESERVED, "message:new", "user:connected", "x" * 5000]:
+        for payload in ((), ({"server_id": 1},), ("spoofed",), (None,)):
+            ack = await scene.mine.call(event, *payload)
+            assert (ack["success"], ack["code"]) == (False, "NOT_FOUND"), event
+    for event in chatrtc.EVENTS_IN:
+        wrong: list[tuple[Any, ...]] = [
+            ({}, {}),
+            (b"\x00\xff",),
+            ({"server_id": b"x"},),
+            ([],),
+            ("x",),
+            (1,),
+            ({"x": 1},),
+        ]
+        for arguments in wrong if event == "ping" else [*wrong, (), (None,)]:
+            ack = await scene.mine.call(event, *arguments)
+            assert (ack["success"], ack["code"]) == (False, "BAD_REQUEST"), (event, arguments)
+    assert (await scene.mine.call("ping", None))["success"] is True
+    await scene.mine.ok("ping")
+    await scene.here.hears_not("user:disconnected")
+
+
+SCRAPS = strategies.recursive(
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers()
+    | strategies.sampled_from([0, -1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**30])
+    | strategies.floats(allow_nan=False, allow_infinity=False)
+    | strategies.text(strategies.characters(exclude_categories=()), max_size=20)
+    | strategies.sampled_from(["", "\x00", "\ud800", "\udfff", "x" * 5000, "__proto__", "../..", "%00", "1", "'\"--"]),
+    lambda inner: (
+        strategies.lists(inner, max_size=3)
+        | strategies.dictionaries(
+            strategies.text(max_size=8) | strategies.sampled_from(["server_id", "_placeholder"]), inner
+        )
+        | strategies.just({"_placeholder": True, "num": 0})
+    ),
+    max_leaves=6,
+)
+PLAIN = SCRAPS | strategies.integers(1, 6) | strategies.sampled_from(["hello", "online", "member", "x", "general"])
+
+
+@strategies.composite
+def almost(draw: strategies.DrawFn, op: chatrtc.Operation) -> dict[str, Any]:
+    """Arguments of an operation, most of them fitting."""
+    args = {}
+    for field in fields_of(op):
+        if field.required or draw(strategies.booleans()):
+            is_id = field.name.endswith("_id") or field.name in ("limit", "after", "before", "around")
+            fit: strategies.SearchStrategy[Any] = strategies.integers(1, 6) if is_id else strategies.text(max_size=9)
+            args[field.name] = draw(fit if draw(strategies.integers(0, 3)) else PLAIN)
+    if not draw(strategies.integers(0, 9)):
+        args[draw(strategies.text(max_size=5))] = draw(SCRAPS)
+    return args
+
+
+@strategies.composite
+def emissions(draw: strategies.DrawFn) -> tuple[Any, tuple[Any, ...]]:
+    """An event and what it carries, more or less as it should be."""
+    names = [name for name in chatrtc.EVENTS_IN if name is not None]
+    event = draw(strategies.sampled_from(names))
+    if draw(strategies.integers(0, 4)):
+        return event, (draw(almost(chatrtc.EVENTS_IN[event])),)
+    wild = (
+        SCRAPS
+        | strategies.binary(max_size=9)
+        | strategies.dictionaries(strategies.text(), strategies.binary(), max_size=2)
+    )
+    event = draw(strategies.sampled_from(names + RESERVED) | strategies.text(max_size=12))
+    return event, tuple(draw(strategies.lists(wild, max_size=2)))
+
+
+def fuzz(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+NEVER = {"INTERNAL_ERROR", "UNAVAILABLE"}
+
+
+async def try_emissions(scene: Scene, tries: list[tuple[Any, tuple[Any, ...]]]) -> None:
+    for event, payload in tries:
+        ack = await scene.mine.call(event, *payload)
+        assert ack.get("code") not in NEVER, (event, payload, ack)
+    assert not scene.mine.closed.is_set()
+    await scene.mine.ok("ping")
+
+
+@fuzz(80)
+@given(tries=strategies.lists(emissions(), min_size=8, max_size=12))
+async def test_no_event_breaks_anything(fuzzed: Scene, tries: list[tuple[Any, tuple[Any, ...]]]) -> None:
+    await try_emissions(fuzzed, tries)
+
+
+@pytest.mark.soak
+@fuzz(2000)
+@given(tries=strategies.lists(emissions(), min_size=8, max_size=12))
+async def test_no_event_breaks_anything_for_long(fuzzed: Scene, tries: list[tuple[Any, tuple[Any, ...]]]) -> None:
+    await try_emissions(fuzzed, tries)
+
+
+@pytest_asyncio.fixture
+async def fuzzed(scene: Scene) -> Scene:
+    """A scene with a bit of everything, one for all examples."""
+    await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "talk", "kind": "voice"})
+    for _ in range(4):
+        await scene.post()
+    return scene
+
+
+@strategies.composite
+def requests(draw: strategies.DrawFn) -> tuple[chatrtc.Operation, dict[str, Any], bytes | None]:
+    """A route, its arguments, and a body instead of them."""
+    op = draw(strategies.sampled_from([op for op in chatrtc.OPERATIONS.values() if op.path]))
+    broken = strategies.binary(max_size=30) | SCRAPS.map(lambda scrap: json.dumps(scrap).encode())
+    return op, draw(almost(op)), draw(broken) if not draw(strategies.integers(0, 5)) else None
+
+
+async def try_requests(scene: Scene, tries: list[tuple[chatrtc.Operation, dict[str, Any], bytes | None]]) -> None:
+    for op, args, body in tries:
+        ends = op.name in ("logout", "change_password", "delete_server")  # the story, for who may
+        in_path = set(re.findall(r"{(\w+)}", op.path or ""))
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in args.items()}
+        place = {name: quote(texts[name].encode("utf-8", "surrogatepass"), safe="") or "0" for name in in_path}
+        path = (op.path or "").format(**place)
+        rest = {name: value for name, value in args.items() if name not in in_path}
+        options: dict[str, Any] = {"data": json.dumps(rest).encode() if body is None else body}
+        if op.method in ("GET", "DELETE"):
+            pairs = ((name, texts[name]) for name in rest)
+            query = "&".join(f"{escape(name)}={escape(text)}" for name, text in pairs)
+            path, options = f"{path}?{query}", {}
+        url = URL(scene.world.url + path, encoded=True)
+        reply = await scene.world.call(op.method or "", url, token=None if ends else scene.ana.token, **options)
+        assert reply.code not in NEVER, (op.name, args, body, reply)
+    assert (await scene.ana.call("GET", "/users/me")).status == 200
+
+
+def escape(text: str) -> str:
+    return quote(text.encode("utf-8", "surrogatepass"), safe="")
+
+
+@fuzz(80)
+@given(tries=strategies.lists(requests(), min_size=8, max_size=12))
+async def test_no_request_breaks_anything(
+    fuzzed: Scene, tries: list[tuple[chatrtc.Operation, dict[str, Any], bytes | None]]
+) -> None:
+    await try_requests(fuzzed, tries)
+
+
+@pytest.mark.soak
+@fuzz(2000)
+@given(tries=strategies.lists(requests(), min_size=8, max_size=12))
+async def test_no_request_breaks_anything_for_long(
+    fuzzed: Scene, tries: list[tuple[chatrtc.Operation, dict[str, Any], bytes | None]]
+) -> None:
+    await try_requests(fuzzed, tries)
+
+
+# ---- Protocol --------------------------------------------------------------------------------------------------------
+# The specification's own sample, as it stands there, with the official client.
+
+SAMPLE = """
+import { io } from 'socket.io-client';
+
+const socket = io('http://localhost:3000');
+
+// Authentification
+socket.emit('authenticate', { token: 'YOUR_JWT_TOKEN' });
+
+// Écouter les nouveaux messages
+socket.on('message:new', (data) => {
+  console.log('New message:', data);
+});
+
+// Rejoindre un serveur
+socket.emit('join_server', { server_id: 1 });
+
+// Indiquer que l'on tape
+socket.emit('typing_start', { channel_id: 3 });
+"""
+REPORT = """
+socket.onAny((event, data) => console.log('HEARD ' + JSON.stringify([event, data])));
+socket.on('disconnect', (reason) => console.log('GONE ' + reason));
+"""
+
+
+async def node(folder: Path, script: str) -> asyncio.subprocess.Process:
+    """Run a script that finds the packages beside the tests."""
+    program, packages = tool("node"), HERE / "node_modules"
+    if not (packages / "socket.io-client").is_dir():
+        refuse = pytest.fail if os.environ.get("CI") else pytest.skip
+        refuse("npm install --no-save --no-package-lock socket.io-client@^4.8 has not been run")
+    (folder / "node_modules").symlink_to(packages)
+    (folder / "sample.mjs").write_text(script)
+    return await asyncio.create_subprocess_exec(
+        program, "sample.mjs", cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+
+
+async def test_the_sample_of_the_specification_works_as_it_stands(world: World, tmp_path: Path) -> None:
+    ana, ben = await world.people("ana", "john_doe")
+    place = await world.place(ana, ben)
+    for name in ("two", "three"):
+        channel = await ana.ok("POST", f"/servers/{place.server_id}/channels", {"name": name})
+    assert (place.server_id, channel["channel_id"]) == (1, 3)
+    hears = await ana.socket(place.server_id)
+    script = SAMPLE.replace("http://localhost:3000", world.url).replace("YOUR_JWT_TOKEN", ben.token)
+    process = await node(tmp_path, script + REPORT)
+    try:
+        who = {"user_id": ben.user_id, "username": "john_doe"}
+        assert await hears.hears("user:connected", user_id=ben.user_id) == who | {"server_id": 1}
+        assert await hears.hears("user:typing") == who | {"channel_id": 3}
+        message = await ana.post(3, "Hello world!")
+        assert process.stdout is not None
+        async with asyncio.timeout(PATIENCE):
+            output = ""
+            while "content:" not in output:
+                line = (await process.stdout.readline()).decode()
+                assert line, output
+                output += line
+        assert "New message: {" in output
+        assert "content: 'Hello world!'" in output
+        assert f"HEARD {json.dumps(['message:new', message], separators=(',', ':'))}" in output
+        assert '["error"' not in output
+        assert "GONE" not in output
+    finally:
+        process.kill()
+        await process.wait()
+    assert (await hears.hears("user:disconnected"))["user_id"] == ben.user_id
