@@ -1502,12 +1502,7 @@ def main(
         bench = Bench(plan, cores, Path(folder), chatrtc.resolve())
         try:
             steps = list(steps_of(bench, names, set(only or VISIT + AFTER)))
-            bar = click.progressbar(
-                steps,
-                label="bench",
-                item_show_func=lambda step: step[0] if step else "",
-                file=sys.stderr,
-            )
+            bar = click.progressbar(steps, label="bench", item_show_func=lambda step: step[0] if step else "", file=sys.stderr)
             with bar:
                 for _, step in bar:
                     step()

@@ -9,11 +9,14 @@ import hashlib
 import hmac
 import itertools
 import json
+import logging
 import os
 import random
 import re
 import shutil
 import signal
+import socket
+import struct
 import sys
 import time
 import unicodedata
@@ -116,9 +119,7 @@ def auditor(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert not FAULTS, FAULTS
     for record in caplog.get_records("call"):
         error = record.exc_info[1] if record.exc_info else None
-        if not isinstance(
-            error, aiohttp.http_exceptions.HttpProcessingError
-        ):  # what is no HTTP, aiohttp answers and logs
+        if not isinstance(error, aiohttp.http_exceptions.HttpProcessingError):  # what is no HTTP, aiohttp answers and logs
             assert error is None, f"{record.getMessage()}: {error!r}"
 
 
@@ -228,9 +229,7 @@ class World:
         assert self._chat is not None
         return self._chat
 
-    async def call(
-        self, method: str, path: str | URL, body: Any = None, *, token: str | None = None, **options: Any
-    ) -> Reply:
+    async def call(self, method: str, path: str | URL, body: Any = None, *, token: str | None = None, **options: Any) -> Reply:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         headers |= options.pop("headers", {})
         if body is not None:
@@ -360,8 +359,7 @@ async def test_a_username_is_of_any_script(world: World, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["a b", "a@b", "a/b", "a\n", "\u200bab", "a\u202eb", "\u3164\u3164", "ab\x00", "😀😀", "ab:", "\u0301a", "  "],
+    "name", ["a b", "a@b", "a/b", "a\n", "\u200bab", "a\u202eb", "\u3164\u3164", "ab\x00", "😀😀", "ab:", "\u0301a", "  "]
 )
 async def test_a_username_holds_nothing_else(world: World, name: str) -> None:
     reply = await world.call("POST", "/auth/register", {"username": name, "password": "correct horse"})
@@ -423,10 +421,7 @@ async def test_things_come_as_the_contract_has_them(world: World) -> None:
     assert set(invite) == {"code", "server_id", "max_uses", "uses", "expires_at"}
     assert await ana.ok("GET", f"{path}/invites") == {"invites": [invite]}
     preview = (await world.call("GET", f"/invites/{invite['code']}")).body
-    assert preview == {"code": invite["code"], "server_id": server["server_id"]} | {
-        "server_name": "class",
-        "member_count": 1,
-    }
+    assert preview == {"code": invite["code"], "server_id": server["server_id"]} | {"server_name": "class", "member_count": 1}
     health = await world.call("GET", "/healthz")
     assert (health.status, set(health.body), health.body["status"]) == (200, {"status", "version"}, "ok")
 
@@ -956,8 +951,7 @@ class Replica:
                 emojis = sorted({emoji for emoji, _ in pairs})
                 if emojis:
                     message["reactions"] = [
-                        {"emoji": emoji, "user_ids": sorted(user for one, user in pairs if one == emoji)}
-                        for emoji in emojis
+                        {"emoji": emoji, "user_ids": sorted(user for one, user in pairs if one == emoji)} for emoji in emojis
                     ]
                 message["seq"] = told["seq"]
             case "channel:created" | "channel:updated":
@@ -993,9 +987,7 @@ async def truth(person: Person, server_id: int) -> Any:
         "seq": (await person.ok("GET", f"{server}/changes"))["seq"],
         "messages": messages,
         "channels": {channel["channel_id"]: channel for channel in channels},
-        "members": {
-            member["user_id"]: member["role"] for member in (await person.ok("GET", f"{server}/members"))["members"]
-        },
+        "members": {member["user_id"]: member["role"] for member in (await person.ok("GET", f"{server}/members"))["members"]},
     }
 
 
@@ -1017,9 +1009,7 @@ class History:
             [20, 8, 5, 8, 4, 2, 2, 1, 2, 3, 1, 1],
         )[0]:
             case "post":
-                reply = await person.call(
-                    "POST", "/messages", {"channel_id": pick(self.channels), "content": "@ben hi"}
-                )
+                reply = await person.call("POST", "/messages", {"channel_id": pick(self.channels), "content": "@ben hi"})
                 if reply.status == 201:
                     self.messages.append(reply.body["message_id"])
             case "edit":
@@ -1191,9 +1181,7 @@ class PresenceMachine(stateful.RuleBasedStateMachine):
 
 
 TestPresence = PresenceMachine.TestCase
-TestPresence.settings = settings(
-    max_examples=60, stateful_step_count=30, derandomize=True, database=None, deadline=None
-)
+TestPresence.settings = settings(max_examples=60, stateful_step_count=30, derandomize=True, database=None, deadline=None)
 
 
 def test_a_user_is_heard_typing_once_a_second_and_for_three() -> None:
@@ -1292,9 +1280,7 @@ async def test_who_comes_invisible_is_not_seen_to_come(scene: Scene) -> None:
     await scene.away.close()
     socket = await scene.cy.socket()
     ack = await socket.ok("join_server", {"server_id": scene.place.server_id})
-    assert ack["connected_users"] == sorted(person.user_id for person in (scene.ana, scene.ben, scene.cy)), (
-        "oneself included"
-    )
+    assert ack["connected_users"] == sorted(person.user_id for person in (scene.ana, scene.ben, scene.cy)), "oneself included"
     await socket.close()
     await scene.here.hears_not("user:connected", "user:disconnected", "user:status")
 
@@ -1528,8 +1514,7 @@ async def test_messages_are_limited_by_user(make_world: MakeWorld) -> None:
         assert (reply.status, reply.code) == (429, "RATE_LIMITED")
         assert int(reply.headers["Retry-After"]) >= 1
     acks = [
-        await socket.call("message:edit", {"message_id": message["message_id"], "content": str(number)})
-        for number in range(20)
+        await socket.call("message:edit", {"message_id": message["message_id"], "content": str(number)}) for number in range(20)
     ]
     assert next(ack["code"] for ack in acks if not ack["success"] and ack["retry_after"] >= 1) == "RATE_LIMITED"
     assert (await ben.call("POST", "/messages", body)).status == 201
@@ -1571,8 +1556,7 @@ async def test_a_whole_class_comes_in_by_one_invite_at_once(make_world: MakeWorl
     place = await world.place(ana)
     invite = await ana.ok("POST", f"/servers/{place.server_id}/invites", {})
     guests = [
-        world.call("POST", "/auth/guest", {"username": f"guest-{number}", "code": invite["code"]})
-        for number in range(30)
+        world.call("POST", "/auth/guest", {"username": f"guest-{number}", "code": invite["code"]}) for number in range(30)
     ]
     assert [reply.status for reply in await asyncio.gather(*guests)] == [201] * 30
     wrong = [await world.call("GET", f"/invites/wrong-{number}") for number in range(14)]
@@ -2030,16 +2014,7 @@ async def found(person: Person, server: str, q: str, **narrow: Any) -> list[str]
 
 async def test_search_finds_words_newest_first(scene: Scene) -> None:
     ana, server, channel_id = scene.ana, scene.server, scene.place.channel_id
-    texts = [
-        "red apple",
-        "Green Apple pie",
-        "a pear",
-        "crème brûlée",
-        "привет мир",
-        "日本語 テスト",
-        "C++ & C#",
-        "x OR y",
-    ]
+    texts = ["red apple", "Green Apple pie", "a pear", "crème brûlée", "привет мир", "日本語 テスト", "C++ & C#", "x OR y"]
     posted = {text: await ana.post(channel_id, text) for text in texts}
     assert await found(ana, server, "apple") == ["Green Apple pie", "red apple"]
     assert await found(ana, server, "apple red") == ["red apple"]
@@ -2105,11 +2080,7 @@ async def test_search_finds_an_edit_anew_and_nothing_deleted_nor_of_other_server
     await ana.ok("DELETE", f"/messages/{gone['message_id']}")
     assert await found(ana, server, "needle") == []
     assert await found(ana, server, "haystack") == ["haystack"]
-    for q in (
-        f"needle {other.server_id}",
-        f'server_id:"{other.server_id}"',
-        f'needle" OR server_id:"{other.server_id}',
-    ):
+    for q in (f"needle {other.server_id}", f'server_id:"{other.server_id}"', f'needle" OR server_id:"{other.server_id}'):
         assert "needle elsewhere" not in await found(ana, server, q)
     assert await found(ana, f"/servers/{other.server_id}", "needle") == ["needle elsewhere"]
     second = await ana.ok("POST", f"{server}/channels", {"name": "second"})
@@ -2226,6 +2197,905 @@ async def test_what_a_deleted_server_leaves_is_nothing(scene: Scene) -> None:
     again = await scene.world.place(scene.ana)
     assert again.server_id > scene.place.server_id, "an id is never used again"
     assert again.channel_id > scene.place.channel_id
+
+
+# ---- Engine and Transport ------------------------------------------------------------------------------------------
+# The bare server, as `socket_server()` gives it, with raw clients: order, bounds, clean ends, and each attack on it. Most of it
+# runs with the fast delivery and with the one that uses only what the libraries promise.
+
+
+class Bare:
+    """A running server, and what its handlers have seen."""
+
+    def __init__(self, **options):
+        options = {"ping_interval": 60, "ping_timeout": 60, **options}
+        self.sio = chatrtc.socket_server(**options)
+        self.seen: asyncio.Queue[Any] = asyncio.Queue()
+        self.gone: asyncio.Queue[Any] = asyncio.Queue()
+        self.gate = asyncio.Event()
+        self.sio.on("connect", self.connect)
+        self.sio.on("disconnect", self.disconnect)
+        self.sio.on("echo", self.echo)
+        self.sio.on("wait", self.wait)
+        self.sio.on("boom", self.boom)
+        self.sio.on("*", self.other)
+
+    async def connect(self, sid, environ, auth=None):
+        self.seen.put_nowait(("connect", sid, auth))
+        if auth and "wait" in auth:
+            await self.gate.wait()
+        if auth and "boom" in auth:
+            raise ValueError("boom")
+
+    async def disconnect(self, sid, reason):
+        self.gone.put_nowait((sid, reason))
+
+    async def echo(self, sid, *args):
+        return args
+
+    async def wait(self, sid, *args):
+        await self.gate.wait()
+        self.seen.put_nowait(("waited", *args))
+
+    async def boom(self, sid, *args):
+        raise RuntimeError("boom")
+
+    async def other(self, event, sid, *args):
+        return {"unknown": event}
+
+    async def __aenter__(self):
+        app, sub = web.Application(), web.Application()
+        self.sio.attach(app)
+        self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
+        self.sio.attach(sub)
+        app.add_subapp("/chat", sub)
+        await self.runner.setup()
+        await web.TCPSite(self.runner, "127.0.0.1", 0).start()
+        self.port = self.runner.addresses[0][1]
+        self.http = aiohttp.ClientSession(f"http://127.0.0.1:{self.port}")
+        return self
+
+    async def __aexit__(self, *_):
+        self.gate.set()
+        await self.sio.drain(0.5)
+        await self.http.close()
+        await self.runner.cleanup()
+
+    async def ws(self, query="", **options):
+        path = f"/socket.io/?EIO=4&transport=websocket{query}"
+        return Ws(await self.http.ws_connect(path, max_msg_size=0, **options))
+
+    async def join(self, auth=""):
+        """A WebSocket client that is in the namespace."""
+        ws = await self.ws()
+        await ws.next()
+        await ws.send("40" + auth)
+        ws.sid = json.loads((await ws.next())[2:])["sid"]
+        return ws
+
+    def polling(self, query="", **options):
+        return Poll(self, f"/socket.io/?EIO=4&transport=polling{query}", options)
+
+    async def poller(self):
+        """A polling client that is in the namespace."""
+        client = self.polling()
+        await client.open()
+        assert (await client.post("40"))[0] == 200
+        _, body = await client.get()
+        client.sio_sid = json.loads(body[2:])["sid"]
+        return client
+
+    async def next_gone(self):
+        return await asyncio.wait_for(self.gone.get(), PATIENCE)
+
+    async def next_seen(self):
+        return await asyncio.wait_for(self.seen.get(), PATIENCE)
+
+    async def settled(self):
+        """Nothing is left of clients that went: neither sessions nor rooms nor lanes."""
+        sio = self.sio
+        for _ in range(200):
+            rest = [sio.eio.sockets, sio.manager.rooms, sio.lanes, sio.environ, sio._binary_packet]
+            rest += [sio.eio.per_address, sio.manager.callbacks, sio.eio.links]
+            if not any(rest):
+                return True
+            await asyncio.sleep(0.01)
+        return False
+
+
+class Ws:
+    def __init__(self, ws):
+        self.ws = ws
+
+    async def next(self):
+        while True:
+            message = await asyncio.wait_for(self.ws.receive(), PATIENCE)
+            if message.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+                return None
+            if message.data == "2":
+                await self.ws.send_str("3")
+            else:
+                return message.data
+
+    async def send(self, *packets):
+        for packet in packets:
+            await (self.ws.send_bytes if isinstance(packet, bytes) else self.ws.send_str)(packet)
+
+    async def ask(self, packet):
+        await self.send(packet)
+        return await self.next()
+
+    async def closed(self):
+        began = time.monotonic()
+        while await self.next() is not None:
+            assert time.monotonic() - began < PATIENCE
+        return True
+
+
+class Poll:
+    def __init__(self, bare, path, options):
+        self.bare, self.path, self.options = bare, path, options
+
+    async def open(self):
+        status, body = await self.get()
+        assert status == 200 and body[0] == "0"
+        self.sid = json.loads(body[1:])["sid"]
+        self.path += f"&sid={self.sid}"
+
+    async def request(self, method, **options):
+        options = {**self.options, **options}
+        call = self.bare.http.request(method, self.path, **options)
+        async with asyncio.timeout(PATIENCE), call as response:
+            return response.status, await response.text()
+
+    async def get(self):
+        return await self.request("GET")
+
+    async def post(self, body, **options):
+        return await self.request("POST", data=body, **options)
+
+
+@pytest_asyncio.fixture(params=[True, False], ids=["fast", "stock"])
+async def bare(request):
+    async with Bare(fast=request.param) as bare:
+        yield bare
+
+
+def event(*args, ack=None):
+    return f"42{'' if ack is None else ack}{json.dumps(args)}"
+
+
+# Order
+
+
+async def test_events_are_handled_in_order_and_acked(bare):
+    ws = await bare.join()
+    await ws.send(event("wait", 1), event("wait", 2), event("echo", "ä", ack=0))
+    bare.gate.set()
+    assert await ws.next() == '430["ä"]'
+    assert [await bare.next_seen() for _ in range(3)][1:] == [("waited", 1), ("waited", 2)]
+
+
+async def test_slow_handler_does_not_hold_up_the_heartbeat():
+    async with Bare(ping_interval=0.1, ping_timeout=0.2) as bare:
+        ws = await bare.join()
+        await ws.send(event("wait", 1))
+        for _ in range(5):
+            message = await asyncio.wait_for(ws.ws.receive(), PATIENCE)
+            assert message.data == "2"
+            await ws.ws.send_str("3")
+        bare.gate.set()
+        assert await ws.ask(event("echo", 1, ack=1)) == "431[1]"
+
+
+async def test_a_full_lane_stops_the_reading_and_loses_nothing(bare):
+    bare.sio.eio.rules.frames_per_second = None
+    ws = await bare.join()
+    many = 3 * chatrtc.LANE_LENGTH
+    await ws.send(*[event("wait", n) for n in range(many)])
+    lane = next(iter(bare.sio.lanes.values()))
+    await bare.next_seen()
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert len(lane.jobs) <= chatrtc.LANE_LENGTH
+    bare.gate.set()
+    assert [(await bare.next_seen())[1] for _ in range(many)] == list(range(many))
+
+
+async def test_waiting_events_are_discarded_on_disconnect(bare):
+    ws = await bare.join()
+    await bare.next_seen()
+    await ws.send(event("wait", 1, ack=1), event("wait", 2), "3")
+    while not next(iter(bare.sio.lanes.values())).jobs:
+        await asyncio.sleep(0)
+    await ws.ws.close()
+    assert (await bare.next_gone())[1] == "transport close"
+    bare.gate.set()
+    assert await bare.next_seen() == ("waited", 1)
+    assert await bare.settled() and bare.seen.empty()
+
+
+async def test_broadcasts_acks_and_emits_keep_their_order(bare):
+    clients = [await bare.join(), await bare.poller()]
+    sids = [clients[0].sid, clients[1].sio_sid]
+    for sid in sids:
+        bare.sio.enter(sid, "r")
+    for n in range(100):
+        bare.sio.publish("e", {"n": n}, "r")
+        if n % 10 == 0:
+            await bare.sio.emit("f", n, room="r")
+            for sid in sids:
+                await bare.sio.emit("g", n, to=sid)
+    expected = []
+    for n in range(100):
+        expected.append(f'42["e",{{"n":{n}}}]')
+        if n % 10 == 0:
+            expected += [f'42["f",{n}]', f'42["g",{n}]']
+    heard = [await clients[0].next() for _ in expected]
+    polled: list[str] = []
+    while len(polled) < len(expected):
+        polled += (await clients[1].get())[1].split("\x1e")
+    if bare.sio.fast:
+        assert heard == expected
+    assert sorted(heard) == sorted(expected)
+    assert [p for p in polled if p != "2"] == expected or not bare.sio.fast
+
+
+async def test_a_rooms_batch_keeps_the_order_of_all_that_a_client_is_told(bare):
+    """Interleaved rooms, single clients, skipped clients and changing members: each hears its own, in the order of telling."""
+    clients = [await bare.join() for _ in range(3)]
+    told: dict[str, list[str]] = {client.sid: [] for client in clients}
+    rooms: dict[str, set[str]] = {"r": set(), "s": set()}
+    chance = random.Random(7)
+    for number in range(400):
+        room, client = chance.choice("rs"), chance.choice(clients)
+        match chance.randrange(10):
+            case 0:
+                bare.sio.enter(client.sid, room)
+                rooms[room].add(client.sid)
+            case 1:
+                bare.sio.leave(client.sid, room)
+                rooms[room].discard(client.sid)
+            case 2:
+                bare.sio.publish("e", number, client.sid)
+                told[client.sid].append(f'42["e",{number}]')
+            case 3:
+                await asyncio.sleep(0)
+            case skip:
+                skipped = client.sid if skip == 4 else None
+                bare.sio.publish("e", number, room, skipped)
+                for sid in rooms[room] - {skipped}:
+                    told[sid].append(f'42["e",{number}]')
+    assert min(map(len, told.values())) > 50
+    for client in clients:
+        assert [await client.next() for _ in told[client.sid]] == told[client.sid]
+
+
+async def test_call_from_a_handler_gets_its_answer(bare):
+    async def asks(sid):
+        return await bare.sio.call("question", to=sid, timeout=PATIENCE)
+
+    bare.sio.on("asks", asks)
+    ws = await bare.join()
+    assert await ws.ask(event("asks", ack=5)) == '421["question"]'
+    assert await ws.ask('431["answer"]') == '435["answer"]'
+
+
+# Rooms
+
+
+async def test_publish_reaches_members_only(bare):
+    a, b, c = [await bare.join() for _ in range(3)]
+    for ws in (a, b):
+        bare.sio.enter(ws.sid, "r")
+    assert sorted(bare.sio.members("r")) == sorted([a.sid, b.sid])
+    bare.sio.publish("e", {"n": 1}, "r", skip_sid=a.sid)
+    assert await b.next() == '42["e",{"n":1}]'
+    assert await a.ask(event("echo", ack=1)) == "431[]"
+    assert await c.ask(event("echo", ack=1)) == "431[]"
+    bare.sio.leave(b.sid, "r")
+    bare.sio.publish("e", {"n": 2}, "r")
+    assert await a.next() == '42["e",{"n":2}]'
+    assert await b.ask(event("echo", ack=1)) == "431[]"
+    with pytest.raises(AssertionError):
+        bare.sio.publish("e", {}, "")
+
+
+async def test_entering_a_room_after_the_end_leaves_nothing(bare):
+    ws = await bare.join()
+    bare.sio.enter(ws.sid, "r")
+    assert bare.sio.members("r") == [ws.sid]
+    await ws.ws.close()
+    await bare.next_gone()
+    assert await bare.settled()
+    bare.sio.enter(ws.sid, "r")
+    bare.sio.leave(ws.sid, "r")
+    bare.sio.enter("nobody", "r")
+    assert not bare.sio.manager.rooms and bare.sio.members("r") == []
+
+
+async def test_binary_reaches_polling_and_websocket(bare):
+    ws, poll = await bare.join(), await bare.poller()
+    for sid in (ws.sid, poll.sio_sid):
+        bare.sio.enter(sid, "r")
+    for _ in range(2):
+        await bare.sio.emit("b", b"\x01\x02", room="r")
+        assert await ws.next() == '451-["b",{"_placeholder":true,"num":0}]'
+        assert await ws.next() == b"\x01\x02"
+        got = (await poll.get())[1].split("\x1e")
+        while len(got) < 2:
+            got += (await poll.get())[1].split("\x1e")
+        assert got == ['451-["b",{"_placeholder":true,"num":0}]', "bAQI="]
+
+
+async def test_address_is_the_peers(bare):
+    ws = await bare.join()
+    assert bare.sio.address(ws.sid) == "127.0.0.1"
+    assert bare.sio.get_environ(ws.sid)["REMOTE_ADDR"] == "127.0.0.1"
+    assert bare.sio.address("nobody") == ""
+
+
+# What clients must not do
+
+
+@pytest.mark.parametrize("name", sorted(chatrtc.RESERVED))
+async def test_reserved_names_reach_only_the_catch_all(bare, name):
+    ws = await bare.join()
+    await bare.next_seen()
+    assert await ws.ask(event(name, {"x": 1}, {}, ack=1)) == f'431[{{"unknown":"{name}"}}]'
+    assert await ws.ask(event("echo", 1, ack=2)) == "432[1]"
+    assert bare.seen.empty() and bare.gone.empty()
+
+
+@pytest.mark.parametrize("name", [1, None, True, {"a": 1}, ["connect"]])
+async def test_names_that_are_not_text_reach_only_the_catch_all(bare, name):
+    ws = await bare.join()
+    answer = json.loads((await ws.ask(event(name, ack=1)))[3:])
+    assert json.loads(answer[0]["unknown"]) == name
+
+
+async def test_without_a_handler_nothing_is_answered(bare):
+    del bare.sio.handlers["/"]["*"]
+    ws = await bare.join()
+    await ws.send(event("connect", {}, ack=1), event(3, ack=2), event("nothing", ack=3))
+    assert await ws.ask(event("echo", ack=4)) == "434[]"
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', "NaN", "1" * 400, "Infinity", "1e999"])
+async def test_json_that_only_python_reads_reaches_the_handler(bare, text):
+    ws = await bare.join()
+    assert (await ws.ask(f'421["echo",{text}]')).startswith("431[")
+
+
+BROKEN = [
+    "", "0", "2", "5", "6", "7", "abc", "bAQID", "4", "4x", "47", "42", "42{}", "42[]", "42null",
+    "42[", '42"x"', "42[" * 3 + "[" * 100000, "43", "43[]", "430[]", "431{}", "44", '44{"a":1}',
+    "40[]", "401", '40"x"', "45-[]", '450-["e"]', '455-["e"]', '459999999999-["x"]', "451-[]",
+    "42" + "9" * 5000 + '["echo"]', '42["echo",' + "1" * 10000 + "]", '421-["echo"]', "40",
+    b"\x01", "4²", "42٣",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("packet", BROKEN, ids=lambda p: repr(p)[:24])
+async def test_broken_packets_end_the_connection(bare, packet, caplog):
+    ws = await bare.join()
+    assert await ws.ask(event("echo", ack=1)) == "431[]"
+    await ws.send(packet)
+    assert await ws.closed()
+    sid, _ = await bare.next_gone()
+    assert sid == ws.sid and await bare.settled()
+    assert len(caplog.records) == 1 and "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("packet", [p for p in BROKEN if p and p not in ("40", "bAQID", b"\x01")],
+                         ids=lambda p: repr(p)[:24])  # fmt: skip
+async def test_broken_packets_end_polling(bare, packet):
+    client = await bare.poller()
+    assert (await client.post(event("echo", ack=1)))[0] == 200
+    status, body = await client.post(packet)
+    assert status == 400 and json.loads(body)["code"] == "BAD_REQUEST"
+    assert (await client.get())[0] == 400
+    assert (await bare.next_gone())[0] == client.sio_sid and await bare.settled()
+
+
+BAD_BINARY = [
+    ['451-["echo",{"_placeholder":true,"num":0}]', event("echo")],
+    ['451-["echo",{"_placeholder":true,"num":1}]', b"x"],
+    ['451-["echo",{"_placeholder":true,"num":"x"}]', b"x"],
+    ['452-["echo",{"_placeholder":true,"num":0}]', b"x" * 100000, b"x" * 100000],
+    ['451-["echo",{"_placeholder":true,"num":0}]', "40"],
+]
+
+
+@pytest.mark.parametrize("packets", BAD_BINARY, ids=range(len(BAD_BINARY)))
+async def test_bad_attachments_end_the_connection(bare, packets):
+    ws = await bare.join()
+    good = ['451-7["echo",{"_placeholder":true,"num":0}]', b"good"]
+    await ws.send(*good)
+    assert (await ws.next(), await ws.next()) == ('461-7[{"_placeholder":true,"num":0}]', b"good")
+    await ws.send(*packets)
+    assert await ws.closed() and (await bare.next_gone())[0] == ws.sid
+    assert await bare.settled()
+
+
+async def test_no_ghosts_after_close_or_second_connect(bare):
+    for packets in (["1", "40"], ["41", "1", "40"]):
+        ws = await bare.ws()
+        await ws.next()
+        await ws.send(*packets)
+        assert await ws.closed()
+    assert await bare.settled()
+    client = bare.polling()
+    await client.open()
+    assert (await client.post("1\x1e40"))[0] == 400
+    assert await bare.settled() and bare.seen.empty()
+
+
+async def test_events_outside_the_namespace_are_not_heard(bare):
+    ws = await bare.ws()
+    await ws.next()
+    await ws.send(event("echo", ack=1), "40")
+    assert (await ws.next()).startswith("40")
+    assert await ws.ask("40/x,") == '44/x,{"message":"Invalid namespace"}'
+
+
+async def test_client_that_leaves_while_it_connects_leaves_no_ghost(bare):
+    ws = await bare.ws()
+    await ws.next()
+    await ws.send('40{"wait":1}')
+    assert (await bare.next_seen())[0] == "connect"
+    await ws.ws.close()
+    while bare.sio.eio.sockets:
+        await asyncio.sleep(0)
+    bare.gate.set()
+    await bare.next_gone()
+    assert await bare.settled()
+
+
+async def test_connect_handler_that_fails_ends_the_connection(bare):
+    ws = await bare.ws()
+    await ws.next()
+    await ws.send('40{"boom":1}')
+    assert await ws.closed() and await bare.settled()
+
+
+async def test_handler_that_fails_harms_nothing_else(bare, caplog):
+    ws = await bare.join()
+    await ws.send(*[event("boom", ack=1)] * 100)
+    assert await ws.ask(event("echo", ack=2)) == "432[]"
+    assert 1 <= len(caplog.records) <= 30
+
+
+async def test_too_many_frames_end_the_connection():
+    async with Bare(frames_per_second=10) as bare:
+        ws = await bare.join()
+        await ws.send(*[event("echo")] * 30)
+        assert await ws.ask(event("echo", ack=1)) == "431[]"
+        await ws.send(*[event("echo")] * 30)
+        assert await ws.closed() and (await bare.next_gone())[0] == ws.sid
+        client = await bare.poller()
+        status, body = await client.post("\x1e".join([event("echo")] * 60))
+        assert status == 429 and json.loads(body)["code"] == "RATE_LIMITED"
+
+
+# Polling
+
+
+async def test_many_packets_in_one_post(bare):
+    client = await bare.poller()
+    assert (await client.post("\x1e".join(event("echo", n, ack=n) for n in range(256))))[0] == 200
+    got: list[str] = []
+    while len(got) < 256:
+        got += (await client.get())[1].split("\x1e")
+    assert got == [f"43{n}[{n}]" for n in range(256)]
+    assert (await client.post("\x1e".join([event("echo")] * 257)))[0] == 413
+
+
+@pytest.mark.parametrize("status, kwargs", [
+    (413, {"data": b"4" * 131073}),
+    (400, {"data": b""}),
+    (400, {"data": b"4\xff"}),
+    (415, {"data": b"42", "headers": {"Content-Encoding": "gzip"}}),
+])  # fmt: skip
+async def test_bad_posts_are_refused_at_once(bare, status, kwargs):
+    client = await bare.poller()
+    assert (await client.post(event("echo")))[0] == 200
+    got, body = await client.request("POST", **kwargs)
+    assert got == status and set(json.loads(body)) == {"error", "code"}
+    assert (await client.get())[0] == 400 and await bare.settled()
+
+
+async def raw(bare, text):
+    reader, writer = await asyncio.open_connection("127.0.0.1", bare.port)
+    writer.write(text.encode())
+    answer = await asyncio.wait_for(reader.read(4000), PATIENCE)
+    writer.close()
+    return answer
+
+
+async def test_posts_without_a_length_and_without_a_body(bare, monkeypatch):
+    monkeypatch.setattr(chatrtc, "POST_SECONDS", 0.1)
+    for header in ("Transfer-Encoding: chunked", "Content-Length: 131073", "Content-Length: 9"):
+        client = await bare.poller()
+        text = f"POST {client.path} HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n"
+        assert b"HTTP/1.1 4" in await raw(bare, text)
+    assert await bare.settled()
+
+
+async def test_body_that_breaks_off(bare, caplog):
+    client = await bare.poller()
+    text = f"POST {client.path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n42["
+    _, writer = await asyncio.open_connection("127.0.0.1", bare.port)
+    writer.write(text.encode())
+    while not bare.sio.eio.sockets[client.sid].posting:
+        await asyncio.sleep(0)
+    writer.close()
+    assert (await bare.next_gone())[0] == client.sio_sid and await bare.settled()
+    assert "Traceback" not in caplog.text
+
+
+async def test_two_polls_end_the_session_but_a_lost_poll_does_not(bare):
+    client = await bare.poller()
+    lost = asyncio.create_task(client.get())
+    session = bare.sio.eio.sockets[client.sid]
+    while session.news is None:
+        await asyncio.sleep(0)
+    lost.cancel()
+    while session.polled():
+        await asyncio.sleep(0)
+    bare.sio.publish("e", 1, client.sio_sid)
+    assert (await client.get())[1] == '42["e",1]'
+    first = asyncio.create_task(client.get())
+    while not session.polled():
+        await asyncio.sleep(0)
+    assert (await client.get())[0] == 400
+    assert (await first) == (200, "1")
+
+
+async def test_http_errors_are_json(bare):
+    for path in ("", "?EIO=3&transport=polling", "?EIO=4&transport=x", "?EIO=4&transport=polling&sid=x"):
+        async with bare.http.get("/socket.io/" + path) as response:
+            assert response.status == 400 and set(await response.json()) == {"error", "code"}
+    async with bare.http.get("/chat/socket.io?EIO=4&transport=polling") as response:
+        assert response.status == 200
+
+
+async def test_origins():
+    async with Bare(origins=["https://good.example"]) as bare:
+        same = f"http://127.0.0.1:{bare.port}"
+        for origin, status in [
+            ("https://good.example", 200), (same, 200), ("null", 403), ("https://evil.example", 403),
+            ("https://good.example.evil", 403), (f"{same}.evil", 403), ("http://[", 403),
+        ]:  # fmt: skip
+            client = bare.polling(headers={"Origin": origin})
+            got, body = await client.get()
+            assert got == status and (status == 200 or json.loads(body)["code"] == "FORBIDDEN")
+            if status == 200:
+                assert (await (await bare.ws(headers={"Origin": origin})).next())[0] == "0"
+            else:
+                with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                    await bare.ws(headers={"Origin": origin})
+                assert caught.value.status == 403
+        for origin, allowed in [("https://good.example", True), ("https://evil.example", False)]:
+            async with bare.http.options("/socket.io/", headers={"Origin": origin}) as response:
+                assert ("Access-Control-Allow-Methods" in response.headers) is allowed
+                assert "Access-Control-Allow-Credentials" not in response.headers
+
+
+async def test_session_caps():
+    async with Bare(max_sessions=3, max_sessions_per_address=2) as bare:
+        first, second = await bare.join(), await bare.join()
+        assert (await bare.polling().get())[0] == 429
+        await first.ws.close()
+        assert (await bare.next_gone())[0] != second.sid
+        client = await bare.poller()
+        bare.sio.eio.rules.max_sessions = 2
+        status, body = await bare.polling().get()
+        assert status == 503 and json.loads(body)["code"] == "RATE_LIMITED"
+        await client.post("1")
+        await bare.next_gone()
+        bare.sio.eio.rules.max_sessions = 3
+        await bare.poller()
+
+
+# Upgrade
+
+
+async def upgrade(bare, client):
+    ws = await bare.ws(f"&sid={client.sid}")
+    assert await ws.ask("2probe") == "3probe"
+    return ws
+
+
+async def test_upgrade_under_fire_keeps_the_order(bare):
+    client = await bare.poller()
+    bare.sio.enter(client.sio_sid, "r")
+    poll, heard, count = asyncio.create_task(client.get()), [], 0
+
+    def fire(times):
+        nonlocal count
+        for _ in range(times):
+            bare.sio.publish("e", count, "r")
+            count += 1
+
+    fire(10)
+    ws = await upgrade(bare, client)
+    fire(10)
+    heard += (await poll)[1].split("\x1e")
+    await ws.send("5")
+    fire(10)
+    while not bare.sio.eio.sockets[client.sid].upgraded:
+        fire(1)
+        await asyncio.sleep(0)
+    fire(10)
+    while len([h for h in heard if h != "6"]) < count:
+        heard.append(await ws.next())
+    assert [h for h in heard if h != "6"] == [f'42["e",{n}]' for n in range(count)]
+    assert (await client.get())[0] == 400
+    assert await ws.ask(event("echo", ack=1)) == "431[]"
+
+
+async def test_polling_goes_on_until_the_probe(bare):
+    client = await bare.poller()
+    ws = await bare.ws(f"&sid={client.sid}")
+    poll = asyncio.create_task(client.get())
+    while not bare.sio.eio.sockets[client.sid].polled():
+        await asyncio.sleep(0)
+    bare.sio.publish("e", 1, client.sio_sid)
+    assert await poll == (200, '42["e",1]')
+    assert await ws.ask("2probe") == "3probe" and await client.get() == (200, "6")
+
+
+async def test_only_one_upgrade_at_a_time(bare):
+    client = await bare.poller()
+    pair = await asyncio.gather(*[bare.ws(f"&sid={client.sid}") for _ in range(2)])
+    answers = await asyncio.gather(*[ws.ask("2probe") for ws in pair])
+    assert sorted(answers, key=str) == ["3probe", None]
+    winner = pair[answers.index("3probe")]
+    await winner.send("5")
+    assert await winner.ask(event("echo", ack=1)) == "431[]"
+
+
+async def test_upgrade_that_fails_leaves_polling_intact(bare):
+    client = await bare.poller()
+    ws = await upgrade(bare, client)
+    await ws.ws.close()
+    while bare.sio.eio.sockets[client.sid].upgrading:
+        await asyncio.sleep(0)
+    bare.sio.publish("e", 1, client.sio_sid)
+    assert (await client.get())[1] == '42["e",1]'
+
+
+# Ends
+
+
+@pytest.mark.parametrize("final", [True, False])
+async def test_cut_of_a_websocket(bare, final):
+    ws, other = await bare.join(), await bare.join()
+    for client in (ws, other):
+        bare.sio.enter(client.sid, "r")
+    bare.sio.publish("before", 1, "r")
+    bare.sio.cut(ws.sid, final=final)
+    bare.sio.publish("after", 1, "r")
+    assert bare.sio.members("r") == [other.sid]
+    heard = []
+    while (packet := await ws.next()) is not None:
+        heard.append(packet)
+    assert heard == ['42["before",1]'] + ["41"] * final
+    assert (await bare.next_gone())[0] == ws.sid
+    assert [await other.next(), await other.next()] == ['42["before",1]', '42["after",1]']
+    bare.sio.cut(ws.sid, final=final)
+    bare.sio.cut("nobody", final=final)
+
+
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("pending", [True, False])
+async def test_cut_of_a_polling_client(bare, final, pending):
+    client = await bare.poller()
+    poll = asyncio.create_task(client.get()) if pending else None
+    while pending and not bare.sio.eio.sockets[client.sid].polled():
+        await asyncio.sleep(0)
+    bare.sio.cut(client.sio_sid, final=final)
+    assert await (poll or client.get()) == (200, "41" if final else "1")
+    assert (await client.get())[0] == 400 and (await client.post(event("echo")))[0] == 400
+    assert (await bare.next_gone())[0] == client.sio_sid and await bare.settled()
+
+
+@pytest.mark.parametrize("last", ["poll", "5"])
+async def test_cut_in_the_middle_of_an_upgrade(bare, last):
+    client = await bare.poller()
+    ws = await upgrade(bare, client)
+    bare.sio.cut(client.sio_sid, final=True)
+    bare.sio.publish("after", 1, client.sio_sid)
+    if last == "poll":
+        assert await client.get() == (200, "41")
+    else:
+        assert await ws.ask("5") == "41"
+    assert await ws.closed()
+    assert (await client.get())[0] == 400 and await bare.settled()
+
+
+async def deaf(bare, receive=4096):
+    """A raw WebSocket client in the namespace that reads no further."""
+    while not bare.seen.empty():
+        bare.seen.get_nowait()
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    sock.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(sock, ("127.0.0.1", bare.port))
+    key = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13"
+    head = f"Host: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{key}"
+    text = f"GET /socket.io/?EIO=4&transport=websocket HTTP/1.1\r\n{head}\r\n\r\n".encode()
+    await loop.sock_sendall(sock, text)
+    while b"pingInterval" not in await loop.sock_recv(sock, 4096):
+        pass
+    await loop.sock_sendall(sock, masked("40"))
+    _, sid, _ = await bare.next_seen()
+    while not bare.sio.manager.is_connected(sid, "/"):
+        await asyncio.sleep(0)
+    return sock, sid
+
+
+def masked(text):
+    return struct.pack("!BB", 0x81, 0x80 | len(text)) + b"\0\0\0\0" + text.encode()
+
+
+async def test_cut_of_a_client_that_does_not_read(bare):
+    sock, sid = await deaf(bare)
+    while not (link := next(iter(bare.sio.eio.links))).get_write_buffer_size():
+        bare.sio.publish("e", "x" * 50000, sid)
+        await asyncio.sleep(0)
+    began = time.monotonic()
+    bare.sio.cut(sid, final=True)
+    assert (await bare.next_gone())[0] == sid and time.monotonic() - began < 0.2
+    assert await bare.settled() and time.monotonic() - began < 1.0
+    assert link.is_closing()
+    sock.close()
+
+
+async def test_client_that_answers_pings_but_never_reads_is_bounded(bare):
+    sock, sid = await deaf(bare)
+    healthy = await bare.join()
+    for ws in (sid, healthy.sid):
+        bare.sio.enter(ws, "r")
+    sent = 0
+    while bare.gone.empty():
+        bare.sio.publish("e", "x" * 50000, "r")
+        assert len(await healthy.next()) > 50000
+        sent += 1
+        assert sent < 500
+    assert (await bare.next_gone()) == (sid, "transport error")
+    assert await healthy.ask(event("echo", ack=1)) == "431[]"
+    sock.close()
+
+
+async def test_polling_client_that_never_polls_is_bounded(bare):
+    client, other = await bare.poller(), await bare.poller()
+    for n in range(chatrtc.BACKLOG_PACKETS + 1):
+        bare.sio.publish("e", n, client.sio_sid)
+    assert (await bare.next_gone())[0] == client.sio_sid
+    for _ in range(12):
+        bare.sio.publish("e", "x" * 100000, other.sio_sid)
+    assert (await bare.next_gone())[0] == other.sio_sid
+    assert await bare.settled()
+
+
+async def test_pongs_do_not_keep_a_client_that_never_polls():
+    async with Bare(ping_interval=0.1, ping_timeout=0.2) as bare:
+        client = bare.polling()
+        await client.open()
+        await client.post("40")
+        for _ in range(40):
+            if (await client.post("3"))[0] == 400:
+                break
+            await asyncio.sleep(0.02)
+        assert (await bare.next_gone())[1] == "ping timeout" and await bare.settled()
+
+
+async def test_frozen_clients_are_found_in_time():
+    async with Bare(ping_interval=0.3, ping_timeout=0.2) as bare:
+        began = time.monotonic()
+        sock, sid = await deaf(bare)
+        poller = await bare.poller()
+        gone = {(await bare.next_gone()), (await bare.next_gone())}
+        assert gone == {(sid, "ping timeout"), (poller.sio_sid, "ping timeout")}
+        assert 0.5 <= time.monotonic() - began < 1.0 and await bare.settled()
+        sock.close()
+
+
+async def test_a_server_that_was_stopped_does_not_blame_its_clients():
+    async with Bare(ping_interval=0.1, ping_timeout=0.2) as bare:
+        ws = await bare.join()
+        assert (await asyncio.wait_for(ws.ws.receive(), PATIENCE)).data == "2"
+        time.sleep(1.5)  # noqa: ASYNC251
+        await ws.send("3")
+        assert (await asyncio.wait_for(ws.ws.receive(), PATIENCE)).data == "2"
+        await ws.send("3")
+        assert await ws.ask(event("echo", ack=1)) == "431[]"
+
+
+async def test_sessions_that_never_connect_are_cut():
+    async with Bare(connect_timeout=0.2) as bare:
+        joined, ws, client = await bare.join(), await bare.ws(), bare.polling()
+        await client.open()
+        assert (await ws.next())[0] == "0" and await ws.closed()
+        left = await bare.join()
+        await left.send("41")
+        assert await left.closed()
+        assert (await client.get()) in [(200, "1"), (400, (await client.get())[1])]
+        assert await joined.ask(event("echo", ack=1)) == "431[]"
+
+
+async def test_drain_tells_all_and_takes_no_more(bare):
+    ws, client = await bare.join(), await bare.poller()
+    poll = asyncio.create_task(client.get())
+    while not bare.sio.eio.sockets[client.sid].polled():
+        await asyncio.sleep(0)
+    sock, sid = await deaf(bare)
+    began = time.monotonic()
+    listener = asyncio.create_task(ws.closed())
+    await bare.sio.drain(1.5)
+    assert await listener and time.monotonic() - began < 1.2
+    assert (await poll) == (200, "1")
+    gone = {(await bare.next_gone())[0] for _ in range(3)}
+    assert gone == {ws.sid, client.sio_sid, sid} and await bare.settled()
+    assert (await bare.polling().get())[0] == 503
+    sock.close()
+
+
+async def test_oversized_messages_end_the_connection(bare):
+    ws = await bare.join()
+    fits = event("echo", "x" * (131072 - 20), ack=1)
+    assert (await ws.ask(fits)).startswith('431["xxx')
+    await ws.send("4" * 131073)
+    assert await ws.closed() and (await bare.next_gone())[0] == ws.sid
+
+
+@pytest.mark.parametrize("frame", [b"\x89\x80\0\0\0\0", b"\x8a\x80\0\0\0\0"], ids=["ping", "pong"])
+async def test_control_frames_count(bare, frame):
+    bare.sio.eio.rules.frames_per_second = 10
+    sock, sid = await deaf(bare)
+    for _ in range(100):
+        await asyncio.get_running_loop().sock_sendall(sock, frame)
+    assert (await bare.next_gone()) == (sid, "transport error")
+    sock.close()
+
+
+async def test_no_deflate(bare):
+    ws = await bare.ws(compress=15)
+    assert (await ws.next())[0] == "0" and ws.ws.compress == 0
+
+
+# The engine below, and the library's client above
+
+
+async def test_engine_handlers_can_be_replaced(bare):
+    async def message(sid, data):
+        await bare.sio.eio.send(sid, data)
+
+    bare.sio.eio.on("message", message)
+    ws = await bare.ws()
+    await ws.next()
+    assert await ws.ask("4hello") == "4hello" and await ws.ask(b"\x01\x02") == b"\x01\x02"
+
+
+@pytest.mark.parametrize("transports", [["websocket"], ["polling"], ["polling", "websocket"]])
+async def test_the_librarys_own_client(bare, transports):
+    client = socketio.AsyncClient(reconnection=False)
+    await client.connect(f"http://127.0.0.1:{bare.port}", transports=transports)
+    assert await client.call("echo", {"a": b"\x01"}, timeout=PATIENCE) == {"a": b"\x01"}
+    assert await client.call("nope", timeout=PATIENCE) == {"unknown": "nope"}
+    await client.disconnect()
+    await bare.next_gone()
+    assert await bare.settled()
+
+
+def test_the_check_finds_what_is_missing(monkeypatch, caplog):
+    assert chatrtc.transport_check() == [] and chatrtc.socket_server().fast
+    monkeypatch.setitem(chatrtc.PRIVATE_NAMES, socketio.AsyncServer, "_no_such_name")
+    caplog.set_level(logging.WARNING)
+    assert not chatrtc.socket_server().fast and "_no_such_name" in caplog.text
 
 
 # ---- Live ------------------------------------------------------------------------------------------------------------
@@ -2364,9 +3234,7 @@ def mistakes_at(door: str, op: chatrtc.Operation) -> list[Mistake]:
         if mistake.field in in_path and mistake.value in (MISSING, ""):
             continue  # is another route
         if mistake.field in in_text:
-            numeric = "integer" in str(
-                msgspec.json.schema(op.args)["$defs"][op.args.__name__]["properties"][mistake.field]
-            )
+            numeric = "integer" in str(msgspec.json.schema(op.args)["$defs"][op.args.__name__]["properties"][mistake.field])
             if not (isinstance(mistake.value, str | int) and (numeric or mistake.wrong != "a number")):
                 continue  # is text like any other there
         fitting.append(mistake)
@@ -2429,15 +3297,7 @@ async def test_whatever_event_is_sent_gets_its_ack(scene: Scene) -> None:
             ack = await scene.mine.call(event, *payload)
             assert (ack["success"], ack["code"]) == (False, "NOT_FOUND"), event
     for event in chatrtc.EVENTS_IN:
-        wrong: list[tuple[Any, ...]] = [
-            ({}, {}),
-            (b"\x00\xff",),
-            ({"server_id": b"x"},),
-            ([],),
-            ("x",),
-            (1,),
-            ({"x": 1},),
-        ]
+        wrong: list[tuple[Any, ...]] = [({}, {}), (b"\x00\xff",), ({"server_id": b"x"},), ([],), ("x",), (1,), ({"x": 1},)]
         for arguments in wrong if event == "ping" else [*wrong, (), (None,)]:
             ack = await scene.mine.call(event, *arguments)
             assert (ack["success"], ack["code"]) == (False, "BAD_REQUEST"), (event, arguments)
@@ -2456,9 +3316,7 @@ SCRAPS = strategies.recursive(
     | strategies.sampled_from(["", "\x00", "\ud800", "\udfff", "x" * 5000, "__proto__", "../..", "%00", "1", "'\"--"]),
     lambda inner: (
         strategies.lists(inner, max_size=3)
-        | strategies.dictionaries(
-            strategies.text(max_size=8) | strategies.sampled_from(["server_id", "_placeholder"]), inner
-        )
+        | strategies.dictionaries(strategies.text(max_size=8) | strategies.sampled_from(["server_id", "_placeholder"]), inner)
         | strategies.just({"_placeholder": True, "num": 0})
     ),
     max_leaves=6,
@@ -2487,22 +3345,14 @@ def emissions(draw: strategies.DrawFn) -> tuple[Any, tuple[Any, ...]]:
     event = draw(strategies.sampled_from(names))
     if draw(strategies.integers(0, 4)):
         return event, (draw(almost(chatrtc.EVENTS_IN[event])),)
-    wild = (
-        SCRAPS
-        | strategies.binary(max_size=9)
-        | strategies.dictionaries(strategies.text(), strategies.binary(), max_size=2)
-    )
+    wild = SCRAPS | strategies.binary(max_size=9) | strategies.dictionaries(strategies.text(), strategies.binary(), max_size=2)
     event = draw(strategies.sampled_from(names + RESERVED) | strategies.text(max_size=12))
     return event, tuple(draw(strategies.lists(wild, max_size=2)))
 
 
 def fuzz(examples: int) -> settings:
     return settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
+        max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
     )
 
 
