@@ -528,10 +528,18 @@ class ReadState(View):
     mentions: int
 
 
+class VoiceChanged(View):
+    channel_id: int
+    user_id: int
+    username: str
+    peer_id: str
+
+
 class Joined(View):
     connected_users: list[int]
     seq: int
     changes: Changes | UnsetType = UNSET
+    voice: list[VoiceChanged] = []
 
 
 class Participant(View):
@@ -667,13 +675,6 @@ class ServerRenamed(View):
 
 class ServerDeleted(View):
     server_id: int
-
-
-class VoiceChanged(View):
-    channel_id: int
-    user_id: int
-    username: str
-    peer_id: str
 
 
 class VoiceSignal(View):
@@ -2043,8 +2044,11 @@ class Typists:
 class Peer(NamedTuple):
     sid: str
     server_id: int
-    channel_id: int
-    participant: Participant
+    notice: VoiceChanged  # the channel, the user and the peer's id, as it is told
+
+    @property
+    def channel_id(self) -> int:
+        return self.notice.channel_id
 
 
 class Voices:
@@ -2063,10 +2067,11 @@ class Voices:
         return self._peers.get(sid)
 
     def others(self, channel_id: int, sid: str) -> list[Participant]:
-        return [peer.participant for peer in self._peers.values() if peer.channel_id == channel_id and peer.sid != sid]
+        notices = [peer.notice for peer in self.within(channel_id=channel_id) if peer.sid != sid]
+        return [Participant(notice.user_id, notice.username, notice.peer_id) for notice in notices]
 
     def named(self, channel_id: int, peer_id: str) -> Peer | None:
-        return next((p for p in self._peers.values() if p.channel_id == channel_id and p.participant.peer_id == peer_id), None)
+        return next((peer for peer in self.within(channel_id=channel_id) if peer.notice.peer_id == peer_id), None)
 
     def within(self, *, server_id: int | None = None, channel_id: int | None = None) -> list[Peer]:
         return [p for p in self._peers.values() if server_id == p.server_id or channel_id == p.channel_id]
@@ -3410,7 +3415,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         session = self._find(sid) if sid else await self._open(request, "websocket")
         # Uncompressed: deflating costs each connection 200 KiB and its share of a core.
         size = self.rules.max_payload + 1
-        socket = web.WebSocketResponse(timeout=LINGER, autoping=False, compress=False, max_msg_size=size)
+        socket = web.WebSocketResponse(timeout=LINGER, autoclose=False, autoping=False, compress=False, max_msg_size=size)
         try:
             await socket.prepare(request)
         except web.HTTPException:
@@ -3425,7 +3430,10 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
                 await self.spawn(self._serve(session, socket, upgrade=sid is not None))
             finally:
                 self.links.discard(link)
-        await socket.close()
+        if self.rules.fast and session.upgraded and session.closed and link is not None:
+            link.close()  # the close frame is out; aiohttp would send another
+        else:
+            await socket.close()
         return socket
 
     async def _serve(self, session: Session, socket: web.WebSocketResponse, *, upgrade: bool) -> None:
@@ -4157,8 +4165,7 @@ class Chat:
     def leave_voice(self, sid: str) -> None:
         peer = self.voices.leave(sid)
         if peer is not None:
-            who = peer.participant
-            self.tell("voice:leave", peer.server_id, VoiceChanged(peer.channel_id, who.user_id, who.username, who.peer_id))
+            self.tell("voice:leave", peer.server_id, peer.notice)
 
 
 # ---- Live ----------------------------------------------------------------------------------------------------------
@@ -4323,7 +4330,8 @@ async def join_server(chat: Chat, caller: Caller, args: JoinServer) -> Done[Join
         seq, changes = chat.ask(Who.MEMBER, caller, args, missed)
     else:
         seq, changes = await chat.ask_long(Who.MEMBER, caller, args, missed)
-    return Done(Joined(chat.presence.visible(args.server_id, me.user_id), seq, changes))
+    voice = [peer.notice for peer in chat.voices.within(server_id=args.server_id)]
+    return Done(Joined(chat.presence.visible(args.server_id, me.user_id), seq, changes, voice))
 
 
 @operation("live", None, Who.USER, event="leave_server", emits=["user:disconnected"])
@@ -4370,12 +4378,12 @@ async def voice_join(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[Voic
     peer = chat.voices.of(connection.sid)
     if peer is None or peer.channel_id != args.channel_id:
         chat.leave_voice(connection.sid)
-        participant = Participant(me.user_id, me.username, secrets.token_urlsafe(9))
-        peer = Peer(connection.sid, channel.server_id, args.channel_id, participant)
+        notice = VoiceChanged(args.channel_id, me.user_id, me.username, secrets.token_urlsafe(9))
+        peer = Peer(connection.sid, channel.server_id, notice)
         chat.voices.join(peer)
-        chat.tell("voice:join", channel.server_id, VoiceChanged(args.channel_id, me.user_id, me.username, participant.peer_id))
+        chat.tell("voice:join", channel.server_id, notice)
     servers = [IceServer(urls) for urls in chat.settings.ice_server]
-    return Done(VoiceJoined(peer.participant.peer_id, chat.voices.others(args.channel_id, connection.sid), servers))
+    return Done(VoiceJoined(peer.notice.peer_id, chat.voices.others(args.channel_id, connection.sid), servers))
 
 
 @operation("live", None, Who.MEMBER, event="voice:leave", emits=["voice:leave"])
@@ -4401,7 +4409,7 @@ async def voice_signal(chat: Chat, caller: Caller, args: SignalArgs) -> Done[Non
     peer = chat.voices.named(args.channel_id, args.to)
     if peer is None:
         raise ChatError("NOT_FOUND", "There is no such peer in this voice channel")
-    signal = VoiceSignal(args.channel_id, sender.participant.peer_id, me.user_id, args.data)
+    signal = VoiceSignal(args.channel_id, sender.notice.peer_id, me.user_id, args.data)
     chat.sio.publish("voice:signal", signal, peer.sid)
     return Done(None)
 
@@ -5260,7 +5268,7 @@ LOG_LINES = 60  # a minute
 
 
 class Bounded(logging.Filter):
-    """Keeps clients from filling the log: not a word on broken HTTP, which could hold a token; of the rest, so much a minute."""
+    """Keeps clients from filling the log: nothing on broken HTTP, which could hold a token; of the rest, so much a minute."""
 
     def __init__(self) -> None:
         super().__init__()

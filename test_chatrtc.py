@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import base64
 import contextlib
+import functools
+import gc
+import gzip
 import hashlib
 import hmac
+import html
 import itertools
 import json
 import logging
@@ -15,23 +20,37 @@ import random
 import re
 import shutil
 import signal
-import socket
+import socket as socket_module
+import sqlite3
+import statistics
 import struct
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any, ClassVar, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import aiohttp
+import click
+import jsonschema
 import msgspec
+import openapi_spec_validator
 import pytest
 import pytest_asyncio
 import socketio
 from aiohttp import web
 from hypothesis import HealthCheck, given, settings, stateful, strategies
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from playwright.async_api import Browser, Locator, Page, async_playwright, expect
 from yarl import URL
 
 import chatrtc
@@ -39,7 +58,7 @@ import chatrtc
 HERE = Path(__file__).resolve().parent
 PATIENCE = 10.0  # seconds that a test waits for something that is to happen
 
-# ---- World -----------------------------------------------------------------------------------------------------------
+# ---- World ----------------------------------------------------------------------------------------------------------
 # A server in this process (`world`) or in its own (`Process`), and people who use it with real clients. Waiting is for
 # an event, bounded; that nothing happens is shown by a fence: something later, on the same path, that does happen.
 
@@ -263,6 +282,12 @@ class World:
         self.sockets.append(socket)
         return await socket.connect(self.url, token, **options)
 
+    async def __aenter__(self) -> World:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
     async def close(self) -> None:
         await asyncio.gather(*(socket.close() for socket in self.sockets), return_exceptions=True)
         await self.session.close()
@@ -341,7 +366,99 @@ class Process:
         return self.process.returncode or 0, errors.decode()
 
 
-# ---- Payloads --------------------------------------------------------------------------------------------------------
+# ---- Settings -------------------------------------------------------------------------------------------------------
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+async def command(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> Ended:
+    """Run a command of chatrtc to its end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(HERE / "chatrtc.py"), *args, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE, env=dict(os.environ) | (env or {}), cwd=cwd,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(3 * PATIENCE):
+            out, err = await process.communicate(stdin.encode())
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return Ended(process.returncode or 0, out.decode(), err.decode())
+
+
+async def done(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    """What a command that succeeds prints."""
+    ended = await command(*args, stdin=stdin, env=env, cwd=cwd)
+    assert ended.status == 0, ended
+    return ended.out
+
+
+def refused(ended: Ended, *words: str) -> None:
+    """It ended with one clear line and a status of its own, and no traceback."""
+    assert ended.status in (1, 2), ended
+    assert ended.out == "", ended
+    assert ended.err.startswith("Error: "), ended
+    assert ended.err.count("\n") == 1, ended
+    for word in words:
+        assert word in ended.err, ended
+
+
+def all_commands() -> dict[str, click.Command]:
+    """Every command, by what is typed for it."""
+    commands: dict[str, click.Command] = {}
+    for name, one in chatrtc.main.commands.items():
+        below = one.commands if isinstance(one, click.Group) else {"": one}
+        commands |= {f"{name} {sub}".strip(): command for sub, command in below.items()}
+    return commands
+
+
+def all_options() -> list[tuple[str, str]]:
+    return [
+        (name, option.name or "")
+        for name, one in all_commands().items()
+        for option in one.params
+        if isinstance(option, click.Option)
+    ]
+
+
+@pytest.mark.parametrize(("name", "option"), all_options())
+def test_an_option_reads_its_variable(name: str, option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    one = all_commands()[name]
+    args = ["x" for parameter in one.params if isinstance(parameter, click.Argument)]
+    parameter = next(parameter for parameter in one.params if parameter.name == option)
+    choices = parameter.type.choices if isinstance(parameter.type, click.Choice) else ()
+    given = "123" if parameter.type is click.INT else str(tmp_path / "given")
+    given = choices[-1] if choices else "1" if getattr(parameter, "is_flag", False) else given
+    for variable in [variable for variable in os.environ if variable.startswith("CHATRTC_")]:
+        monkeypatch.delenv(variable)
+    unset = [] if option == "yes" else ["--yes"] * any(parameter.name == "yes" for parameter in one.params)
+    monkeypatch.setenv(f"CHATRTC_{option.upper()}", given)
+    with one.make_context(name, [*args, *unset]) as context:
+        value = context.params.get(option, True)  # a confirmation leaves nothing
+    value = value[0] if isinstance(value, tuple) else value
+    assert str(getattr(value, "name", value)) == {"1": "True"}.get(given, given)
+
+
+def test_settings_have_one_list() -> None:
+    flags = {option for option in chatrtc.main.commands["serve"].params if isinstance(option, click.Option)}
+    assert {flag.name for flag in flags} == set(chatrtc.Settings.__struct_fields__)
+    assert all(flag.help for flag in flags)
+
+
+def test_a_setting_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    for wrong in (
+        {"port": "3000"}, {"port": 65536}, {"token_ttl": 0}, {"registration": "maybe"}, {"nonsense": 1},
+        {"database": ""}, {"tls_cert": "cert.pem"}, {"secret": "short"}, {"secret": ""}, {"secret": "é" * 15},
+    ):  # fmt: skip
+        with pytest.raises(chatrtc.StartError):
+            chatrtc.ChatRTC(**({"database": str(tmp_path / "chat.db")} | wrong))
+    chatrtc.ChatRTC(database=str(tmp_path / "chat.db"), secret="é" * 16, port=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Payloads -------------------------------------------------------------------------------------------------------
 # The shapes of things: what is a name, what is a text, and that a thing says no more than it has to say.
 
 
@@ -426,7 +543,7 @@ async def test_things_come_as_the_contract_has_them(world: World) -> None:
     assert (health.status, set(health.body), health.body["status"]) == (200, {"status", "version"}, "ok")
 
 
-# ---- Events ----------------------------------------------------------------------------------------------------------
+# ---- Events ---------------------------------------------------------------------------------------------------------
 # Each event of the contract, told by a short story: who hears it, with which keys, and who, on a path that works, does
 # not.
 
@@ -791,7 +908,7 @@ async def test_who_leaves_hears_it_and_then_nothing(scene: Scene) -> None:
     assert (await scene.here.call("join_server", {"server_id": scene.place.server_id}))["code"] == "FORBIDDEN"
 
 
-# ---- Store -----------------------------------------------------------------------------------------------------------
+# ---- Store ----------------------------------------------------------------------------------------------------------
 # One sequence a server: every durable change takes the next number, those who listen hear it in that order, and who was
 # away catches up with it, to the same end.
 
@@ -1132,7 +1249,7 @@ async def test_a_server_that_starts_again_has_all_that_it_acknowledged(tmp_path:
     assert await process.stop() == (0, "")
 
 
-# ---- Presence --------------------------------------------------------------------------------------------------------
+# ---- Presence -------------------------------------------------------------------------------------------------------
 # Who is here and who types: several tabs are one person, and nothing stays of a socket that has gone.
 
 
@@ -1298,7 +1415,7 @@ async def test_a_socket_that_goes_while_it_joins_leaves_no_presence(scene: Scene
     assert ack["connected_users"] == sorted([scene.ana.user_id, scene.ben.user_id])
 
 
-# ---- Keys ------------------------------------------------------------------------------------------------------------
+# ---- Keys -----------------------------------------------------------------------------------------------------------
 # Passwords and tokens: what is not a token that we signed, for a user who is there, and that still stands, opens no
 # door.
 
@@ -1475,7 +1592,7 @@ async def test_logging_in_as_nobody_is_as_much_work(world: World, monkeypatch: p
     assert len(answers[0][2]) == 1
 
 
-# ---- Limits ----------------------------------------------------------------------------------------------------------
+# ---- Limits ---------------------------------------------------------------------------------------------------------
 # How often: who does too much is told how long to wait, and others notice nothing.
 
 
@@ -1564,7 +1681,7 @@ async def test_a_whole_class_comes_in_by_one_invite_at_once(make_world: MakeWorl
     assert wrong[-1].code == "RATE_LIMITED"
 
 
-# ---- Policy ----------------------------------------------------------------------------------------------------------
+# ---- Policy ---------------------------------------------------------------------------------------------------------
 # Who may do what: every operation, for everybody, with their own thing, another's, another server's, a deleted one and
 # one that never was, by each door that has it. What is to be expected stands in one table, a row an operation.
 
@@ -1856,7 +1973,7 @@ async def test_who_may_do_what(world: World, door: str) -> None:
         assert ROWS[op.name].least == "open" or any(name == op.name and code for name, code in outcomes)
 
 
-# ---- Operations ------------------------------------------------------------------------------------------------------
+# ---- Operations -----------------------------------------------------------------------------------------------------
 # Stories of the product, over REST: messages, pages, reactions, reading, searching, people and channels.
 
 
@@ -2199,7 +2316,7 @@ async def test_what_a_deleted_server_leaves_is_nothing(scene: Scene) -> None:
     assert again.channel_id > scene.place.channel_id
 
 
-# ---- Engine and Transport ------------------------------------------------------------------------------------------
+# ---- Engine and Transport -------------------------------------------------------------------------------------------
 # The bare server, as `socket_server()` gives it, with raw clients: order, bounds, clean ends, and each attack on it. Most of it
 # runs with the fast delivery and with the one that uses only what the libraries promise.
 
@@ -2919,8 +3036,8 @@ async def deaf(bare, receive=4096):
     """A raw WebSocket client in the namespace that reads no further."""
     while not bare.seen.empty():
         bare.seen.get_nowait()
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    sock = socket_module.socket()
+    sock.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_RCVBUF, receive)
     sock.setblocking(False)
     loop = asyncio.get_running_loop()
     await loop.sock_connect(sock, ("127.0.0.1", bare.port))
@@ -3098,7 +3215,7 @@ def test_the_check_finds_what_is_missing(monkeypatch, caplog):
     assert not chatrtc.socket_server().fast and "_no_such_name" in caplog.text
 
 
-# ---- Live ------------------------------------------------------------------------------------------------------------
+# ---- Live -----------------------------------------------------------------------------------------------------------
 # What is of the moment: voice and its relay, and registration by its three settings.
 
 
@@ -3166,7 +3283,7 @@ async def test_a_listener_hears_what_sockets_hear(world: World) -> None:
     assert heard == msgspec.to_builtins(posted) == await asyncio.wait_for(told.get(), PATIENCE)
 
 
-# ---- Doors -----------------------------------------------------------------------------------------------------------
+# ---- Doors ----------------------------------------------------------------------------------------------------------
 # What comes in: refusals follow from the declarations, field by field, at both doors; and whatever else anybody sends
 # is answered, and breaks nothing.
 
@@ -3437,7 +3554,7 @@ async def test_no_request_breaks_anything_for_long(
     await try_requests(fuzzed, tries)
 
 
-# ---- Protocol --------------------------------------------------------------------------------------------------------
+# ---- Protocol -------------------------------------------------------------------------------------------------------
 # The specification's own sample, as it stands there, with the official client.
 
 SAMPLE = """
@@ -3508,3 +3625,3876 @@ async def test_the_sample_of_the_specification_works_as_it_stands(world: World, 
         process.kill()
         await process.wait()
     assert (await hears.hears("user:disconnected"))["user_id"] == ben.user_id
+
+
+# ---- Application ----------------------------------------------------------------------------------------------------
+@contextlib.asynccontextmanager
+async def running(app: web.Application) -> AsyncIterator[str]:
+    """An application of somebody's own, on a free port."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def test_a_chat_lives_under_a_prefix(tmp_path: Path) -> None:
+    async def own(request: web.Request) -> web.Response:
+        return web.Response(text="mine")
+
+    app = web.Application()
+    app.router.add_get("/", own)
+    chat = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
+    chat.attach(app, prefix="/chat")
+    assert isinstance(chat.sio, socketio.AsyncServer)
+    async with running(app) as url, World(f"{url}/chat", aiohttp.ClientSession(), chat) as world:
+        ana = await world.person("ana")
+        place = await world.place(ana)
+        for transports in (["websocket"], ["polling"], ["polling", "websocket"]):
+            socket = Socket()
+            world.sockets.append(await socket.connect(url, ana.token, path="chat/socket.io", transports=transports))
+            await socket.ok("join_server", {"server_id": place.server_id})
+            posted = await ana.post(place.channel_id)
+            assert await socket.hears("message:new") == posted
+        async with world.session.get(f"{url}/") as response:
+            assert await response.text() == "mine"
+            assert "Content-Security-Policy" not in response.headers
+        assert (await world.call("GET", "/")).status == 200
+        async with world.session.get(f"{url}/auth/login") as response:
+            assert response.status == 404
+    assert not (tmp_path / "chat.db-wal").exists()
+    lock = chatrtc.Lock(tmp_path / "chat.db")
+    assert lock.take()
+    lock.release()
+
+
+async def test_the_program_does_what_a_route_does(world: World) -> None:
+    chat, told = world.chat, asyncio.Queue[Any]()
+
+    @chat.on("message:new")
+    async def remember(message: Any) -> None:
+        await told.put(message)
+        if message["content"] == "stumble":
+            raise ValueError("a listener's own defect")
+
+    with pytest.raises(ValueError, match="nonsense"):
+        chat.on("nonsense")
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    socket = await ana.socket(place.server_id)
+    for content in ("stumble", "hello"):
+        message = await chat.post_message(channel_id=place.channel_id, author_id=ana.user_id, content=content)
+        assert isinstance(message, chatrtc.Message)
+        heard = await socket.hears("message:new")
+        assert heard["content"] == content
+        assert heard["message_id"] == message.message_id
+        async with asyncio.timeout(PATIENCE):
+            assert await told.get() == heard
+    page = await chat.list_messages(channel_id=place.channel_id, author_id=ana.user_id)
+    assert [message.content for message in page.messages] == ["stumble", "hello"]
+    for code, call in {
+        "NOT_FOUND": chat.post_message(channel_id=place.channel_id, author_id=99, content="hello"),
+        "BAD_REQUEST": chat.post_message(channel_id=place.channel_id, author_id=ana.user_id, content=""),
+        "UNAUTHORIZED": chat.post_message(channel_id=place.channel_id, content="hello"),
+    }.items():
+        with pytest.raises(chatrtc.ChatError) as refusal:
+            await call
+        assert refusal.value.code == code
+    with pytest.raises(AttributeError):
+        _ = chat.no_such_operation
+
+
+async def test_two_chats_in_one_application(tmp_path: Path) -> None:
+    app = web.Application()
+    chats = {name: chatrtc.ChatRTC(database=str(tmp_path / f"{name}.db")) for name in ("one", "two")}
+    for name, chat in chats.items():
+        chat.attach(app, prefix=f"/{name}")
+    async with running(app) as url, aiohttp.ClientSession() as session:
+        heard = {}
+        for name, chat in chats.items():
+            world = World(f"{url}/{name}", session, chat)
+            ana = await world.person("ana")
+            place = await world.place(ana)
+            assert (ana.user_id, place) == (1, Place(1, 1))
+            heard[name] = await Socket().connect(url, ana.token, path=f"{name}/socket.io")
+            await heard[name].ok("join_server", {"server_id": 1})
+        stranger = await World(f"{url}/two", session).call("GET", "/users/me", token=ana.token)
+        assert stranger.status == 200
+        assert (await World(f"{url}/one", session).call("GET", "/users/me", token=ana.token)).status == 401
+        await chats["one"].post_message(channel_id=1, author_id=1, content="in one")
+        await heard["one"].hears("message:new", content="in one")
+        await heard["two"].hears_not("message:new")
+        for socket in heard.values():
+            await socket.close()
+
+
+async def test_a_database_serves_one_chat(world: World, tmp_path: Path) -> None:
+    app = web.Application()
+    chatrtc.ChatRTC(database=str(tmp_path / "chat.db")).attach(app)
+    with pytest.raises(chatrtc.StartError, match="in use"):
+        async with running(app):
+            pass
+    (tmp_path / "other.db").symlink_to(tmp_path / "chat.db")
+    app = web.Application()
+    chatrtc.ChatRTC(database=str(tmp_path / "other.db")).attach(app)
+    with pytest.raises(chatrtc.StartError, match="in use"):
+        async with running(app):
+            pass
+    assert (await world.call("GET", "/healthz")).status == 200
+
+
+async def test_a_chat_leaves_no_task_behind(tmp_path: Path) -> None:
+    before = asyncio.all_tasks()
+    threads = threading.enumerate()
+    app = web.Application()
+    chat = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
+    chat.attach(app)
+    async with running(app) as url:
+        world = World(url, aiohttp.ClientSession(), chat)
+        ana = await world.person("ana")
+        await (await world.socket(ana.token)).close()
+        await world.close()
+        assert len(asyncio.all_tasks() - before) > 1
+    left = [task for task in asyncio.all_tasks() - before if not task.done()]
+    if left:
+        await asyncio.wait(left, timeout=PATIENCE)
+    assert [task for task in left if not task.done()] == []
+    for thread in threading.enumerate():
+        if thread not in threads:
+            await asyncio.to_thread(thread.join, 1 if "asyncio" not in thread.name else 0)
+    assert [thread for thread in threading.enumerate() if thread not in threads and "asyncio" not in thread.name] == []
+
+
+async def test_the_bare_socket_server() -> None:
+    sio = chatrtc.socket_server()
+    assert isinstance(sio, socketio.AsyncServer)
+
+    @sio.on("echo")
+    async def echo(sid: str, *payload: Any) -> Any:
+        return payload
+
+    app = web.Application()
+    sio.attach(app)
+    async with running(app) as url:
+        for transport in ("websocket", "polling"):
+            socket = await Socket().connect(url, transports=[transport])
+            assert await socket.call("echo", {"a": 1}) == {"a": 1}
+            await socket.close()
+
+
+async def test_a_request_that_was_accepted_is_answered(tmp_path: Path) -> None:
+    """SIGTERM comes while ten people sign in, which takes the server some 50 ms each; all ten get their token."""
+    process = await Process.start(tmp_path / "chat.db", "--no-rate-limit")
+    async with process.world() as world:
+        await world.person("ana")
+    body = json.dumps({"username": "ana", "password": "correct horse"})
+    login = f"POST /auth/login HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    health = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> bytes:
+        writer.write(request)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        return head + await reader.readexactly(int(length[1]) if length else 0)
+
+    async with asyncio.timeout(PATIENCE):
+        links = [await asyncio.open_connection("127.0.0.1", urlsplit(process.url).port) for _ in range(11)]
+        for link in links:
+            assert b" 200 " in await ask(*link, health)
+        logins = [asyncio.create_task(ask(*link, login)) for link in links[1:]]
+        await asyncio.sleep(0)  # all are sent now, and read by the server before this:
+        assert b" 200 " in await ask(*links[0], health)
+        assert not all(task.done() for task in logins)
+        process.process.terminate()
+        answers = await asyncio.gather(*logins)
+    assert [answer.split()[1] for answer in answers] == [b"200"] * 10
+    assert await process.stop() == (0, "")
+    for _, writer in links:
+        writer.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_signal_ends_the_server_cleanly(tmp_path: Path, number: signal.Signals, times: int) -> None:
+    process = await Process.start(tmp_path / "chat.db", "--no-rate-limit")
+    world = process.world()
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    sockets = [await ana.socket(place.server_id, transports=[way]) for way in ("websocket", "polling") for _ in range(3)]
+    kept: list[str] = []
+
+    async def post(writer: int) -> None:
+        with contextlib.suppress(aiohttp.ClientError):
+            for turn in itertools.count():
+                reply = await ana.call("POST", "/messages", {"channel_id": place.channel_id, "content": f"{writer}.{turn}"})
+                assert reply.status in (201, 503), reply
+                kept.extend([f"{writer}.{turn}"] * (reply.status == 201))
+
+    writers = [asyncio.create_task(post(writer)) for writer in range(8)]
+    await sockets[0].hears("message:new")
+    begun = time.monotonic()
+    for _ in range(times):
+        process.process.send_signal(number)
+    status, errors = await process.stop(number) if times == 1 else (await process.process.wait(), "")
+    assert time.monotonic() - begun < 10
+    assert (status, errors) == (0, "")
+    await asyncio.wait_for(asyncio.gather(*writers), PATIENCE)
+    for socket in sockets:
+        await asyncio.wait_for(socket.closed.wait(), PATIENCE)
+    await world.close()
+    assert kept
+    exported = [json.loads(line) for line in (await done("export", "--database", str(tmp_path / "chat.db"))).splitlines()]
+    assert set(kept) <= {thing["content"] for thing in exported if thing["type"] == "message"}
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A database with something in it: as a stopped server leaves it, and as a killed one does, with its -wal."""
+    path = tmp_path_factory.mktemp("filled") / "chat.db"
+    with contextlib.closing(chatrtc.prepare(path)) as db:
+        user_id = chatrtc.insert_user(db, "ana", None, "2026-01-01T00:00:00Z")
+        server_id = chatrtc.insert_server(db, "class", "2026-01-01T00:00:00Z")
+        chatrtc.add_member(db, server_id, user_id, "owner", "2026-01-01T00:00:00Z")
+        channel, _ = chatrtc.add_channel(db, server_id, "general", "text", "")
+        author = chatrtc.Standing(user_id, "ana", "online", 0)
+
+        def post(first: int, last: int) -> None:
+            db.execute("BEGIN")
+            for number in range(first, last):
+                args = chatrtc.NewMessage(channel.channel_id, f"message {number} " + "of some length " * 9)
+                chatrtc.insert_message(db, server_id, author, args, "2026-01-01T00:00:00Z")
+            db.execute("COMMIT")
+
+        post(0, 2000)
+        while chatrtc.index_messages(db).answer < 2000:
+            pass
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        stopped = path.read_bytes()
+        post(2000, 2500)
+        return {"stopped": stopped, "killed": path.read_bytes(), "wal": Path(f"{path}-wal").read_bytes()}
+
+
+def other_database(path: Path, *statements: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(";".join(statements))
+
+
+def damaged(image: bytes, kind: str, random: Random) -> bytes:
+    """What a disk may make of a file."""
+    size, pages = 4096, len(image) // 4096
+    one, two = sorted(random.sample(range(pages), 2))
+    match kind:
+        case "zeroed page":
+            return image[: one * size] + bytes(size) + image[one * size + size :]
+        case "swapped pages":
+            first, second = image[one * size : one * size + size], image[two * size : two * size + size]
+            return image[: one * size] + second + image[one * size + size : two * size] + first + image[two * size + size :]
+        case "cut off":
+            return image[: random.randrange(1, len(image))]
+        case "noise":
+            at = random.randrange(len(image) - 512)
+            return image[:at] + random.randbytes(512) + image[at + 512 :]
+    raise ValueError(kind)
+
+
+def sound(path: Path) -> bool:
+    """Whether SQLite itself finds nothing, in a copy."""
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            return bool(db.execute("PRAGMA integrity_check(1)").fetchone()[0] == "ok")
+    except (sqlite3.Error, UnicodeDecodeError):
+        return False
+
+
+def refusal_of(path: Path) -> str:
+    """Why the database is not opened; empty where it is."""
+    try:
+        chatrtc.prepare(path).close()
+    except chatrtc.StartError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("cases", [40, pytest.param(1000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", ["zeroed page", "swapped pages", "cut off", "noise"])
+def test_a_damaged_database_is_never_opened(kind: str, cases: int, filled: dict[str, bytes], tmp_path: Path) -> None:
+    random, opened, refusals = Random(kind), 0, 0
+    for case in range(cases):
+        folder = tmp_path / str(case)
+        folder.mkdir()
+        image = filled["killed" if case % 2 else "stopped"]
+        image = damaged(image, kind, random) if case > 1 else image  # the first two are whole
+        for name in ("chat.db", "copy.db"):
+            (folder / name).write_bytes(image)
+            if case % 2:
+                (folder / f"{name}-wal").write_bytes(filled["wal"])
+        if why := refusal_of(folder / "chat.db"):
+            refusals += 1
+            assert "\n" not in why
+            assert "chatrtc restore" in why or "not an SQLite database" in why
+            assert (folder / "chat.db").read_bytes() == image
+            assert not case % 2 or (folder / "chat.db-wal").read_bytes() == filled["wal"]
+        else:
+            opened += 1
+            assert sound(folder / "copy.db")
+        shutil.rmtree(folder)
+    assert refusals > cases / 4
+    assert opened >= 2
+
+
+@pytest.mark.parametrize("kind", ["cut off", "noise"])
+def test_a_damaged_wal_costs_its_end_alone(kind: str, filled: dict[str, bytes], tmp_path: Path) -> None:
+    """A -wal says nowhere how long it was: SQLite takes it up to the damage, which is one state that was committed."""
+    random = Random(kind)
+    for case in range(20):
+        path = tmp_path / f"{case}.db"
+        path.write_bytes(filled["killed"])
+        Path(f"{path}-wal").write_bytes(damaged(filled["wal"], kind, random) if case else filled["wal"])
+        with contextlib.closing(chatrtc.prepare(path)) as db:
+            assert chatrtc.find_trouble(db) == []
+            assert chatrtc.count_rows(db)[2] == 2500 if case == 0 else chatrtc.count_rows(db)[2] in (2000, 2500)
+
+
+def spoil(folder: Path, name: str, filled: dict[str, bytes]) -> str:
+    """Put something that is not to be served where the database should be; a word of what is said about it."""
+    path = folder / "chat.db"
+    match name:
+        case "text":
+            path.write_text("Dear diary\n" * 1000)
+            return "not an SQLite database"
+        case "foreign":
+            other_database(path, "CREATE TABLE diary (day)", "INSERT INTO diary VALUES (1)")
+            return "another program"
+        case "foreign in WAL mode":
+            other_database(path, "PRAGMA journal_mode = wal", "CREATE TABLE diary (day)")
+            return "another program"
+        case "newer":
+            path.write_bytes(filled["stopped"])
+            other_database(path, f"PRAGMA user_version = {chatrtc.VERSION + 1}")
+            return "newer"
+        case "zeroed":
+            path.write_bytes(filled["stopped"][:8192] + bytes(65536) + filled["stopped"][73728:])
+            return "damaged"
+        case "cut off":
+            path.write_bytes(filled["stopped"][:30000])
+            return "damaged"
+        case "cut off in its header":
+            path.write_bytes(filled["stopped"][:50])
+            return "damaged"
+        case "emptied":
+            path.write_bytes(b"")
+            (folder / "chat.db.secret").write_text("s" * 64)
+            return "held something"
+        case "lost beside its -wal":
+            Path(f"{path}-wal").write_bytes(filled["wal"])
+            return "held something"
+        case "damaged beside its -wal":
+            path.write_bytes(filled["killed"][:4096] + bytes(65536) + filled["killed"][69632:])
+            Path(f"{path}-wal").write_bytes(filled["wal"])
+            return "damaged"
+        case "a folder":
+            path.mkdir()
+            return "Is a directory"
+    raise ValueError(name)
+
+
+SPOILT = [
+    "text", "foreign", "foreign in WAL mode", "newer", "zeroed", "cut off", "cut off in its header", "emptied",
+    "lost beside its -wal", "damaged beside its -wal", "a folder",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILT)
+async def test_what_is_no_database_of_ours_is_left_as_it_is(name: str, filled: dict[str, bytes], tmp_path: Path) -> None:
+    word = spoil(tmp_path, name, filled)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    database = ("--database", str(tmp_path / "chat.db"))
+    refused(await command("serve", "--port", "0", *database), word)
+    refused(await command("user", "add", "ana", *database, stdin="correct horse\n"), word)
+    for args in (["check"], ["backup", str(tmp_path / "copy")]):
+        refused(await command(*args, *database))
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert {name: after.get(name) for name in before} == before
+    assert set(after) - set(before) <= {"chat.db.lock", "chat.db-shm"}
+
+
+WRONG = {
+    "bogus": "No such command",
+    "--bogus": "No such option",
+    "serve --bogus": "No such option",
+    "serve --port x": "--port",
+    "serve --port 65536": "port",
+    "serve --token-ttl 0": "token_ttl",
+    "serve --registration maybe": "'open', 'invite', 'closed'",
+    "serve --secret short": "32 bytes",
+    "serve --database missing/chat.db": "does not exist",
+    "serve --database :memory:": "keep nothing",
+    "serve --host no.such.invalid": "no.such.invalid",
+    "serve --tls-cert cert.pem": "--tls-key",
+    "serve --tls-cert cert.pem --tls-key key.pem": "certificate",
+    "serve extra": "unexpected",
+    "user add": "USERNAME",
+    "user bogus": "No such command",
+    "user list": "no database",
+    "user delete ana --database missing/chat.db --yes": "does not exist",
+    "token": "USERNAME",
+    "token ana": "no database",
+    "backup copy.db": "no database",
+    "restore copy.db": "no backup",
+    "check": "no database",
+    "export --format pdf": "'jsonl', 'html'",
+    "export --server x": "--server",
+    "export": "no database",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", WRONG)
+async def test_a_wrong_command_is_one_clear_line(line: str, tmp_path: Path) -> None:
+    refused(await command(*line.split(), cwd=tmp_path, stdin="correct horse\n"), WRONG[line])
+    assert {path.name for path in tmp_path.iterdir()} <= {"chatrtc.db", "chatrtc.db.lock", "chatrtc.db.secret"}
+    assert not (tmp_path / "chatrtc.db").exists() or "--host" in line
+
+
+async def test_a_bad_variable_is_refused_like_a_bad_option(tmp_path: Path) -> None:
+    refused(await command("serve", env={"CHATRTC_PORT": "x"}, cwd=tmp_path), "--port")
+    refused(await command("serve", env={"CHATRTC_SECRET": "short"}, cwd=tmp_path), "32 bytes")
+
+
+async def test_a_secret_file_that_holds_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "chat.db.secret").write_text("short")
+    refused(await command("serve", "--port", "0", "--database", str(tmp_path / "chat.db")), "chat.db.secret")
+    assert (tmp_path / "chat.db.secret").read_text() == "short"
+
+
+async def test_help_is_there_for_everything() -> None:
+    for name in ["", "user", *all_commands()]:
+        out = await done(*name.split(), "--help")
+        assert out.startswith("Usage: chatrtc")
+    refused(await command("user", "bogus"))
+    assert (await done("--version")).split() == ["ChatRTC,", "version", chatrtc.__version__]
+
+
+async def test_a_port_or_a_database_in_use_is_refused(tmp_path: Path) -> None:
+    process = await Process.start(tmp_path / "chat.db")
+    port = str(urlsplit(process.url).port)
+    refused(await command("serve", "--port", port, "--database", str(tmp_path / "other.db")), "Address already in use")
+    refused(await command("serve", "--port", "0", "--database", str(tmp_path / "chat.db")), "in use by another")
+    refused(await command("restore", str(tmp_path / "other.db"), "--database", str(tmp_path / "chat.db")), "in use")
+    async with process.world() as world:
+        assert (await world.call("GET", "/healthz")).status == 200
+    assert await process.stop() == (0, "")
+
+
+async def test_accounts_are_managed_while_the_server_runs(tmp_path: Path) -> None:
+    process = await Process.start(tmp_path / "chat.db")
+    database = ("--database", str(tmp_path / "chat.db"))
+    async with process.world() as world:
+        assert await done("user", "add", "ana", *database, stdin="correct horse\n") == "ana has the id 1\n"
+        login = await world.call("POST", "/auth/login", {"username": "ana", "password": "correct horse"})
+        ana = Person(world, "ana", login.body["user_id"], login.body["token"])
+        ben = await world.person("ben")
+        place = await world.place(ana, ben)
+        sockets = [await one.socket(place.server_id) for one in (ana, ben)]
+        refused(await command("user", "add", "ANA", *database, stdin="correct horse\n"), "taken")
+        refused(await command("user", "add", "a b", *database, stdin="correct horse\n"), "username")
+        refused(await command("user", "add", "cy", *database, stdin="short\n"), "length >= 8")
+        refused(await command("user", "password", "nobody", *database, stdin="correct horse\n"), "nobody")
+        rows = [line.split("\t") for line in (await done("user", "list", *database)).splitlines()]
+        assert [row[:2] for row in rows] == [["1", "ana"], ["2", "ben"]]
+
+        assert await done("user", "password", "ana", *database, stdin="another horse\n") == "ana has a new password\n"
+        await asyncio.wait_for(sockets[0].closed.wait(), PATIENCE)
+        assert (await ana.call("GET", "/users/me")).status == 401
+        assert (await ben.call("GET", "/users/me")).status == 200
+        for password, status in {"correct horse": 401, "another horse": 200}.items():
+            reply = await world.call("POST", "/auth/login", {"username": "ana", "password": password})
+            assert reply.status == status
+
+        ana.token = (await done("token", "ana", *database)).strip()
+        posted = await ana.post(place.channel_id, "said before")
+        assert await done("user", "delete", "ana", "--yes", *database) == "ana is deleted\n"
+        assert (await ana.call("GET", "/users/me")).status == 401
+        assert (await sockets[1].hears("member:left"))["user_id"] == ana.user_id
+        assert (await sockets[1].hears("member:updated"))["role"] == "owner"
+        assert (await ben.ok("GET", f"/messages/{posted['message_id']}"))["author_username"] == "ana"
+        refused(await command("token", "ana", *database), "ana")
+        assert (await done("user", "list", *database)).split("\t")[1:2] == ["ben"]
+    assert await process.stop() == (0, "")
+    assert (await done("check", *database)).startswith("sound: 2 users, 1 servers, 1 messages")
+
+
+async def test_commands_at_the_same_time_wait_for_one_another(tmp_path: Path) -> None:
+    database = ("--database", str(tmp_path / "chat.db"))
+    names = [f"user{number}" for number in range(6)]
+    await asyncio.gather(*(done("user", "add", name, *database, stdin="correct horse\n") for name in names))
+    assert {line.split("\t")[1] for line in (await done("user", "list", *database)).splitlines()} == set(names)
+
+
+async def test_a_live_database_is_backed_up_and_restored(tmp_path: Path) -> None:
+    process = await Process.start(tmp_path / "chat.db", "--no-rate-limit")
+    database = ("--database", str(tmp_path / "chat.db"))
+    world = process.world()
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    kept: list[int] = []
+
+    async def post() -> None:
+        with contextlib.suppress(aiohttp.ClientError):
+            while True:
+                kept.append((await ana.post(place.channel_id))["message_id"])
+
+    writers = [asyncio.create_task(post()) for _ in range(8)]
+    copies: dict[str, int] = {}
+    for name in ("one", "two", "three"):
+        copies[name] = len(kept)
+        assert "verified" in await done("backup", str(tmp_path / name), *database)
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+    await process.stop(signal.SIGKILL)
+    await asyncio.gather(*writers)
+    await world.close()
+    assert len(kept) > copies["three"] > 0
+    assert (tmp_path / "chat.db-wal").stat().st_size > 0
+
+    # A person copies the backup over the database; the -wal of the other one is still there, and would be mixed in.
+    crashed = {end: Path(f"{tmp_path}/chat.db{end}").read_bytes() for end in ("", "-wal")}
+    shutil.copy(tmp_path / "three", tmp_path / "chat.db")
+    refused(await command("serve", "--port", "0", *database), "-wal of another database", "chatrtc restore")
+    assert (tmp_path / "chat.db-wal").read_bytes() == crashed["-wal"]
+    (tmp_path / "chat.db").write_bytes(crashed[""])
+
+    out = await done("restore", str(tmp_path / "three"), *database)
+    aside = Path(out.strip().rpartition(" kept as ")[2])
+    assert {end: Path(f"{aside}{end}").read_bytes() for end in ("", "-wal")} == crashed
+    assert (tmp_path / "chat.db").stat().st_mode & 0o777 == 0o600
+    assert not (tmp_path / "chat.db-wal").exists()
+    assert not list(tmp_path.glob("*.part"))
+    process = await Process.start(tmp_path / "chat.db")
+    async with process.world() as world:
+        ana.world = world
+        history = [message["message_id"] for message in await whole_history(ana, place.channel_id)]
+        assert set(kept[: copies["three"]]) <= set(history)
+        assert history == sorted(history)
+        posted = await ana.post(place.channel_id, "after the restore")
+        assert posted["message_id"] > history[-1]
+    assert await process.stop() == (0, "")
+    assert "sound" in await done("check", "--database", str(aside))  # and the way back leads back
+    with contextlib.closing(sqlite3.connect(aside)) as db:
+        assert {row[0] for row in db.execute("SELECT message_id FROM messages")} >= set(kept)
+
+
+async def whole_history(person: Person, channel_id: int) -> list[Any]:
+    """Every message of a channel, walked page by page from its beginning."""
+    messages: list[Any] = []
+    while True:
+        after = messages[-1]["message_id"] if messages else 0
+        page = await person.ok("GET", f"/channels/{channel_id}/messages?after={after}&limit=100")
+        messages += page["messages"]
+        if not page["has_more"]:
+            return messages
+
+
+async def test_a_backup_that_cannot_be_made_leaves_nothing(filled: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "chat.db").write_bytes(filled["stopped"])
+    database = ("--database", str(tmp_path / "chat.db"))
+    (tmp_path / "there").write_text("keep me")
+    refused(await command("backup", str(tmp_path / "there"), *database), "exists")
+    assert (tmp_path / "there").read_text() == "keep me"
+    refused(await command("backup", str(tmp_path / "missing" / "copy"), *database), "does not exist")
+    limited = f"ulimit -f 100; exec {sys.executable} {HERE / 'chatrtc.py'} backup {tmp_path}/full {' '.join(database)}"
+    process = await asyncio.create_subprocess_exec("sh", "-c", limited, stderr=asyncio.subprocess.PIPE)
+    _, err = await process.communicate()  # a limit on the size of files stands for a full disk
+    refused(Ended(process.returncode or 0, "", err.decode()), "thrown away")
+    assert not list(tmp_path.glob("full*"))
+    assert "verified" in await done("backup", str(tmp_path / "copy"), *database)
+    assert (tmp_path / "chat.db").read_bytes() == filled["stopped"]
+
+
+@pytest.mark.parametrize("name", [name for name in SPOILT if "-wal" not in name and name != "emptied"])
+async def test_only_a_sound_backup_is_restored(name: str, filled: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "backups").mkdir()
+    spoil(tmp_path / "backups", name, filled)
+    (tmp_path / "chat.db").write_bytes(filled["stopped"])
+    restore = ("restore", str(tmp_path / "backups" / "chat.db"), "--database", str(tmp_path / "chat.db"))
+    refused(await command(*restore))
+    assert (tmp_path / "chat.db").read_bytes() == filled["stopped"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"backups", "chat.db", "chat.db.lock"}
+
+
+async def test_a_restore_needs_no_database_to_replace(filled: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "copy").write_bytes(filled["stopped"])
+    await done("restore", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
+    assert "2000 messages" in await done("check", "--database", str(tmp_path / "chat.db"))
+    (tmp_path / "chat.db").write_bytes(bytes(4096))  # and a damaged one may be replaced
+    await done("restore", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
+    assert "2000 messages" in await done("check", "--database", str(tmp_path / "chat.db"))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM members",
+        "UPDATE messages SET seq = seq + 100000 WHERE message_id = 7",
+        "UPDATE messages SET deleted = 1 WHERE message_id = 7",
+        "UPDATE messages SET author_id = 99 WHERE message_id = 7",
+        "UPDATE messages SET server_id = 99 WHERE message_id = 7",
+    ],
+)
+async def test_check_finds_what_sqlite_does_not(statement: str, filled: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "chat.db").write_bytes(filled["stopped"])
+    database = ("--database", str(tmp_path / "chat.db"))
+    assert (await command("check", *database)).status == 0
+    other_database(tmp_path / "chat.db", statement)
+    ended = await command("check", *database)
+    assert ended.status == 1
+    assert ended.out
+    assert "wrong" in ended.err
+
+
+async def test_export_writes_what_there_is(world: World, tmp_path: Path) -> None:
+    database = ("--database", str(tmp_path / "chat.db"))
+    ana, ben = await world.people("ana", "ben")
+    places = [await world.place(ana, ben, name=name) for name in ("<b>first</b>", "second")]
+    nasty = "<script>alert('&')</script> {0} {content} %s \U0001f600\nnext line"
+    posted = [await ben.post(place.channel_id, nasty) for place in places]
+    await ana.ok("PUT", f"/messages/{posted[0]['message_id']}/reactions/%F0%9F%91%8D")
+    gone = await ana.post(places[0].channel_id, "deleted since")
+    await ana.ok("DELETE", f"/messages/{gone['message_id']}")
+
+    things = [json.loads(line) for line in (await done("export", *database)).splitlines()]
+    kinds = [thing["type"] for thing in things]
+    assert kinds == ["server", "member", "member", "channel", "message"] * 2
+    message = await ana.ok("GET", f"/messages/{posted[0]['message_id']}")
+    assert message["reactions"]
+    assert things[4] == {"type": "message"} | message
+    one = await done("export", "--server", str(places[1].server_id), *database)
+    assert [json.loads(line)["type"] for line in one.splitlines()] == kinds[:5]
+    refused(await command("export", "--server", "99", *database), "no server 99")
+
+    await done("export", "--format", "html", "--output", str(tmp_path / "all.html"), *database)
+    written = (tmp_path / "all.html").read_text("utf-8")
+    assert html.escape(nasty) in written
+    assert "<h1>&lt;b&gt;first&lt;/b&gt;</h1>" in written
+    assert "<script" not in written
+    assert "deleted since" not in written
+    refused(await command("export", "--output", "/dev/full", *database), "No space left")
+
+
+async def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    lax = ("sh", "-c", 'umask 000; exec "$0" "$@"')
+    process = await Process.start(tmp_path / "chat.db", prefix=lax)
+    async with process.world() as world:
+        await world.person("ana")
+        await done("backup", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    await process.stop()
+    names = ["chat.db", "chat.db-shm", "chat.db-wal", "chat.db.lock", "chat.db.secret", "copy", "copy.lock"]
+    assert modes == {name: 0o600 for name in names if name in modes}
+    assert set(modes) >= set(names[:-1])
+
+
+async def test_secrets_stay_secret(tmp_path: Path) -> None:
+    """Neither in what is printed or logged, nor among the arguments that everybody on the machine can read."""
+    secret, password = "a secret of thirty-two bytes or so", "correct horse battery"
+    process = await Process.start(tmp_path / "chat.db", env={"CHATRTC_SECRET": secret})
+    database = ("--database", str(tmp_path / "chat.db"))
+    printed = await done("user", "add", "ana", *database, stdin=password + "\n")
+    token = (await done("token", "ana", *database, env={"CHATRTC_SECRET": secret})).strip()
+    async with process.world() as world:
+        assert (await world.call("GET", "/users/me", token=token)).status == 200
+        await world.call("POST", "/auth/login", {"username": "ana", "password": password})
+        await world.call("POST", "/auth/login", {"username": "ana", "password": password + "!"})
+        await world.call("GET", f"/users/me?token={token}", token=token + "x")
+        await world.call("POST", "/auth/login", headers={"Content-Type": "application/json"}, data=password)
+        with contextlib.suppress(socketio.exceptions.ConnectionError):
+            await world.socket(token + "x")
+        with contextlib.suppress(socketio.exceptions.ConnectionError):
+            await world.socket(headers={"Authorization": token})
+        arguments = Path(f"/proc/{process.process.pid}/cmdline").read_bytes().decode()
+    assert "chatrtc.py" in arguments
+    status, errors = await process.stop()
+    assert status == 0
+    for text in (printed, errors, arguments):
+        for word in (secret, password, token):
+            assert word not in text
+    refused(await command("serve", "--secret", secret[:31], *database))
+
+
+# ---- Guarantees -----------------------------------------------------------------------------------------------------
+# What the README promises, each sentence held by the fault that would break it: real kills, cuts, full disks, hostile
+# clients. The numbers here are those of every commit; `pytest -m soak` runs the same tests with the full ones. Where a
+# test shows that something does not happen, it also shows that it would have seen it.
+
+
+def trials(few: int, many: int) -> pytest.MarkDecorator:
+    """How often a test tries, as its argument `tries`: in every run, and in the soak."""
+    return pytest.mark.parametrize("tries", [few, pytest.param(many, marks=pytest.mark.soak)])
+
+
+async def until(so: Callable[[], bool], seconds: float = PATIENCE) -> float:
+    """Wait until it is so; the seconds that it took."""
+    began = time.monotonic()
+    while not so():
+        assert time.monotonic() - began < seconds, f"not so after {seconds} s"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - began
+
+
+GONE = (aiohttp.ClientError, OSError, TimeoutError)  # how a request ends whose server dies
+
+
+class Writers:
+    """People who post one message after another, each with a nonce, and what they were answered."""
+
+    def __init__(self, place: Place, people: list[Person]) -> None:
+        self.place, self.people = place, people
+        self.answered: dict[str, Any] = {}  # nonce -> the message of the first 201
+        self.asked: dict[str, Person] = {}
+        self.refused: list[Reply] = []
+        self.told: list[Any] = []  # what sockets heard of
+        self._number = 0
+
+    @property
+    def unanswered(self) -> list[str]:
+        return [nonce for nonce in self.asked if nonce not in self.answered]
+
+    async def ask(self, world: World, nonce: str) -> bool:
+        """Post it, for the first time or again; whether it was answered with 201."""
+        message = {"channel_id": self.place.channel_id, "content": f"this is {nonce}", "nonce": nonce}
+        try:
+            reply = await world.call("POST", "/messages", message, token=self.asked[nonce].token)
+        except GONE:
+            return False
+        if reply.status != 201:
+            self.refused.append(reply)
+            return False
+        first = self.answered.setdefault(nonce, reply.body)
+        assert reply.body == first, "a retry was answered with another message"
+        return True
+
+    async def post_on(self, world: World, person: Person) -> None:
+        """Post until the server is gone, or refuses."""
+        while True:
+            self._number += 1
+            nonce = f"nonce-{self._number}"
+            self.asked[nonce] = person
+            if not await self.ask(world, nonce):
+                return
+
+    async def listen(self, world: World) -> Socket:
+        """A socket whose news are kept in `told`."""
+        socket = await world.socket(self.people[0].token)
+        socket.client.on("message:new", self._hear)
+        await socket.ok("join_server", {"server_id": self.place.server_id})
+        return socket
+
+    async def _hear(self, message: Any) -> None:
+        self.told.append(message)
+
+    async def settle(self, world: World) -> None:
+        """Ask again for all that got no answer."""
+        waiting = self.unanswered
+        for start in range(0, len(waiting), 64):
+            some = waiting[start : start + 64]
+            assert all(await asyncio.gather(*(self.ask(world, nonce) for nonce in some))), self.refused[-1:]
+
+    async def losses(self, world: World) -> dict[str, list[Any]]:
+        """What breaks the promise, by its kind; all empty where it is kept."""
+        stored = await history(world, self.place.server_id, self.people[0].token)
+        by_nonce: dict[str, list[Any]] = {}
+        for message in stored:
+            by_nonce.setdefault(message["content"].removeprefix("this is "), []).append(message)
+        by_id = {message["message_id"]: message for message in stored}
+        seqs = [message["seq"] for message in stored]
+        in_order = sorted(stored, key=lambda message: message["message_id"]) == stored
+        first = seqs[0] if seqs else 0
+        return {
+            "lost": [nonce for nonce, message in self.answered.items() if message not in by_nonce.get(nonce, [])],
+            "twice": [nonce for nonce, messages in by_nonce.items() if len(messages) > 1],
+            "told but not stored": [told for told in self.told if by_id.get(told["message_id"]) != told],
+            "not asked for": [nonce for nonce in by_nonce if nonce not in self.asked],
+            "out of order": [] if in_order and seqs == list(range(first, first + len(seqs))) else seqs,
+        }
+
+
+async def history(world: World, server_id: int, token: str) -> list[Any]:
+    """Every message of a server, by `seq`, as catching up from the beginning gives it."""
+    messages: list[Any] = []
+    after = 0
+    while True:
+        reply = await world.call("GET", f"/servers/{server_id}/changes?after={after}", token=token)
+        assert reply.status == 200, reply
+        messages += reply.body["messages"]
+        after = reply.body["seq"]
+        if not reply.body["has_more"]:
+            return messages
+
+
+async def run_check(database: Path) -> str:
+    """What `check` says of a database."""
+    command = [sys.executable, str(HERE / "chatrtc.py"), "check", "--database", str(database)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+    output, _ = await process.communicate()
+    return output.decode()
+
+
+class Server(Process):
+    """A server in a process of its own, without rate limits, that ends with its test."""
+
+    def __init__(self, process: asyncio.subprocess.Process, url: str) -> None:
+        super().__init__(process, url)
+        self.seconds = 0.0  # that it took to start
+        self.worlds: list[World] = []
+
+    def world(self) -> World:
+        self.worlds.append(super().world())
+        return self.worlds[-1]
+
+    async def end(self) -> None:
+        for world in self.worlds:
+            await world.close()
+        if self.process.returncode is None:
+            await self.stop(signal.SIGKILL)
+
+
+Launch = Callable[..., Awaitable[Server]]
+
+
+@pytest_asyncio.fixture
+async def launch() -> AsyncIterator[Launch]:
+    """Start servers in processes of their own."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(database: Path, *options: str, limits: bool = False, **given: Any) -> Server:
+            began = time.monotonic()
+            process = await Server.start(database, *options, *(() if limits else ("--no-rate-limit",)), **given)
+            assert isinstance(process, Server)
+            process.seconds = time.monotonic() - began
+            stack.push_async_callback(process.end)
+            return process
+
+        yield start
+
+
+# 1. A 201 survives kill -9 and a power cut.
+#
+# A killed process loses nothing that it handed to the kernel, so that a kill alone would not show a missing sync. For the
+# power cut the server runs on a layer under its file system calls, which keeps a journal of every write and sync in the
+# database's folder; after the kill the folder is made what a disk would hold: what was synced and, of the rest, nothing
+# or pieces.
+
+SHIM = r"""
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+enum { FILES = 65536 };
+static const char *folder, *broken;              /* watched; a file whose presence makes every sync fail with EIO */
+static int journal = -1;
+static unsigned long long watched[FILES];        /* fd -> inode of a file of the folder, or 0 */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+__attribute__((constructor)) static void begin(void) {
+    const char *path = getenv("FAULT_JOURNAL");
+    broken = getenv("FAULT_BROKEN");
+    if (path) journal = syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+    folder = getenv("FAULT_FOLDER");
+}
+
+static void record(char kind, unsigned long long inode, long long offset, const void *data, unsigned long long length) {
+    struct __attribute__((packed)) { char kind; unsigned long long inode; long long offset; unsigned long long length; }
+        head = {kind, inode, offset, length};
+    struct iovec parts[2] = {{&head, sizeof head}, {(void *)data, length}};
+    if (journal >= 0 && writev(journal, parts, 2) != (ssize_t)(sizeof head + length)) abort();
+}
+
+static const char *inside(const char *path) {    /* the name of a file of the folder, "." for itself, else NULL */
+    size_t length = folder ? strlen(folder) : 0, all = strlen(path);
+    if (!length || strncmp(path, folder, length)) return NULL;
+    if (!path[length]) return ".";
+    if (path[length] != '/' || strchr(path + length + 1, '/')) return NULL;
+    if (all > 4 && !strcmp(path + all - 4, "-shm")) return NULL;
+    if (all > 5 && !strcmp(path + all - 5, ".lock")) return NULL;
+    return path + length + 1;
+}
+
+static unsigned long long of(int fd) { return fd >= 0 && fd < FILES ? watched[fd] : 0; }
+
+static int open_file(int at, const char *path, int flags, mode_t mode) {
+    const char *name = inside(path);
+    if (!name) return syscall(SYS_openat, at, path, flags, mode);
+    pthread_mutex_lock(&lock);
+    int there = !syscall(SYS_faccessat, at, path, F_OK);
+    int fd = syscall(SYS_openat, at, path, flags, mode);
+    struct stat about;
+    if (fd >= 0 && fd < FILES && !fstat(fd, &about)) {
+        watched[fd] = about.st_ino;
+        if (!there) record('C', about.st_ino, 0, name, strlen(name));
+        else if (flags & O_TRUNC) record('T', about.st_ino, 0, NULL, 0);
+    }
+    pthread_mutex_unlock(&lock);
+    return fd;
+}
+
+#define OPEN(name) int name(const char *path, int flags, ...) { \
+    va_list more; va_start(more, flags); mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, mode_t) : 0; \
+    va_end(more); return open_file(AT_FDCWD, path, flags, mode); }
+OPEN(open) OPEN(open64)
+#define OPENAT(name) int name(int at, const char *path, int flags, ...) { \
+    va_list more; va_start(more, flags); mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, mode_t) : 0; \
+    va_end(more); return open_file(at, path, flags, mode); }
+OPENAT(openat) OPENAT(openat64)
+
+int close(int fd) {
+    if (fd >= 0 && fd < FILES) watched[fd] = 0;
+    return syscall(SYS_close, fd);
+}
+
+static ssize_t write_at(int fd, const void *data, size_t length, off_t offset) {
+    pthread_mutex_lock(&lock);
+    ssize_t done = syscall(SYS_pwrite64, fd, data, length, offset);
+    if (done > 0) record('W', of(fd), offset, data, done);
+    pthread_mutex_unlock(&lock);
+    return done;
+}
+ssize_t pwrite(int fd, const void *data, size_t length, off_t offset) {
+    return of(fd) ? write_at(fd, data, length, offset) : syscall(SYS_pwrite64, fd, data, length, offset);
+}
+ssize_t pwrite64(int fd, const void *data, size_t length, off_t offset) { return pwrite(fd, data, length, offset); }
+ssize_t write(int fd, const void *data, size_t length) {
+    if (!of(fd)) return syscall(SYS_write, fd, data, length);
+    ssize_t done = write_at(fd, data, length, lseek(fd, 0, SEEK_CUR));
+    if (done > 0) lseek(fd, done, SEEK_CUR);
+    return done;
+}
+
+int ftruncate(int fd, off_t size) {
+    if (!of(fd)) return syscall(SYS_ftruncate, fd, size);
+    pthread_mutex_lock(&lock);
+    int failed = syscall(SYS_ftruncate, fd, size);
+    if (!failed) record('T', of(fd), size, NULL, 0);
+    pthread_mutex_unlock(&lock);
+    return failed;
+}
+int ftruncate64(int fd, off_t size) { return ftruncate(fd, size); }
+
+static int sync_file(int fd, int call) {
+    if (!of(fd)) return syscall(call, fd);
+    if (broken && !syscall(SYS_faccessat, AT_FDCWD, broken, F_OK)) { errno = EIO; return -1; }
+    usleep(2000);                                /* as long as a disk takes: most cuts fall in here */
+    pthread_mutex_lock(&lock);
+    record('S', of(fd), 0, NULL, 0);             /* the journal stands for the disk: the sync is this line */
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+int fsync(int fd) { return sync_file(fd, SYS_fsync); }
+int fdatasync(int fd) { return sync_file(fd, SYS_fdatasync); }
+
+int unlink(const char *path) {
+    const char *name = inside(path);
+    if (!name) return syscall(SYS_unlinkat, AT_FDCWD, path, 0);
+    pthread_mutex_lock(&lock);
+    int failed = syscall(SYS_unlinkat, AT_FDCWD, path, 0);
+    if (!failed) record('U', 0, 0, name, strlen(name));
+    pthread_mutex_unlock(&lock);
+    return failed;
+}
+
+int rename(const char *from, const char *to) {
+    const char *old = inside(from), *new = inside(to);
+    if (!old || !new) return syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0);
+    pthread_mutex_lock(&lock);
+    int failed = syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0);
+    char both[1024];
+    int length = snprintf(both, sizeof both, "%s/%s", old, new);
+    if (!failed) record('R', 0, 0, both, length);
+    pthread_mutex_unlock(&lock);
+    return failed;
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layer under a server's file system calls, as a library to preload."""
+    if sys.platform != "linux":
+        pytest.skip("needs LD_PRELOAD")
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "faults.c").write_text(SHIM)
+    command = [tool("cc"), "-shared", "-fPIC", "-O2", "-w", "-o", "faults.so", "faults.c", "-lpthread"]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / "faults.so"
+
+
+class Disk:
+    """The folder of a database, on a disk that can lose its power."""
+
+    RECORD = struct.Struct("<cQqQ")
+
+    def __init__(self, folder: Path, faults: Path) -> None:
+        self.folder = folder.resolve()
+        self.folder.mkdir()
+        self.journal = folder.with_suffix(".journal")
+        self.broken = folder.with_suffix(".broken")
+        self.env = {
+            "LD_PRELOAD": str(faults),
+            "FAULT_FOLDER": str(self.folder),
+            "FAULT_JOURNAL": str(self.journal),
+            "FAULT_BROKEN": str(self.broken),
+        }
+        self.remember()
+
+    def remember(self) -> None:
+        """What is in the folder now is on the disk for good."""
+        self.journal.unlink(missing_ok=True)
+        paths = [path for path in self.folder.iterdir() if path.suffix != ".lock" and not path.name.endswith("-shm")]
+        self.names = {path.name: path.stat().st_ino for path in paths}
+        self.held = {path.stat().st_ino: bytearray(path.read_bytes()) for path in paths}
+
+    def records(self) -> Iterator[tuple[bytes, int, int, bytes]]:
+        with self.journal.open("rb") as file:
+            while len(head := file.read(self.RECORD.size)) == self.RECORD.size:
+                kind, inode, offset, length = self.RECORD.unpack(head)
+                yield kind, inode, offset, file.read(length)
+
+    def lose_power(self, dice: random.Random) -> int:
+        """Leave of the folder what was synced and, of what was not, nothing or pieces; how many writes were pending."""
+        tear = dice.choice((0, 512, 4096))
+        itself = self.folder.stat().st_ino
+        pending: dict[int, list[tuple[bytes, int, bytes]]] = {}
+        entries: list[tuple[bytes, int, bytes]] = []  # changes of the folder itself, which a disk makes in their order
+        for kind, inode, offset, data in self.records():
+            if kind in b"CUR":
+                entries.append((kind, inode, data))
+                if kind == b"C":
+                    self.held[inode], pending[inode] = bytearray(), []
+            elif kind != b"S":
+                pending.setdefault(inode, []).append((kind, offset, data))
+            elif inode == itself:
+                self.rename(entries)
+                entries.clear()
+            else:
+                for change in pending.pop(inode, []):
+                    self.write(inode, *change)
+        self.rename(entries[: dice.randint(0, len(entries)) if tear else 0])
+        for inode, changes in pending.items():
+            for kind, offset, data in changes:
+                if tear and dice.random() < 0.5:
+                    for start in range(0, max(1, len(data)), tear):
+                        if dice.random() < 0.7:
+                            self.write(inode, kind, offset + start, data[start : start + tear])
+        for path in self.folder.iterdir():
+            if path.suffix != ".lock":
+                path.unlink()
+        for name, inode in self.names.items():
+            (self.folder / name).touch(0o600)
+            (self.folder / name).write_bytes(self.held[inode])
+        self.remember()
+        return sum(map(len, pending.values()))
+
+    def rename(self, entries: list[tuple[bytes, int, bytes]]) -> None:
+        for kind, inode, data in entries:
+            if kind == b"C":
+                self.names[data.decode()] = inode
+            elif kind == b"U":
+                self.names.pop(data.decode(), None)
+            else:
+                old, new = data.decode().split("/")
+                self.names[new] = self.names.pop(old)
+
+    def write(self, inode: int, kind: bytes, offset: int, data: bytes) -> None:
+        content = self.held[inode]
+        if len(content) < offset:
+            content.extend(bytes(offset - len(content)))
+        if kind == b"T":
+            del content[offset:]
+        else:
+            content[offset : offset + len(data)] = data
+
+
+def patched(statement: str) -> tuple[str, ...]:
+    """A prefix by which a server runs with one thing of its module changed."""
+    start = "import sys; sys.argv = sys.argv[2:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); import chatrtc"
+    return (sys.executable, "-c", f"{start}; {statement}; chatrtc.main()")
+
+
+WRITERS = [f"writer{number}" for number in range(16)]
+
+
+async def begin_writing(process: Process) -> Writers:
+    world = process.world()
+    people = await world.people(*WRITERS)
+    place = await world.place(*people)
+    return Writers(place, people)
+
+
+async def write_and_kill(process: Process, writers: Writers, seconds: float) -> None:
+    """Retry what got no answer, post from all sides, and kill the server in the middle of it."""
+    world = process.world()
+    await writers.settle(world)
+    await writers.listen(world)
+    posting = [asyncio.create_task(writers.post_on(world, person)) for person in writers.people]
+    before = len(writers.answered)
+    await until(lambda: len(writers.answered) >= before + 50)
+    await asyncio.sleep(seconds)
+    await process.stop(signal.SIGKILL)
+    await asyncio.gather(*posting)
+
+
+@trials(10, 200)
+async def test_what_was_acknowledged_survives_kill(launch: Launch, tmp_path: Path, tries: int) -> None:
+    database, dice, starts = tmp_path / "chat.db", random.Random(1), []
+    process = await launch(database)
+    writers = await begin_writing(process)
+    for _ in range(tries):
+        await write_and_kill(process, writers, dice.uniform(0, 0.3))
+        process = await launch(database)
+        starts.append(process.seconds)
+    world = process.world()
+    await writers.settle(world)
+    assert not any((await writers.losses(world)).values())
+    assert await process.stop() == (0, "")
+    assert (await run_check(database)).startswith("sound")
+    assert not writers.refused
+    print(f"{tries} kills, {len(writers.answered)} answered, start at most {max(starts):.2f} s")
+    assert max(starts) < 2
+
+
+@trials(5, 100)
+async def test_what_was_acknowledged_survives_a_power_cut(launch: Launch, tmp_path: Path, faults: Path, tries: int) -> None:
+    disk, dice, starts, dropped = Disk(tmp_path / "disk", faults), random.Random(2), [], 0
+    database = disk.folder / "chat.db"
+    process = await launch(database, env=disk.env)
+    writers = await begin_writing(process)
+    for number in range(tries):
+        await write_and_kill(process, writers, dice.uniform(0, 0.3))
+        dropped += disk.lose_power(dice)
+        if number % 10 == 0:
+            assert (await run_check(database)).startswith("sound")
+            disk.remember()
+        process = await launch(database, env=disk.env)
+        starts.append(process.seconds)
+    world = process.world()
+    await writers.settle(world)
+    assert not any((await writers.losses(world)).values())
+    assert await process.stop() == (0, "")
+    assert dropped, "the cuts found everything synced, and show nothing"
+    print(f"{tries} cuts, {len(writers.answered)} answered, {dropped} writes undone, start at most {max(starts):.2f} s")
+    assert max(starts) < 2
+
+
+async def test_a_power_cut_would_show_a_missing_sync(launch: Launch, tmp_path: Path, faults: Path) -> None:
+    """The same cut, with SQLite told to sync at checkpoints alone, loses what was acknowledged."""
+    disk = Disk(tmp_path / "disk", faults)
+    database = disk.folder / "chat.db"
+    careless = patched("chatrtc.PRAGMAS['synchronous'] = 1")
+    process = await launch(database, env=disk.env)
+    writers = await begin_writing(process)
+    assert (await process.stop())[0] == 0
+    disk.remember()
+    process = await launch(database, env=disk.env, prefix=careless)
+    await write_and_kill(process, writers, 0.2)
+    disk.lose_power(random.Random(3))
+    process = await launch(database)
+    world = process.world()
+    losses = await writers.losses(world)
+    assert losses["lost"]
+    assert losses["told but not stored"]
+    await process.stop()
+
+
+# 2. A retry never duplicates, and a cut never leaves a gap.
+
+
+@trials(50, 1250)
+async def test_a_nonce_posts_once(world: World, tries: int) -> None:
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    hears = await ben.socket(place.server_id)
+    for start in range(0, tries, 50):
+        nonces = [f"nonce-{number}" for number in range(start, min(start + 50, tries))]
+        posts = [{"channel_id": place.channel_id, "content": nonce, "nonce": nonce} for nonce in nonces]
+        replies = await asyncio.gather(*(ana.call("POST", "/messages", post) for post in posts for _ in range(8)))
+        for index in range(len(nonces)):
+            same = replies[index * 8 : index * 8 + 8]
+            assert [reply.status for reply in same] == [201] * 8
+            assert len({reply.body["message_id"] for reply in same}) == 1
+            assert [reply.headers.get("Idempotent-Replayed") for reply in same].count("true") == 7
+    # The nonce is its author's: another's is another message, and a deleted one does not come back.
+    first = (await ana.post(place.channel_id, "mine", nonce="nonce-0"))["message_id"]
+    theirs = await ben.post(place.channel_id, "nonce-0", nonce="nonce-0")
+    assert theirs["author_id"] == ben.user_id
+    await ana.ok("DELETE", f"/messages/{first}")
+    again = await ana.call("POST", "/messages", {"channel_id": place.channel_id, "content": "again", "nonce": "nonce-0"})
+    assert again.status == 409, again
+    stored = await history(world, place.server_id, ana.token)
+    assert len(stored) == tries  # one deleted, one of ben's
+    await hears.hears("message:new", message_id=theirs["message_id"])
+    assert hears.names().count("message:new") == tries + 1
+
+
+class Copy:
+    """A client's copy of a server, kept by the contract: apply what follows, skip what is known, ask for what is missing."""
+
+    def __init__(self, person: Person, place: Place, transport: str) -> None:
+        self.person, self.place, self.transport = person, place, transport
+        self.messages: dict[int, dict[str, Any]] = {}
+        self.seq = 0
+        self.asked = 0  # how often a number was missing
+        self.socket: Socket | None = None
+        self._read = 0
+
+    async def connect(self, world: World) -> None:
+        self.person.world = world
+        self.socket = await world.socket(self.person.token, transports=[self.transport])
+        self._read = 0
+        ack = await self.socket.ok("join_server", {"server_id": self.place.server_id, "after": self.seq})
+        self.take(ack["changes"])
+        if ack["changes"]["has_more"]:
+            await self.ask()
+
+    async def ask(self) -> None:
+        while True:
+            changes = await self.person.ok("GET", f"/servers/{self.place.server_id}/changes?after={self.seq}")
+            self.take(changes)
+            if not changes["has_more"]:
+                return
+
+    def take(self, changes: Any) -> None:
+        for message in changes["messages"]:
+            self.messages[message["message_id"]] = message
+        for deleted in changes["deleted"]:
+            self.messages.pop(deleted["message_id"], None)
+        self.seq = max(self.seq, changes["seq"])
+
+    async def follow(self) -> None:
+        """Apply what was heard."""
+        assert self.socket is not None
+        while self._read < len(self.socket.heard):
+            event, payload = self.socket.heard[self._read]
+            seq = (payload or {}).get("seq", 0)
+            if seq > self.seq + 1:
+                self.asked += 1
+                await self.ask()
+            elif seq == self.seq + 1:
+                self.apply(event, payload)
+                self.seq = seq
+            self._read += 1
+
+    def apply(self, event: str, payload: Any) -> None:
+        message_id = payload.get("message_id")
+        if event in ("message:new", "message:edit"):
+            self.messages[message_id] = payload
+        elif event == "message:deleted":
+            self.messages.pop(message_id, None)
+        elif event.startswith("reaction:"):
+            message = self.messages[message_id] = dict(self.messages[message_id], seq=payload["seq"])
+            reactions = {reaction["emoji"]: set(reaction["user_ids"]) for reaction in message.get("reactions", [])}
+            whose = reactions.setdefault(payload["emoji"], set())
+            (whose.add if event == "reaction:add" else whose.discard)(payload["user_id"])
+            told = [{"emoji": emoji, "user_ids": sorted(ids)} for emoji, ids in reactions.items() if ids]
+            message["reactions"] = told
+            if not told:
+                del message["reactions"]
+
+    def as_it_is(self) -> list[Any]:
+        return sorted(map(normal, self.messages.values()), key=lambda message: int(message["message_id"]))
+
+    def lose(self, dice: random.Random) -> None:
+        """Cut the connection by a reset, as a train into a tunnel: nothing is said, what was under way is lost."""
+        assert self.socket is not None
+        engine = self.socket.client.eio
+        if self.transport == "websocket":
+            transport = engine.ws._response.connection.transport
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_LINGER, struct.pack("ii", 1, 0))
+            transport.abort()
+
+    def freeze(self) -> None:
+        """Stop reading; the connection stands, with little room for what is not read."""
+        assert self.socket is not None
+        if self.transport == "websocket":
+            transport = self.socket.client.eio.ws._response.connection.transport
+            transport.pause_reading()
+            small = (socket_module.SOL_SOCKET, socket_module.SO_RCVBUF, 4096)
+            transport.get_extra_info("socket").setsockopt(*small)
+
+    def thaw(self) -> None:
+        assert self.socket is not None
+        self.socket.client.eio.ws._response.connection.transport.resume_reading()
+
+
+def normal(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its reactions in one order."""
+    reactions = [
+        {"emoji": reaction["emoji"], "user_ids": sorted(reaction["user_ids"])} for reaction in message.get("reactions", [])
+    ]
+    return {**message, "reactions": sorted(reactions, key=lambda reaction: str(reaction["emoji"]))}
+
+
+async def change_things(world: World, people: list[Person], place: Place, dice: random.Random) -> None:
+    """Post, edit, delete and react, some 200 times a second, until the server is gone."""
+    mine: dict[str, list[int]] = {person.name: [] for person in people}
+    everything: list[int] = []
+
+    async def go_on(person: Person) -> None:
+        ids = mine[person.name]
+        while True:
+            await asyncio.sleep(dice.uniform(0, 0.04))
+            what = dice.random()
+            try:
+                if what < 0.55 or not ids:
+                    body = {"channel_id": place.channel_id, "content": f"by {person.name}"}
+                    reply = await world.call("POST", "/messages", body, token=person.token)
+                    ids.append(reply.body["message_id"])
+                    everything.append(ids[-1])
+                elif what < 0.7:
+                    text = {"content": f"edited {dice.random()}"}
+                    await world.call("PATCH", f"/messages/{dice.choice(ids)}", text, token=person.token)
+                elif what < 0.8:
+                    gone = ids.pop(dice.randrange(len(ids)))
+                    await world.call("DELETE", f"/messages/{gone}", token=person.token)
+                else:
+                    method = dice.choice(("PUT", "PUT", "DELETE"))
+                    where = f"/messages/{dice.choice(everything[-50:])}/reactions/{dice.choice('✓✗')}"
+                    await world.call(method, where, token=person.token)
+            except GONE:
+                return
+
+    await asyncio.gather(*map(go_on, people))
+
+
+@trials(40, 1000)
+async def test_a_cut_leaves_no_gap(launch: Launch, tmp_path: Path, tries: int) -> None:
+    dice = random.Random(4)
+    process = await launch(tmp_path / "chat.db")
+    world = process.world()
+    people = await world.people(*(f"user{number}" for number in range(20)))
+    place = await world.place(*people)
+    copies = [Copy(person, place, "polling" if index % 10 == 9 else "websocket") for index, person in enumerate(people)]
+    await asyncio.gather(*(copy.connect(world) for copy in copies))
+    load = asyncio.create_task(change_things(world, people[:5], place, dice))
+    kills, cuts = 0, 0
+
+    async def cut(copy: Copy) -> None:
+        if dice.random() < 0.3:
+            copy.freeze()
+            await asyncio.sleep(dice.uniform(0, 0.3))
+        copy.lose(dice)
+        await asyncio.sleep(dice.uniform(0, 0.2))
+        await copy.connect(world)
+
+    while cuts < tries:
+        some = dice.sample(copies, 4)
+        await asyncio.gather(*map(cut, some))
+        await asyncio.gather(*(copy.follow() for copy in copies))
+        cuts += len(some)
+        if cuts * 4 // tries > kills and cuts < tries:  # three times the server itself is what is cut
+            kills += 1
+            await process.stop(signal.SIGKILL)
+            await load
+            process = await launch(tmp_path / "chat.db")
+            world = process.world()
+            await asyncio.gather(*(copy.connect(world) for copy in copies))
+            load = asyncio.create_task(change_things(world, people[:5], place, dice))
+    assert kills == 3
+    load.cancel()
+    await asyncio.gather(load, return_exceptions=True)
+    await people[0].ok("PATCH", f"/servers/{place.server_id}", {"name": "the end"})
+    for copy in copies:
+        assert copy.socket is not None
+        await copy.socket.hears("server:updated", name="the end")
+        await copy.follow()
+    stored = [normal(message) for message in await history(world, place.server_id, people[0].token)]
+    stored.sort(key=lambda message: int(message["message_id"]))
+    assert len(stored) > tries
+    assert [copy.person.name for copy in copies if copy.as_it_is() != stored] == []
+    missing = sum(copy.asked for copy in copies)
+    print(f"{tries} cuts and {kills} kills, {len(stored)} messages, {copies[0].seq} changes, {missing} holes asked for")
+
+
+# 3. Revocation reaches live sockets, also those that have stopped reading.
+
+
+class Wire:
+    """A Socket.IO client over a bare connection, that reads when it is told to and not before."""
+
+    made: ClassVar[list[Wire]] = []
+
+    def __init__(self, connection: socket_module.socket) -> None:
+        self.connection = connection
+        self.made.append(self)
+        self.heard: list[tuple[float, str, Any]] = []  # when, event, payload
+        self.acks: set[int] = set()
+        self.closed: float | None = None  # when the server closed, as far as was read
+        self.data = b""
+        self.task: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def reach(cls, url: str, window: int | None = None) -> Wire:
+        """A TCP connection, with little room for what is not read where a window is given."""
+        connection = socket_module.socket()
+        connection.setblocking(False)
+        if window is not None:
+            connection.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_RCVBUF, window)
+        host, port = url.removeprefix("http://").split(":")
+        await asyncio.get_running_loop().sock_connect(connection, (host, int(port)))
+        return cls(connection)
+
+    @classmethod
+    async def join(cls, person: Person, place: Place, window: int | None = None) -> Wire:
+        """Connected by WebSocket, authenticated, joined to the server."""
+        wire = await cls.reach(person.world.url, window)
+        await wire.upgrade()
+        await wire.say("40" + json.dumps({"token": person.token}))
+        assert (await wire.frame()).startswith(b"40")
+        await wire.say('420["join_server",' + json.dumps({"server_id": place.server_id}) + "]")
+        while not (answer := await wire.frame()).startswith(b"430"):
+            pass
+        assert b'"success":true' in answer, answer
+        return wire
+
+    async def upgrade(self) -> None:
+        await self.send(
+            b"GET /socket.io/?EIO=4&transport=websocket HTTP/1.1\r\nHost: here\r\nConnection: Upgrade\r\n"
+            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
+        )
+        while b"\r\n\r\n" not in self.data:
+            await self.receive()
+        head, _, self.data = self.data.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 101"), head
+        assert (await self.frame()).startswith(b"0")
+
+    async def send(self, data: bytes) -> None:
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.get_running_loop().sock_sendall(self.connection, data)
+
+    async def say(self, text: str) -> None:
+        """One text frame, masked_frame with zeros."""
+        data = text.encode()
+        length = bytes([128 | len(data)]) if len(data) < 126 else b"\xfe" + struct.pack(">H", len(data))
+        await self.send(b"\x81" + length + bytes(4) + data)
+
+    async def receive(self) -> None:
+        async with asyncio.timeout(60):
+            data = await asyncio.get_running_loop().sock_recv(self.connection, 65536)
+        if not data:
+            raise ConnectionError("closed")
+        self.data += data
+
+    async def frame(self) -> bytes:
+        """The payload of the next frame."""
+        while True:
+            if len(self.data) >= 2:
+                length, start = self.data[1] & 127, 2
+                if length == 126 and len(self.data) >= 4:
+                    length, start = struct.unpack_from(">H", self.data, 2)[0], 4
+                elif length == 127 and len(self.data) >= 10:
+                    length, start = struct.unpack_from(">Q", self.data, 2)[0], 10
+                if len(self.data) >= start + length and (length < 126 or start > 2):
+                    payload = self.data[start : start + length]
+                    self.data = self.data[start + length :]
+                    return payload
+            await self.receive()
+
+    def listen(self) -> None:
+        """Read from now on."""
+        self.task = asyncio.create_task(self._listen())
+
+    async def _listen(self) -> None:
+        try:
+            while True:
+                payload = await self.frame()
+                if payload == b"2":
+                    await self.say("3")
+                elif payload.startswith(b"42"):
+                    self.heard.append((time.monotonic(), *json.loads(payload[2:])))
+                elif payload.startswith(b"43"):
+                    self.acks.add(int(payload[2 : payload.index(b"[")]))
+        except (OSError, TimeoutError):
+            self.closed = time.monotonic()
+
+    def open(self) -> bool:
+        """Whether the connection stands, for all that the kernel knows; nothing has to be read for it."""
+        established = 1
+        state = self.connection.getsockopt(socket_module.IPPROTO_TCP, socket_module.TCP_INFO, 1)[0]
+        return state == established
+
+    async def stop_reading(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
+
+    async def end(self) -> None:
+        await self.stop_reading()
+        self.connection.close()
+
+    def reset(self) -> None:
+        self.connection.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def wires() -> AsyncIterator[None]:
+    """End with the test the connections that it made."""
+    yield
+    await asyncio.gather(*(wire.end() for wire in Wire.made))
+    Wire.made.clear()
+
+
+Revocation = Callable[["Ordeal"], Awaitable[Any]]
+
+
+POSTS = "SELECT count(*) FROM messages WHERE server_id = ?"
+
+
+class Ordeal:
+    """A server whose owner takes a right away from a member; another member looks on."""
+
+    def __init__(self, place: Place, owner: Person, member: Person, witness: Person) -> None:
+        self.place, self.owner, self.member, self.witness = place, owner, member, witness
+        self.chat = owner.world.chat
+
+    async def call(self, person: Person, method: str, path: str, body: Any = None) -> None:
+        await person.ok(method, path.format(server=self.place.server_id, channel=self.place.channel_id), body)
+
+    async def do(self, name: str) -> None:
+        """What the command line asks of a running server."""
+        await self.chat.chat.store.write(lambda db: chatrtc.ADMIN[name](db, self.member.name))
+
+
+async def expire(stage: Ordeal) -> None:
+    """Wait until the member's token ends."""
+    _, _, end = stage.chat.chat.keys.read(stage.member.token)
+    await asyncio.sleep(end - time.time())
+
+
+REVOCATIONS: dict[str, tuple[Revocation, bool]] = {  # what is done, and whether it closes the connection
+    "ban": (lambda s: s.call(s.owner, "PUT", f"/servers/{{server}}/bans/{s.member.user_id}"), True),
+    "removal": (lambda s: s.call(s.owner, "DELETE", f"/servers/{{server}}/members/{s.member.user_id}"), True),
+    "leaving": (lambda s: s.call(s.member, "DELETE", f"/servers/{{server}}/members/{s.member.user_id}"), False),
+    "deleted channel": (lambda s: s.call(s.owner, "DELETE", "/channels/{channel}"), False),
+    "deleted server": (lambda s: s.call(s.owner, "DELETE", "/servers/{server}"), False),
+    "logout": (lambda s: s.call(s.member, "POST", "/auth/logout"), True),
+    "password": (
+        lambda s: s.call(
+            s.member, "POST", "/auth/password", {"old_password": "correct horse", "new_password": "battery staple"}
+        ),
+        True,
+    ),
+    "expiry": (expire, True),
+    "deleted user": (lambda s: s.do("delete_user"), True),
+}
+
+
+@contextlib.asynccontextmanager
+async def posting(person: Person, channel_id: int, pause: float = 0.01, **fields: Any) -> AsyncIterator[list[Any]]:
+    """Post all the while; the messages that were taken."""
+    taken: list[Any] = []
+
+    async def go_on() -> None:
+        while True:
+            body = {"channel_id": channel_id, "content": "on and on", **fields}
+            reply = await person.call("POST", "/messages", body)
+            taken.extend([reply.body] if reply.status == 201 else [])
+            await asyncio.sleep(pause)
+
+    task = asyncio.create_task(go_on())
+    try:
+        yield taken
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize("kind", REVOCATIONS)
+@trials(1, 25)
+async def test_revocation_reaches_live_sockets(make_world: MakeWorld, kind: str, tries: int) -> None:
+    revoke, closes = REVOCATIONS[kind]
+    latest, slowest = 0.0, 0.0
+    owning = await make_world()
+    for number in range(tries):
+        owner, witness = await owning.people(f"owner{number}", f"witness{number}")
+        member = await owning.person(f"member{number}")
+        if kind == "expiry":
+            keys = owning.chat.chat.keys
+            member.token = keys.issue(member.user_id, member.name, 0, time.time() + 3 - keys._ttl).token
+        place = await owning.place(owner, member, witness)
+        stage = Ordeal(place, owner, member, witness)
+        reading = await Wire.join(member, place)
+        reading.listen()
+        frozen = await Wire.join(member, place)
+        looking = await Wire.join(witness, place)
+        looking.listen()
+        async with posting(owner, place.channel_id) as taken:
+            await until(lambda taken=taken, reading=reading: len(taken) > 5 and len(reading.heard) > 5)  # type: ignore[misc]
+            await revoke(stage)
+            answered = time.monotonic()
+            if closes:
+                slowest = max(slowest, await until(lambda wires=(reading, frozen): not any(w.open() for w in wires), 1))  # type: ignore[misc]
+            await asyncio.sleep(max(0.0, answered + 0.5 - time.monotonic()))
+        heard = [when - answered for when, event, _ in reading.heard if event.startswith("message")]
+        latest = max(latest, *heard, 0)
+        assert not closes or not (reading.open() or frozen.open())
+        if "deleted" not in kind or kind == "deleted user":
+            assert looking.heard[-1][0] > answered + 0.25, "nothing was to be heard by anybody"
+        for wire in (reading, frozen, looking):
+            await wire.end()
+    print(f"{kind}: {tries} times, last event {latest * 1000:.0f} ms after, closed within {slowest * 1000:.0f} ms")
+    assert latest <= 0.25
+
+
+@pytest.mark.parametrize("kind", ["ban", "logout", "expiry"])
+async def test_revocation_closes_a_connection_that_is_full(make_world: MakeWorld, kind: str) -> None:
+    """Its client reads nothing, so that a farewell would wait behind what cannot be sent."""
+    world = await make_world()
+    owner, member, witness = await world.people("owner", "member", "witness")
+    if kind == "expiry":
+        keys = world.chat.chat.keys
+        member.token = keys.issue(member.user_id, member.name, 0, time.time() + 6 - keys._ttl).token
+    place = await world.place(owner, member, witness)
+    before = set(transports())
+    frozen = await Wire.join(member, place, window=4096)
+    (ours,) = {
+        transport for transport in set(transports()) - before if port_of(transport) == frozen.connection.getsockname()[1]
+    }
+    long = {"channel_id": place.channel_id, "content": "x" * 4000}
+    for _ in range(100):
+        await asyncio.gather(*(owner.ok("POST", "/messages", long) for _ in range(16)))
+        if ours.get_write_buffer_size() > 65536:
+            break
+    else:
+        pytest.fail("the connection never got full")
+    assert frozen.open()
+    await REVOCATIONS[kind][0](Ordeal(place, owner, member, witness))
+    seconds = await until(lambda: not frozen.open(), 1)
+    print(f"{kind}: a full connection closed within {seconds * 1000:.0f} ms")
+    await frozen.end()
+
+
+def transports() -> Iterator[Any]:
+    """The TCP connections of this process."""
+    for thing in gc.get_objects():
+        if isinstance(thing, asyncio.Transport) and hasattr(thing, "get_write_buffer_size"):
+            with contextlib.suppress(Exception):
+                if thing.get_extra_info("peername"):
+                    yield thing
+
+
+def port_of(transport: Any) -> Any:
+    return transport.get_extra_info("peername")[1]
+
+
+@trials(5, 50)
+async def test_nothing_commits_after_a_revocation(world: World, tries: int) -> None:
+    """Fifty posts are under way when the right is taken away: each commits before, or not at all."""
+    kinds = ["ban", "removal", "leaving", "logout", "password", "deleted user", "deleted channel"]
+    refused = accepted = 0
+    for number in range(tries):
+        owner, member = await world.people(f"owner{number}", f"member{number}")
+        place = await world.place(owner, member)
+        stage = Ordeal(place, owner, member, owner)
+        body = {"channel_id": place.channel_id, "content": "in time?"}
+        posts = [asyncio.create_task(member.call("POST", "/messages", body)) for _ in range(25)]
+        await asyncio.sleep(0)
+        revoking = asyncio.create_task(asyncio.wait_for(REVOCATIONS[kinds[number % len(kinds)]][0](stage), PATIENCE))
+        posts += [asyncio.create_task(member.call("POST", "/messages", body)) for _ in range(25)]
+        await revoking
+        ask = world.chat.chat.store.read
+        (then,) = await ask(lambda db, place=place: db.execute(POSTS, (place.server_id,)).fetchone())
+        replies = await asyncio.gather(*posts)
+        late = await member.call("POST", "/messages", body)
+        assert late.status in (401, 403, 404), late
+        (now,) = await ask(lambda db, place=place: db.execute(POSTS, (place.server_id,)).fetchone())
+        statuses = [reply.status for reply in replies]
+        assert now == then == statuses.count(201), statuses
+        accepted += statuses.count(201)
+        refused += 50 - statuses.count(201)
+    assert accepted
+    assert refused
+
+
+async def test_a_lost_role_is_lost_at_once(world: World) -> None:
+    owner, admin = await world.people("owner", "admin")
+    place = await world.place(owner, admin)
+    role = f"/servers/{place.server_id}/members/{admin.user_id}"
+    await owner.ok("PATCH", role, {"role": "admin"})
+    first, second = [(await owner.post(place.channel_id))["message_id"] for _ in range(2)]
+    await admin.ok("DELETE", f"/messages/{first}")
+    await owner.ok("PATCH", role, {"role": "member"})
+    assert (await admin.call("DELETE", f"/messages/{second}")).status == 403
+    assert (await admin.call("POST", f"/servers/{place.server_id}/invites", {})).status == 403
+
+
+# 4. Presence has no ghosts.
+
+
+def quick_pings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers started from now on ask their clients every second whether they are there, and wait a second."""
+    quick = functools.partial(chatrtc.socket_server, ping_interval=1, ping_timeout=1)
+    monkeypatch.setattr(chatrtc, "socket_server", quick)
+
+
+GHOST_SECONDS = 1 + 1 + 1  # ping interval, ping timeout, and one
+
+
+class Crowd(RuleBasedStateMachine):
+    """People with tabs that come, go, break and freeze, and a server that restarts, beside a plain set of who is there."""
+
+    NAMES = ("ana", "ben", "cat", "dan")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.folder = tempfile.TemporaryDirectory()
+        self.tabs: list[tuple[str, Wire]] = []  # joined
+        self.away: list[tuple[str, Wire]] = []  # connected, and not joined
+        self.frozen: list[tuple[str, Wire, float]] = []  # and when the server is to know it at the latest
+        self.people: dict[str, Person] = {}
+        self.runner.run(self.begin())
+
+    async def begin(self) -> None:
+        await self.start()
+        owner = await self.world.person("owner")
+        self.place = await self.world.place(owner)
+        invite = await owner.ok("POST", f"/servers/{self.place.server_id}/invites", {})
+        for name in self.NAMES:
+            account = (await self.world.call("POST", "/auth/guest", {"username": name, "code": invite["code"]})).body
+            self.people[name] = Person(self.world, name, account["user_id"], account["token"])
+        self.people["owner"] = owner
+        await self.look_on()
+
+    async def start(self) -> None:
+        chat = chatrtc.ChatRTC(database=f"{self.folder.name}/chat.db", no_rate_limit=True)
+        app = web.Application()
+        chat.attach(app)
+        self.server = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self.server.setup()
+        await web.TCPSite(self.server, "127.0.0.1", 0).start()
+        self.world = World(f"http://127.0.0.1:{self.server.addresses[0][1]}", aiohttp.ClientSession(), chat)
+        for person in self.people.values():
+            person.world = self.world
+
+    async def look_on(self) -> None:
+        """The owner follows who comes and goes, by the events alone."""
+        self.witness = await self.world.socket(self.people["owner"].token)
+        ack = await self.witness.ok("join_server", {"server_id": self.place.server_id})
+        self.seen: set[int] = set(ack["connected_users"])
+
+    async def stop(self) -> None:
+        await self.world.close()
+        await self.server.cleanup()
+
+    # What can happen.
+
+    @rule(name=st.sampled_from(NAMES))
+    def open_tab(self, name: str) -> None:
+        if len(self.tabs) < 12:
+            wire = self.runner.run(Wire.join(self.people[name], self.place))
+            self.runner.get_loop().call_soon(wire.listen)
+            self.tabs.append((name, wire))
+
+    def take(self, data: st.DataObject) -> tuple[str, Wire]:
+        return self.tabs.pop(data.draw(st.integers(0, len(self.tabs) - 1)))
+
+    @precondition(lambda self: self.tabs)
+    @rule(data=st.data(), how=st.sampled_from(["41", "1", "close", "reset"]))
+    def close_tab(self, data: st.DataObject, how: str) -> None:
+        _, wire = self.take(data)
+        self.runner.run(self.end(wire, how))
+
+    async def end(self, wire: Wire, how: str) -> None:
+        if how in ("41", "1"):
+            await wire.say(how)
+        await wire.stop_reading()
+        if how == "reset":
+            wire.reset()
+        elif how == "close":
+            wire.connection.close()
+
+    @precondition(lambda self: self.tabs)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        name, wire = self.take(data)
+        self.runner.run(wire.say('42["leave_server",' + json.dumps({"server_id": self.place.server_id}) + "]"))
+        self.away.append((name, wire))
+
+    @precondition(lambda self: self.away)
+    @rule()
+    def come_back(self) -> None:
+        name, wire = self.away.pop()
+        self.runner.run(wire.say('42["join_server",' + json.dumps({"server_id": self.place.server_id}) + "]"))
+        self.tabs.append((name, wire))
+
+    @precondition(lambda self: self.tabs)
+    @rule(data=st.data(), name=st.sampled_from(["disconnect", "connect"]))
+    def forge(self, data: st.DataObject, name: str) -> None:
+        """A client says that it disconnected: it is there, or it has been cut, but no ghost and not hidden."""
+        who, wire = self.take(data)
+        if self.runner.run(self.forged(wire, name)):
+            self.tabs.append((who, wire))
+
+    async def forged(self, wire: Wire, name: str) -> bool:
+        await wire.say(f'42["{name}","transport close"]')
+        with contextlib.suppress(OSError):
+            await wire.say('427["ping"]')
+        await until(lambda: wire.closed is not None or 7 in wire.acks)
+        wire.acks.clear()
+        return wire.closed is None
+
+    @precondition(lambda self: self.tabs and not self.frozen)
+    @rule(data=st.data())
+    def freeze(self, data: st.DataObject) -> None:
+        """A laptop is shut: the connection stands, and nobody answers."""
+        name, wire = self.take(data)
+        self.runner.run(wire.stop_reading())
+        self.frozen.append((name, wire, time.monotonic() + GHOST_SECONDS))
+
+    @rule()
+    def restart(self) -> None:
+        self.runner.run(self.restarted())
+
+    async def restarted(self) -> None:
+        await self.stop()
+        self.tabs, self.away, self.frozen = [], [], []
+        await self.start()
+        await self.look_on()
+
+    # What has to hold.
+
+    @invariant()
+    def nobody_is_a_ghost(self) -> None:
+        self.runner.run(self.compare())
+
+    async def compare(self, patient: bool = False) -> None:
+        """The set, what the server says, and what the events said, are the same, at the latest in a moment."""
+        began = time.monotonic()
+        while True:
+            here = {self.people[name].user_id for name, _ in self.tabs} | {self.people["owner"].user_id}
+            now = time.monotonic()
+            perhaps = {self.people[name].user_id for name, _, gone in self.frozen if now < gone}
+            members = (await self.people["owner"].ok("GET", f"/servers/{self.place.server_id}/members"))["members"]
+            said = {member["user_id"] for member in members if member["connected"]}
+            for event, payload in self.witness.heard:
+                if event in ("user:connected", "user:disconnected"):
+                    (self.seen.add if event == "user:connected" else self.seen.discard)(payload["user_id"])
+            self.witness.heard.clear()
+            if here <= said <= here | perhaps and self.seen == said and not (patient and perhaps):
+                return
+            assert now - began < 2 or (patient and perhaps), (here, perhaps, said, self.seen)
+            await asyncio.sleep(0.01)
+
+    def teardown(self) -> None:
+        self.runner.run(self.finish())
+        self.runner.close()
+        self.folder.cleanup()
+
+    async def finish(self) -> None:
+        try:
+            await self.compare(patient=True)
+        finally:
+            await asyncio.gather(*(wire.end() for wire in Wire.made))
+            Wire.made.clear()
+            await self.stop()
+
+
+@trials(8, 300)
+def test_presence_has_no_ghosts(monkeypatch: pytest.MonkeyPatch, tries: int) -> None:
+    quick_pings(monkeypatch)
+    checks = settings(
+        max_examples=tries,
+        stateful_step_count=25,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(Crowd, settings=checks)
+
+
+async def test_who_freezes_is_gone_in_time(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_pings(monkeypatch)
+    world = await make_world()
+    ana, ben, cat = await world.people("ana", "ben", "cat")
+    place = await world.place(ana, ben, cat)
+    looks = await ana.socket(place.server_id)
+    awake, asleep = await Wire.join(ben, place), await Wire.join(cat, place)
+    awake.listen()
+    froze = time.monotonic()
+    await looks.hears("user:disconnected", user_id=cat.user_id)
+    seconds = time.monotonic() - froze
+    print(f"frozen client gone after {seconds:.2f} s")
+    assert seconds <= GHOST_SECONDS
+    await until(lambda: not asleep.open(), 1)
+    assert awake.open()
+    assert "user:disconnected" not in [event for event, payload in looks.heard if payload["user_id"] == ben.user_id]
+
+
+# 5. A slow client costs at most 1 MiB and is dropped; others notice nothing.
+
+
+def memory(process: Server) -> int:
+    """What the server's process holds, in bytes."""
+    lines = Path(f"/proc/{process.process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def files_open(process: Server) -> int:
+    return len(os.listdir(f"/proc/{process.process.pid}/fd"))
+
+
+class Poller:
+    """A Socket.IO client by long polling that never polls once it has joined, unless told to."""
+
+    def __init__(self, world: World, sid: str) -> None:
+        self.world, self.sid = world, sid
+
+    @classmethod
+    async def join(cls, person: Person, place: Place) -> Poller:
+        opened = (await person.world.call("GET", "/socket.io/?EIO=4&transport=polling")).body
+        poller = cls(person.world, json.loads(opened[1:])["sid"])
+        await poller.post("40" + json.dumps({"token": person.token}))
+        assert b"40" in (await poller.poll()).body
+        await poller.post('42["join_server",' + json.dumps({"server_id": place.server_id}) + "]")
+        return poller
+
+    def path(self) -> str:
+        return f"/socket.io/?EIO=4&transport=polling&sid={self.sid}"
+
+    async def post(self, packets: str) -> Reply:
+        return await self.world.call("POST", self.path(), data=packets.encode())
+
+    async def poll(self) -> Reply:
+        return await self.world.call("GET", self.path())
+
+
+async def post_timed(people: list[Person], place: Place, count: int) -> list[float]:
+    """Post that many long messages; how long each took, in order of time."""
+    seconds: list[float] = []
+
+    async def go_on(person: Person) -> None:
+        while len(seconds) < count:
+            began = time.monotonic()
+            seconds.append(0)
+            place_of = len(seconds) - 1
+            await person.post(place.channel_id, "x" * 4000)
+            seconds[place_of] = time.monotonic() - began
+
+    await asyncio.gather(*map(go_on, people))
+    return sorted(seconds)
+
+
+@trials(2000, 10_000)
+async def test_slow_clients_are_dropped_and_nobody_notices(launch: Launch, tmp_path: Path, tries: int) -> None:
+    process = await launch(tmp_path / "chat.db")
+    world = process.world()
+    people = await world.people(*(f"user{number}" for number in range(12)))
+    place = await world.place(*people)
+    posters, readers, slow, pollers = people[:4], people[4:8], people[7:11], people[10:12]
+    healthy = [await person.socket(place.server_id) for person in readers]
+    warm = await post_timed(posters, place, tries)  # also brings the process to its working size
+    start = memory(process)
+    before = await post_timed(posters, place, tries)
+    size = memory(process)
+    late = Copy(people[11], place, "websocket")
+    await late.connect(world)
+    late.freeze()
+    frozen = [await Wire.join(person, place, window=4096) for person in slow]
+    never = [await Poller.join(person, place) for person in pollers]
+    largest = 0
+
+    async def watch() -> None:
+        nonlocal largest
+        while True:
+            largest = max(largest, memory(process))
+            for wire in frozen:
+                with contextlib.suppress(OSError, TimeoutError):
+                    await wire.say("3")  # it answers pings, all the while
+            await asyncio.sleep(0.1)
+
+    watching = asyncio.create_task(watch())
+    after = await post_timed(posters, place, tries)
+    await until(lambda: not any(wire.open() for wire in frozen))
+    for poller in never:
+        assert (await poller.poll()).status == 400
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    for socket in healthy:
+        await socket.call("ping")
+        assert socket.names().count("message:new") == len(warm) + len(before) + len(after)
+    # The one that was dropped finds out when it comes back, and catches up.
+    late.thaw()
+    assert late.socket is not None
+    await asyncio.wait_for(late.socket.closed.wait(), PATIENCE)
+    await late.connect(world)
+    stored = [normal(message) for message in await history(world, place.server_id, people[0].token)]
+    assert late.as_it_is() == sorted(stored, key=lambda message: int(message["message_id"]))
+    p99 = before[len(before) * 99 // 100], after[len(after) * 99 // 100]
+    count = len(frozen) + len(never) + 1
+    print(
+        f"{count} slow clients, {len(after)} messages of 4 kB: {(largest - size) / 2**20:.0f} MiB more, "
+        f"{(size - start) / 2**20:.0f} MiB more without them, "
+        f"p99 of a post {p99[0] * 1000:.1f} ms without and {p99[1] * 1000:.1f} ms with them"
+    )
+    assert largest - size <= (size - start) + ((count + 8) << 20)
+    assert p99[1] <= 1.5 * p99[0] + 0.02
+
+
+# 6. Hostile connections do not matter.
+
+Attack = Callable[[str, int], Awaitable[Wire]]
+
+
+async def trickle(wire: Wire, byte: bytes = b"x", pause: float = 1.0) -> None:
+    """One byte after another, until the server has had enough."""
+    with contextlib.suppress(OSError, TimeoutError):
+        while wire.open():
+            await wire.send(byte)
+            await asyncio.sleep(pause)
+
+
+def opening(data: bytes, *, upgraded: bool = False, more: bytes | None = None, pause: float = 1.0) -> Attack:
+    """A connection that begins so, and never comes to an end; `more`: what it sends on and on."""
+
+    async def attack(url: str, number: int) -> Wire:
+        wire = await Wire.reach(url)
+        if upgraded:
+            await wire.upgrade()
+        if data:
+            await wire.send(data)
+        if more is not None:
+            wire.task = asyncio.create_task(trickle(wire, more, pause))
+        return wire
+
+    return attack
+
+
+def request(line: str, *headers: str) -> bytes:
+    return "\r\n".join([f"{line} HTTP/1.1", "Host: here", *headers, "", ""]).encode()
+
+
+JSON_BODY = "Content-Type: application/json"
+POLLING = "/socket.io/?EIO=4&transport=polling"
+
+
+async def endless_poll_post(url: str, number: int) -> Wire:
+    """An Engine.IO session by polling, whose POST never ends."""
+    wire = await Wire.reach(url)
+    await wire.send(request(f"GET {POLLING}"))
+    while b'"sid":"' not in wire.data:
+        await wire.receive()
+    sid = wire.data.partition(b'"sid":"')[2].partition(b'"')[0].decode()
+    wire.data = b""
+    await wire.send(request(f"POST {POLLING}&sid={sid}", "Content-Length: 1000") + b"4")
+    wire.task = asyncio.create_task(trickle(wire))
+    return wire
+
+
+HELD: dict[str, Attack] = {
+    "half open": opening(b""),
+    "half a request": opening(b"GET /healthz HTTP/1.1\r\nHost"),
+    "slow headers": opening(b"GET /healthz HTTP/1.1\r\nX-Slow: ", more=b"x"),
+    "slow body": opening(request("POST /auth/login", "Content-Length: 1000", JSON_BODY), more=b"x"),
+    "no body": opening(request("POST /auth/login", "Content-Length: 1000", JSON_BODY)),
+    "body of a GET": opening(request("GET /healthz", "Content-Length: 1000"), more=b"x"),
+    "body to nowhere": opening(request("POST /nowhere", "Content-Length: 1000"), more=b"x"),
+    "chunks without end": opening(
+        request("POST /auth/login", "Transfer-Encoding: chunked", JSON_BODY), more=b"1\r\nx\r\n", pause=0.3
+    ),
+    "a session that says nothing": opening(b"", upgraded=True),
+    "half a frame": opening(b"\x81\xfe\xff", upgraded=True),
+    "a session that never authenticates": opening(b"\x81\x82\x00\x00\x00\x0040", upgraded=True),
+    "a polling POST without end": endless_poll_post,
+    "idle after a request": opening(request("GET /config")),
+}
+
+
+class Vitals:
+    """How a server fares meanwhile: its health, as seen every fifth of a second, its memory, its files."""
+
+    def __init__(self, process: Server) -> None:
+        self.process, self.world = process, process.world()
+        self.slowest, self.largest = 0.0, 0
+        self.size, self.files = memory(process), files_open(process)
+
+    async def __aenter__(self) -> Vitals:
+        await self.world.call("GET", "/healthz")
+        self.size, self.files = memory(self.process), files_open(self.process)
+        self._task = asyncio.create_task(self._watch())
+        return self
+
+    async def _watch(self) -> None:
+        while True:
+            began = time.monotonic()
+            assert (await self.world.call("GET", "/healthz")).status == 200
+            self.slowest = max(self.slowest, time.monotonic() - began)
+            self.largest = max(self.largest, memory(self.process))
+            await asyncio.sleep(0.2)
+
+    async def __aexit__(self, *about: object) -> None:
+        self._task.cancel()
+        (error,) = await asyncio.gather(self._task, return_exceptions=True)
+        if about[0] is not None:
+            return
+        assert isinstance(error, asyncio.CancelledError), error
+        await until(lambda: files_open(self.process) <= self.files + 8, 5)  # SQLite opens some at need
+        assert self.slowest < 1
+        assert self.largest - self.size <= 64 << 20
+
+    def __str__(self) -> str:
+        grown = max(0, self.largest - self.size) >> 20
+        return f"health within {self.slowest * 1000:.0f} ms, {grown} MiB more"
+
+
+async def hold(process: Server, attacks: list[str], count: int) -> tuple[float, Vitals]:
+    """So many connections of each attack at once; the seconds until the server has cut them all."""
+    async with Vitals(process) as vitals:
+        began = time.monotonic()
+        wires: list[Wire] = []
+        for start in range(0, count, 50):
+            some = range(start, min(start + 50, count))
+            wires += await asyncio.gather(*(HELD[name](process.url, n) for name in attacks for n in some))
+        opened = time.monotonic()
+        assert sum(wire.open() for wire in wires) > len(wires) * 0.9  # the control: they were all there
+        await until(lambda: not any(wire.open() for wire in wires), 30)
+        seconds = time.monotonic() - began
+        for wire in wires:
+            await wire.end()
+    print(f"{', '.join(attacks)}: {len(wires)} in {opened - began:.1f} s, cut within {seconds:.1f} s, {vitals}")
+    return seconds, vitals
+
+
+@pytest.mark.parametrize(
+    ("attacks", "count"), [(list(HELD), 300), *(pytest.param([name], 5000, marks=pytest.mark.soak) for name in HELD)]
+)
+async def test_held_connections_are_cut(launch: Launch, tmp_path: Path, attacks: list[str], count: int) -> None:
+    process = await launch(tmp_path / "chat.db")
+    await hold(process, attacks, count)
+    status, log = await process.stop()
+    assert status == 0
+    assert len(log) < 100_000
+
+
+def masked_frame(opcode: int, payload: bytes) -> bytes:
+    """A frame of a client, masked_frame with zeros."""
+    head = bytes([opcode])
+    if len(payload) < 126:
+        return head + bytes([128 | len(payload)]) + bytes(4) + payload
+    if len(payload) < 65536:
+        return head + b"\xfe" + struct.pack(">H", len(payload)) + bytes(4) + payload
+    return head + b"\xff" + struct.pack(">Q", len(payload)) + bytes(4) + payload
+
+
+DEFLATED = zlib.compress(b"\0" * 200_000_000, 9)
+FRAMES = {  # what a WebSocket client may send that no client should
+    "text that is no packet": masked_frame(0x81, b"abc"),
+    "an unknown packet": masked_frame(0x81, b"49[]"),
+    "no UTF-8": masked_frame(0x81, b"\xff\xfe"),
+    "not masked_frame": b"\x81\x03abc",
+    "a reserved opcode": masked_frame(0x83, b"abc"),
+    "compressed, unasked": masked_frame(0xC1, DEFLATED[:60_000]),
+    "a frame of 2^63 bytes": b"\x81\xff" + b"\x7f" + b"\xff" * 7 + bytes(4) + b"x",
+    "a frame of 1 MB": masked_frame(0x81, b"4" * 1_000_000),
+    "fragments without end": masked_frame(0x01, b"4") + masked_frame(0x00, b"x" * 1000) * 500,
+    "a ping too long": masked_frame(0x89, b"x" * 200),
+    "attachments without end": masked_frame(0x81, b'459999999999-["x"]') + masked_frame(0x82, b"x" * 60_000) * 10,
+    "a forged connect": masked_frame(0x81, b'42["connect",{},{}]'),
+    "an ack of 5000 digits": masked_frame(0x81, b"42" + b"1" * 5000 + b'["ping"]'),
+    "deep nesting": masked_frame(0x81, b'42["ping",' + b"[" * 50_000),
+    "half a surrogate": masked_frame(0x81, b'42["ping","\\ud800"]'),
+    "noise": bytes(range(256)) * 4,
+}
+
+
+@trials(16, 5000)
+async def test_malformed_frames_are_harmless(launch: Launch, tmp_path: Path, tries: int) -> None:
+    process = await launch(tmp_path / "chat.db")
+    async with Vitals(process) as vitals:
+        kinds = list(FRAMES.items())
+        for start in range(0, tries, 100):
+            wires: list[Wire] = []
+            for number in range(start, min(start + 100, tries)):
+                wire = await Wire.reach(process.url)
+                await wire.upgrade()
+                _, data = kinds[number % len(kinds)]
+                with contextlib.suppress(OSError, TimeoutError):
+                    await wire.send(masked_frame(0x81, b"40") + data)
+                wires.append(wire)
+            await until(lambda wires=wires: not any(wire.open() for wire in wires), 12)  # type: ignore[misc]
+            await asyncio.gather(*(wire.end() for wire in wires))
+    print(f"{tries} malformed frames: {vitals}")
+    status, log = await process.stop()
+    assert status == 0
+    assert "Traceback" not in log, log
+    assert len(log) < 100_000
+
+
+async def answer_to(url: str, data: bytes, feed: bytes = b"", most: int = 0) -> bytes:
+    """What a server answers to these bytes and, until it does, to as many more."""
+    wire = await Wire.reach(url)
+    sent = 0
+    with contextlib.suppress(OSError):
+        await wire.send(data)
+        reading = asyncio.create_task(wire.receive())
+        while feed and sent < most and not reading.done():
+            await wire.send(feed)
+            sent += len(feed)
+        with contextlib.suppress(OSError):
+            await reading
+    await wire.end()
+    return wire.data
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split()[1]) if answer else 0
+
+
+BODIES: dict[str, bytes] = {  # JSON that no honest client sends; each to be refused
+    "depth 10^5": b"[" * 100_000,
+    "depth 10^5 in a field": b'{"username":' + b'{"a":' * 50_000,
+    "an integer of 10^5 digits": b'{"username":' + b"9" * 100_000 + b"}",
+    "a float beyond all": b'{"username":1e999999}',
+    "NaN": b'{"username":NaN}',
+    "half a surrogate": b'{"username":"\\ud800 \\ud800","password":"correct horse"}',
+    "a surrogate in UTF-8": b'{"username":"\xed\xa0\x80","password":"correct horse"}',
+    "NUL": b'{"username":"ab\\u0000c","password":"correct horse"}',
+    "raw NUL": b'{"username":"ab\x00c","password":"correct horse"}',
+    "not JSON": b"\xff\xfe",
+    "the same key twice": b'{"username":"ana","username":1,"password":"correct horse"}',
+}
+
+
+async def test_bodies_of_every_kind_are_refused(launch: Launch, tmp_path: Path) -> None:
+    process = await launch(tmp_path / "chat.db")
+    world = process.world()
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    async with Vitals(process) as vitals:
+        for name, body in BODIES.items():
+            for path in ("/auth/register", "/messages", "/servers"):
+                reply = await ana.call("POST", path, data=body, headers={"Content-Type": "application/json"})
+                assert 400 <= reply.status < 500, (name, path, reply)
+                assert reply.code in ("BAD_REQUEST", "TOO_LARGE"), (name, path, reply)
+        for content in ("ab\0c", "\ud800", "", " \n "):
+            body = json.dumps({"channel_id": place.channel_id, "content": content}).encode()
+            assert (await ana.call("POST", "/messages", data=body)).status == 400
+        for coding, data in {"gzip": gzip.compress(b" " * 100_000_000), "deflate": DEFLATED, "br": b"x"}.items():
+            reply = await ana.call("POST", "/messages", data=data[:200_000], headers={"Content-Encoding": coding})
+            assert reply.status in (400, 413, 415), reply
+        megabyte = b"x" * (1 << 20)
+        for path in ("/auth/login", "/messages", "/nowhere", POLLING):
+            whole = request(f"POST {path}", "Content-Length: 100000000", f"Authorization: Bearer {ana.token}")
+            assert 400 <= status_of(await answer_to(process.url, whole, megabyte, 100 << 20)) < 500
+            chunked = request(f"POST {path}", "Transfer-Encoding: chunked", f"Authorization: Bearer {ana.token}")
+            endless = b"100000\r\n" + megabyte + b"\r\n"
+            assert 400 <= status_of(await answer_to(process.url, chunked, endless, 100 << 20)) < 500
+        assert await history(world, place.server_id, ana.token) == []
+        await ana.post(place.channel_id, "and still it works")
+    print(f"bombs: {vitals}")
+    status, log = await process.stop()
+    assert status == 0
+    assert "Traceback" not in log, log
+    assert len(log) < 100_000
+
+
+SMUGGLED = request("GET /config")
+BROKEN_HTTP = {  # HTTP that proxies and servers have read in different ways
+    "two lengths": request("POST /auth/login", "Content-Length: 5", "Content-Length: 6") + b"{}   ",
+    "length and chunks": request("POST /auth/login", "Content-Length: 4", "Transfer-Encoding: chunked") + b"0\r\n\r\n",
+    "chunked twice": request("POST /auth/login", "Transfer-Encoding: chunked, chunked") + b"0\r\n\r\n",
+    "chunks by another name": request("POST /auth/login", "Transfer-Encoding: xchunked") + b"0\r\n\r\n",
+    "space before the colon": request("POST /auth/login", "Content-Length : 2") + b"{}",
+    "a length with a sign": request("POST /auth/login", "Content-Length: +2") + b"{}",
+    "a negative length": request("POST /auth/login", "Content-Length: -2") + b"{}",
+    "a bare line end": b"GET /config HTTP/1.1\nHost: here\n\n",
+    "a bare return": b"GET /config HTTP/1.1\r\nHost: here\rX: y\r\n\r\n",
+    "NUL in a header": request("GET /config", "X: a\0b"),
+    "a folded header": request("GET /config", "X: a", " b"),
+    "a header of 100 kB": request("GET /config", "X: " + "a" * 100_000),
+    "10,000 headers": request("GET /config", *(f"X{n}: a" for n in range(10_000))),
+    "a path of 100 kB": request("GET /" + "a" * 100_000),
+    "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20 + b"\r\n\r\n",
+    "an old version": b"GET /config HTTP/0.9\r\n\r\n",
+    "an upgrade with a body": request("GET /config", "Connection: Upgrade", "Upgrade: websocket", "Content-Length: 3") + b"abc",
+}
+
+
+@trials(1, 60)
+async def test_broken_http_is_refused(launch: Launch, tmp_path: Path, tries: int) -> None:
+    process = await launch(tmp_path / "chat.db")
+    dice = random.Random(6)
+    async with Vitals(process):
+        for _ in range(tries):
+            for name, data in BROKEN_HTTP.items():
+                status = status_of(await answer_to(process.url, data + SMUGGLED))
+                assert status == 0 or 200 <= status < 500, (name, status)
+                if "length" in name or "chunk" in name or "colon" in name:
+                    assert status in (0, 400), (name, status)
+            noise = dice.randbytes(1000) + b"\r\n\r\n"
+            assert status_of(await answer_to(process.url, noise)) in (0, 400)
+    status, log = await process.stop()
+    assert status == 0
+    assert "Traceback" not in log, log
+    assert len(log) < 100_000
+
+
+async def test_one_user_has_so_many_sockets_and_no_more(launch: Launch, tmp_path: Path) -> None:
+    process = await launch(tmp_path / "chat.db", limits=True)
+    world = process.world()
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    wires: list[Wire] = []
+    for _ in range(chatrtc.SOCKETS_PER_USER):
+        wires.append(await Wire.join(ana, place))
+    for _ in range(30):
+        refused = await Wire.reach(world.url)
+        await refused.upgrade()
+        await refused.say("40" + json.dumps({"token": ana.token}))
+        answer = await refused.frame()
+        assert answer.startswith(b"44"), answer
+        assert b"RATE_LIMITED" in answer
+    await Wire.join(ben, place)  # the control: another's sockets are their own
+    await wires.pop().end()
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            again = await Wire.reach(world.url)
+            await again.upgrade()
+            await again.say("40" + json.dumps({"token": ana.token}))
+            if (await again.frame()).startswith(b"40"):
+                break
+    assert (await process.stop())[0] == 0
+
+
+async def test_one_address_has_so_many_sessions_and_no_more(launch: Launch, tmp_path: Path) -> None:
+    process = await launch(tmp_path / "chat.db", limits=True)
+    world = process.world()
+    async with Vitals(process) as vitals:
+        replies: list[Reply] = []
+        for _ in range(25):
+            replies += await asyncio.gather(*(world.call("GET", POLLING) for _ in range(100)))
+        statuses = [reply.status for reply in replies]
+        assert statuses.count(200) == 1000
+        assert set(statuses) <= {200, 429, 503}
+        # Sessions in which nobody says who they are end by themselves, and there is room again.
+        async with asyncio.timeout(30):
+            while (await world.call("GET", POLLING)).status != 200:
+                await asyncio.sleep(0.5)
+        await world.session.close()
+    print(f"2500 sessions of one address: {vitals}")
+    assert (await process.stop())[0] == 0
+
+
+# 7. It stops and starts well.
+
+
+@trials(5, 100)
+async def test_a_stop_finishes_what_was_accepted(launch: Launch, tmp_path: Path, tries: int) -> None:
+    """Whatever was stored has been answered, though the signal came in the middle of it; and sockets are told."""
+    database, dice, slowest = tmp_path / "chat.db", random.Random(7), 0.0
+    process = await launch(database)
+    writers = await begin_writing(process)
+    for number in range(tries):
+        world = process.world()
+        socket = await writers.listen(world)
+        load = [asyncio.create_task(writers.post_on(world, person)) for person in writers.people]
+        before = len(writers.answered)
+        await until(lambda before=before: len(writers.answered) > before + 50)  # type: ignore[misc]
+        await asyncio.sleep(dice.uniform(0, 0.1))
+        began = time.monotonic()
+        assert await process.stop(signal.SIGINT if number % 2 else signal.SIGTERM) == (0, "")
+        slowest = max(slowest, time.monotonic() - began)
+        await asyncio.gather(*load)
+        await asyncio.wait_for(socket.closed.wait(), PATIENCE)
+        process = await launch(database)
+        stored = {message["nonce"] for message in await stored_nonces(process, writers)}
+        assert stored == set(writers.answered), "stored, and not answered"
+        assert not any((await writers.losses(process.world())).values())
+        for nonce in writers.unanswered:
+            del writers.asked[nonce]  # refused at the door: nobody has to remember them
+    print(f"{tries} stops, {len(writers.answered)} answered, exit within {slowest:.2f} s")
+    assert slowest < 10
+
+
+async def stored_nonces(process: Server, writers: Writers) -> list[Any]:
+    stored = await history(process.world(), writers.place.server_id, writers.people[0].token)
+    return [{"nonce": message["content"].removeprefix("this is ")} for message in stored]
+
+
+def fill(database: Path, place: Place, author_id: int, count: int) -> None:
+    """Put that many messages into a database, as if posted."""
+    with contextlib.closing(sqlite3.connect(database)) as db, db:
+        (last,) = db.execute("SELECT seq FROM servers WHERE server_id = ?", (place.server_id,)).fetchone()
+        row = "INSERT INTO messages (server_id, channel_id, author_id, content, created_at, seq) VALUES (?, ?, ?, ?, ?, ?)"
+        at = "2026-01-01T00:00:00Z"
+        many = ((*place, author_id, f"message number {n} of many", at, last + n) for n in range(1, count + 1))
+        db.executemany(row, many)
+        db.execute("UPDATE servers SET seq = seq + ? WHERE server_id = ?", (count, place.server_id))
+        db.execute("INSERT INTO messages_fts (rowid, content, server_id) SELECT message_id, content, server_id FROM messages")
+        db.execute("UPDATE search SET indexed_id = (SELECT max(message_id) FROM messages)")
+
+
+@trials(50_000, 1_000_000)
+async def test_recovery_is_quick(launch: Launch, tmp_path: Path, tries: int) -> None:
+    database = tmp_path / "chat.db"
+    process = await launch(database)
+    writers = await begin_writing(process)
+    assert (await process.stop())[0] == 0
+    await asyncio.to_thread(fill, database, writers.place, writers.people[0].user_id, tries)
+    process = await launch(database)
+    await write_and_kill(process, writers, 1)
+    process = await launch(database)
+    print(f"{tries} messages, {database.stat().st_size >> 20} MiB: started in {process.seconds:.2f} s after a kill")
+    assert process.seconds < 2
+    await writers.settle(process.world())
+
+
+async def test_out_of_file_descriptors_and_back(launch: Launch, tmp_path: Path) -> None:
+    limited = (tool("prlimit"), "--nofile=256", "--")
+    process = await launch(tmp_path / "chat.db", prefix=limited)
+    world = process.world()
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    crowd = [await Wire.reach(process.url) for _ in range(400)]
+    async with asyncio.timeout(PATIENCE):
+        await ana.post(place.channel_id, "there is a connection already")  # kept alive from before
+    with pytest.raises(GONE):  # the control: nobody else gets in
+        await asyncio.wait_for(process.world().call("GET", "/healthz"), 1)
+    await asyncio.gather(*(wire.end() for wire in crowd))
+    began = time.monotonic()
+    newcomer = process.world()
+    async with asyncio.timeout(5):
+        assert (await newcomer.call("GET", "/healthz")).status == 200
+    print(f"out of file descriptors: back after {time.monotonic() - began:.2f} s")
+    await ana.post(place.channel_id, "and on")
+    status, log = await process.stop()
+    assert status == 0
+    assert len(log) < 100_000
+
+
+async def test_a_frozen_server_loses_nothing(launch: Launch, tmp_path: Path) -> None:
+    """Its machine sleeps for a while, in the middle of the load."""
+    process = await launch(tmp_path / "chat.db")
+    writers = await begin_writing(process)
+    world = process.world()
+    socket = await writers.listen(world)
+    load = [asyncio.create_task(writers.post_on(world, person)) for person in writers.people]
+    for _ in range(3):
+        before = len(writers.answered)
+        await until(lambda before=before: len(writers.answered) > before + 50)  # type: ignore[misc]
+        process.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(0.7)
+        process.process.send_signal(signal.SIGCONT)
+    before = len(writers.answered)
+    await until(lambda: len(writers.answered) > before + 50)
+    assert not socket.closed.is_set()
+    await process.stop(signal.SIGKILL)
+    await asyncio.gather(*load)
+    process = await launch(tmp_path / "chat.db")
+    world = process.world()
+    await writers.settle(world)
+    assert not any((await writers.losses(world)).values())
+
+
+# 8. A full disk is not fatal, nor is one that fails.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for 3 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = tool("mount")
+    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=3m,mode=700", "none", folder], capture_output=True)
+    if done.returncode:
+        message = "a small disk cannot be mounted here: " + done.stderr.decode().strip()
+        pytest.fail(message) if os.environ.get("CI") and os.geteuid() == 0 else pytest.skip(message)
+    yield folder
+    subprocess.run([tool("umount"), "-l", folder], check=True)
+
+
+async def is_healthy(world: World) -> bool:
+    reply = await world.call("GET", "/healthz")
+    assert reply.status in (200, 503)
+    return reply.status == 200
+
+
+async def until_healthy(world: World, healthy: bool = True, seconds: float = 5) -> None:
+    async with asyncio.timeout(seconds):
+        while await is_healthy(world) is not healthy:
+            await asyncio.sleep(0.05)
+
+
+@trials(1, 20)
+async def test_a_full_disk_is_not_fatal(launch: Launch, small_disk: Path, tries: int) -> None:
+    process = await launch(small_disk / "chat.db")
+    writers = await begin_writing(process)
+    world = process.world()
+    ana = writers.people[0]
+    ana.world = world
+    for number in range(tries):
+        assert await is_healthy(world)
+        long = {"channel_id": writers.place.channel_id, "content": "x" * 4000}
+        acknowledged = []
+        while (reply := await timed(world, long, ana))[0].status == 201:
+            acknowledged.append(reply[0].body)
+        assert reply[0].status == 503, reply
+        assert reply[0].code == "UNAVAILABLE"
+        assert "no writes" in reply[0].body["error"], reply
+        many = await asyncio.gather(*(timed(world, long, ana) for _ in range(16)))
+        assert {answer.status for answer, _ in many} <= {503, 201}
+        acknowledged += [answer.body for answer, _ in many if answer.status == 201]
+        assert max(seconds for _, seconds in [reply, *many]) < 1
+        assert not await is_healthy(world)
+        page = await ana.ok("GET", f"/channels/{writers.place.channel_id}/messages")
+        assert page["messages"][-1] in acknowledged
+        size = 3 + 3 * (number + 1)
+        subprocess.run([tool("mount"), "-o", f"remount,size={size}m", small_disk], check=True)
+        await until_healthy(world)
+        last = await ana.post(writers.place.channel_id, "there is room again")
+        stored = {message["message_id"]: message for message in await history(world, writers.place.server_id, ana.token)}
+        assert all(stored[message["message_id"]] == message for message in [*acknowledged, last])
+    status, log = await process.stop()
+    assert status == 0
+    assert len(log) < 100_000, "a full disk filled the log"
+    assert (await run_check(small_disk / "chat.db")).startswith("sound")
+
+
+async def timed(world: World, message: Any, person: Person) -> tuple[Reply, float]:
+    began = time.monotonic()
+    reply = await world.call("POST", "/messages", message, token=person.token)
+    return reply, time.monotonic() - began
+
+
+@trials(2, 20)
+async def test_a_failing_disk_turns_health_red(launch: Launch, tmp_path: Path, faults: Path, tries: int) -> None:
+    """Every sync fails with EIO for a while: no 201, no health; afterwards all is as if it had not been."""
+    disk = Disk(tmp_path / "disk", faults)
+    process = await launch(disk.folder / "chat.db", env=disk.env)
+    writers = await begin_writing(process)
+    world = process.world()
+    for number in range(tries):
+        load = [asyncio.create_task(writers.post_on(world, person)) for person in writers.people]
+        before = len(writers.answered)
+        await until(lambda before=before: len(writers.answered) > before + 50)  # type: ignore[misc]
+        disk.broken.touch()
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.gather(*load)  # each writer stops at its first refusal
+        assert {reply.code for reply in writers.refused} == {"UNAVAILABLE"}
+        await until_healthy(world, False)
+        answers = [await timed(world, {"channel_id": writers.place.channel_id, "content": "x"}, writers.people[0])]
+        assert [answer.status for answer, _ in answers] == [503]
+        assert answers[0][1] < 1
+        await history(world, writers.place.server_id, writers.people[0].token)
+        disk.broken.unlink()
+        await until_healthy(world)
+        await writers.settle(world)
+        assert not any((await writers.losses(world)).values()), number
+    await process.stop(signal.SIGKILL)
+    disk.lose_power(random.Random(8))
+    process = await launch(disk.folder / "chat.db")
+    assert not any((await writers.losses(process.world())).values())
+
+
+async def test_a_dead_writer_turns_health_red(world: World) -> None:
+    assert await is_healthy(world)
+    committer = world.chat.chat.store._committer
+    assert committer is not None
+    committer.cancel()
+    await asyncio.wait([committer])
+    assert not await is_healthy(world)
+
+
+# ---- Page -----------------------------------------------------------------------------------------------------------
+# The page in a real browser: people side by side, a network that breaks, hostile text, sound, and what axe says.
+
+SERVER = os.environ.get("CHATRTC_TEST_SERVER", str(HERE / "chatrtc.py"))
+PYTHON = os.environ.get("CHATRTC_TEST_PYTHON", sys.executable)
+SHOTS = os.environ.get("CHATRTC_SCREENSHOTS")
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream"),
+    *("--use-fake-ui-for-media-stream", "--disable-features=WebRtcHideLocalIpsWithMdns"),
+    "--host-resolver-rules=MAP chat.test 127.0.0.1",  # a network address to the browser: not a secure context
+]
+
+# World: a server, a browser, people
+
+
+async def eventually(check: Callable[[], Awaitable[Any]], what: str, seconds: float = 15) -> Any:
+    """Wait for a condition; its value."""
+    try:
+        async with asyncio.timeout(seconds):
+            while not (found := await check()):
+                await asyncio.sleep(0.03)
+            return found
+    except TimeoutError:
+        pytest.fail(f"waited {seconds} s for: {what}")
+
+
+class Rest:
+    """A person who uses the API: verbs for what the tests prepare and check."""
+
+    def __init__(self, url: str, http: aiohttp.ClientSession, account: dict[str, Any] | None = None) -> None:
+        self.url, self.http, self.account = url, http, account or {}
+
+    async def call(self, method: str, path: str, body: Any = None, ok: bool = True) -> Any:
+        headers = {"Authorization": f"Bearer {self.account['token']}"} if self.account else {}
+        async with self.http.request(method, URL(self.url + path, encoded=True), json=body, headers=headers) as reply:
+            text = await reply.text()
+            assert reply.status < 400 or not ok, f"{method} {path}: {reply.status} {text}"
+            return json.loads(text) if text else None
+
+    async def register(self, username: str) -> Rest:
+        return Rest(
+            self.url, self.http, await self.call("POST", "/auth/register", {"username": username, "password": "correct horse"})
+        )
+
+    async def found(self, name: str = "Biology 3B") -> tuple[int, int]:
+        server = await self.call("POST", "/servers", {"name": name})
+        return server["server_id"], server["channels"][0]["channel_id"]
+
+    async def bring(self, server_id: int, *people: Rest) -> str:
+        code: str = (await self.call("POST", f"/servers/{server_id}/invites", {}))["code"]
+        for one in people:
+            await one.call("POST", f"/invites/{code}")
+        return code
+
+    async def say(self, channel_id: int, content: str, **more: Any) -> dict[str, Any]:
+        message: dict[str, Any] = await self.call("POST", "/messages", {"channel_id": channel_id, "content": content, **more})
+        return message
+
+
+class Tab:
+    """A person in front of the page."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page, self.url = page, url
+        self.complaints: list[str] = []
+        self.tolerate = ""
+        page.on("console", lambda said: self.complain(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: self.complain(f"{error} {error.stack}"))
+
+    def complain(self, text: str) -> None:
+        if not (self.tolerate and re.search(self.tolerate, text)):
+            self.complaints.append(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.page, name)
+
+    async def enter(self, who: Rest) -> Tab:
+        await self.page.goto(self.url + "/")
+        await self.page.evaluate("text => localStorage.setItem('chatrtc::session', text)", json.dumps(who.account))
+        await self.page.reload()
+        await expect(self.page.locator("#my-status b")).to_have_text(who.account["username"])
+        await expect(self.page.locator("#log")).to_have_attribute("aria-busy", "false")
+        return self
+
+    async def write(self, text: str) -> None:
+        await self.page.fill("#text", text)
+        await self.page.press("#text", "Enter")
+
+    def row(self, text: str) -> Locator:
+        return self.page.locator("#log .row", has=self.page.locator(".said", has_text=text))
+
+    async def sees(self, text: str) -> Locator:
+        row = self.row(text)
+        await expect(row).to_have_count(1)
+        await expect(row).not_to_have_class(re.compile("waiting|failed"))
+        return row
+
+    async def tool(self, text: str, name: str) -> None:
+        row = self.row(text)
+        await row.hover()
+        await row.locator(f'[data-do="{name}"]').click()
+
+    async def texts(self) -> list[str]:
+        return await self.page.locator("#log .row .said").all_inner_texts()
+
+    async def shot(self, name: str) -> None:
+        if SHOTS:
+            await self.page.screenshot(path=f"{SHOTS}/{name}.png")
+
+
+class Proxy:
+    """A wire to the server that can be cut and mended."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.target, self.port = (host, port), 0
+        self.server: asyncio.Server | None = None
+        self.pipes: set[asyncio.StreamWriter] = set()
+
+    async def mend(self) -> Proxy:
+        self.server = await asyncio.start_server(self._join, "127.0.0.1", self.port)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def cut(self) -> None:
+        assert self.server is not None
+        self.server.close()
+        for pipe in list(self.pipes):
+            pipe.transport.abort()
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(*self.target)
+        await asyncio.gather(self._pump(reader, back), self._pump(there, writer), return_exceptions=True)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.pipes.add(writer)
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        finally:
+            self.pipes.discard(writer)
+            writer.close()
+
+
+@pytest.fixture
+async def url(tmp_path: Path) -> AsyncIterator[str]:
+    """A server of its own for each test, as a process."""
+    command = [PYTHON, SERVER, "serve", "--port", "0", "--database", str(tmp_path / "chat.db"), "--no-rate-limit"]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(20):
+        while not (found := re.search(r"listening on (http://\S+)", line := (await process.stdout.readline()).decode())):
+            assert line, "the server did not start"
+    yield found[1]
+    process.send_signal(signal.SIGTERM)
+    assert await process.wait() == 0
+
+
+@pytest.fixture
+async def rest(url: str) -> AsyncIterator[Rest]:
+    async with aiohttp.ClientSession() as http:
+        yield Rest(url, http)
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        await browser.close()
+
+
+@pytest.fixture
+async def tab(browser: Browser, url: str) -> AsyncIterator[Callable[..., Awaitable[Tab]]]:
+    """Opens browsers, each with its own storage; at the end none may have complained."""
+    tabs: list[Tab] = []
+
+    async def open_tab(who: Rest | None = None, at: str = url, **options: Any) -> Tab:
+        context = await browser.new_context(**({"viewport": {"width": 1280, "height": 800}, "locale": "en-GB"} | options))
+        context.set_default_timeout(10000)
+        await context.add_init_script(
+            "addEventListener('securitypolicyviolation', (one) => (window.__csp ??= []).push(one.violatedDirective))"
+        )
+        tabs.append(Tab(await context.new_page(), at))
+        if who is not None:
+            await tabs[-1].enter(who)
+        return tabs[-1]
+
+    yield open_tab
+    for one in tabs:
+        assert one.complaints == []
+        assert one.page.is_closed() or await one.page.evaluate("window.__csp ?? []") == []
+
+
+# What people get
+
+
+async def test_guest_joins_by_link_and_both_talk(rest: Rest, tab: Any) -> None:
+    maya = await tab()
+    await maya.goto(maya.url + "/")
+    await maya.fill("#username", "Maya")
+    await maya.fill("#password", "correct horse")
+    await maya.click("#enter")
+    await maya.locator("#empty").get_by_role("button", name="Create a server").click()
+    await maya.fill('#ask input[name="name"]', "Biology 3B")
+    await maya.press('#ask input[name="name"]', "Enter")
+    await expect(maya.locator("#room-name")).to_have_text("general")
+    await maya.click("#server")
+    await maya.click("#menu >> text=Invite people")
+    await expect(maya.locator("#invite")).to_be_visible()
+    link = await maya.locator("#invite-link").input_value()
+    assert re.fullmatch(re.escape(maya.url) + r"/#/invite/[\w-]+", link)
+    await eventually(lambda: maya.evaluate("document.querySelector('#qr').naturalWidth > 0"), "the QR code")
+    await maya.keyboard.press("Escape")
+    guest = await tab()
+    await guest.goto(link)
+    await expect(guest.locator("#invited strong")).to_have_text("Biology 3B")
+    await guest.shot("guest")
+    await guest.fill("#username", "Jonas")
+    await guest.press("#username", "Enter")
+    await expect(guest.locator("#room-name")).to_have_text("general")
+    await guest.write("hello from a guest")
+    await maya.sees("hello from a guest")
+    await maya.write("welcome, *Jonas*")
+    row = await guest.sees("welcome, Jonas")
+    await expect(row.locator("em")).to_have_text("Jonas")
+    await expect(guest.locator("#people")).to_contain_text("Maya")
+    await guest.reload()
+    await guest.sees("hello from a guest")
+    await guest.click('[data-do="settings"]')
+    await guest.click("#set-password")
+    await guest.fill('#ask input[name="new_password"]', "a better one")
+    await guest.press('#ask input[name="new_password"]', "Enter")
+    await expect(guest.locator("#toasts")).to_have_text("Password saved.")
+    await guest.write("still here")
+    await maya.sees("still here")
+    again = await rest.call("POST", "/auth/login", {"username": "Jonas", "password": "a better one"})
+    assert again["username"] == "Jonas"
+
+
+@pytest.fixture
+async def two(rest: Rest, tab: Any) -> tuple[Tab, Tab, Rest, Rest, int, int]:
+    """Maya, who owns the server, and Jonas, both in its channel."""
+    maya, jonas = await rest.register("Maya"), await rest.register("Jonas")
+    server_id, channel_id = await maya.found()
+    await maya.bring(server_id, jonas)
+    return await tab(maya), await tab(jonas), maya, jonas, server_id, channel_id
+
+
+async def test_typing_presence_edit_delete_reaction_reply(two: Any) -> None:
+    maya, jonas, _, _, _, _ = two
+    await expect(maya.locator('.person[aria-label="Jonas, Online"]')).to_be_visible()
+    await jonas.locator("#text").press_sequentially("good mo")
+    await expect(maya.locator("#typing")).to_have_text("Jonas is typing…")
+    await jonas.write("good mornng")
+    await maya.sees("good mornng")
+    await expect(maya.locator("#typing")).to_be_empty()
+    await jonas.press("#text", "ArrowUp")
+    await expect(jonas.locator("#about")).to_contain_text("Editing your message")
+    await jonas.write("good morning")
+    await expect((await maya.sees("good morning")).locator(".edited")).to_be_visible()
+    await maya.tool("good morning", "react")
+    await maya.click("#emoji button >> text=🎉")
+    chip = jonas.row("good morning").locator(".reactions button")
+    await expect(chip).to_have_text("🎉 1")
+    await chip.click()
+    await expect(maya.row("good morning").locator(".reactions button")).to_have_text("🎉 2")
+    await chip.click()
+    await expect(maya.row("good morning").locator(".reactions button")).to_have_text("🎉 1")
+    await maya.tool("good morning", "reply")
+    await expect(maya.locator("#about")).to_contain_text("Replying to Jonas")
+    await maya.write("and to you")
+    quote = (await jonas.sees("and to you")).locator(".quote")
+    await expect(quote).to_contain_text("good morning")
+    await quote.click()
+    await expect(jonas.row("good morning")).to_be_focused()
+    await jonas.tool("good morning", "remove")
+    await jonas.click("#ask .main")
+    await expect(maya.row("good morning")).to_have_count(0)
+    await expect(maya.row("and to you").locator(".quote")).to_contain_text("Message deleted")
+    await jonas.click("#my-status")
+    await jonas.click("#menu >> text=Busy")
+    await expect(maya.locator('.person[aria-label="Jonas, Busy"]')).to_be_visible()
+    await jonas.page.close()
+    await expect(maya.locator('.person[aria-label="Jonas, Offline"]')).to_be_visible()
+
+
+async def test_mention_unread_and_search(two: Any) -> None:
+    maya, jonas, maya_api, _, server_id, channel_id = two
+    other = (await maya_api.call("POST", f"/servers/{server_id}/channels", {"name": "homework"}))["channel_id"]
+    await jonas.click('[data-do="openChannel"] >> text=homework')
+    await expect(jonas.locator("#room-name")).to_have_text("homework")
+    await maya.locator("#text").press_sequentially("look here @jo")
+    await expect(maya.locator("#names li")).to_have_text(re.compile("Jonas"))
+    await maya.press("#text", "Enter")
+    await expect(maya.locator("#text")).to_have_value("look here @Jonas ")
+    await maya.press("#text", "Enter")
+    await maya.sees("look here @Jonas")
+    await maya.write("and a plain one")
+    general = jonas.locator(f'#text-channels [data-id="{channel_id}"] .badge')
+    await expect(general).to_have_text("1")
+    await expect(general).to_have_class(re.compile("hot"))
+    await expect(jonas.page).to_have_title(re.compile(r"^\(2\) homework"))
+    assert await jonas.locator("#icon").get_attribute("data-mark") == "#d93025"
+    await jonas.reload()
+    await expect(general).to_have_text("1")
+    await jonas.click('[data-do="openChannel"] >> text=general')
+    await expect(jonas.row("look here")).to_have_class(re.compile("named"))
+    await expect(jonas.locator(".fresh")).to_be_visible()
+    await expect(general).to_be_hidden()
+    await expect(jonas.page).to_have_title(re.compile("^general"))
+    await jonas.reload()
+    await expect(jonas.row("plain one")).to_be_visible()
+    await expect(general).to_be_hidden()
+    await maya_api.say(other, "the needle is in this haystack")
+    for number in range(120):
+        await maya_api.say(other, f"straw {number}")
+
+    async def found() -> bool:
+        await jonas.fill("#q", "needle")
+        await jonas.press("#q", "Enter")
+        await expect(jonas.locator("#found > *").first).not_to_have_text("Searching…")
+        return bool(await jonas.locator(".hit").count())
+
+    await eventually(found, "the search index")
+    await jonas.click(".hit")
+    await expect(jonas.locator("#room-name")).to_have_text("homework")
+    await expect(jonas.row("needle")).to_be_focused()
+    await expect(jonas.row("needle")).to_be_in_viewport()
+    await jonas.click("#newest")
+    await expect(jonas.row("straw 119")).to_be_in_viewport()
+
+
+async def test_cut_network_loses_nothing_and_doubles_nothing(url: str, rest: Rest, tab: Any) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    proxy = await Proxy(host, int(port)).mend()
+    maya_api, jonas_api = await rest.register("Maya"), await rest.register("Jonas")
+    server_id, channel_id = await maya_api.found()
+    await maya_api.bring(server_id, jonas_api)
+    doomed = await jonas_api.say(channel_id, "will be deleted")
+    changed = await jonas_api.say(channel_id, "will be edited")
+    jonas = await tab(jonas_api)
+    maya = await tab(maya_api, at=f"http://127.0.0.1:{proxy.port}")
+    maya.tolerate = "ERR_|WebSocket|Failed to load"
+    for number in range(10):
+        await maya.write(f"before {number}")
+    await jonas.sees("before 9")
+    for round_ in range(3):
+        await maya.write(f"on the edge {round_}")
+        await proxy.cut()
+        await expect(maya.locator("#offline")).to_be_visible()
+        for number in range(5):
+            await maya.write(f"while cut {round_}.{number}")
+            await jonas.write(f"other side {round_}.{number}")
+        await expect(maya.locator(".row.waiting").last).to_contain_text("Sending")
+        await maya.locator("#text").press_sequentially("half a thought")
+        if round_ == 1:
+            await maya_api.call("PATCH", f"/messages/{doomed['message_id']}", {"content": "x"}, ok=False)
+            await jonas_api.call("DELETE", f"/messages/{doomed['message_id']}")
+            await jonas_api.call("PATCH", f"/messages/{changed['message_id']}", {"content": "has been edited"})
+        await jonas.sees(f"other side {round_}.4")
+        await proxy.mend()
+        await expect(maya.locator("#offline")).to_be_hidden(timeout=30000)
+        await expect(maya.locator(".row.waiting")).to_have_count(0, timeout=30000)
+        await expect(maya.locator("#text")).to_have_value("half a thought")
+        await jonas.sees(f"while cut {round_}.4")
+        await maya.fill("#text", "")
+    await expect(maya.row("has been edited")).to_have_count(1)
+    await expect(maya.row("will be deleted")).to_have_count(0)
+    truth = [one["content"] for one in (await maya_api.call("GET", f"/channels/{channel_id}/messages?limit=100"))["messages"]]
+    assert len(truth) == len(set(truth)) == 1 + 10 + 3 * 11
+    for one in (maya, jonas):
+        await eventually(lambda one=one: same(one, truth), "both see what the server has, in its order")
+    await proxy.cut()
+
+
+async def same(tab: Tab, truth: list[str]) -> bool:
+    return [text.removesuffix(" (edited)") for text in await tab.texts()] == truth
+
+
+async def test_reload_keeps_what_was_typed(url: str, rest: Rest, tab: Any) -> None:
+    maya_api = await rest.register("Maya")
+    server_id, channel_id = await maya_api.found()
+    await maya_api.call("POST", f"/servers/{server_id}/channels", {"name": "homework"})
+    maya = await tab(maya_api)
+    maya.tolerate = "ERR_|Failed to load"
+    await maya.fill("#text", "a draft for general")
+    await maya.click('[data-do="openChannel"] >> text=homework')
+    await expect(maya.locator("#text")).to_have_value("")
+    await maya.fill("#text", "another for homework")
+    await maya.reload()
+    await expect(maya.locator("#text")).to_have_value("another for homework")
+    await maya.click('[data-do="openChannel"] >> text=general')
+    await expect(maya.locator("#text")).to_have_value("a draft for general")
+    await maya.page.route("**/messages", lambda route: route.abort())
+    await maya.press("#text", "Enter")
+    await expect(maya.row("a draft for general")).to_have_class(re.compile("waiting"))
+    await maya.reload()
+    await expect(maya.row("a draft for general")).to_have_class(re.compile("waiting"))
+    await maya.page.unroute("**/messages")
+    await maya.sees("a draft for general")
+    refusal = json.dumps({"error": "Not today", "code": "FORBIDDEN"})
+    await maya.page.route("**/messages", lambda route: route.fulfill(status=403, content_type="application/json", body=refusal))
+    await maya.write("refused at first")
+    await expect(maya.row("refused at first").locator(".fate")).to_contain_text("Not sent. Not today")
+    await maya.page.unroute("**/messages")
+    await maya.reload()
+    await maya.row("refused at first").get_by_role("button", name="Try again").click()
+    await maya.sees("refused at first")
+    texts = [one["content"] for one in (await maya_api.call("GET", f"/channels/{channel_id}/messages"))["messages"]]
+    assert texts == ["a draft for general", "refused at first"]
+
+
+async def test_people_are_managed(rest: Rest, tab: Any, two: Any) -> None:
+    maya, jonas, maya_api, _, server_id, _ = two
+    zoe_api = await rest.register("Zoë")
+    await maya_api.bring(server_id, zoe_api)
+    zoe = await tab(zoe_api)
+    await maya.click(".person >> text=Jonas")
+    await maya.click("#menu >> text=Make admin")
+    await expect(jonas.locator("#people")).to_contain_text("admin")
+    await jonas.locator('#channels [data-do="addChannel"]').first.click()
+    await jonas.fill('#ask input[name="name"]', "lab notes")
+    await jonas.fill('#ask input[name="topic"]', "what we saw")
+    await jonas.press('#ask input[name="topic"]', "Enter")
+    await expect(jonas.locator("#room-name")).to_have_text("lab notes")
+    await expect(maya.locator("#text-channels")).to_contain_text("lab notes")
+    await maya.click("#server")
+    await maya.click("#menu >> text=Rename server")
+    await maya.fill('#ask input[name="name"]', "Biology 4A")
+    await maya.press('#ask input[name="name"]', "Enter")
+    await expect(zoe.locator("#server")).to_contain_text("Biology 4A")
+    await jonas.click(".person >> text=Zoë")
+    await jonas.click("#menu >> text=Ban")
+    await jonas.click("#ask .main")
+    await expect(zoe.locator("#empty")).to_be_visible()
+    await expect(zoe.locator("#toasts")).to_contain_text("no longer in Biology 4A")
+    await maya.click("#server")
+    await maya.click("#menu >> text=Banned people")
+    await maya.locator("#people-list").get_by_role("button", name="Lift the ban").click()
+    await eventually(lambda: none_banned(maya_api, server_id), "the ban is lifted")
+    await maya.keyboard.press("Escape")
+    await jonas.locator(".channel", has_text="lab notes").hover()
+    await jonas.locator(".channel", has_text="lab notes").locator('[data-do="channelMenu"]').click()
+    await jonas.click("#menu >> text=Delete channel")
+    await jonas.click("#ask .main")
+    await expect(maya.locator("#text-channels")).not_to_contain_text("lab notes")
+    await expect(jonas.locator("#room-name")).to_have_text("general")
+    await jonas.click("#server")
+    await jonas.click("#menu >> text=Leave server")
+    await jonas.click("#ask .main")
+    await expect(jonas.locator("#empty")).to_be_visible()
+    await expect(maya.locator("#people")).not_to_contain_text("Jonas")
+    await maya_api.call("POST", "/auth/logout")
+    await expect(maya.locator("#door-wrong")).to_contain_text("You have been signed out")
+
+
+async def none_banned(who: Rest, server_id: int) -> bool:
+    return not (await who.call("GET", f"/servers/{server_id}/bans"))["bans"]
+
+
+async def test_signed_in_person_follows_an_invite(two: Any, rest: Rest) -> None:
+    _, jonas, maya_api, jonas_api, _, channel_id = two
+    doomed = await maya_api.say(channel_id, "soon gone")
+    await jonas_api.say(channel_id, "an answer", reply_to=doomed["message_id"])
+    await maya_api.call("DELETE", f"/messages/{doomed['message_id']}")
+    club, _ = await maya_api.found("Robotics club")
+    code = await maya_api.bring(club)
+    await jonas.goto(f"{jonas.url}/#/invite/{code}")
+    await jonas.reload()
+    await expect(jonas.locator("#ask")).to_contain_text("Join Robotics club?")
+    await jonas.click("#ask .main")
+    await expect(jonas.locator("#server")).to_contain_text("Robotics club")
+    await jonas.write("hello, robots")
+    await jonas.sees("hello, robots")
+    await jonas.click('#rail [aria-label="Biology 3B"]')
+    await expect(jonas.row("an answer").locator(".quote")).to_contain_text("Message deleted")
+    await jonas.go_back()
+    await expect(jonas.locator("#server")).to_contain_text("Robotics club")
+
+
+EMBED = """
+from aiohttp import web
+from chatrtc import ChatRTC
+import sys
+
+async def say(app):
+    print("ready", flush=True)
+
+app = web.Application()
+ChatRTC(database=sys.argv[1], no_rate_limit=True).attach(app, prefix="/chat")
+app.on_startup.append(say)
+web.run_app(app, host="127.0.0.1", port=int(sys.argv[2]), print=None)
+"""
+
+
+async def test_page_works_under_a_prefix(tmp_path: Path, tab: Any, unused_tcp_port: int) -> None:
+    """Mounted at /chat in an application of somebody else."""
+    arguments = [PYTHON, "-c", EMBED, str(tmp_path / "embedded.db"), str(unused_tcp_port)]
+    process = await asyncio.create_subprocess_exec(*arguments, cwd=Path(SERVER).parent, stdout=asyncio.subprocess.PIPE)
+    assert await process.stdout.readline() == b"ready\n"
+    maya = await tab(at=f"http://127.0.0.1:{unused_tcp_port}/chat")
+    await eventually(lambda: answers(maya.url), "the application listens")
+    await maya.goto(maya.url + "/")
+    await maya.fill("#username", "Maya")
+    await maya.fill("#password", "correct horse")
+    await maya.click("#enter")
+    await maya.locator("#empty").get_by_role("button", name="Create a server").click()
+    await maya.fill('#ask input[name="name"]', "Biology 3B")
+    await maya.press('#ask input[name="name"]', "Enter")
+    await expect(maya.locator("#room-name")).to_have_text("general")
+    await maya.write("from under a prefix")
+    await maya.sees("from under a prefix")
+    await maya.page.close()
+    process.send_signal(signal.SIGTERM)
+    await process.wait()
+
+
+async def answers(url: str) -> bool:
+    try:
+        async with aiohttp.ClientSession() as http, http.get(url + "/healthz") as reply:
+            return reply.status == 200
+    except aiohttp.ClientError:
+        return False
+
+
+# Hostile text
+
+RUN = "window.__xss=1"
+VECTORS = [
+    f"<script>{RUN}</script>",
+    f"<img src=x onerror={RUN}>",
+    f"<svg onload={RUN}>",
+    f"<svg><script>{RUN}</script></svg>",
+    f"<iframe srcdoc='<script>parent.{RUN}</script>'>",
+    f"<body onload={RUN}>",
+    f"<details open ontoggle={RUN}>",
+    f"<input autofocus onfocus={RUN}>",
+    f"<video><source onerror={RUN}>",
+    f"<a href=javascript:{RUN}>x</a>",
+    f"[x](javascript:{RUN})",
+    f"[x](data:text/html,<script>{RUN}</script>)",
+    f'[x](https://a.b/"onmouseover="{RUN})',
+    f"javascript:{RUN}",
+    f"https://a.b/'onclick='{RUN}",
+    f"<style>@import 'javascript:{RUN}'</style>",
+    f"<template><script>{RUN}</script></template>",
+    f"<math href=javascript:{RUN}>x",
+    f"<form action=javascript:{RUN}><button>x",
+    f"${{{RUN}}}",
+    f"{{{{constructor.constructor('{RUN}')()}}}}",
+    f"<object data=javascript:{RUN}>",
+    f"<meta http-equiv=refresh content='0;javascript:{RUN}'>",
+    f"<base href=javascript:{RUN}//>",
+    f"<x tabindex=0 autofocus onfocus={RUN}>",
+]
+WRAPS = [
+    "%s",
+    '">%s',
+    "'>%s",
+    "</span>%s",
+    "`%s`",
+    "**%s**",
+    "> %s",
+    "```\n%s\n```",
+    "- %s",
+    "@Maya %s",
+    "[%s](https://a.b)",
+    "</textarea></title></style>%s",
+]
+ODD = """[...document.querySelectorAll(`#app :is(script, style, iframe, object, base, meta, form:not([id]), video,
+    math, details, body, template), #log :is(img, input), [onerror], [onload], [onfocus], [onclick], [onmouseover],
+    [ontoggle], a:not([href^=http], .skip)`)].map((node) => node.outerHTML)"""
+PAYLOADS = [wrap % vector for vector, wrap in itertools.product(VECTORS, WRAPS)]
+
+
+async def test_no_hostile_text_runs(two: Any) -> None:
+    maya, jonas, maya_api, jonas_api, server_id, channel_id = two
+    assert len(PAYLOADS) == 300
+    for number, payload in enumerate(PAYLOADS):
+        name = " ".join(payload.split())[:100]
+        await maya_api.call("PATCH", f"/servers/{server_id}", {"name": name}, ok=False)
+        await maya_api.call("PATCH", f"/channels/{channel_id}", {"name": name, "topic": payload}, ok=False)
+        await maya_api.call("POST", "/auth/register", {"username": payload[:32], "password": payload}, ok=False)
+        said = await jonas_api.say(channel_id, f"{payload}\n\nno. {number};")
+        emoji = quote("/".join(payload.split())[:32], safe="")
+        await maya_api.call("PUT", f"/messages/{said['message_id']}/reactions/{emoji}", ok=False)
+        await expect(maya.row(f"no. {number};")).to_have_count(1)
+        if number % 10 == 0:
+            await maya.fill("#q", payload.replace("\n", " ")[:100])
+            await maya.press("#q", "Enter")
+            await expect(maya.locator("#side h2")).to_contain_text("Results for")
+            await maya.tool(f"no. {number};", "react")
+            await maya.fill("#emoji input", "/".join(payload.split())[:32])
+            await maya.press("#emoji input", "Enter")
+            await expect(jonas.row(f"no. {number};").locator(".reactions button").first).to_be_visible()
+            await jonas.fill("#text", payload)
+            await jonas.tool(f"no. {number};", "reply")
+            await jonas.write(f"{payload} again {number};")
+            await expect(maya.row(f"again {number};").locator(".quote")).to_be_visible()
+    await maya.reload()
+    await expect(maya.row(f"no. {len(PAYLOADS) - 1};")).to_have_count(1)
+    for one in (maya, jonas):
+        assert await one.evaluate("window.__xss") is None
+        assert await one.evaluate(ODD) == []
+
+
+# Voice
+
+STATS = """async () => {
+    const seen = {links: 0, sent: 0, received: 0};
+    for (const link of window.__links ?? []) {
+        if (link.connectionState !== "connected") continue;
+        seen.links++;
+        for (const one of (await link.getStats()).values()) {
+            if (one.type === "outbound-rtp" && one.kind === "audio") seen.sent += one.packetsSent;
+            if (one.type === "inbound-rtp" && one.kind === "audio") seen.received += one.packetsReceived;
+        }
+    }
+    return seen;
+}"""
+KEEP_LINKS = """{
+    const Link = RTCPeerConnection;
+    window.__links = [];
+    window.RTCPeerConnection = class extends Link { constructor(...given) { super(...given); __links.push(this); } };
+}"""
+
+
+async def test_three_people_hear_each_other(rest: Rest, tab: Any, url: str) -> None:
+    people = [await rest.register(name) for name in ("Maya", "Jonas", "Zoë")]
+    server_id, _ = await people[0].found()
+    await people[0].bring(server_id, *people[1:])
+    await people[0].call("POST", f"/servers/{server_id}/channels", {"name": "Study room", "kind": "voice"})
+    tabs = []
+    for who in people:
+        one = await tab()
+        await one.page.add_init_script(KEEP_LINKS)
+        await one.enter(who)
+        tabs.append(one)
+    for one in tabs:
+        await one.get_by_role("button", name="Join voice: Study room").click()
+    for one in tabs:
+        await expect(one.locator("#call li")).to_have_count(3)
+        first = await eventually(lambda one=one: talking(one, 2), "sound from two others")
+        await eventually(lambda one=one, first=first: grown(one, first), "more sound")
+        await expect(one.locator("#call .speaking").first).to_be_visible(timeout=10000)
+    await tabs[0].shot("voice")
+    await tabs[0].click("#mute")
+    await expect(tabs[0].locator("#mute")).to_have_attribute("aria-pressed", "true")
+    await tabs[2].click("#hang-up")
+    for one in tabs[:2]:
+        await expect(one.locator("#call li")).to_have_count(2)
+        await eventually(lambda one=one: talking(one, 1), "sound from the other")
+    await expect(tabs[2].locator("#call")).to_be_hidden()
+
+
+async def talking(tab: Tab, links: int) -> Any:
+    seen = await tab.evaluate(STATS)
+    return seen["links"] == links and min(seen["sent"], seen["received"]) > 20 * links and seen
+
+
+async def grown(tab: Tab, before: dict[str, int]) -> bool:
+    seen = await tab.evaluate(STATS)
+    return all(seen[key] > before[key] + 20 for key in ("sent", "received"))
+
+
+async def test_forbidden_microphone_says_what_to_do(rest: Rest, tab: Any, url: str) -> None:
+    maya_api = await rest.register("Maya")
+    server_id, _ = await maya_api.found()
+    await maya_api.call("POST", f"/servers/{server_id}/channels", {"name": "Study room", "kind": "voice"})
+    maya = await tab(maya_api, at=url.replace("127.0.0.1", "chat.test"))
+    await maya.get_by_role("button", name="Join voice: Study room").click()
+    await expect(maya.locator("#ask")).to_contain_text("--tls-self-signed")
+    await expect(maya.locator("#ask")).to_contain_text("--tls-cert")
+
+
+# For everyone
+
+AXE = next(
+    (path for path in (HERE / "node_modules/axe-core/axe.min.js", Path(os.environ.get("AXE", "/nowhere"))) if path.exists()),
+    None,
+)
+
+
+AXE_RUN = """axe.run(document, {runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]})
+    .then((found) => found.violations.map((one) => [one.id, one.help, one.nodes.map((node) => node.html)]))"""
+
+
+async def axe(tab: Tab, view: str) -> None:
+    await eventually(
+        lambda: tab.evaluate("document.getAnimations().every((one) => one.playState === 'finished')"), "still picture"
+    )
+    await tab.evaluate(AXE.read_text())
+    found = await tab.evaluate(AXE_RUN)
+    assert found == [], f"{view}: {json.dumps(found, indent=1)}"
+
+
+@pytest.mark.skipif(AXE is None, reason="npm install axe-core beside the tests")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390, 360])
+async def test_axe_finds_nothing(rest: Rest, tab: Any, scheme: str, width: int) -> None:
+    look = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "reduced_motion": "reduce"}
+    maya_api, jonas_api = await rest.register("Maya"), await rest.register("Jonas")
+    server_id, channel_id = await maya_api.found()
+    code = await maya_api.bring(server_id, jonas_api)
+    await fill_room(maya_api, jonas_api, server_id, channel_id)
+    visitor = await tab(**look)
+    for view, path in (("sign in", "/"), ("guest", f"/#/invite/{code}")):
+        await visitor.goto(visitor.url + path)
+        await visitor.reload()
+        await expect(visitor.locator("#door-title")).not_to_be_empty()
+        await axe(visitor, view)
+        await visitor.shot(f"{view.replace(' ', '-')}-{width}-{scheme}")
+    maya = await tab(maya_api, **look)
+    await maya.sees("bring boots")
+    assert await maya.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    await axe(maya, "room")
+    await maya.shot(f"room-{width}-{scheme}")
+    if width < 760:
+        await maya.click("#open-nav")
+        await axe(maya, "drawer")
+        await maya.shot(f"drawer-{width}-{scheme}")
+    await maya.click("#server")
+    await axe(maya, "menu")
+    await maya.click("#menu >> text=Invite people")
+    await expect(maya.locator("#invite")).to_be_visible()
+    await axe(maya, "invite")
+    await maya.shot(f"invite-{width}-{scheme}")
+    await maya.keyboard.press("Escape")
+    await maya.click('[data-do="settings"]')
+    await axe(maya, "settings")
+    await maya.keyboard.press("Escape")
+    if width < 760:
+        await maya.keyboard.press("Escape")
+    await maya.fill("#q", "water")
+    await maya.press("#q", "Enter")
+    await axe(maya, "search")
+    await maya.shot(f"search-{width}-{scheme}")
+    await maya.click('[data-do="closeSide"]')
+    await maya.tool("bring boots", "react")
+    await axe(maya, "emoji")
+
+
+async def fill_room(maya: Rest, jonas: Rest, server_id: int, channel_id: int) -> None:
+    await maya.call("PATCH", f"/channels/{channel_id}", {"topic": "The field trip on Friday"})
+    homework = await maya.call("POST", f"/servers/{server_id}/channels", {"name": "homework"})
+    await maya.call("POST", f"/servers/{server_id}/channels", {"name": "Study room", "kind": "voice"})
+    first = await maya.say(channel_id, "Good morning! Please **bring boots** and a water bottle on Friday.")
+    await maya.say(
+        channel_id, "The plan:\n1. Water samples at three ponds\n2. Lunch by the mill\n3. Microscopes back in the lab"
+    )
+    await jonas.say(channel_id, "Do we need our own tubes? @Maya", reply_to=first["message_id"])
+    await jonas.say(
+        channel_id,
+        "> a quote\n```\nreadings = [7.1, 6.9]\n"
+        "print(f'mean pH {sum(readings) / len(readings):.2f}, out of a long, long line of code that has to scroll')\n"
+        "```\nand `code`, see https://example.org/ponds",
+    )
+    await jonas.call("PUT", f"/messages/{first['message_id']}/reactions/{quote('👍')}")
+    await jonas.say(homework["channel_id"], "Exercise 3 is due on Monday, @Maya")
+
+
+async def test_keyboard_alone_suffices(tab: Any, url: str) -> None:
+    maya = await tab()
+    await maya.goto(url + "/")
+    press, kind = maya.keyboard.press, maya.keyboard.type
+    await expect(maya.locator("#username")).to_be_focused()
+    await kind("Maya")
+    await press("Tab")
+    await kind("correct horse")
+    await press("Enter")
+    await expect(maya.locator("#empty")).to_be_visible()
+    await reach(maya, "#empty .main")
+    await press("Enter")
+    await kind("Biology")
+    await press("Enter")
+    await expect(maya.locator("#text")).to_be_focused()
+    await kind("first line")
+    await press("Shift+Enter")
+    await kind("second line")
+    await press("Enter")
+    await maya.sees("second line")
+    await reach(maya, "#log", "Shift+Tab")
+    await press("ArrowUp")
+    await expect(maya.row("second line")).to_be_focused()
+    await reach(maya, '.row [data-do="react"]')
+    await press("Enter")
+    await press("ArrowRight")
+    await press("Enter")
+    await expect(maya.row("second line").locator(".reactions button")).to_have_text("👎 1")
+    await reach(maya, '.row [data-do="remove"]')
+    await press("Enter")
+    await expect(maya.locator("#ask .main")).to_be_focused()
+    await press("Enter")
+    await expect(maya.row("second line")).to_have_count(0)
+    await expect(maya.locator("#text")).to_be_focused()
+
+
+async def reach(tab: Tab, selector: str, key: str = "Tab") -> None:
+    """Press a key until the focus is there, as a person would."""
+    for _ in range(40):
+        await tab.keyboard.press(key)
+        if await tab.evaluate("selector => document.activeElement?.matches(selector)", selector):
+            return
+    pytest.fail(f"the keyboard does not reach {selector}")
+
+
+async def test_language_and_theme_are_chosen(rest: Rest, tab: Any) -> None:
+    maya_api = await rest.register("Maya")
+    await maya_api.found()
+    maya = await tab(maya_api, locale="fr-FR", color_scheme="dark")
+    await expect(maya.locator("html")).to_have_attribute("lang", "fr")
+    await expect(maya.locator("html")).to_have_attribute("data-theme", "dark")
+    await expect(maya.locator("#text")).to_have_attribute("placeholder", "Écrire dans general")
+    await maya.click('[data-do="settings"]')
+    await maya.select_option("#language", "en")
+    await maya.select_option("#theme", "light")
+    await maya.reload()
+    await expect(maya.locator("html")).to_have_attribute("lang", "en")
+    await expect(maya.locator("html")).to_have_attribute("data-theme", "light")
+    await expect(maya.locator("#text")).to_have_attribute("placeholder", "Write to general")
+
+
+async def test_ten_thousand_messages_scroll_without_jumps(rest: Rest, tab: Any) -> None:
+    maya_api = await rest.register("Maya")
+    _, channel_id = await maya_api.found()
+    for start in range(0, 10000, 50):
+        await asyncio.gather(
+            *(maya_api.say(channel_id, f"message {number}, {'long ' * (number % 40)}") for number in range(start, start + 50))
+        )
+    maya = await tab(maya_api)
+    await expect(maya.locator("#log .row").last).to_be_in_viewport()
+    seen: set[str] = set()
+    most = 0
+    for _ in range(60):
+        before = await maya.evaluate(PLACE)
+        moved = await maya.evaluate(SCROLL)
+        await eventually(
+            lambda: maya.evaluate("document.querySelector('#log').scrollTop > 600 || !!document.querySelector('.start')"),
+            "older rows",
+        )
+        ids = await maya.evaluate("[...document.querySelectorAll('#log .row')].map((row) => Number(row.dataset.id))")
+        assert ids == list(range(ids[0], ids[-1] + 1)), "a hole, or out of order"
+        seen.update(ids)
+        most = max(most, len(ids))
+        after = await maya.evaluate(
+            "key => document.querySelector(`[data-key='${key}']`)?.getBoundingClientRect().top ?? null", before["key"]
+        )
+        assert after is None or abs(after - before["top"] - moved) < 3, "the view jumped"
+    assert most <= 350
+    assert len(seen) > 500
+    await maya.click("#newest")
+    await expect(maya.locator("#newest")).to_be_hidden()
+    await expect(maya.locator("#log .row").last).to_be_in_viewport()
+
+
+PLACE = """(() => {
+    const log = document.querySelector("#log"), top = log.getBoundingClientRect().top;
+    const row = [...log.querySelectorAll(".row")].find((one) => one.getBoundingClientRect().top > top);
+    return {key: row.dataset.key, top: row.getBoundingClientRect().top};
+})()"""
+SCROLL = """(() => {
+    const log = document.querySelector("#log"), from = log.scrollTop;
+    log.scrollBy(0, -1500);
+    return from - log.scrollTop;
+})()"""
+
+
+# ---- Packaging ------------------------------------------------------------------------------------------------------
+EMBEDDED = """
+import sys
+from aiohttp import web
+from chatrtc import ChatRTC
+
+app = web.Application()
+ChatRTC(database=sys.argv[1]).attach(app, prefix="/chat")
+web.run_app(app, host="127.0.0.1", port=0, print=lambda line: print(line, flush=True))
+"""
+
+
+async def run(*args: str | Path, cwd: Path) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *map(str, args), cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0, out.decode()
+    return out.decode()
+
+
+async def test_the_wheel_serves(tmp_path: Path) -> None:
+    """Installed in an environment of its own, far from the checkout, it serves: by its command, and embedded."""
+    await run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, cwd=HERE)
+    (wheel,) = tmp_path.glob("chatrtc-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert archive.read("chatrtc.sql") == (HERE / "schema.sql").read_bytes()
+    assert names == {"chatrtc.py", "chatrtc.sql", "chatrtc.html"}
+    await run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    there = tmp_path / "venv" / "bin"
+    await run(there / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel, cwd=tmp_path)
+    assert chatrtc.__version__ in await run(there / "chatrtc", "--version", cwd=tmp_path)
+    (tmp_path / "embedded.py").write_text(EMBEDDED)
+    for prefix, args in {
+        "": (there / "chatrtc", "serve", "--port", "0", "--database", "served.db"),
+        "/chat": (there / "python", "embedded.py", "embedded.db"),
+    }.items():
+        process = await asyncio.create_subprocess_exec(*map(str, args), cwd=tmp_path, stdout=asyncio.subprocess.PIPE)
+        assert process.stdout is not None
+        async with asyncio.timeout(3 * PATIENCE):
+            while b"http://" not in (line := await process.stdout.readline()):
+                assert line or process.returncode is None
+        match = re.search(r"http://[\d.:]+", line.decode())
+        assert match is not None
+        async with World(match[0] + prefix, aiohttp.ClientSession()) as world:
+            ana = await world.person("ana")
+            place = await world.place(ana)
+            socket = Socket()
+            world.sockets.append(await socket.connect(match[0], ana.token, path=f"{prefix}/socket.io"))
+            await socket.ok("join_server", {"server_id": place.server_id})
+            assert await ana.post(place.channel_id) == await socket.hears("message:new")
+            assert b"<title>" in (await world.call("GET", "/")).body
+        process.terminate()
+        async with asyncio.timeout(PATIENCE):
+            await process.communicate()
+        assert process.returncode == 0
+
+
+# ---- Descriptions ---------------------------------------------------------------------------------------------------
+def refers(schema: Any) -> Iterator[str]:
+    """Every $ref in it."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        for value in schema.values():
+            yield from refers(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from refers(value)
+
+
+def resolve(whole: Any, pointer: str) -> Any:
+    for part in pointer.removeprefix("#/").split("/"):
+        whole = whole[part.replace("~1", "/").replace("~0", "~")]
+    return whole
+
+
+def has_shape(whole: dict[str, Any], schema: dict[str, Any], value: Any) -> None:
+    """`value` has that schema's shape, and no key that it does not name."""
+    jsonschema.Draft202012Validator(schema | {"components": whole["components"]}).validate(value)
+    if "$ref" in schema and isinstance(value, dict):
+        assert set(value) <= set(resolve(whole, schema["$ref"])["properties"]), (schema, value)
+
+
+async def test_the_descriptions_are_served_and_whole(world: World) -> None:
+    openapi = (await world.call("GET", "/openapi.json")).body
+    asyncapi = (await world.call("GET", "/asyncapi.json")).body
+    openapi_spec_validator.validate(openapi)
+    described = {(method.upper(), path) for path, methods in openapi["paths"].items() for method in methods}
+    assert described == {(op.method, op.path) for op in chatrtc.OPERATIONS.values() if op.path}
+    for whole in (openapi, asyncapi):
+        references = set(refers(whole))
+        assert references
+        for reference in references:
+            assert resolve(whole, reference) is not None
+    emitted = {f"emit {op.event}" for op in chatrtc.OPERATIONS.values() if op.event}
+    assert set(asyncapi["operations"]) == emitted | {f"hear {event}" for event in chatrtc.EVENTS}
+    assert {code for code in openapi["components"]["schemas"]["Error"]["properties"]["code"]["enum"]} == set(chatrtc.ERRORS)
+
+
+async def test_a_real_run_fits_its_description(world: World) -> None:
+    """Every operation once, by REST or as an event; every answer, ack and event has the shape that is described."""
+    openapi, asyncapi = chatrtc.openapi(), chatrtc.asyncapi()
+    ana, ben, cy = await world.people("ana", "ben", "cy")
+    place = await world.place(ana, ben)
+    at = {
+        "server_id": place.server_id, "channel_id": place.channel_id, "user_id": ben.user_id, "message_id": 1,
+        "emoji": "x", "code": "",
+    }  # fmt: skip
+    tried: set[str] = set()
+
+    async def rest(name: str, body: Any = None, query: str = "", who: Person = ana, **ids: Any) -> Any:
+        op = chatrtc.OPERATIONS[name]
+        assert op.method is not None
+        assert op.path is not None
+        reply = await who.call(op.method, op.path.format(**(at | ids)) + query, body)
+        described = openapi["paths"][op.path][op.method.lower()]["responses"]
+        assert str(reply.status) in described, reply
+        if reply.status != 204:
+            has_shape(openapi, described[str(reply.status)]["content"]["application/json"]["schema"], reply.body)
+        tried.add(name)
+        return reply.body
+
+    async def emit(socket: Socket, event: str, payload: Any = None) -> Any:
+        ack = await socket.ok(event, *([] if payload is None else [payload]))
+        answer = {key: value for key, value in ack.items() if key != "success"}
+        schema = resolve(asyncapi, f"#/channels/socket/messages/{event}.ack")["payload"]
+        assert ("allOf" in schema) == bool(answer)
+        if answer:
+            has_shape(asyncapi, schema["allOf"][1], answer)
+        tried.add(chatrtc.EVENTS_IN[event].name)
+        return ack
+
+    listener, talker = await ben.socket(), await world.socket()
+    await emit(listener, "join_server", {"server_id": place.server_id, "after": 0})
+    await emit(talker, "authenticate", {"token": ana.token})
+    await emit(talker, "ping")
+    await emit(talker, "join_server", {"server_id": place.server_id})
+    channel = await rest("create_channel", {"name": "voices", "kind": "voice", "topic": "talk"})
+    first = await emit(listener, "voice:join", {"channel_id": channel["channel_id"]})
+    await emit(talker, "voice:join", {"channel_id": channel["channel_id"]})
+    await emit(talker, "voice:signal", {"channel_id": channel["channel_id"], "to": first["peer_id"], "data": {"sdp": "x"}})
+    await emit(talker, "voice:leave", {"channel_id": channel["channel_id"]})
+    await emit(talker, "typing_start", {"channel_id": place.channel_id})
+    await emit(talker, "typing_stop", {"channel_id": place.channel_id})
+    message = await rest("post_message", {"channel_id": place.channel_id, "content": "hello @ben", "nonce": "1"})
+    at["message_id"] = message["message_id"]
+    await rest("post_message", {"channel_id": place.channel_id, "content": "yes", "reply_to": message["message_id"]})
+    await rest("add_reaction")
+    for name in ("get_message", "list_messages", "list_changes", "get_read", "list_channels", "list_members", "list_bans"):
+        await rest(name)
+    for name in ("get_profile", "list_servers", "get_server", "check_health", "get_configuration"):
+        await rest(name)
+    await rest("search_messages", query="?q=hello")
+    await rest("mark_read", {"message_id": message["message_id"]})
+    await rest("remove_reaction")
+    await rest("edit_message", {"content": "hello again"})
+    await rest("remove_message")
+    await rest("set_status", {"status": "invisible"})
+    await rest("set_status", {"status": "away"})
+    await rest("edit_channel", {"topic": "more"}, channel_id=channel["channel_id"])
+    await rest("rename_server", {"name": "classes"})
+    await rest("delete_channel", channel_id=channel["channel_id"])
+    invite = await rest("create_invite", {"max_uses": 9, "expires_in": 999})
+    at["code"] = invite["code"]
+    await rest("list_invites")
+    await rest("get_invite")
+    await rest("accept_invite", who=cy)
+    await rest("register_guest", {"username": "guest", "code": invite["code"]})
+    await rest("revoke_invite")
+    await rest("ban", user_id=cy.user_id)
+    await rest("unban", user_id=cy.user_id)
+    await rest("set_role", {"role": "admin"})
+    await listener.client.emit("typing_start", {"channel_id": 999})
+    await listener.hears("error")
+    await emit(talker, "leave_server", {"server_id": place.server_id})
+    await rest("create_server", {"name": "another"}, who=cy)
+    await rest("remove_member", user_id=ben.user_id, who=ben)
+    await rest("delete_server")
+    await rest("register", {"username": "dee", "password": "correct horse"})
+    await rest("login", {"username": "dee", "password": "correct horse"})
+    await rest("change_password", {"old_password": "correct horse", "new_password": "another horse"}, who=cy)
+    await rest("logout")
+    assert tried == set(chatrtc.OPERATIONS)
+    for event, payload in listener.heard + talker.heard:
+        has_shape(asyncapi, resolve(asyncapi, f"#/channels/socket/messages/{event}")["payload"], payload)
+    assert set(chatrtc.EVENTS) - {name for name, _ in listener.heard + talker.heard} <= {"server:deleted"}
+
+
+# ---- The tree itself ------------------------------------------------------------------------------------------------
+# What makes the one file readable, held by what reads it.
+
+ROOM = re.compile(r"^# ---- (.+?) -+$", re.MULTILINE)
+SOURCE = (HERE / "chatrtc.py").read_text("utf-8")
+TREE = ast.parse(SOURCE)
+AnyFunction = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def rooms(source: str) -> dict[str, range]:
+    """The lines of each room."""
+    found = [(match[1], source.count("\n", 0, match.start()) + 1) for match in ROOM.finditer(source)]
+    ends = [line for _, line in found[1:]] + [source.count("\n") + 2]
+    return {name: range(line, end) for (name, line), end in zip(found, ends, strict=True)}
+
+
+def room_of(node: ast.stmt | ast.expr) -> str:
+    return next((name for name, lines in rooms(SOURCE).items() if node.lineno in lines), "")
+
+
+def functions() -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(TREE) if isinstance(node, AnyFunction)]
+
+
+def bound_in(node: ast.AST) -> set[str]:
+    """The names that it gives to something."""
+    names = {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+    names |= {one.arg for one in ast.walk(node) if isinstance(one, ast.arg)}
+    return names | {one.name for one in ast.walk(node) if one is not node and isinstance(one, (*AnyFunction, ast.ClassDef))}
+
+
+def uses_of(node: ast.AST) -> Iterator[ast.Name]:
+    """The names that it reads, but for those in annotations, which are read by nobody but people."""
+    for field, value in ast.iter_fields(node):
+        for one in value if isinstance(value, list) else [value]:
+            if field in ("annotation", "returns"):
+                continue
+            if isinstance(one, ast.Name):
+                yield one
+            elif isinstance(one, ast.AST):
+                yield from uses_of(one)
+
+
+def test_names_point_upward() -> None:
+    home: dict[str, int] = {}
+    bound = {node: bound_in(node) for node in TREE.body}
+    for node in TREE.body:
+        for name in {node.name} if isinstance(node, (*AnyFunction, ast.ClassDef)) else bound[node]:
+            home.setdefault(name, node.lineno)
+    downward = [
+        f"line {name.lineno}: {name.id}"
+        for node in TREE.body
+        for name in uses_of(node)
+        if name.id not in bound[node] and home.get(name.id, 0) > (node.end_lineno or 0)
+    ]
+    assert len(home) > 300
+    assert downward == []
+
+
+def test_the_map_names_the_rooms() -> None:
+    assert re.findall(r"^    ([A-Z][a-z ]+?)  +\S", ast.get_docstring(TREE, clean=False) or "", re.M) == list(rooms(SOURCE))
+
+
+def calls_of(*attributes: str) -> list[ast.Call]:
+    return [
+        node
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in attributes
+    ]
+
+
+def test_sql_is_in_the_store() -> None:
+    calls = calls_of("execute", "executemany", "executescript")
+    assert len(calls) > 80
+    assert {room_of(call) for call in calls} == {"Store", "Questions"}
+
+
+def test_no_data_is_formatted_into_sql() -> None:
+    """A value is a parameter. What is formatted in is one of our own names, chosen by the program."""
+    ours = {
+        "name",
+        "value",
+        "step",
+        "number",
+        "also",
+        "table",
+        "where",
+        "order",
+        "MESSAGE_ROWS",
+        "'integrity' if thorough else 'quick'",
+    }
+    formatted = {
+        ast.unparse(part.value)
+        for call in calls_of("execute", "executemany", "executescript")
+        for part in ast.walk(call)
+        if isinstance(part, ast.FormattedValue)
+    }
+    assert formatted <= ours
+    assert not [call for call in calls_of("format") if room_of(call) in ("Store", "Questions")]
+
+
+def test_one_place_catches_everything() -> None:
+    """What does not raise again, that is: clearing up and passing on is no catching."""
+    broad = [
+        node
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or {"Exception", "BaseException"} & names_in(node.type))
+        and not any(isinstance(inner, ast.Raise) and inner.exc is None for inner in ast.walk(node))
+    ]
+    assert len(broad) == 1
+
+
+def names_in(node: ast.AST) -> set[str]:
+    return {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+
+
+def test_events_leave_by_one_function() -> None:
+    """Chat.tell, but for what goes to a single socket; and publish is all that emits."""
+    assert len(calls_of("publish")) <= 3
+    assert {room_of(call) for call in calls_of("emit")} <= {"Transport"}
+
+
+def test_functions_are_small() -> None:
+    sizes = {f"{one.name}, line {one.lineno}": (one.end_lineno or 0) - one.lineno + 1 for one in functions()}
+    assert statistics.median(sizes.values()) <= 10
+    assert {name: size for name, size in sizes.items() if size > 45} == {}
+
+
+async def test_the_top_level_is_tidy() -> None:
+    tracked = await run("git", "ls-files", cwd=HERE) if (HERE / ".git").exists() else ""
+    assert {name.split("/")[0] for name in tracked.splitlines()} <= {
+        ".ci", ".github", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "bench_chatrtc.py", "chatrtc.html",
+        "chatrtc.py", "pyproject.toml", "schema.sql", "test_chatrtc.py",
+    }  # fmt: skip
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    first, *rest = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    return "\n".join(f"| {row} |" for row in [first, " | ".join(["---"] * len(rows[0])), *rest])
+
+
+def code(text: str) -> str:
+    return f"`{text}`"
+
+
+def told(op: chatrtc.Operation) -> str:
+    """What an operation does, who may, and what it emits."""
+    emits = " → " + " ".join(map(code, op.emits)) if op.emits else ""
+    return f"{op.sentence.split('. ')[0].rstrip('.')} ({op.who.value}){emits}"
+
+
+def operation_rows() -> list[tuple[str, str]]:
+    """A row for each path, with its methods, and one for each event that has no route."""
+    paths: dict[str, list[str]] = {}
+    for op in chatrtc.OPERATIONS.values():
+        also = f", or the event {code(op.event)}" if op.event else ""
+        what = f"{code(op.method)}{also}: {told(op)}" if op.method else told(op)
+        paths.setdefault(op.path or op.event or "", []).append(what)
+    return [(code(path), "<br>".join(what)) for path, what in paths.items()]
+
+
+def event_rows() -> list[tuple[str, str, str, str]]:
+    """A row for all events that carry the same to the same room."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, kind in chatrtc.EVENTS.items():
+        keys = ", ".join(field.encode_name for field in msgspec.structs.fields(kind.payload))
+        alike.setdefault((kind.room, keys), []).append(name)
+    return [
+        (" ".join(map(code, names)), " ".join(chatrtc.EVENTS[name].sentence for name in names),
+         code(f"{room}:{{id}}") if room != "socket" else "the socket", keys)
+        for (room, keys), names in alike.items()
+    ]  # fmt: skip
+
+
+def readme_tables() -> dict[str, str]:
+    """The README's tables, as the tables of the program have them."""
+    limits = [
+        (limit.counts, f"{limit.burst:g}, then {limit.per_second * 60:g} a minute", limit.by)
+        for limit in chatrtc.LIMITS.values()
+    ]
+    settings = [
+        (code(flag), "" if field.default in (None, (), False) else code(str(field.default)), sentence_of(field))
+        for flag, field in chatrtc.setting_names()
+    ]
+    return {
+        "operations": table(("route or event", "what, who may, and what it emits"), *operation_rows()),
+        "events": table(("event", "when", "to", "keys; those that have nothing to say are left out"), *event_rows()),
+        "errors": " · ".join(f"{code(name)} {kind.status}" for name, kind in chatrtc.ERRORS.items()),
+        "limits": table(("what", "at once", "for each"), *limits),
+        "settings": table(("option", "default", "what it sets"), *settings),
+    }
+
+
+def sentence_of(field: msgspec.structs.FieldInfo) -> str:
+    return str(field.type.__metadata__[0].description)
+
+
+def test_the_readme_has_the_tables() -> None:
+    """README.md is in step with the program; README=write makes it so."""
+    path = HERE / "README.md"
+    written = path.read_text("utf-8")
+    for name, rows in readme_tables().items():
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        assert block.search(written), f"no place for the table {name}"
+        written = block.sub(lambda match, rows=rows: match[1] + rows + "\n" + match[2], written)  # type: ignore[misc]
+    if os.environ.get("README") == "write":
+        path.write_text(written, "utf-8")
+    assert path.read_text("utf-8") == written
+    assert written.count("\n") <= 220
+
+
+def test_the_readme_names_every_command() -> None:
+    written = (HERE / "README.md").read_text("utf-8")
+    for name in all_commands():
+        assert f"chatrtc {name}" in written or f"chatrtc.py {name}" in written, name
+
+
+def test_the_readme_programs_are_programs() -> None:
+    written = (HERE / "README.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", written, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        compile(block, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
