@@ -83,6 +83,10 @@ class Reply(NamedTuple):
         return str(self.body["code"]) if self.status >= 400 else ""
 
 
+class Boom(Exception):
+    """What a test's own handler raises."""
+
+
 # What an auditor, who listens in for all tests, found wrong with what the server said.
 FAULTS: list[str] = []
 
@@ -138,7 +142,8 @@ def auditor(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert not FAULTS, FAULTS
     for record in caplog.get_records("call"):
         error = record.exc_info[1] if record.exc_info else None
-        if not isinstance(error, aiohttp.http_exceptions.HttpProcessingError):  # what is no HTTP, aiohttp answers and logs
+        # What is no HTTP, aiohttp answers and logs.
+        if not isinstance(error, Boom | aiohttp.http_exceptions.HttpProcessingError):
             assert error is None, f"{record.getMessage()}: {error!r}"
 
 
@@ -2342,7 +2347,7 @@ class Bare:
         if auth and "wait" in auth:
             await self.gate.wait()
         if auth and "boom" in auth:
-            raise ValueError("boom")
+            raise Boom("boom")
 
     async def disconnect(self, sid, reason):
         self.gone.put_nowait((sid, reason))
@@ -2355,7 +2360,7 @@ class Bare:
         self.seen.put_nowait(("waited", *args))
 
     async def boom(self, sid, *args):
-        raise RuntimeError("boom")
+        raise Boom("boom")
 
     async def other(self, event, sid, *args):
         return {"unknown": event}
