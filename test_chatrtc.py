@@ -5086,7 +5086,7 @@ class Wire:
             await asyncio.get_running_loop().sock_sendall(self.connection, data)
 
     async def say(self, text: str) -> None:
-        """One text frame, masked_frame with zeros."""
+        """One text frame, masked with zeros."""
         data = text.encode()
         length = bytes([128 | len(data)]) if len(data) < 126 else b"\xfe" + struct.pack(">H", len(data))
         await self.send(b"\x81" + length + bytes(4) + data)
@@ -5585,7 +5585,7 @@ class Poller:
 
 
 async def post_timed(people: list[Person], place: Place, count: int) -> list[float]:
-    """Post that many long messages; how long each took, in order of time."""
+    """Post that many long messages, some 400 a second; how long each took, sorted."""
     seconds: list[float] = []
 
     async def go_on(person: Person) -> None:
@@ -5595,12 +5595,13 @@ async def post_timed(people: list[Person], place: Place, count: int) -> list[flo
             place_of = len(seconds) - 1
             await person.post(place.channel_id, "x" * 4000)
             seconds[place_of] = time.monotonic() - began
+            await asyncio.sleep(0.008)
 
     await asyncio.gather(*map(go_on, people))
     return sorted(seconds)
 
 
-@trials(2000, 10_000)
+@trials(1500, 10_000)
 async def test_slow_clients_are_dropped_and_nobody_notices(launch: Launch, tmp_path: Path, tries: int) -> None:
     process = await launch(tmp_path / "chat.db")
     world = process.world()
@@ -5608,12 +5609,12 @@ async def test_slow_clients_are_dropped_and_nobody_notices(launch: Launch, tmp_p
     place = await world.place(*people)
     posters, readers, slow, pollers = people[:4], people[4:8], people[7:11], people[10:12]
     healthy = [await person.socket(place.server_id) for person in readers]
+    late = Copy(people[11], place, "websocket")
+    await late.connect(world)
     warm = await post_timed(posters, place, tries)  # also brings the process to its working size
     start = memory(process)
     before = await post_timed(posters, place, tries)
     size = memory(process)
-    late = Copy(people[11], place, "websocket")
-    await late.connect(world)
     late.freeze()
     frozen = [await Wire.join(person, place, window=4096) for person in slow]
     never = [await Poller.join(person, place) for person in pollers]
@@ -5652,7 +5653,7 @@ async def test_slow_clients_are_dropped_and_nobody_notices(launch: Launch, tmp_p
         f"{(size - start) / 2**20:.0f} MiB more without them, "
         f"p99 of a post {p99[0] * 1000:.1f} ms without and {p99[1] * 1000:.1f} ms with them"
     )
-    assert largest - size <= (size - start) + ((count + 8) << 20)
+    assert largest - size <= (size - start) + (count << 20)
     assert p99[1] <= 1.5 * p99[0] + 0.02
 
 
@@ -5792,7 +5793,7 @@ async def test_held_connections_are_cut(launch: Launch, tmp_path: Path, attacks:
 
 
 def masked_frame(opcode: int, payload: bytes) -> bytes:
-    """A frame of a client, masked_frame with zeros."""
+    """A frame of a client, masked with zeros."""
     head = bytes([opcode])
     if len(payload) < 126:
         return head + bytes([128 | len(payload)]) + bytes(4) + payload
@@ -5806,7 +5807,7 @@ FRAMES = {  # what a WebSocket client may send that no client should
     "text that is no packet": masked_frame(0x81, b"abc"),
     "an unknown packet": masked_frame(0x81, b"49[]"),
     "no UTF-8": masked_frame(0x81, b"\xff\xfe"),
-    "not masked_frame": b"\x81\x03abc",
+    "not masked": b"\x81\x03abc",
     "a reserved opcode": masked_frame(0x83, b"abc"),
     "compressed, unasked": masked_frame(0xC1, DEFLATED[:60_000]),
     "a frame of 2^63 bytes": b"\x81\xff" + b"\x7f" + b"\xff" * 7 + bytes(4) + b"x",
