@@ -6221,6 +6221,164 @@ async def test_a_dead_writer_turns_health_red(world: World) -> None:
     assert not await is_healthy(world)
 
 
+# 10. The security checklist, as far as no other room holds it.
+
+
+async def test_a_missing_name_costs_as_much_as_a_wrong_password(world: World) -> None:
+    await world.person("ana")
+    seconds: dict[str, list[float]] = {"ana": [], "nobody": []}
+    replies = []
+    for _ in range(40):
+        for name, times in seconds.items():
+            began = time.perf_counter()
+            replies.append(await world.call("POST", "/auth/login", {"username": name, "password": "a wrong one"}))
+            times.append(time.perf_counter() - began)
+    assert {(reply.status, reply.body["error"]) for reply in replies} == {(401, replies[0].body["error"])}
+    assert len({tuple(sorted(set(reply.headers) - {"Date"})) for reply in replies}) == 1
+    wrong, missing = (sorted(times)[:20] for times in seconds.values())  # the undisturbed half
+    ratio = sum(missing) / sum(wrong)
+    print(f"a login takes {sum(wrong) / 20 * 1000:.1f} ms; a missing name {ratio:.2f} times as long")
+    assert 0.8 < ratio < 1.25
+
+
+async def test_hashing_holds_nobody_up(world: World) -> None:
+    """A hundred sign in at once; meanwhile the loop turns."""
+    await world.person("ana")
+    login = {"username": "ana", "password": "a wrong one"}
+    logins = [asyncio.create_task(world.call("POST", "/auth/login", login)) for _ in range(100)]
+    slowest = 0.0
+    while not all(task.done() for task in logins):
+        began = time.perf_counter()
+        assert (await world.call("GET", "/config")).status == 200
+        slowest = max(slowest, time.perf_counter() - began)
+        await asyncio.sleep(0.01)
+    print(f"100 logins at once; another request took {slowest * 1000:.0f} ms at most")
+    assert slowest < 1
+
+
+@trials(50, 200)
+async def test_the_last_use_of_an_invite_is_used_once(world: World, tries: int) -> None:
+    owner = await world.person("owner")
+    place = await world.place(owner)
+    invites = f"/servers/{place.server_id}/invites"
+    guests = []
+    code = (await owner.ok("POST", invites, {}))["code"]
+    for number in range(8):
+        account = await world.call("POST", "/auth/guest", {"username": f"guest{number}", "code": code})
+        guests.append(Person(world, f"guest{number}", account.body["user_id"], account.body["token"]))
+    for number in range(tries):
+        await asyncio.gather(*(guest.call("DELETE", f"/servers/{place.server_id}/members/{guest.user_id}") for guest in guests))
+        uses = 1 + number % 2
+        last = (await owner.ok("POST", invites, {"max_uses": uses}))["code"]
+        replies = await asyncio.gather(*(guest.call("POST", f"/invites/{last}") for guest in guests))
+        assert [reply.status for reply in replies].count(201) == uses
+        assert {reply.status for reply in replies} == {201, 404}
+    rows = (await owner.ok("GET", invites))["invites"]
+    assert all(row["max_uses"] is None or row["uses"] == row["max_uses"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"X-Forwarded-For": "10.0.0.{n}"},
+        {"X-Real-IP": "10.0.0.{n}"},
+        {"Forwarded": "for=10.0.0.{n}"},
+        {"X_Forwarded_For": "10.0.0.{n}"},
+        {"X-Forwarded-For": "2001:db8::{n}"},
+    ],
+)
+async def test_forwarded_headers_lift_no_limit(make_world: MakeWorld, headers: dict[str, str]) -> None:
+    """Guessing invites: ten wrong ones a minute from an address, whatever the request says of where it comes from."""
+    world = await make_world(no_rate_limit=False)
+    statuses = []
+    for number in range(30):
+        given = {name: value.format(n=number) for name, value in headers.items()}
+        statuses.append((await world.call("GET", f"/invites/guess{number}", headers=given)).status)
+    assert statuses.count(404) == 10, statuses
+    assert set(statuses) == {404, 429}
+
+
+LOOK_ALIKES = [
+    ("alice", ["ALICE", "Alice", "\uff41lice", "\uff41\uff4c\uff49\uff43\uff45", "\U0001d41alice", "\u24d0lice"]),
+    ("straße", ["STRASSE", "strasse", "straẞe"]),
+    ("josé", ["jose\u0301", "JOSÉ", "JOSE\u0301"]),
+    ("\ufb01ona", ["fiona", "FIONA"]),
+]
+UNSEEN = ["\u200b", "\u200d", "\u202e", "\u2066", "\ufeff", "\u00ad", "\u2060", "\u3164", "\u180e", "\0", "\n", " ", "\ufffe"]
+
+
+async def test_no_two_names_look_alike(world: World) -> None:
+    for name, others in LOOK_ALIKES:
+        await world.person(name)
+        for other in others:
+            reply = await world.call("POST", "/auth/register", {"username": other, "password": "correct horse"})
+            if other[0] == "\u24d0":
+                assert reply.status == 400  # no letter at all
+                continue
+            assert (reply.status, reply.code) == (409, "CONFLICT"), (name, other, reply)
+            signed_in = await world.call("POST", "/auth/login", {"username": other, "password": "correct horse"})
+            assert signed_in.body["username"] == name
+    for sign in UNSEEN:
+        for name in (f"bob{sign}by", f"{sign}bobby", f"bobby{sign}"):
+            reply = await world.call("POST", "/auth/register", {"username": name, "password": "correct horse"})
+            assert reply.status == 400, (ascii(name), reply)
+    await world.person("bobby")  # the control
+
+
+async def test_every_answer_has_its_headers(world: World) -> None:
+    ana = await world.person("ana")
+    paths = {(op.method, op.path) for op in chatrtc.OPERATIONS.values() if op.method and op.path}
+    paths |= {("GET", "/openapi.json"), ("GET", "/asyncapi.json"), ("GET", "/nowhere"), ("PUT", "/servers"), ("GET", "/")}
+    for method, path in sorted(paths, key=str):
+        for token in (ana.token, None):
+            filled = re.sub(r"{[a-z_]+}", "1", path)
+            reply = await world.call(method, filled, {} if method not in ("GET", "DELETE") else None, token=token)
+            assert reply.headers["X-Content-Type-Options"] == "nosniff", (method, path)
+            policy = reply.headers["Content-Security-Policy"]
+            assert "default-src 'none'" in policy, (method, path)
+            assert "unsafe" not in policy, (method, path)
+            assert "frame-ancestors 'none'" in policy, (method, path)
+            cached = reply.headers["Cache-Control"]
+            assert cached == "no-store" or (path == "/" and cached == "no-cache"), (method, path, cached)
+
+
+def modes_of(folder: Path) -> dict[str, str]:
+    return {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()}
+
+
+def contents_of(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.glob("chat.db*") if path.suffix != ".secret")
+
+
+async def test_no_secret_is_in_a_file_mode_or_a_log(launch: Launch, tmp_path: Path) -> None:
+    process = await launch(tmp_path / "chat.db", limits=True)
+    world = process.world()
+    password = "a password nobody logs"
+    names = {"username": "ana", "password": password}
+    token = (await world.call("POST", "/auth/register", names)).body["token"]
+    broken = f"GET /users/me HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {token}\0\r\n\r\n".encode()
+    assert status_of(await answer_to(world.url, broken)) == 400
+    for path in (f"/users/me?token={token}", f"/nowhere/{token}"):
+        await world.call("GET", path, token=token)
+    await world.call("POST", "/auth/login", {"username": "ana\n\x1b[31m", "password": password})
+    await world.call("POST", "/auth/login", names, headers={"Authorization": f"Bearer {token}x"})
+    wire = await Wire.reach(world.url)
+    await wire.upgrade()
+    await wire.say("40" + json.dumps({"token": token + "x", "password": password}))
+    secret = await asyncio.to_thread((tmp_path / "chat.db.secret").read_text)
+    assert set(modes_of(tmp_path).values()) == {"0o600"}, modes_of(tmp_path)
+    arguments = await asyncio.to_thread(Path(f"/proc/{process.process.pid}/cmdline").read_text)
+    status, log = await process.stop()
+    assert status == 0
+    for known in (token, password, secret):
+        assert known not in log + arguments
+    stored = contents_of(tmp_path)
+    assert password.encode() not in stored
+    assert token.encode() not in stored
+    assert b"ana" in stored  # the control
+
+
 # ---- Page -----------------------------------------------------------------------------------------------------------
 # The page in a real browser: people side by side, a network that breaks, hostile text, sound, and what axe says.
 
