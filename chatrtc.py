@@ -2772,6 +2772,7 @@ POST_SECONDS = 10.0
 LANE_LENGTH = 64
 ATTACHMENTS = 4
 LINGER = 0.7  # seconds for the farewell to be read before the connection is aborted
+RETRY_SECONDS = 10  # for who has too many sessions
 RESERVED = frozenset(["connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener", "*"])
 
 OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = "0123456"
@@ -3291,7 +3292,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
     def _admit(self, address: str) -> None:
         if self.draining or len(self.sockets) >= self.rules.max_sessions:
-            raise Refused(503, "RATE_LIMITED", "The server takes no more connections.")
+            raise Refused(503, "UNAVAILABLE", "The server takes no more connections.")
         if self.per_address[address] >= self.rules.max_sessions_per_address:
             raise Refused(429, "RATE_LIMITED", "Too many connections from your address.")
 
@@ -3333,8 +3334,10 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
                 raise Refused(403, "FORBIDDEN", "This origin may not connect.")
             answer = await self._answer(request)
         except Refused as no:
-            body = {"error": no.sentence, "code": no.code}
-            answer = web.json_response(body, status=no.status)
+            wait = {"retry_after": RETRY_SECONDS} if no.code == "RATE_LIMITED" else {}
+            headers = {"Retry-After": str(RETRY_SECONDS)} if wait else {}
+            body = {"error": no.sentence, "code": no.code} | wait
+            answer = web.json_response(body, status=no.status, headers=headers)
         if not answer.prepared:
             answer.headers.update(cors_headers(request, self.rules.origins))
         return answer
