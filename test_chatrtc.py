@@ -2913,7 +2913,7 @@ async def test_session_caps():
         client = await bare.poller()
         bare.sio.eio.rules.max_sessions = 2
         status, body = await bare.polling().get()
-        assert status == 503 and json.loads(body)["code"] == "RATE_LIMITED"
+        assert status == 503 and json.loads(body)["code"] == "UNAVAILABLE"
         await client.post("1")
         await bare.next_gone()
         bare.sio.eio.rules.max_sessions = 3
