@@ -3675,7 +3675,7 @@ async def test_a_chat_lives_under_a_prefix(tmp_path: Path) -> None:
     lock.release()
 
 
-async def test_the_program_does_what_a_route_does(world: World) -> None:
+async def test_the_program_does_what_a_route_does(world: World, caplog: pytest.LogCaptureFixture) -> None:
     chat, told = world.chat, asyncio.Queue[Any]()
 
     @chat.on("message:new")
@@ -3697,6 +3697,8 @@ async def test_the_program_does_what_a_route_does(world: World) -> None:
         assert heard["message_id"] == message.message_id
         async with asyncio.timeout(PATIENCE):
             assert await told.get() == heard
+    assert [record.getMessage() for record in caplog.records] == ["a listener failed"]
+    caplog.clear()
     page = await chat.list_messages(channel_id=place.channel_id, author_id=ana.user_id)
     assert [message.content for message in page.messages] == ["stumble", "hello"]
     for code, call in {
@@ -3785,7 +3787,7 @@ async def test_the_bare_socket_server() -> None:
     async with running(app) as url:
         for transport in ("websocket", "polling"):
             socket = await Socket().connect(url, transports=[transport])
-            assert await socket.call("echo", {"a": 1}) == {"a": 1}
+            assert await socket.client.call("echo", {"a": 1}, timeout=PATIENCE) == {"a": 1}
             await socket.close()
 
 
