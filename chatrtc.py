@@ -69,6 +69,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import aiohttp
 import aiosqlite
@@ -2908,18 +2909,20 @@ class Batch:
     to the clients' own lists, and take 0.3.
     """
 
-    __slots__ = ("data", "open", "parts", "size", "slow")
+    __slots__ = ("__weakref__", "data", "fast", "open", "parts", "size", "slow")
 
     def __init__(self) -> None:
         self.open = True
         self.parts: list[bytes] = []
         self.size = 0
         self.data = b""
+        self.fast = False  # whether anybody waits for what is joined
         self.slow: list[Session] = []  # clients that have to be told one by one: those that poll
 
     def add(self, packets: list[Packet], frames: bytes) -> None:
-        self.parts.append(frames)
-        self.size += len(frames)
+        if self.fast:
+            self.parts.append(frames)
+            self.size += len(frames)
         for session in self.slow:
             session.share(packets, frames)
 
@@ -3038,6 +3041,7 @@ class Session:
     def follow(self, batch: Batch) -> None:
         """Be sent, with the next round, all that the batch will hold by then."""
         if self.upgraded and self.rules.fast:
+            batch.fast = True
             self._queue(batch)
         else:
             batch.slow.append(self)
@@ -3645,7 +3649,8 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     def __init__(self, rules: Rules, **options: Any) -> None:
         self.fast = rules.fast
         self.lanes: dict[str, Lane] = {}
-        self.batches: dict[tuple[str, str], Batch] = {}  # the newest of each room
+        # The newest batch of each room, while a client still waits for it.
+        self.batches: WeakValueDictionary[tuple[str, str], Batch] = WeakValueDictionary()
         if self.fast:
             options.setdefault("client_manager", RoomManager())
         # `call` insists on async_handlers; the order of events is the lanes' doing.

@@ -2594,6 +2594,19 @@ async def test_a_rooms_batch_keeps_the_order_of_all_that_a_client_is_told(bare):
         assert [await client.next() for _ in told[client.sid]] == told[client.sid]
 
 
+async def test_nothing_is_kept_for_rooms_where_nobody_is(bare):
+    ws = await bare.join()
+    bare.sio.enter(ws.sid, "r")
+    for number in range(3):
+        bare.sio.publish("e", number, "nobody")
+        bare.sio.publish("e", number, "r")
+        assert await ws.next() == f'42["e",{number}]'
+    assert set(bare.sio.batches) <= {("/", "r")}
+    await ws.ws.close()
+    await bare.next_gone()
+    assert await bare.settled() and not bare.sio.batches
+
+
 async def test_call_from_a_handler_gets_its_answer(bare):
     async def asks(sid):
         return await bare.sio.call("question", to=sid, timeout=PATIENCE)
