@@ -273,7 +273,8 @@ class World:
         return Person(self, name, reply.body["user_id"], reply.body["token"])
 
     async def people(self, *names: str) -> list[Person]:
-        return list(await asyncio.gather(*map(self.person, names)))
+        """One after another, so that their ids ascend."""
+        return [await self.person(name) for name in names]
 
     async def place(self, owner: Person, *members: Person, name: str = "class") -> Place:
         """A server of that owner, with these members."""
@@ -879,6 +880,11 @@ async def test_a_role_is_told(scene: Scene) -> None:
     await scene.elsewhere.hears_not("member:updated")
 
 
+def test_every_event_is_emitted_by_an_operation() -> None:
+    emitted = {event for op in chatrtc.OPERATIONS.values() for event in op.emits}
+    assert emitted | {"error"} == set(chatrtc.EVENTS)
+
+
 async def test_an_event_without_an_ack_that_fails_is_answered_by_an_error_event(scene: Scene) -> None:
     await scene.here.client.emit("typing_start", {"channel_id": 999})
     heard = await scene.here.hears("error")
@@ -995,6 +1001,24 @@ async def test_changes_come_in_pages(scene: Scene) -> None:
     assert messages == posted
     assert [deletion["message_id"] for deletion in deleted] == [gone["message_id"]]
     assert after == seq + 8
+
+
+async def test_nothing_falls_between_the_ack_of_joining_and_the_events(scene: Scene) -> None:
+    start = (await scene.ana.ok("GET", f"{scene.server}/changes"))["seq"]
+    posting = asyncio.gather(*(scene.post() for _ in range(300)))
+    joins = []
+    while not posting.done():
+        socket = await scene.ben.socket(transports=["websocket"])
+        joins.append((socket, await socket.ok("join_server", {"server_id": scene.place.server_id, "after": start})))
+    expected = sorted(message["seq"] for message in await posting)
+    assert joins
+    for socket, ack in joins:
+        page = ack["changes"]
+        missed = [message["seq"] for message in page["messages"]]
+        assert not page["has_more"]
+        await socket.ok("ping")
+        told = [payload["seq"] for event, payload in socket.heard if event == "message:new"]
+        assert missed + [seq for seq in told if seq > page["seq"]] == expected
 
 
 class Replica:
@@ -1596,6 +1620,34 @@ async def test_logging_in_as_nobody_is_as_much_work(world: World, monkeypatch: p
     assert answers[0] == answers[1]
     assert answers[0][0] == 401
     assert len(answers[0][2]) == 1
+
+
+async def test_a_handshake_that_is_refused_says_why(world: World) -> None:
+    socket, told = Socket(), asyncio.get_running_loop().create_future()
+    socket.client.on("connect_error", told.set_result)
+    with pytest.raises(socketio.exceptions.ConnectionError):
+        await socket.connect(world.url, "not a token")
+    refusal = await asyncio.wait_for(told, PATIENCE)
+    assert refusal == {"message": "Invalid token", "data": {"error": "Invalid token", "code": "UNAUTHORIZED"}}
+
+
+async def test_a_socket_that_does_not_say_who_it_is_is_cut(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatrtc, "LOGIN_SECONDS", 0.3)
+    ana = await world.person("ana")
+    stays, goes = await ana.socket(), await world.socket()
+    assert (await goes.call("ping"))["code"] == "UNAUTHORIZED"
+    await asyncio.wait_for(goes.closed.wait(), PATIENCE)
+    await stays.ok("ping")
+
+
+async def test_a_socket_stays_its_users(world: World) -> None:
+    ana, ben = await world.people("ana", "ben")
+    socket = await ana.socket()
+    again = await socket.ok("authenticate", {"token": ana.token})
+    assert again == {"success": True, "user_id": ana.user_id, "username": "ana"}
+    assert (await socket.call("authenticate", {"token": ben.token}))["success"] is False
+    await socket.ok("user:status", {"status": "busy"})
+    assert (await ben.ok("GET", "/users/me"))["status"] == "online"
 
 
 # ---- Limits ---------------------------------------------------------------------------------------------------------
@@ -3422,6 +3474,25 @@ async def test_a_body_that_is_no_object_is_refused(scene: Scene) -> None:
     for method, path in (("GET", "/nothing"), ("POST", "/healthz"), ("DELETE", "/messages"), ("GET", "/servers/1/x")):
         assert (await scene.ana.call(method, path)).code == "NOT_FOUND"
     await scene.post()
+
+
+@pytest.mark.parametrize("transport", ["polling", "websocket"])
+async def test_events_of_one_socket_are_handled_in_the_order_they_were_sent(scene: Scene, transport: str) -> None:
+    message = await scene.post()
+    socket = await scene.world.socket(transports=[transport])
+    await socket.client.emit("authenticate", {"token": scene.ana.token})
+    await socket.client.emit("join_server", {"server_id": scene.place.server_id})
+    for number in range(30):
+        await socket.client.emit("message:edit", {"message_id": message["message_id"], "content": str(number)})
+    await socket.client.emit("typing_start", {"channel_id": scene.place.channel_id})
+    await socket.client.emit("leave_server", {"server_id": scene.place.server_id})
+    await socket.client.emit("join_server", {"server_id": scene.place.server_id})
+    for number in range(30):
+        assert (await scene.here.hears("message:edit"))["content"] == str(number)
+    await scene.here.hears("user:typing")
+    await scene.here.hears("typing_stop")
+    await socket.hears("message:edit", content="29")
+    await socket.hears_not("error")
 
 
 RESERVED = ["connect", "disconnect", "connect_error", "newListener", "message", "*", "error", "", "__proto__"]
