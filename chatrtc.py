@@ -520,6 +520,7 @@ class Changes(View):
     deleted: list[Deletion]
     channels: list[Channel] | UnsetType = UNSET
     members: list[Member] | UnsetType = UNSET
+    name: str | UnsetType = UNSET
 
 
 class ReadState(View):
@@ -1315,6 +1316,7 @@ NEXT_SEQ = {
     "": "UPDATE servers SET seq = seq + 1 WHERE server_id = ? RETURNING seq",
     "channels": "UPDATE servers SET seq = seq + 1, channels_seq = seq + 1 WHERE server_id = ? RETURNING seq",
     "members": "UPDATE servers SET seq = seq + 1, members_seq = seq + 1 WHERE server_id = ? RETURNING seq",
+    "name": "UPDATE servers SET seq = seq + 1, name_seq = seq + 1 WHERE server_id = ? RETURNING seq",
 }
 NAMED = re.compile(r"@([^\s@]{2,64})")
 REACTIONS_MAX = 50  # different ones on one message
@@ -1409,7 +1411,7 @@ def member_servers(db: sqlite3.Connection, user_id: int) -> list[int]:
 
 
 def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
-    """Take the server's next number; `part`: for a change of its "channels" or its "members"."""
+    """Take the server's next number; `part`: for a change of its "channels", its "members" or its "name"."""
     row = db.execute(NEXT_SEQ[part], (server_id,)).fetchone()
     return int(row[0])
 
@@ -1425,7 +1427,7 @@ def insert_server(db: sqlite3.Connection, name: str, now: str) -> int:
 
 def update_name(db: sqlite3.Connection, server_id: int, name: str) -> int:
     db.execute("UPDATE servers SET name = ? WHERE server_id = ?", (name, server_id))
-    return next_seq(db, server_id)
+    return next_seq(db, server_id, "name")
 
 
 def drop_server(db: sqlite3.Connection, server_id: int) -> None:
@@ -1813,8 +1815,8 @@ class Pages:
 
 def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection[int], viewer: int) -> Changes:
     """What came after a number, so that a client that was away ends equal to one that was not."""
-    seq, channels_seq, members_seq = db.execute(
-        "SELECT seq, channels_seq, members_seq FROM servers WHERE server_id = ?", (args.server_id,)
+    seq, channels_seq, members_seq, name_seq, name = db.execute(
+        "SELECT seq, channels_seq, members_seq, name_seq, name FROM servers WHERE server_id = ?", (args.server_id,)
     ).fetchone()
     rows = db.execute(
         MESSAGE_ROWS
@@ -1831,6 +1833,7 @@ def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection
         [Deletion(row[0], row[1], row[6]) for row in rows if row[12]],
         channels_of(db, args.server_id) if channels_seq > args.after else UNSET,
         members_of(db, args.server_id, present, viewer) if members_seq > args.after else UNSET,
+        name if name_seq > args.after else UNSET,
     )
 
 

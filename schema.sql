@@ -30,7 +30,8 @@ CREATE TABLE servers (
     created_at   TEXT NOT NULL,
     seq          INTEGER NOT NULL DEFAULT 0,       -- the last number given out
     channels_seq INTEGER NOT NULL DEFAULT 0,       -- ... to a change of its channels
-    members_seq  INTEGER NOT NULL DEFAULT 0        -- ... to a change of its members
+    members_seq  INTEGER NOT NULL DEFAULT 0,       -- ... to a change of its members
+    name_seq     INTEGER NOT NULL DEFAULT 0        -- ... to a change of its name
 ) STRICT;
 
 CREATE TABLE members (
