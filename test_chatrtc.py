@@ -971,6 +971,9 @@ async def test_changes_tell_what_came_after_a_number(scene: Scene) -> None:
     changes = await ana.ok("GET", f"{server}/changes?after={seq + 5}")
     assert set(changes) == {"seq", "has_more", "messages", "deleted", "members"}
     assert changes["members"] == (await ana.ok("GET", f"{server}/members"))["members"]
+    await ana.ok("PATCH", server, {"name": "renamed"})
+    changes = await ana.ok("GET", f"{server}/changes?after={seq + 6}")
+    assert changes == {"seq": seq + 7, "has_more": False, "messages": [], "deleted": [], "name": "renamed"}
 
 
 async def test_joining_with_after_gives_the_changes_and_then_the_events(scene: Scene) -> None:
@@ -1030,6 +1033,7 @@ class Replica:
         self.messages: dict[int, Any] = {}
         self.channels: dict[int, Any] = {}
         self.members: dict[int, str] = {}
+        self.name = "class"
         self.socket: Socket | None = None
         self.read = 0
         self.asked = 0
@@ -1064,6 +1068,7 @@ class Replica:
             self.drop_strays()
         if "members" in changes:
             self.members = {member["user_id"]: member["role"] for member in changes["members"]}
+        self.name = changes.get("name", self.name)
         self.seq = changes["seq"]
 
     def drop_strays(self) -> None:
@@ -1114,9 +1119,17 @@ class Replica:
                 self.members.pop(told["user_id"], None)
             case "member:updated":
                 self.members[told["user_id"]] = told["role"]
+            case "server:updated":
+                self.name = told["name"]
 
     def state(self) -> Any:
-        return {"seq": self.seq, "messages": self.messages, "channels": self.channels, "members": self.members}
+        return {
+            "seq": self.seq,
+            "name": self.name,
+            "messages": self.messages,
+            "channels": self.channels,
+            "members": self.members,
+        }
 
 
 async def truth(person: Person, server_id: int) -> Any:
@@ -1132,6 +1145,7 @@ async def truth(person: Person, server_id: int) -> Any:
             after, more = max((one["message_id"] for one in page["messages"]), default=0), page["has_more"]
     return {
         "seq": (await person.ok("GET", f"{server}/changes"))["seq"],
+        "name": (await person.ok("GET", server))["name"],
         "messages": messages,
         "channels": {channel["channel_id"]: channel for channel in channels},
         "members": {member["user_id"]: member["role"] for member in (await person.ok("GET", f"{server}/members"))["members"]},
