@@ -2175,6 +2175,14 @@ async def test_reactions_are_idempotent(scene: Scene) -> None:
     await scene.here.hears_not("reaction:remove")
 
 
+async def test_a_message_holds_so_many_different_reactions(scene: Scene) -> None:
+    path = f"/messages/{(await scene.post())['message_id']}/reactions"
+    for number in range(chatrtc.REACTIONS_MAX):
+        await scene.ana.ok("PUT", f"{path}/e{number}")
+    assert (await scene.ana.call("PUT", f"{path}/one-more")).code == "CONFLICT"
+    assert (await scene.ben.call("PUT", f"{path}/e0")).status == 204, "one of them is no other"
+
+
 async def test_what_is_unread_is_what_others_wrote_since(scene: Scene) -> None:
     path = f"/channels/{scene.place.channel_id}/read"
     start = await scene.ben.ok("GET", path)
@@ -3483,6 +3491,9 @@ async def test_a_body_that_is_no_object_is_refused(scene: Scene) -> None:
     assert (await scene.ana.call("POST", "/messages", data=lone)).code == "BAD_REQUEST"
     huge = b'{"content": "' + b"x" * 300_000 + b'"}'
     assert (await scene.ana.call("POST", "/messages", data=huge)).code == "TOO_LARGE"
+    packed = gzip.compress(b'{"channel_id": 1, "content": "x"}')
+    reply = await scene.ana.call("POST", "/messages", data=packed, headers={"Content-Encoding": "gzip"})
+    assert reply.code == "BAD_REQUEST"
     twice = await scene.ana.call("PATCH", "/servers/1", {"server_id": 2, "name": "x"})
     assert twice.code == "BAD_REQUEST", "an argument has one place"
     for method, path in (("GET", "/nothing"), ("POST", "/healthz"), ("DELETE", "/messages"), ("GET", "/servers/1/x")):
