@@ -4814,6 +4814,7 @@ def asyncapi() -> dict[str, Any]:
 
 CHORES_EVERY = 0.5  # seconds
 TOKENS_EVERY = 7200  # chores
+LINK_MAX = 1000  # characters of an invite's link
 SEARCH_LAG = 50_000  # messages: some 2 seconds of catching up for the first search
 KEEPALIVE = 20.0
 ADMIN: dict[str, Callable[..., Done[Any]]] = {}  # what the command line may have done to the database
@@ -4889,15 +4890,21 @@ def read_settings(given: dict[str, Any]) -> Settings:
 
 async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
     """The QR code of an invite's link, for a camera."""
-    caller, args = Caller(None, request.remote or ""), InviteArgs(code=request.match_info["code"])
-    outcome = await settle(perform(chat, OPERATIONS["get_invite"], caller, args))
+    outcome = await settle(draw_invite(chat, request))
     if isinstance(outcome, ChatError):
         return refuse(outcome)
-    root = request.path.partition("/invites/")[0]
+    return web.Response(body=outcome.answer, headers=HEADERS | {"Content-Type": "image/svg+xml"})
+
+
+async def draw_invite(chat: Chat, request: web.Request) -> Done[bytes]:
+    args = InviteArgs(code=request.match_info["code"])
+    await perform(chat, OPERATIONS["get_invite"], Caller(None, request.remote or ""), args)
+    link = f"{request.scheme}://{request.host}{request.path.partition('/invites/')[0]}/#/invite/{args.code}"
+    if len(link) > LINK_MAX:
+        raise ChatError("BAD_REQUEST", "The address of this server is too long for a QR code")
     picture = io.BytesIO()
-    link = f"{request.scheme}://{request.host}{root}/#/invite/{args.code}"
     segno.make(link, micro=False).save(picture, kind="svg", scale=8, border=2, light="#fff")
-    return web.Response(body=picture.getvalue(), headers=HEADERS | {"Content-Type": "image/svg+xml"})
+    return Done(picture.getvalue())
 
 
 async def send_page(page: bytes, policy: str, request: web.Request) -> web.Response:
