@@ -241,23 +241,21 @@ class Credentials(Args):
     password: Annotated[str, Meta(min_length=1, max_length=256)]
 
 
-class NewUser(Args):
+class NewName(Args):
     username: Username
+
+    def __post_init__(self) -> None:
+        if not is_username(self.username):
+            raise ValueError("A username has 2 to 32 letters, digits, '_', '.' or '-'")
+
+
+class NewUser(NewName):
     password: Password
     code: Code | None = None
 
-    def __post_init__(self) -> None:
-        if not is_username(self.username):
-            raise ValueError("A username has 2 to 32 letters, digits, '_', '.' or '-'")
 
-
-class NewGuest(Args):
-    username: Username
+class NewGuest(NewName):
     code: Code
-
-    def __post_init__(self) -> None:
-        if not is_username(self.username):
-            raise ValueError("A username has 2 to 32 letters, digits, '_', '.' or '-'")
 
 
 class NewPassword(Args):
@@ -281,35 +279,28 @@ class ServerArgs(Args):
     server_id: Id
 
 
-class RenameServer(Args):
-    server_id: Id
+class RenameServer(ServerArgs):
     name: Name
 
 
-class JoinServer(Args):
-    server_id: Id
+class JoinServer(ServerArgs):
     after: Seq | None = None
 
 
-class ChangesArgs(Args):
-    server_id: Id
+class ChangesArgs(ServerArgs):
     after: Seq = 0
     limit: Annotated[int, Meta(ge=1, le=500)] = 500
 
 
-class MemberArgs(Args):
-    server_id: Id
+class MemberArgs(ServerArgs):
     user_id: Id
 
 
-class RoleArgs(Args):
-    server_id: Id
-    user_id: Id
+class RoleArgs(MemberArgs):
     role: Role
 
 
-class NewInvite(Args):
-    server_id: Id
+class NewInvite(ServerArgs):
     max_uses: Annotated[int, Meta(ge=1, le=10**6)] | None = None
     expires_in: Annotated[int, Meta(ge=1, le=10**9)] | None = None
 
@@ -318,32 +309,28 @@ class InviteArgs(Args):
     code: Code
 
 
-class NewChannel(Args):
-    server_id: Id
+class NewChannel(ServerArgs):
     name: Name
     kind: ChannelKind = "text"
     topic: Topic = ""
-
-
-class EditChannel(Args):
-    channel_id: Id
-    name: Name | None = None
-    topic: Topic | None = None
 
 
 class ChannelArgs(Args):
     channel_id: Id
 
 
-class NewMessage(Args):
-    channel_id: Id
+class EditChannel(ChannelArgs):
+    name: Name | None = None
+    topic: Topic | None = None
+
+
+class NewMessage(ChannelArgs):
     content: Content
     reply_to: Id | None = None
     nonce: Nonce | None = None
 
 
-class PageArgs(Args):
-    channel_id: Id
+class PageArgs(ChannelArgs):
     before: Id | None = None
     after: Seq | None = None
     around: Id | None = None
@@ -358,23 +345,19 @@ class MessageArgs(Args):
     message_id: Id
 
 
-class EditMessage(Args):
-    message_id: Id
+class EditMessage(MessageArgs):
     content: Content
 
 
-class ReactionArgs(Args):
-    message_id: Id
+class ReactionArgs(MessageArgs):
     emoji: Emoji
 
 
-class ReadArgs(Args):
-    channel_id: Id
+class ReadArgs(ChannelArgs):
     message_id: Id
 
 
-class SearchArgs(Args):
-    server_id: Id
+class SearchArgs(ServerArgs):
     q: Annotated[str, Meta(min_length=1, max_length=200, pattern=SHOWN)]
     channel_id: Id | None = None
     author_id: Id | None = None
@@ -382,8 +365,7 @@ class SearchArgs(Args):
     limit: Annotated[int, Meta(ge=1, le=100)] = 50
 
 
-class SignalArgs(Args):
-    channel_id: Id
+class SignalArgs(ChannelArgs):
     to: PeerId
     data: Any
 
@@ -392,24 +374,32 @@ class View(Struct, omit_defaults=True):
     """What goes out: a thing as it is, flat."""
 
 
-class Account(View):
+class Identity(View):
     user_id: int
     username: str
+
+
+class ServerUser(View):
+    server_id: int
+    user_id: int
+    username: str
+
+
+class ChannelUser(View):
+    channel_id: int
+    user_id: int
+    username: str
+
+
+class Account(Identity):
     token: str
     expires_at: str
 
 
-class Profile(View):
-    user_id: int
-    username: str
+class Profile(Identity):
     status: Status
     created_at: str
     guest: bool = False
-
-
-class Identity(View):
-    user_id: int
-    username: str
 
 
 class Channel(View):
@@ -437,10 +427,7 @@ class Channels(View):
     channels: list[Channel]
 
 
-class Member(View):
-    server_id: int
-    user_id: int
-    username: str
+class Member(ServerUser):
     role: Role
     status: Status
     joined_at: str
@@ -451,10 +438,7 @@ class Members(View):
     members: list[Member]
 
 
-class Ban(View):
-    server_id: int
-    user_id: int
-    username: str
+class Ban(ServerUser):
     banned_by: int
     banned_at: str
 
@@ -530,10 +514,7 @@ class ReadState(View):
     mentions: int
 
 
-class VoiceChanged(View):
-    channel_id: int
-    user_id: int
-    username: str
+class VoiceChanged(ChannelUser):
     peer_id: str
 
 
@@ -544,9 +525,7 @@ class Joined(View):
     voice: list[VoiceChanged] = []
 
 
-class Participant(View):
-    user_id: int
-    username: str
+class Participant(Identity):
     peer_id: str
 
 
@@ -606,10 +585,8 @@ class MentionNotice(Message, kw_only=True):
     server_id: int
 
 
-class MessageDeleted(View):
-    channel_id: int
-    message_id: int
-    seq: int
+class MessageDeleted(Deletion):
+    pass
 
 
 class ReactionChanged(View):
@@ -621,35 +598,23 @@ class ReactionChanged(View):
     seq: int
 
 
-class Typing(View):
-    channel_id: int
-    user_id: int
-    username: str
+class Typing(ChannelUser):
+    pass
 
 
-class PresenceChanged(View):
-    server_id: int
-    user_id: int
-    username: str
+class PresenceChanged(ServerUser):
+    pass
 
 
-class StatusChanged(View):
-    user_id: int
-    username: str
+class StatusChanged(Identity):
     status: Status
 
 
-class MemberChanged(View):
-    server_id: int
-    user_id: int
-    username: str
+class MemberChanged(ServerUser):
     seq: int
 
 
-class RoleChanged(View):
-    server_id: int
-    user_id: int
-    username: str
+class RoleChanged(ServerUser):
     role: Role
     seq: int
 
