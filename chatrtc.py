@@ -1363,10 +1363,8 @@ def insert_revoked(db: sqlite3.Connection, digest: bytes, expires: float) -> Non
 
 
 def profile(db: sqlite3.Connection, user_id: int) -> Profile:
-    row = db.execute(
-        "SELECT user_id, username, status, created_at, password IS NULL FROM users WHERE user_id = ?", (user_id,)
-    ).fetchone()
-    user_id, username, status, created_at, guest = row
+    query = "SELECT user_id, username, status, created_at, password IS NULL FROM users WHERE user_id = ?"
+    user_id, username, status, created_at, guest = db.execute(query, (user_id,)).fetchone()
     return Profile(user_id, username, status, created_at, bool(guest))
 
 
@@ -1466,8 +1464,7 @@ def username_of(db: sqlite3.Connection, user_id: int) -> str | None:
 
 
 def is_banned(db: sqlite3.Connection, server_id: int, user_id: int) -> bool:
-    found = db.execute("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?", (server_id, user_id)).fetchone()
-    return found is not None
+    return bool(db.execute("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?", (server_id, user_id)).fetchone())
 
 
 def bans_of(db: sqlite3.Connection, server_id: int) -> list[Ban]:
@@ -1710,8 +1707,7 @@ def touch_message(db: sqlite3.Connection, server_id: int, message_id: int) -> in
 
 def insert_reaction(db: sqlite3.Connection, message_id: int, emoji: str, user_id: int) -> bool:
     """Whether it is new."""
-    added = db.execute("INSERT OR IGNORE INTO reactions VALUES (?, ?, ?)", (message_id, emoji, user_id))
-    return added.rowcount > 0
+    return db.execute("INSERT OR IGNORE INTO reactions VALUES (?, ?, ?)", (message_id, emoji, user_id)).rowcount > 0
 
 
 def drop_reaction(db: sqlite3.Connection, message_id: int, emoji: str, user_id: int) -> bool:
@@ -1720,40 +1716,27 @@ def drop_reaction(db: sqlite3.Connection, message_id: int, emoji: str, user_id: 
     return db.execute("DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?", values).rowcount > 0
 
 
-def page_of(db: sqlite3.Connection, where: str, order: str, limit: int, **values: Any) -> tuple[list[Message], bool]:
-    """At most `limit` standing messages, and whether there are more."""
+def page_of(db: sqlite3.Connection, channel_id: int, where: str, cursor: int, limit: int) -> tuple[list[Message], bool]:
+    """At most `limit` standing messages, those nearest to the cursor, and whether there are more."""
+    order = "ASC" if where == ">" else "DESC"
     rows = db.execute(
-        f"{MESSAGE_ROWS} WHERE m.deleted = 0 AND {where} ORDER BY m.message_id {order} LIMIT :limit",
-        values | {"limit": limit + 1},
+        f"{MESSAGE_ROWS} WHERE m.channel_id = ? AND m.message_id {where} ? AND m.deleted = 0 "
+        f"ORDER BY m.message_id {order} LIMIT ?",
+        (channel_id, cursor, limit + 1),
     ).fetchall()
     return [to_message(row) for row in rows[:limit]], len(rows) > limit
 
 
-def page_around(db: sqlite3.Connection, args: PageArgs) -> Messages:
-    """Half of the page up to the message, half after it; more where either side has more."""
-    values = {"channel_id": args.channel_id, "around": args.around}
-    half = args.limit // 2
-    newer, more_newer = page_of(db, "m.channel_id = :channel_id AND m.message_id > :around", "ASC", half, **values)
-    older, more_older = page_of(
-        db, "m.channel_id = :channel_id AND m.message_id <= :around", "DESC", args.limit - len(newer), **values
-    )
-    return Messages(older[::-1] + newer, more_newer or more_older)
-
-
 def page(db: sqlite3.Connection, args: PageArgs) -> Messages:
     """A page of a channel, oldest first. It costs the same anywhere: an index walk of `limit` steps from the cursor."""
-    channel = "m.channel_id = :channel_id"
     if args.after is not None:
-        newer, more = page_of(
-            db, f"{channel} AND m.message_id > :after", "ASC", args.limit, channel_id=args.channel_id, after=args.after
-        )
-        return Messages(newer, more)
-    if args.around is not None:
-        return page_around(db, args)
+        return Messages(*page_of(db, args.channel_id, ">", args.after, args.limit))
+    if args.around is not None:  # half of it up to the message, half after it; more where either side has more
+        newer, more_newer = page_of(db, args.channel_id, ">", args.around, args.limit // 2)
+        older, more_older = page_of(db, args.channel_id, "<=", args.around, args.limit - len(newer))
+        return Messages(older[::-1] + newer, more_newer or more_older)
     before = args.before if args.before is not None else 2**63 - 1
-    older, more = page_of(
-        db, f"{channel} AND m.message_id < :before", "DESC", args.limit, channel_id=args.channel_id, before=before
-    )
+    older, more = page_of(db, args.channel_id, "<", before, args.limit)
     return Messages(older[::-1], more)
 
 
@@ -1892,9 +1875,8 @@ def all_servers(db: sqlite3.Connection) -> list[dict[str, Any]]:
 
 def messages_of(db: sqlite3.Connection, channel_id: int) -> Iterator[Message]:
     """All of a channel that stands, oldest first, without holding it in memory."""
-    yield from map(
-        to_message, db.execute(MESSAGE_ROWS + "WHERE m.channel_id = ? AND m.deleted = 0 ORDER BY m.message_id", (channel_id,))
-    )
+    rows = db.execute(MESSAGE_ROWS + "WHERE m.channel_id = ? AND m.deleted = 0 ORDER BY m.message_id", (channel_id,))
+    return map(to_message, rows)
 
 
 CHECKS = {
@@ -1919,11 +1901,6 @@ def find_trouble(db: sqlite3.Connection) -> list[str]:
     for name, query in CHECKS.items():
         lines += [f"{name}: {row[0]}" for row in db.execute(query)]
     return lines
-
-
-def find_trouble_in(path: Path) -> list[str]:
-    with contextlib.closing(connect_reader(path, immutable=True)) as db:
-        return find_trouble(db)
 
 
 # ---- Presence ------------------------------------------------------------------------------------------------------
@@ -5409,7 +5386,8 @@ def copy_verified(db: sqlite3.Connection, dest: Path) -> Path:
 
         try:
             copy_database(db, part, show)
-            trouble = find_trouble_in(part)
+            with contextlib.closing(connect_reader(part, immutable=True)) as copy:
+                trouble = find_trouble(copy)
         except (OSError, sqlite3.Error) as error:
             trouble = [str(error)]
     if trouble:
