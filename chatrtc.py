@@ -1289,12 +1289,14 @@ INDEX_STEP = 500  # messages that search learns of in one transaction
 
 
 class Standing(NamedTuple):
-    """An account as a token's bearer has it."""
+    """An account as a token's bearer has it, and that token (none for a call from the program itself)."""
 
     user_id: int
     username: str
-    status: Status
-    generation: int
+    status: Status = "online"
+    generation: int = 0
+    digest: bytes = b""
+    expires: float = math.inf
 
 
 def standing(db: sqlite3.Connection, user_id: int, digest: bytes) -> Standing | None:
@@ -2033,17 +2035,6 @@ HASHERS = 2
 HASHING_LINE = 64  # who waits behind that many is sent away
 
 
-class Me(NamedTuple):
-    """Who calls: an account, and the token they came with (none for a call from the program itself)."""
-
-    user_id: int
-    username: str
-    status: Status = "online"
-    generation: int = 0
-    digest: bytes = b""
-    expires: float = float("inf")
-
-
 def hash_password(password: str, salt: bytes, n: int, r: int, p: int) -> str:
     key = hashlib.scrypt(password.encode(), salt=salt, n=n, r=r, p=p, maxmem=128 * n * r * 2, dklen=32)
     return f"scrypt${n}${r}${p}${salt.hex()}${key.hex()}"
@@ -2218,7 +2209,7 @@ class Scope:
     """What an operation knows: the transaction, the time, the caller, and the things that its arguments name."""
 
     db: sqlite3.Connection
-    me: Me
+    me: Standing
     clock: float  # Unix seconds
     presence: Presence
     pages: Pages
@@ -2614,8 +2605,7 @@ def post_message(at: Scope, args: NewMessage) -> Done[Message]:
         original = message_view(at.db, args.reply_to)
         if original is None or original.channel_id != args.channel_id:
             raise ChatError("NOT_FOUND", "There is no such message to reply to in this channel")
-    author = Standing(at.me.user_id, at.me.username, at.me.status, at.me.generation)
-    message = insert_message(at.db, at.server_id, author, args, at.now)
+    message = insert_message(at.db, at.server_id, at.me, args, at.now)
     effects: list[Effect] = [StopTyping(args.channel_id, at.me.user_id), Emit("message:new", at.server_id, message)]
     return Done(message, effects + mention_notices(at, message, set()))
 
@@ -3853,7 +3843,7 @@ class Connection:
     def __init__(self, sid: str, address: str) -> None:
         self.sid = sid
         self.address = address
-        self.me: Me | None = None
+        self.me: Standing | None = None
         self.closed = False
         self.servers: dict[int, set[int]] = {}  # joined server -> its channels
         self.timer: asyncio.TimerHandle | None = None  # the end of its time to log in, then of its token
@@ -3866,7 +3856,7 @@ class Connection:
 
 
 class Caller(NamedTuple):
-    me: Me | None
+    me: Standing | None
     address: str
     connection: Connection | None = None
 
@@ -3888,12 +3878,12 @@ class Chat:
         self.connections: dict[str, Connection] = {}
         self.sockets: dict[int, set[str]] = {}  # user -> authenticated sockets
         self.listeners: dict[str, list[Listener]] = {}
-        self._sessions: dict[str, Me] = {}  # token -> who bears it, while it is known to stand
+        self._sessions: dict[str, Standing] = {}  # token -> who bears it, while it is known to stand
         self._heard: asyncio.Queue[tuple[Listener, Any]] = asyncio.Queue()
 
     # Asking the database. What is asked by `peek` and acted upon before the next await still holds when it is acted upon.
 
-    def scope(self, db: sqlite3.Connection, me: Me) -> Scope:
+    def scope(self, db: sqlite3.Connection, me: Standing) -> Scope:
         return Scope(db, me, time.time(), self.presence, self.pages)
 
     def ask(self, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
@@ -3916,7 +3906,7 @@ class Chat:
         answer: R = question(at, args)
         return answer
 
-    def recognise(self, token: str) -> Me:
+    def recognise(self, token: str) -> Standing:
         """Who bears this token. Raises UNAUTHORIZED where it does not stand (any more)."""
         known = self._sessions.get(token)
         if known is not None and known.expires > time.time():
@@ -3928,7 +3918,7 @@ class Chat:
             raise ChatError("UNAUTHORIZED", "Invalid token")
         if len(self._sessions) >= SESSIONS_KEPT:
             del self._sessions[next(iter(self._sessions))]
-        me = self._sessions[token] = Me(account.user_id, account.username, account.status, generation, digest, expires)
+        me = self._sessions[token] = account._replace(digest=digest, expires=expires)
         return me
 
     def forget_sessions(self, user_id: int) -> None:
@@ -4027,7 +4017,7 @@ class Chat:
         connection.until(LOGIN_SECONDS, functools.partial(self.close, connection))
         return connection
 
-    def admit(self, connection: Connection, me: Me) -> None:
+    def admit(self, connection: Connection, me: Standing) -> None:
         """The socket is this user's, until the token ends. Raises CONFLICT, RATE_LIMITED."""
         if connection.closed:
             raise ChatError("UNAVAILABLE", "The connection is closing")
@@ -4099,7 +4089,7 @@ class Chat:
             self.tell("user:disconnected", server_id, PresenceChanged(server_id, me.user_id, me.username))
         return True
 
-    def start_typing(self, channel_id: int, me: Me, sid: str) -> None:
+    def start_typing(self, channel_id: int, me: Standing, sid: str) -> None:
         loop = asyncio.get_running_loop()
         heard = self.typists.start(channel_id, me.user_id, me.username, sid, loop.time())
         if heard and me.user_id not in self.presence.hidden:
@@ -4243,7 +4233,7 @@ async def get_configuration(chat: Chat, caller: Caller, args: Nothing) -> Done[C
     return Done(Configuration(settings.registration, not settings.no_guests and settings.registration != "closed", __version__))
 
 
-def bearer(caller: Caller) -> tuple[Connection, Me]:
+def bearer(caller: Caller) -> tuple[Connection, Standing]:
     assert caller.connection is not None
     assert caller.me is not None
     return caller.connection, caller.me
@@ -4394,7 +4384,7 @@ async def settle(work: Awaitable[Done[Any]]) -> Done[Any] | ChatError:
             return ChatError("INTERNAL_ERROR")
 
 
-def in_scope(db: sqlite3.Connection, chat: Chat, op: Operation, me: Me, args: Any) -> Done[Any]:
+def in_scope(db: sqlite3.Connection, chat: Chat, op: Operation, me: Standing, args: Any) -> Done[Any]:
     """Run an operation in the transaction that is open: allowed now, or not at all."""
     at = chat.scope(db, me)
     authorize(op.who, at, args)
@@ -4402,7 +4392,7 @@ def in_scope(db: sqlite3.Connection, chat: Chat, op: Operation, me: Me, args: An
     return done
 
 
-async def carry_through(chat: Chat, op: Operation, me: Me, caller: Caller, args: Any) -> Done[Any]:
+async def carry_through(chat: Chat, op: Operation, me: Standing, caller: Caller, args: Any) -> Done[Any]:
     """Run an operation where its kind belongs: in the next commit, in a snapshot, or on the living chat."""
     job = functools.partial(in_scope, chat=chat, op=op, me=me, args=args)
     if op.kind == "write":
@@ -4416,7 +4406,7 @@ async def carry_through(chat: Chat, op: Operation, me: Me, caller: Caller, args:
 
 async def perform(chat: Chat, op: Operation, caller: Caller, args: Any) -> Done[Any]:
     """Do what an operation says; nobody else calls it. Raises ChatError, TimeoutError."""
-    me = caller.me or Me(0, "")
+    me = caller.me or Standing(0, "")
     limit = LIMITS.get(op.limit or "")
     if limit is None or op.limit is None:
         return await carry_through(chat, op, me, caller, args)
@@ -4957,10 +4947,9 @@ class ChatRTC:
     async def _call(self, op: Operation, *, author_id: int | None = None, **args: Any) -> Any:
         me = None
         if author_id is not None:
-            account = self.chat.store.peek(standing, author_id, b"")
-            if account is None:
+            me = self.chat.store.peek(standing, author_id, b"")
+            if me is None:
                 raise ChatError("NOT_FOUND", "There is no such user")
-            me = Me(account.user_id, account.username, account.status, account.generation)
         elif op.who is not Who.ANYONE:
             raise ChatError("UNAUTHORIZED", "author_id says who does it")
         done = await perform(self.chat, op, Caller(me, "program"), read_args(op.args, args))
