@@ -1513,11 +1513,13 @@ def invite_preview(db: sqlite3.Connection, invite: Invite) -> InvitePreview:
     return InvitePreview(invite.code, invite.server_id, *row)
 
 
-def open_invite(db: sqlite3.Connection, code: str, now: str) -> Invite | None:
-    """The invite, if it is there, not expired and not used up."""
+def open_invite(db: sqlite3.Connection, code: str, now: str) -> Invite:
+    """The invite. Raises NOT_FOUND where it is not there, expired, or used up."""
     valid = "(max_uses IS NULL OR uses < max_uses) AND (expires_at IS NULL OR expires_at > ?)"
     row = db.execute(INVITE + "WHERE code = ? AND " + valid, (code, now)).fetchone()
-    return Invite(*row) if row else None
+    if row is None:
+        raise ChatError("NOT_FOUND", "There is no such invite, or it is used up or expired")
+    return Invite(*row)
 
 
 def count_use(db: sqlite3.Connection, code: str) -> None:
@@ -2503,18 +2505,10 @@ def list_invites(at: Scope, args: ServerArgs) -> Done[Invites]:
     return Done(Invites(invites_of(at.db, at.server_id)))
 
 
-def need_invite(at: Scope, code: str) -> Invite:
-    invite = open_invite(at.db, code, at.now)
-    if invite is None:
-        raise ChatError("NOT_FOUND", "There is no such invite, or it is used up or expired")
-    return invite
-
-
 @operation("read", "GET /invites/{code}", Who.ANYONE, limit="invite")
 def get_invite(at: Scope, args: InviteArgs) -> Done[InvitePreview]:
     """Where an invite leads."""
-    invite = need_invite(at, args.code)
-    return Done(invite_preview(at.db, invite))
+    return Done(invite_preview(at.db, open_invite(at.db, args.code, at.now)))
 
 
 def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, username: str, now: str) -> list[Effect]:
@@ -2529,7 +2523,7 @@ def accept_invite(at: Scope, args: InviteArgs) -> Done[Server]:
     server_id = invited_to(at.db, args.code)
     if server_id is not None and role_of(at.db, server_id, at.me.user_id):
         return Done(server_view(at.db, server_id, at.me.user_id), repeat=True)
-    invite = need_invite(at, args.code)
+    invite = open_invite(at.db, args.code, at.now)
     if is_banned(at.db, invite.server_id, at.me.user_id):
         raise ChatError("FORBIDDEN", "You are banned from this server")
     effects = use_invite(at.db, invite, at.me.user_id, at.me.username, at.now)
@@ -4121,8 +4115,6 @@ def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: s
     if args.code is None:
         return Done(user_id)
     invite = open_invite(db, args.code, utc(clock))
-    if invite is None:
-        raise ChatError("NOT_FOUND", "There is no such invite, or it is used up or expired")
     return Done(user_id, use_invite(db, invite, user_id, args.username, utc(clock)))
 
 
