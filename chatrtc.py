@@ -2187,6 +2187,17 @@ class Limiter:
         if len(self._buckets) > BUCKETS_KEPT:
             self._forget()
 
+    @contextlib.contextmanager
+    def guess(self, name: str, whose: object) -> Iterator[None]:
+        """Something that may be tried, of which what is not found counts."""
+        self.check(name, whose)
+        try:
+            yield
+        except ChatError as refusal:
+            if refusal.code == "NOT_FOUND":
+                self.count(name, whose)
+            raise
+
     def give_back(self, name: str, whose: object) -> None:
         """What was counted turned out well, where only failures count."""
         left, now = self.level(name, whose)
@@ -4120,13 +4131,8 @@ def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: s
 
 async def make_account(chat: Chat, caller: Caller, args: NewUser | NewGuest, password: str | None) -> Done[Account]:
     clock = time.time()
-    chat.limiter.check("invite", caller.address)
-    try:
+    with chat.limiter.guess("invite", caller.address):
         done = await chat.store.write(lambda db: create_account(db, args, password, clock))
-    except ChatError as refusal:
-        if refusal.code == "NOT_FOUND":
-            chat.limiter.count("invite", caller.address)
-        raise
     return Done(chat.keys.issue(done.answer, args.username, 0, clock))
 
 
@@ -4399,20 +4405,14 @@ async def carry_through(chat: Chat, op: Operation, me: Standing, caller: Caller,
 async def perform(chat: Chat, op: Operation, caller: Caller, args: Any) -> Done[Any]:
     """Do what an operation says; nobody else calls it. Raises ChatError, TimeoutError."""
     me = caller.me or Standing(0, "")
-    limit = LIMITS.get(op.limit or "")
-    if limit is None or op.limit is None:
-        return await carry_through(chat, op, me, caller, args)
-    whose = caller.address if limit.by == "address" else me.user_id
-    if not limit.failures:
+    if op.limit in LIMITS:
+        limit = LIMITS[op.limit]
+        whose = caller.address if limit.by == "address" else me.user_id
+        if limit.failures:
+            with chat.limiter.guess(op.limit, whose):
+                return await carry_through(chat, op, me, caller, args)
         chat.limiter.take(op.limit, whose)
-        return await carry_through(chat, op, me, caller, args)
-    chat.limiter.check(op.limit, whose)
-    try:
-        return await carry_through(chat, op, me, caller, args)
-    except ChatError as refusal:
-        if refusal.code == "NOT_FOUND":
-            chat.limiter.count(op.limit, whose)
-        raise
+    return await carry_through(chat, op, me, caller, args)
 
 
 # REST.
