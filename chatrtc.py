@@ -2328,22 +2328,23 @@ def authorize(who: Who, at: Scope, args: Any) -> None:
 # from this table. An operation of this room is a plain function in one transaction: it knows neither HTTP nor sockets.
 
 
-class Operation(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
     name: str
     run: Callable[..., Any]
     kind: Literal["write", "read", "live"]
-    event: str | None
+    event: str | None = None
     method: str | None
     path: str | None
     who: Who
     args: type[Args]
     answer: Any
-    emits: tuple[str, ...]
-    status: int  # of REST
+    emits: Sequence[str] = ()
+    status: int = 200  # of REST
     repeat_status: int  # where the thing had been done before
-    limit: str | None
-    acks: bool  # whether the ack carries the answer, or only says success
-    long: bool  # whether it may take more than a few steps of an index
+    limit: str | None = None
+    acks: bool = True  # whether the ack carries the answer, or only says success
+    long: bool = False  # whether it may take more than a few steps of an index
     sentence: str
 
 
@@ -2351,29 +2352,17 @@ OPERATIONS: dict[str, Operation] = {}
 Run = TypeVar("Run", bound=Callable[..., Any])
 
 
-def operation(
-    kind: Literal["write", "read", "live"],
-    http: str | None,
-    who: Who,
-    *,
-    event: str | None = None,
-    emits: Sequence[str] = (),
-    status: int = 200,
-    repeat_status: int | None = None,
-    limit: str | None = None,
-    acks: bool = True,
-    long: bool = False,
-) -> Callable[[Run], Run]:
-    """Put a function into the table."""
+def operation(kind: Literal["write", "read", "live"], http: str | None, who: Who, **more: Any) -> Callable[[Run], Run]:
+    """Put a function into the table; `more`: what else an Operation has, where it is not the default."""
+    method, path = http.split() if http else (None, None)
+    more = {"repeat_status": more.get("status", 200)} | more
 
     def register(run: Run) -> Run:
-        hints = typing.get_type_hints(run)
-        method, path = http.split() if http else (None, None)
-        answer = typing.get_args(hints["return"])[0]
-        OPERATIONS[run.__name__] = Operation(
-            run.__name__, run, kind, event, method, path, who, hints["args"], answer, tuple(emits), status,
-            repeat_status or status, limit, acks, long, inspect.getdoc(run) or "",
-        )  # fmt: skip
+        hints, name, sentence = typing.get_type_hints(run), run.__name__, inspect.getdoc(run) or ""
+        shape = {"args": hints["args"], "answer": typing.get_args(hints["return"])[0]}
+        OPERATIONS[name] = Operation(
+            name=name, run=run, kind=kind, method=method, path=path, who=who, sentence=sentence, **shape, **more
+        )
         return run
 
     return register
