@@ -4607,20 +4607,24 @@ def bind_sockets(chat: Chat) -> None:
 # Descriptions.
 
 
-def describe(kinds: Iterable[Any]) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
-    return msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+def reference(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
 
 
-def describe_answer(op: Operation) -> dict[str, Any]:
-    if op.status == 204:
-        return {"description": "Done."}
-    schema = {"$ref": f"#/components/schemas/{op.answer.__name__}"}
-    return {"description": op.answer.__name__, "content": {"application/json": {"schema": schema}}}
+def describe(kinds: Iterable[Any]) -> dict[str, Any]:
+    """Their schemas, and those of what is in them."""
+    kinds = [kind for kind in kinds if kind is not type(None)]
+    return msgspec.json.schema_components(kinds, ref_template=reference("{name}")["$ref"])[1]
 
 
-def failure_response() -> dict[str, Any]:
-    schema = {"$ref": "#/components/schemas/Error"}
-    return {"description": "A refusal, by its code.", "content": {"application/json": {"schema": schema}}}
+def in_json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"content": {"application/json": {"schema": schema}}}
+
+
+def describe_operation(op: Operation) -> dict[str, Any]:
+    """What is said of it whichever the door."""
+    emits = f" Emits {', '.join(op.emits)}." if op.emits else ""
+    return {"summary": op.sentence, "description": f"Who may: {op.who.value}.{emits}"}
 
 
 def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
@@ -4629,27 +4633,28 @@ def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     in_path = re.findall(r"{(\w+)}", op.path or "")
     has_body = op.method in ("POST", "PUT", "PATCH")
     places = {name: "path" if name in in_path else "query" for name in fields if name in in_path or not has_body}
-    route: dict[str, Any] = {
+    kind = op.answer.__name__
+    answer = {"description": "Done."} if op.status == 204 else {"description": kind} | in_json(reference(kind))
+    failure = {"description": "A refusal, by its code."} | in_json(reference("Error"))
+    route = describe_operation(op) | {
         "operationId": op.name,
-        "summary": op.sentence,
-        "description": f"Who may: {op.who.value}." + (f" Emits {', '.join(op.emits)}." if op.emits else ""),
         "parameters": [
             {"name": name, "in": place, "required": name in required, "schema": fields[name]} for name, place in places.items()
         ],
-        "responses": {str(op.status): describe_answer(op), "default": failure_response()},
+        "responses": {str(op.status): answer, "default": failure},
         "security": [] if op.who is Who.ANYONE else [{"token": []}],
     }
     body = {name: field for name, field in fields.items() if name not in places}
     if body:
         schema = {"type": "object", "properties": body, "additionalProperties": False}
         schema["required"] = [name for name in required if name in body]
-        route["requestBody"] = {"required": bool(schema["required"]), "content": {"application/json": {"schema": schema}}}
+        route["requestBody"] = {"required": bool(schema["required"])} | in_json(schema)
     return route
 
 
 def openapi() -> dict[str, Any]:
     """The REST side of the table, as OpenAPI 3.1."""
-    _, schemas = describe([kind for op in OPERATIONS.values() for kind in (op.args, op.answer) if kind is not type(None)])
+    schemas = describe(kind for op in OPERATIONS.values() for kind in (op.args, op.answer))
     paths: dict[str, dict[str, Any]] = {}
     for op in OPERATIONS.values():
         if op.path and op.method:
@@ -4668,52 +4673,36 @@ def openapi() -> dict[str, Any]:
     }
 
 
-def reference(kind: Any) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+def on_socket(name: str) -> dict[str, Any]:
+    return {"channel": {"$ref": "#/channels/socket"}, "messages": [{"$ref": f"#/channels/socket/messages/{name}"}]}
 
 
 def ack_schema(op: Operation) -> dict[str, Any]:
     success = {"type": "object", "properties": {"success": {"const": True}}, "required": ["success"]}
-    return {"allOf": [success, reference(op.answer)]} if op.acks and op.answer is not type(None) else success
-
-
-def message_reference(name: str) -> dict[str, str]:
-    return {"$ref": "#/channels/socket/messages/" + name.replace("~", "~0").replace("/", "~1")}
+    return {"allOf": [success, reference(op.answer.__name__)]} if op.acks and op.answer is not type(None) else success
 
 
 def describe_event(name: str, op: Operation) -> dict[str, Any]:
-    return {
-        "action": "receive",
-        "channel": {"$ref": "#/channels/socket"},
-        "summary": op.sentence,
-        "description": f"Who may: {op.who.value}." + (f" Emits {', '.join(op.emits)}." if op.emits else ""),
-        "messages": [message_reference(f"{name}.in")],
-        "reply": {"channel": {"$ref": "#/channels/socket"}, "messages": [message_reference(f"{name}.ack")]},
-    }
+    return describe_operation(op) | on_socket(f"{name}.in") | {"action": "receive", "reply": on_socket(f"{name}.ack")}
 
 
 def describe_notice(name: str, kind: EventKind) -> dict[str, Any]:
-    return {
-        "action": "send",
-        "channel": {"$ref": "#/channels/socket"},
-        "summary": kind.sentence,
-        "description": f"To the {kind.room}." if kind.room == "socket" else f"To room {kind.room}:{{id}}.",
-        "messages": [message_reference(name)],
-    }
+    to = "To the socket." if kind.room == "socket" else f"To room {kind.room}:{{id}}."
+    return on_socket(name) | {"action": "send", "summary": kind.sentence, "description": to}
 
 
 def asyncapi() -> dict[str, Any]:
     """The Socket.IO side, as AsyncAPI 3.0: what a client may emit, with its ack, and what it hears."""
-    kinds = [op.args for op in EVENTS_IN.values()] + [kind.payload for kind in EVENTS.values()]
-    kinds += [op.answer for op in EVENTS_IN.values() if op.answer is not type(None)]
-    _, schemas = describe(kinds)
-    sent = {f"{name}.in": {"name": name, "payload": reference(op.args)} for name, op in EVENTS_IN.items()}
-    acks = {f"{name}.ack": {"name": name, "payload": ack_schema(op)} for name, op in EVENTS_IN.items()}
-    heard = {name: {"name": name, "payload": reference(kind.payload)} for name, kind in EVENTS.items()}
+    kinds = [kind for op in EVENTS_IN.values() for kind in (op.args, op.answer)]
+    schemas = describe([*kinds, *(kind.payload for kind in EVENTS.values())])
+    payloads = {name: reference(kind.payload.__name__) for name, kind in EVENTS.items()}
+    payloads |= {f"{name}.in": reference(op.args.__name__) for name, op in EVENTS_IN.items()}
+    payloads |= {f"{name}.ack": ack_schema(op) for name, op in EVENTS_IN.items()}
+    messages = {key: {"name": key.partition(".")[0], "payload": payload} for key, payload in payloads.items()}
     return {
         "asyncapi": "3.0.0",
         "info": {"title": "ChatRTC", "version": __version__},
-        "channels": {"socket": {"address": "/socket.io/", "messages": sent | acks | heard}},
+        "channels": {"socket": {"address": "/socket.io/", "messages": messages}},
         "operations": {
             **{f"emit {name}": describe_event(name, op) for name, op in EVENTS_IN.items()},
             **{f"hear {name}": describe_notice(name, kind) for name, kind in EVENTS.items()},
