@@ -4719,16 +4719,8 @@ TOKENS_EVERY = 7200  # chores
 LINK_MAX = 1000  # characters of an invite's link
 SEARCH_LAG = 50_000  # messages: some 2 seconds of catching up for the first search
 KEEPALIVE = 20.0
-ADMIN: dict[str, Callable[..., Done[Any]]] = {}  # what the command line may have done to the database
-Admin = TypeVar("Admin", bound=Callable[..., Done[Any]])
 
 
-def admin(run: Admin) -> Admin:
-    ADMIN[run.__name__] = run
-    return run
-
-
-@admin
 def add_user(db: sqlite3.Connection, username: str, password: str) -> Done[int]:
     """Make an account; its id. Raises BAD_REQUEST, CONFLICT."""
     read_args(NewUser, {"username": username, "password": "not this one"})
@@ -4742,7 +4734,6 @@ def need_account(db: sqlite3.Connection, username: str) -> Standing:
     return found[0]
 
 
-@admin
 def set_password(db: sqlite3.Connection, username: str, password: str) -> Done[int]:
     """Give an account another password; its tokens end."""
     user_id = need_account(db, username).user_id
@@ -4762,7 +4753,6 @@ def bequeath(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effec
     return [*effects, give_role(db, server_id, heir, "owner")]
 
 
-@admin
 def delete_user(db: sqlite3.Connection, username: str) -> Done[int]:
     """End an account. What it wrote stays, under its name. A server that it owned goes to its first admin, else its first
     member, and with nobody left is deleted."""
@@ -4774,13 +4764,16 @@ def delete_user(db: sqlite3.Connection, username: str) -> Done[int]:
     return Done(user_id, [*effects, Revoke(user_id)])
 
 
+# What the command line may have done to the database.
+ADMIN: dict[str, Callable[..., Done[Any]]] = {run.__name__: run for run in (add_user, set_password, delete_user)}
+
+
 def read_settings(given: dict[str, Any]) -> Settings:
     """Settings of what was given. Raises StartError in one line."""
     try:
         settings = msgspec.convert(given, Settings)
     except msgspec.ValidationError as error:
-        code_and_sentence = explain(str(error))
-        raise StartError(f"A setting does not fit: {code_and_sentence[1]}") from None
+        raise StartError(f"A setting does not fit: {explain(str(error))[1]}") from None
     if (settings.tls_cert is None) != (settings.tls_key is None):
         raise StartError("--tls-cert and --tls-key go together")
     if settings.tls_self_signed and settings.tls_cert is not None:
@@ -4809,15 +4802,6 @@ async def draw_invite(chat: Chat, request: web.Request) -> Done[bytes]:
     return Done(picture.getvalue())
 
 
-async def send_page(page: bytes, policy: str, request: web.Request) -> web.Response:
-    headers = HEADERS | {
-        "Content-Security-Policy": policy,
-        "Cache-Control": "no-cache",
-        "Content-Type": "text/html; charset=utf-8",
-    }
-    return web.Response(body=page, headers=headers)
-
-
 async def chores_of_now(chat: Chat) -> None:
     """One step after another while nobody else writes; search may lag only so far behind those who do."""
     while not chat.store.busy() and chat.store.peek(deleted_channels):
@@ -4837,22 +4821,25 @@ async def do_chores(chat: Chat) -> None:
         await asyncio.sleep(CHORES_EVERY)
 
 
-async def send_json(body: bytes, request: web.Request) -> web.Response:
-    return web.Response(body=body, headers=HEADERS | {"Content-Type": "application/json"})
+async def send_still(body: bytes, headers: dict[str, str], request: web.Request) -> web.Response:
+    """Something that does not change while the server runs."""
+    return web.Response(body=body, headers=HEADERS | headers)
 
 
-def page_with_policy() -> tuple[bytes, str]:
+def page_with_headers() -> tuple[bytes, dict[str, str]]:
     """The chat page, and the policy that lets its own script and style run, by their hashes, and nothing else."""
     page = asset("chatrtc.html")
     hashes = {
         tag: base64.b64encode(hashlib.sha256(re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.S)[0]).digest()).decode()
         for tag in (b"script", b"style")
     }
-    return page, (
+    policy = (
         f"default-src 'none'; script-src 'sha256-{hashes[b'script']}'; style-src 'sha256-{hashes[b'style']}'; "
         "connect-src 'self'; img-src 'self' data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
+    kind = "text/html; charset=utf-8"
+    return page, {"Content-Security-Policy": policy, "Cache-Control": "no-cache", "Content-Type": kind}
 
 
 class ChatRTC:
@@ -4887,12 +4874,13 @@ class ChatRTC:
             if op.method and op.path:
                 place.router.add_route(op.method, op.path, Route(self.chat, op).__call__)
         for path, text in (("/openapi.json", openapi), ("/asyncapi.json", asyncapi)):
-            place.router.add_get(path, functools.partial(send_json, msgspec.json.encode(text())))
-        place.router.add_get("/", functools.partial(send_page, *page_with_policy()))
+            body = msgspec.json.encode(text())
+            place.router.add_get(path, functools.partial(send_still, body, {"Content-Type": "application/json"}))
+        place.router.add_get("/", functools.partial(send_still, *page_with_headers()))
         self.sio.attach(place)
-        place.on_startup.append(self._on_startup)
-        place.on_shutdown.append(self._on_shutdown)
-        place.on_cleanup.append(self._on_cleanup)
+        place.on_startup.append(lambda app: self.start())
+        place.on_shutdown.append(lambda app: self.sio.drain())
+        place.on_cleanup.append(lambda app: self.stop())
         if place is not app:
             app.add_subapp("/" + prefix.strip("/"), place)
 
@@ -4952,15 +4940,6 @@ class ChatRTC:
             self._control = None
         self.chat.passwords.close()
         await self.chat.store.close()
-
-    async def _on_startup(self, app: web.Application) -> None:
-        await self.start()
-
-    async def _on_shutdown(self, app: web.Application) -> None:
-        await self.sio.drain()
-
-    async def _on_cleanup(self, app: web.Application) -> None:
-        await self.stop()
 
     async def _listen_for_admin(self) -> None:
         """Let the command line of the same user have its writes done by us, who hold the lock, over a private socket."""
