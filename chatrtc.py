@@ -3877,28 +3877,24 @@ class Chat:
 
     # Asking the database. What is asked by `peek` and acted upon before the next await still holds when it is acted upon.
 
-    def scope(self, db: sqlite3.Connection, me: Standing) -> Scope:
-        return Scope(db, me, time.time(), self.presence, self.pages)
+    def allowed(self, db: sqlite3.Connection, who: Who, me: Standing, args: Args, question: Callable[[Scope, Any], R]) -> R:
+        """What the question gives in the transaction that is open, if they may: now, or not at all."""
+        at = Scope(db, me, time.time(), self.presence, self.pages)
+        authorize(who, at, args)
+        return question(at, args)
 
     def ask(self, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
         """Ask about what the arguments name, if the caller may. Raises ChatError."""
-        answer: R = self.store.peek(self.allowed, who, caller, args, question)
+        answer: R = self.store.peek(self.allowed, who, caller.me, args, question)
         return answer
 
     async def ask_long(self, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
         """Ask what may take longer."""
-        return await self.store.read(self.allowed, who, caller, args, question)
+        return await self.store.read(self.allowed, who, caller.me, args, question)
 
     def check(self, who: Who, caller: Caller, args: Args) -> None:
         """Refuse who may not."""
         self.ask(who, caller, args, lambda at, args: None)
-
-    def allowed(self, db: sqlite3.Connection, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
-        assert caller.me is not None
-        at = self.scope(db, caller.me)
-        authorize(who, at, args)
-        answer: R = question(at, args)
-        return answer
 
     def recognise(self, token: str) -> Standing:
         """Who bears this token. Raises UNAUTHORIZED where it does not stand (any more)."""
@@ -4371,17 +4367,9 @@ async def settle(work: Awaitable[Done[Any]]) -> Done[Any] | ChatError:
             return ChatError("INTERNAL_ERROR")
 
 
-def in_scope(db: sqlite3.Connection, chat: Chat, op: Operation, me: Standing, args: Any) -> Done[Any]:
-    """Run an operation in the transaction that is open: allowed now, or not at all."""
-    at = chat.scope(db, me)
-    authorize(op.who, at, args)
-    done: Done[Any] = op.run(at, args)
-    return done
-
-
 async def carry_through(chat: Chat, op: Operation, me: Standing, caller: Caller, args: Any) -> Done[Any]:
     """Run an operation where its kind belongs: in the next commit, in a snapshot, or on the living chat."""
-    job = functools.partial(in_scope, chat=chat, op=op, me=me, args=args)
+    job: Job = functools.partial(chat.allowed, who=op.who, me=me, args=args, question=op.run)
     if op.kind == "write":
         return await chat.store.write(job, long=op.long)
     if op.kind == "read" and not op.long:
