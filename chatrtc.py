@@ -3517,21 +3517,10 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
     def get_rooms(self, sid: str, namespace: str) -> list[str]:
         return [room for room in self.entered.get((namespace, sid), ()) if room is not None]
 
-    async def emit(
-        self,
-        event: str,
-        data: Any,
-        namespace: str,
-        room: Any = None,
-        skip_sid: Any = None,
-        callback: Any = None,
-        to: Any = None,
-        **options: Any,
-    ) -> None:
-        room = to or room
-        if callback:
-            options |= {"room": room, "skip_sid": skip_sid, "callback": callback}
-            await super().emit(event, data, namespace, **options)
+    async def emit(self, event: str, data: Any, namespace: str, room: Any = None, skip_sid: Any = None, **options: Any) -> None:
+        room = options.pop("to", None) or room
+        if options.get("callback"):
+            await super().emit(event, data, namespace, room=room, skip_sid=skip_sid, **options)
             return
         args = list(data) if isinstance(data, tuple) else [] if data is None else [data]
         packet = self.server.packet_class(wire.EVENT, [event, *args], namespace).encode()
