@@ -17,7 +17,8 @@ The file is read from top to bottom, in rooms; each uses only the rooms above it
     Limits        how often somebody may do something
     Policy        who may do what
     Operations    what can be asked of the database, in the order of the product
-    Engine        Engine.IO: sessions, their bounds and their end, and the fast fan-out
+    Sessions      Engine.IO: a client's session, its bounds and its end, and the fast fan-out
+    Engine        all sessions, and the HTTP requests that reach them
     Transport     Socket.IO on it: guarded, and in order
     Chat          sockets, sessions and the one function that carries out what operations ask for
     Live          what can be asked of the living chat
@@ -2688,22 +2689,17 @@ def list_changes(at: Scope, args: ChangesArgs) -> Done[Changes]:
     return Done(changes_since(at.db, args, at.here(), at.me.user_id))
 
 
-# ---- Engine --------------------------------------------------------------------------------------------------------
-# Engine.IO 4 over aiohttp, in the place of python-engineio's own requests, sessions and queues: bounded memory, a bounded wait
-# and a clean end for every client, and a cheap fan-out. Here alone is cleverness, as it was measured (1,000 WebSocket clients
-# of one room, 380-byte frames, one core): the library's own delivery costs 56 to 61 us of CPU a client and message; a frame
-# encoded once and written at once 9 to 11; and what waits for a client joined into one write, 0.4 to 1.6. It knows no chat.
+# ---- Sessions ------------------------------------------------------------------------------------------------------
+# Engine.IO 4, one client: bounded memory, a bounded wait and a clean end for each, and a cheap fan-out. Here alone is
+# cleverness, as it was measured (1,000 WebSocket clients of one room, 380-byte frames, one core): the library's own delivery
+# costs 56 to 61 us of CPU a client and message; a frame encoded once and written at once 9 to 11; and what waits for a client
+# joined into one write, 0.4 to 1.6. It knows no chat.
 
 BACKLOG_BYTES = 1 << 20  # what may wait for one client before it is given up
 BACKLOG_PACKETS = 1000
 BATCH_BYTES = 1 << 18  # what is joined into one write at most
-POST_PACKETS = 256
-POST_SECONDS = 10.0
 LANE_LENGTH = 64
-ATTACHMENTS = 4
 LINGER = 0.7  # seconds for the farewell to be read before the connection is aborted
-RETRY_SECONDS = 10  # for who has too many sessions
-RESERVED = frozenset(["connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener", "*"])
 
 OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = "0123456"
 REASON = engineio.AsyncServer.reason
@@ -2735,29 +2731,6 @@ class Journal:
         self.lines += 1
         if self.lines <= self.limit:
             log.warning(text, *args, exc_info=exc_info)
-
-
-def origin_allowed(request: web.BaseRequest, allowed: Collection[str]) -> bool:
-    origin = request.headers.get("Origin")
-    if origin is None or origin in allowed or "*" in allowed:
-        return True
-    with contextlib.suppress(ValueError):
-        host = urlsplit(origin).netloc
-        return bool(host) and host.lower() == request.host.lower()
-    return False
-
-
-def cors_headers(request: web.BaseRequest, allowed: Collection[str]) -> dict[str, str]:
-    origin = request.headers.get("Origin")
-    if origin is None or not origin_allowed(request, allowed):
-        return {}
-    headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-    headers["Access-Control-Expose-Headers"] = "Retry-After, Idempotent-Replayed"
-    if request.method == "OPTIONS":
-        headers["Access-Control-Allow-Methods"] = "GET, POST, PUT, PATCH, DELETE"
-        headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
-        headers["Access-Control-Max-Age"] = "600"
-    return headers
 
 
 def connected(request: web.BaseRequest) -> bool:
@@ -3143,7 +3116,36 @@ class Session:
             self.link.write(frames + b"".join(map(frame, self.empty())) + GOODBYE)
 
 
-# All sessions, and the HTTP door to them.
+# ---- Engine --------------------------------------------------------------------------------------------------------
+# All sessions, and the HTTP requests that open and reach them: over aiohttp, in the place of python-engineio's own requests,
+# sessions and queues.
+
+POST_PACKETS = 256
+POST_SECONDS = 10.0
+RETRY_SECONDS = 10  # for who has too many sessions
+
+
+def origin_allowed(request: web.BaseRequest, allowed: Collection[str]) -> bool:
+    origin = request.headers.get("Origin")
+    if origin is None or origin in allowed or "*" in allowed:
+        return True
+    with contextlib.suppress(ValueError):
+        host = urlsplit(origin).netloc
+        return bool(host) and host.lower() == request.host.lower()
+    return False
+
+
+def cors_headers(request: web.BaseRequest, allowed: Collection[str]) -> dict[str, str]:
+    origin = request.headers.get("Origin")
+    if origin is None or not origin_allowed(request, allowed):
+        return {}
+    headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+    headers["Access-Control-Expose-Headers"] = "Retry-After, Idempotent-Replayed"
+    if request.method == "OPTIONS":
+        headers["Access-Control-Allow-Methods"] = "GET, POST, PUT, PATCH, DELETE"
+        headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+        headers["Access-Control-Max-Age"] = "600"
+    return headers
 
 
 def encode_payload(packets: Iterable[Packet]) -> str:
@@ -3162,8 +3164,6 @@ def decode_payload(body: bytes) -> list[Packet]:
 
 
 class Engine(engineio.AsyncServer):  # type: ignore[misc]
-    """Engine.IO 4 over aiohttp, in the place of the library's own requests, sessions and queues."""
-
     def __init__(self, *, rules: Rules, **options: Any) -> None:
         super().__init__(**options)
         self.rules = rules
@@ -3392,7 +3392,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
     async def _probe(self, session: Session, socket: web.WebSocketResponse) -> bool:
         """The upgrade handshake. Where it fails the session goes on polling."""
-        try:
+        with contextlib.suppress(TimeoutError, ConnectionError):
             async with asyncio.timeout(POST_SECONDS):
                 if await session.next_frame(socket) == PING + "probe":
                     session.upgrading = True
@@ -3401,8 +3401,6 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
                         session.keep(NOOP)
                     if await session.next_frame(socket) == UPGRADE and not session.closed:
                         return True
-        except (TimeoutError, ConnectionError):
-            pass
         session.upgrading, session.link = False, None
         return False
 
@@ -3411,6 +3409,9 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 # Socket.IO on that engine: a socketio.AsyncServer whose clients are heard in order and can harm nobody but themselves. What it
 # uses of the libraries that is not promised stands in one place here, is checked at the start, and where it is missing
 # delivery falls back to what is promised.
+
+ATTACHMENTS = 4  # to one packet at most
+RESERVED = frozenset(["connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener", "*"])
 
 ack_wanted: ContextVar[bool] = ContextVar("ack_wanted", default=False)  # whether the event in hand is to be acknowledged
 
