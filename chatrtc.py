@@ -3864,6 +3864,10 @@ class Chat:
         self.listeners: dict[str, list[Listener]] = {}
         self._sessions: dict[str, Standing] = {}  # token -> who bears it, while it is known to stand
         self._heard: asyncio.Queue[tuple[Listener, Any]] = asyncio.Queue()
+        self._carriers: dict[type[Effect], Callable[..., None]] = {
+            Emit: self.tell, OpenChannel: self.open_channel, CloseChannel: self.close_channel, CloseServer: self.close_server,
+            Evict: self.evict, Revoke: self.revoke, SetStatus: self.show_status, StopTyping: self.stop_typing,
+        }  # fmt: skip
 
     # Asking the database. What is asked by `peek` and acted upon before the next await still holds when it is acted upon.
 
@@ -3909,23 +3913,7 @@ class Chat:
     def carry_out(self, effects: Iterable[Effect]) -> None:
         """Do what operations ask for beside their answer. Called once what they did is on disk, in the order of commits."""
         for effect in effects:
-            match effect:
-                case Emit(event, to, payload):
-                    self.tell(event, to, payload)
-                case StopTyping(channel_id, user_id):
-                    self.stop_typing(channel_id, user_id)
-                case OpenChannel(server_id, channel_id):
-                    self.open_channel(server_id, channel_id)
-                case CloseChannel(server_id, channel_id):
-                    self.close_channel(server_id, channel_id)
-                case CloseServer(server_id):
-                    self.close_server(server_id)
-                case Evict(server_id, user_id, cut):
-                    self.evict(server_id, user_id, cut)
-                case Revoke(user_id, digest):
-                    self.revoke(user_id, digest)
-                case SetStatus():
-                    self.show_status(effect)
+            self._carriers[type(effect)](*effect)
 
     def tell(self, event: str, to: int, payload: View, *, room: str = "", skip_sid: str | None = None) -> None:
         """Send an event to its room, and to the program's own listeners."""
@@ -3972,22 +3960,21 @@ class Chat:
             if connection.me is not None and digest in (None, connection.me.digest):
                 self.close(connection)
 
-    def show_status(self, change: SetStatus) -> None:
+    def show_status(self, user_id: int, username: str, before: Status, after: Status, server_ids: list[int]) -> None:
         """Tell a new status; who turns invisible is seen to go, and only their own sockets hear why."""
-        self.forget_sessions(change.user_id)
-        told = StatusChanged(change.user_id, change.username, change.after)
-        here = self.presence.servers(change.user_id)
-        if change.after == "invisible":
-            self.presence.hidden.add(change.user_id)
-            self.tell("user:status", change.user_id, told, room="user")
+        self.forget_sessions(user_id)
+        told = StatusChanged(user_id, username, after)
+        if after == "invisible":
+            self.presence.hidden.add(user_id)
+            self.tell("user:status", user_id, told, room="user")
         else:
-            self.presence.hidden.discard(change.user_id)
-            for server_id in change.server_ids:
+            self.presence.hidden.discard(user_id)
+            for server_id in server_ids:
                 self.tell("user:status", server_id, told)
-        if "invisible" in (change.before, change.after) and change.before != change.after:
-            event = "user:disconnected" if change.after == "invisible" else "user:connected"
-            for server_id in here:
-                self.tell(event, server_id, PresenceChanged(server_id, change.user_id, change.username))
+        if "invisible" in (before, after) and before != after:
+            event = "user:disconnected" if after == "invisible" else "user:connected"
+            for server_id in self.presence.servers(user_id):
+                self.tell(event, server_id, PresenceChanged(server_id, user_id, username))
 
     # Sockets.
 
