@@ -885,6 +885,11 @@ def inspect_file(path: Path) -> None:
             raise sqlite3.DatabaseError(trouble)
 
 
+def undo(db: sqlite3.Connection) -> None:
+    if db.in_transaction:
+        db.execute("ROLLBACK")
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Bring a database to `VERSION`, each step in one transaction with its number."""
     (version,) = db.execute("PRAGMA user_version").fetchone()
@@ -893,8 +898,7 @@ def migrate(db: sqlite3.Connection) -> None:
         try:
             db.executescript(f"BEGIN IMMEDIATE;\n{step}\nPRAGMA user_version = {number};\nCOMMIT;")
         finally:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
+            undo(db)
 
 
 def prepare(path: Path) -> sqlite3.Connection:
@@ -1003,11 +1007,6 @@ def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Aw
     aiosqlite offers one hop a statement; these are the two private names of it that this file uses.
     """
     return db._execute(run, db._conn, *args)  # type: ignore[no-untyped-call]
-
-
-def undo(db: sqlite3.Connection) -> None:
-    if db.in_transaction:
-        db.execute("ROLLBACK")
 
 
 def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatError]:
@@ -1429,10 +1428,6 @@ def server_view(db: sqlite3.Connection, server_id: int, user_id: int) -> Server:
     row = db.execute(SERVER_ROWS + "WHERE s.server_id = :server_id", {"server_id": server_id, "user_id": user_id}).fetchone()
     server_id, name, owner_id, created_at, role = row
     return Server(server_id, name, owner_id, created_at, role, channels_of(db, server_id))
-
-
-def servers_of(db: sqlite3.Connection, user_id: int) -> list[Server]:
-    return [server_view(db, server_id, user_id) for server_id in member_servers(db, user_id)]
 
 
 def channel_view(db: sqlite3.Connection, channel_id: int) -> Channel:
@@ -2400,7 +2395,8 @@ def logout(at: Scope, args: Nothing) -> Done[None]:
 @operation("read", "GET /servers", Who.USER)
 def list_servers(at: Scope, args: Nothing) -> Done[Servers]:
     """The servers that I am a member of."""
-    return Done(Servers(servers_of(at.db, at.me.user_id)))
+    server_ids = member_servers(at.db, at.me.user_id)
+    return Done(Servers([server_view(at.db, server_id, at.me.user_id) for server_id in server_ids]))
 
 
 @operation("write", "POST /servers", Who.USER, status=201, limit="post")
