@@ -159,17 +159,17 @@ ERRORS = {
 
 
 class ChatError(Exception):
-    """A refusal: a code of `ERRORS`, a sentence for a person and, for RATE_LIMITED, the seconds to wait."""
+    """A refusal: a code of `ERRORS`, a sentence for a person and, for RATE_LIMITED, the seconds to wait; `status`, where HTTP
+    has a better one than the code's."""
 
-    def __init__(self, code: str, sentence: str | None = None, retry_after: float | None = None) -> None:
+    def __init__(
+        self, code: str, sentence: str | None = None, retry_after: float | None = None, status: int | None = None
+    ) -> None:
         self.code = code
         self.sentence = sentence or ERRORS[code].sentence
         self.retry_after = retry_after
+        self.status = status or ERRORS[code].status
         super().__init__(f"{code}: {self.sentence}")
-
-    @property
-    def status(self) -> int:
-        return ERRORS[self.code].status
 
     def body(self) -> dict[str, Any]:
         body: dict[str, Any] = {"error": self.sentence, "code": self.code}
@@ -2695,23 +2695,12 @@ BACKLOG_BYTES = 1 << 20  # what may wait for one client before it is given up
 BACKLOG_PACKETS = 1000
 BATCH_BYTES = 1 << 18  # what is joined into one write at most
 LANE_LENGTH = 64
+RETRY_SECONDS = 10  # for who sends too much, or has too many sessions
 LINGER = 0.7  # seconds for the farewell to be read before the connection is aborted
 
 OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = "0123456"
 REASON = engineio.AsyncServer.reason
 Packet = str | bytes  # one encoded Engine.IO packet: text with its type digit, or an attachment
-
-
-class Refused(Exception):
-    """A request or a packet that breaks the rules: the HTTP answer, and the end of its session."""
-
-    def __init__(self, status: int, code: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status, self.code, self.sentence = status, code, sentence
-
-
-def bad_request(sentence: str) -> Refused:
-    return Refused(400, "BAD_REQUEST", sentence)
 
 
 class Journal:
@@ -3040,7 +3029,7 @@ class Session:
             self.tokens = min(4 * rate, self.tokens + (now - self.refilled) * rate) - 1
             self.refilled = now
             if self.tokens < 0:
-                raise Refused(429, "RATE_LIMITED", "Too many packets.")
+                raise ChatError("RATE_LIMITED", "Too many packets.", RETRY_SECONDS)
 
     async def hear(self, packet: Packet) -> None:
         self._spend()
@@ -3053,7 +3042,7 @@ class Session:
         elif packet[:1] == CLOSE:
             self.end(REASON.CLIENT_DISCONNECT, farewell=NOOP)
         else:
-            raise bad_request("Not a packet that a client may send.")
+            raise ChatError("BAD_REQUEST", "Not a packet that a client may send.")
 
     async def next_frame(self, socket: web.WebSocketResponse) -> Packet | None:
         """The next message of the WebSocket, or None at its end. After our own end frames are
@@ -3118,7 +3107,6 @@ class Session:
 
 POST_PACKETS = 256
 POST_SECONDS = 10.0
-RETRY_SECONDS = 10  # for who has too many sessions
 
 
 def origin_allowed(request: web.BaseRequest, allowed: Collection[str]) -> bool:
@@ -3153,9 +3141,9 @@ def decode_payload(body: bytes) -> list[Packet]:
         parts = body.decode().split("\x1e")
         packets = [base64.b64decode(p[1:], validate=True) if p[:1] == "b" else p for p in parts]
     except ValueError:
-        raise bad_request("The payload is not text.") from None
+        raise ChatError("BAD_REQUEST", "The payload is not text.") from None
     if len(packets) > POST_PACKETS:
-        raise Refused(413, "TOO_LARGE", "Too many packets in one request.")
+        raise ChatError("TOO_LARGE", "Too many packets in one request.")
     return packets
 
 
@@ -3221,9 +3209,9 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
     def _admit(self, address: str) -> None:
         if self.draining or len(self.sockets) >= self.rules.max_sessions:
-            raise Refused(503, "UNAVAILABLE", "The server takes no more connections.")
+            raise ChatError("UNAVAILABLE", "The server takes no more connections.")
         if self.per_address[address] >= self.rules.max_sessions_per_address:
-            raise Refused(429, "RATE_LIMITED", "Too many connections from your address.")
+            raise ChatError("RATE_LIMITED", "Too many connections from your address.", RETRY_SECONDS)
 
     async def _open(self, request: web.Request, transport: str) -> Session:
         address = request.remote or ""
@@ -3244,7 +3232,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         environ = translate_request(request) | {"REMOTE_ADDR": address}
         if await self._trigger_event("connect", sid, environ, run_async=False) not in (None, True):
             session.end(REASON.SERVER_DISCONNECT, farewell=None)
-            raise Refused(401, "FORBIDDEN", "The connection was refused.")
+            raise ChatError("FORBIDDEN", "The connection was refused.", status=401)
         return session
 
     def _find(self, sid: str) -> Session:
@@ -3252,7 +3240,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         if session is not None and session.overdue():
             session.end(REASON.PING_TIMEOUT, farewell=None)
         if session is None or session.closed:
-            raise bad_request("Unknown session.")
+            raise ChatError("BAD_REQUEST", "Unknown session.")
         return session
 
     # Requests
@@ -3260,13 +3248,11 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     async def handle_request(self, request: web.Request) -> web.StreamResponse:
         try:
             if not origin_allowed(request, self.rules.origins):
-                raise Refused(403, "FORBIDDEN", "This origin may not connect.")
+                raise ChatError("FORBIDDEN", "This origin may not connect.")
             answer = await self._answer(request)
-        except Refused as no:
-            wait = {"retry_after": RETRY_SECONDS} if no.code == "RATE_LIMITED" else {}
-            headers = {"Retry-After": str(RETRY_SECONDS)} if wait else {}
-            body = {"error": no.sentence, "code": no.code} | wait
-            answer = web.json_response(body, status=no.status, headers=headers)
+        except ChatError as no:
+            headers = {"Retry-After": str(RETRY_SECONDS)} if no.retry_after else {}
+            answer = web.json_response(no.body(), status=no.status, headers=headers)
         if not answer.prepared:
             answer.headers.update(cors_headers(request, self.rules.origins))
         return answer
@@ -3277,12 +3263,12 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         query, method = request.query, request.method
         transport, sid = query.get("transport", ""), query.get("sid")
         if transport not in self.transports or query.get("EIO") != "4":
-            raise bad_request("Not an Engine.IO 4 request.")
+            raise ChatError("BAD_REQUEST", "Not an Engine.IO 4 request.")
         if method not in ("GET", "POST") or (method == "POST" and sid is None):
-            raise bad_request("Wrong method.")
+            raise ChatError("BAD_REQUEST", "Wrong method.")
         if transport == "websocket":
             if method != "GET" or request.headers.get("Upgrade", "").lower() != "websocket":
-                raise bad_request("Not a WebSocket handshake.")
+                raise ChatError("BAD_REQUEST", "Not a WebSocket handshake.")
             return await self._websocket(request, sid)
         if sid is None:
             session = await self._open(request, transport)
@@ -3294,30 +3280,30 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
     async def _poll(self, session: Session, request: web.Request) -> web.StreamResponse:
         if session.upgraded:
-            raise bad_request("The session uses a WebSocket.")
+            raise ChatError("BAD_REQUEST", "The session uses a WebSocket.")
         if session.upgrading and not session.closed:
             return web.Response(text=NOOP)
         if session.polled():
             session.end(REASON.TRANSPORT_ERROR)
-            raise bad_request("Two polls at once.")
+            raise ChatError("BAD_REQUEST", "Two polls at once.")
         session.wake()  # of two polls the one whose client went away takes nothing with it
         packets = await session.take(request)
         if not packets:
-            raise bad_request("The session has ended.")
+            raise ChatError("BAD_REQUEST", "The session has ended.")
         return web.Response(text=encode_payload(packets))
 
     async def _post(self, session: Session, request: web.Request) -> web.StreamResponse:
         if session.upgraded:
-            raise bad_request("The session uses a WebSocket.")
+            raise ChatError("BAD_REQUEST", "The session uses a WebSocket.")
         try:
             if session.posting:
-                raise bad_request("Two posts at once.")
+                raise ChatError("BAD_REQUEST", "Two posts at once.")
             session.posting = True
             for packet in await self._body(request):
                 await session.hear(packet)
                 if session.closed and packet != CLOSE:
-                    raise bad_request("The session has ended.")
-        except Refused as no:
+                    raise ChatError("BAD_REQUEST", "The session has ended.")
+        except ChatError as no:
             self.fault(session, no)
             raise
         session.posting = False
@@ -3326,21 +3312,21 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     async def _body(self, request: web.Request) -> list[Packet]:
         size = request.content_length
         if request.headers.get("Content-Encoding", "identity") != "identity":
-            raise Refused(415, "BAD_REQUEST", "Compressed bodies are not accepted.")
+            raise ChatError("BAD_REQUEST", "Compressed bodies are not accepted.", status=415)
         if not size:
-            raise bad_request("The request has no Content-Length.")
+            raise ChatError("BAD_REQUEST", "The request has no Content-Length.")
         if size > self.rules.max_payload:
-            raise Refused(413, "TOO_LARGE", "The payload is too large.")
+            raise ChatError("TOO_LARGE", "The payload is too large.")
         try:
             async with asyncio.timeout(POST_SECONDS):
                 return decode_payload(await request.content.readexactly(size))
         except (TimeoutError, EOFError, ConnectionError, web.RequestPayloadError):
-            raise bad_request("The body did not arrive.") from None
+            raise ChatError("BAD_REQUEST", "The body did not arrive.") from None
 
     def fault(self, session: Session, fault: Exception) -> None:
         """A client broke the protocol: its session ends, and one line tells of it."""
         if not session.closed:
-            self.journal.say("%s: %s", session.address, fault)
+            self.journal.say("%s: %s", session.address, getattr(fault, "sentence", fault))
             session.end(REASON.TRANSPORT_ERROR, farewell=None)
 
     async def _websocket(self, request: web.Request, sid: str | None) -> web.StreamResponse:
@@ -3353,7 +3339,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         except web.HTTPException:
             if sid is None:
                 session.end(REASON.TRANSPORT_ERROR)
-            raise bad_request("Not a WebSocket handshake.") from None
+            raise ChatError("BAD_REQUEST", "Not a WebSocket handshake.") from None
         link = request.transport
         if link is not None and session.link is None and not session.closed:
             self.links.add(link)
@@ -3377,7 +3363,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
                 self.spawn(session.write_slowly(socket))
             while (packet := await session.next_frame(socket)) is not None:
                 await session.hear(packet)
-        except Refused as no:
+        except ChatError as no:
             self.fault(session, no)
             await session.next_frame(socket)
         except ConnectionError:
