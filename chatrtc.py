@@ -2028,6 +2028,8 @@ class Voices:
 # exists. A token is a JWT of one algorithm; whether it still stands is asked of the database and remembered by Chat.
 
 ALGORITHM = "HS256"
+# One spelling for each token: its signature stands for 32 bytes, and the decoder would take it with `=` behind as well.
+SPELLING = re.compile(r"[\w-]+\.[\w-]+\.[\w-]{42}[AEIMQUYcgkosw048]", re.ASCII)
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}
 HASHERS = 2
 HASHING_LINE = 64  # who waits behind that many is sent away
@@ -2114,6 +2116,8 @@ class Keys:
         """User id, generation and end of a token that we signed and that has not expired. Raises UNAUTHORIZED."""
         options: Any = {"require": ["sub", "iat", "exp"], "verify_iat": False, "verify_aud": False, "verify_iss": False}
         try:
+            if not SPELLING.fullmatch(token):
+                raise ValueError
             claims = jwt.decode(token, self._secret, algorithms=[ALGORITHM], options=options)
             user_id, generation = int(claims["sub"]), claims.get("gen", 0)
             numbers = all(type(claims[name]) in (int, float) for name in ("iat", "exp"))

@@ -1600,6 +1600,17 @@ async def test_logging_out_ends_one_token_and_its_sockets_alone(world: World) ->
     assert (await world.call("GET", "/users/me", token=other.body["token"])).status == 200
 
 
+async def test_no_other_spelling_of_a_token_outlives_it(world: World) -> None:
+    ana = await world.person("ana")
+    stem, last = ana.token[:-1], ana.token[-1]
+    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    same_bytes = digits[digits.index(last) ^ 1]
+    await logged_out(world, ana)
+    for spelling in (ana.token + "=", ana.token + "==", stem + same_bytes, stem + "!" + last, ana.token + "\n"):
+        with pytest.raises(chatrtc.ChatError, match="UNAUTHORIZED"):
+            world.chat.chat.recognise(spelling)
+
+
 async def test_a_socket_does_not_outlive_its_token(make_world: MakeWorld) -> None:
     world = await make_world(token_ttl=2)
     ana = await world.person("ana")
