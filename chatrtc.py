@@ -1947,6 +1947,7 @@ class Presence:
 
 
 class Typist(NamedTuple):
+    server_id: int
     username: str
     sid: str
     until: float
@@ -1959,32 +1960,33 @@ class Typists:
         self._typing: dict[tuple[int, int], Typist] = {}  # by channel and user
         self._heard: dict[int, float] = {}  # user -> when they were last heard
 
-    def start(self, channel_id: int, user_id: int, username: str, sid: str, now: float) -> bool:
+    def start(self, server_id: int, channel_id: int, user_id: int, username: str, sid: str, now: float) -> bool:
         """Whether others are to hear it."""
         heard = now - self._heard.get(user_id, -TYPING_EVERY) >= TYPING_EVERY
         if heard or self.typing(channel_id, user_id):
-            self._typing[channel_id, user_id] = Typist(username, sid, now + TYPING_SECONDS)
+            self._typing[channel_id, user_id] = Typist(server_id, username, sid, now + TYPING_SECONDS)
         if heard:
             self._heard[user_id] = now
         return heard
 
-    def typing(self, channel_id: int, user_id: int) -> bool:
-        return (channel_id, user_id) in self._typing
+    def typing(self, channel_id: int, user_id: int) -> Typist | None:
+        return self._typing.get((channel_id, user_id))
 
     def stop(self, channel_id: int, user_id: int) -> Typist | None:
         """Who it was, if they were typing."""
         return self._typing.pop((channel_id, user_id), None)
 
-    def close(self, channel_id: int) -> None:
-        self._typing = {key: typist for key, typist in self._typing.items() if key[0] != channel_id}
+    def close(self, *, server_id: int | None = None, channel_id: int | None = None) -> None:
+        self._typing = {k: t for k, t in self._typing.items() if k[0] != channel_id and t.server_id != server_id}
 
     def over(self, now: float) -> list[tuple[int, int]]:
         """Who has not been heard for too long."""
         self._heard = {user_id: at for user_id, at in self._heard.items() if now - at < TYPING_EVERY}
         return [key for key, typist in self._typing.items() if typist.until <= now]
 
-    def of(self, sid: str) -> list[tuple[int, int]]:
-        return [key for key, typist in self._typing.items() if typist.sid == sid]
+    def of(self, sid: str, server_id: int | None = None) -> list[tuple[int, int]]:
+        """Where the socket types (in that server)."""
+        return [k for k, typist in self._typing.items() if typist.sid == sid and server_id in (None, typist.server_id)]
 
 
 class Peer(NamedTuple):
@@ -3929,14 +3931,18 @@ class Chat:
         for sid in self.sio.members(f"channel:{channel_id}"):
             self.connections[sid].servers[server_id].discard(channel_id)
             self.sio.leave(sid, f"channel:{channel_id}")
-        self.typists.close(channel_id)
+        self.typists.close(channel_id=channel_id)
 
     def close_server(self, server_id: int) -> None:
+        for peer in self.voices.within(server_id=server_id):
+            self.voices.leave(peer.sid)
+        self.typists.close(server_id=server_id)
         for sid in self.sio.members(f"server:{server_id}"):
             self.leave_server(self.connections[sid], server_id, quietly=True)
 
     def evict(self, server_id: int, user_id: int, cut: bool) -> None:
         for connection in self.of_user(user_id):
+            self.hush(connection, server_id)  # who has not joined may type and talk too
             if self.leave_server(connection, server_id) and cut:
                 self.close(connection, final=False)
 
@@ -4011,9 +4017,8 @@ class Chat:
 
     def hush(self, connection: Connection, server_id: int | None = None) -> None:
         """The socket types and talks no more (in that server)."""
-        for channel_id, user_id in self.typists.of(connection.sid):
-            if server_id is None or channel_id in connection.servers.get(server_id, ()):
-                self.stop_typing(channel_id, user_id)
+        for channel_id, user_id in self.typists.of(connection.sid, server_id):
+            self.stop_typing(channel_id, user_id)
         peer = self.voices.of(connection.sid)
         if peer is not None and server_id in (None, peer.server_id):
             self.leave_voice(connection.sid)
@@ -4042,9 +4047,9 @@ class Chat:
             self.tell("user:disconnected", server_id, PresenceChanged(server_id, me.user_id, me.username))
         return True
 
-    def start_typing(self, channel_id: int, me: Standing, sid: str) -> None:
+    def start_typing(self, server_id: int, channel_id: int, me: Standing, sid: str) -> None:
         loop = asyncio.get_running_loop()
-        heard = self.typists.start(channel_id, me.user_id, me.username, sid, loop.time())
+        heard = self.typists.start(server_id, channel_id, me.user_id, me.username, sid, loop.time())
         if heard and me.user_id not in self.presence.hidden:
             self.tell("user:typing", channel_id, Typing(channel_id, me.user_id, me.username), skip_sid=sid)
         loop.call_later(TYPING_SECONDS + 0.01, self.end_typing)
@@ -4236,11 +4241,14 @@ async def leave_server(chat: Chat, caller: Caller, args: ServerArgs) -> Done[Non
 async def typing_start(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[None]:
     """I am typing: heard once a second at most, and for three seconds."""
     connection, me = bearer(caller)
-    if not chat.typists.typing(args.channel_id, me.user_id):
+    typist = chat.typists.typing(args.channel_id, me.user_id)
+    if typist is not None:
+        server_id = typist.server_id
+    else:
         chat.limiter.take("event", me.user_id)
-        chat.check(Who.MEMBER, caller, args)
+        server_id = chat.ask(Who.MEMBER, caller, args, lambda at, _: at.server_id)
     if not connection.closed:
-        chat.start_typing(args.channel_id, me, connection.sid)
+        chat.start_typing(server_id, args.channel_id, me, connection.sid)
     return Done(None)
 
 

@@ -911,6 +911,34 @@ async def test_who_is_banned_or_removed_hears_nothing_more(scene: Scene) -> None
         assert (await eve.call("GET", f"/channels/{scene.place.channel_id}/messages")).code == "FORBIDDEN"
 
 
+async def test_who_is_out_types_and_talks_no_more_though_they_had_not_joined(scene: Scene) -> None:
+    channel_id, mine = await talk(scene)
+    typing = {"channel_id": scene.place.channel_id}
+    signal_to_ana = {"channel_id": channel_id, "to": mine["peer_id"], "data": {}}
+    await scene.away.ok("typing_start", typing)
+    await scene.here.hears("user:typing", user_id=scene.cy.user_id)
+    await scene.away.ok("voice:join", {"channel_id": channel_id})
+    await scene.away.ok("voice:signal", signal_to_ana)
+    await scene.ana.ok("PUT", f"{scene.server}/bans/{scene.cy.user_id}")
+    await scene.here.hears("typing_stop", user_id=scene.cy.user_id)
+    await scene.here.hears("voice:leave", user_id=scene.cy.user_id)
+    assert (await scene.away.call("typing_start", typing))["code"] == "FORBIDDEN"
+    assert (await scene.away.call("voice:signal", signal_to_ana))["code"] == "FORBIDDEN"
+
+
+async def test_nobody_types_or_talks_in_a_server_that_is_deleted(scene: Scene) -> None:
+    channel_id, mine = await talk(scene)
+    typing = {"channel_id": scene.place.channel_id}
+    await scene.away.ok("typing_start", typing)
+    await scene.away.ok("voice:join", {"channel_id": channel_id})
+    await scene.ana.ok("DELETE", scene.server)
+    signal_to_ana = {"channel_id": channel_id, "to": mine["peer_id"], "data": {}}
+    for event, payload in (("typing_start", typing), ("voice:signal", signal_to_ana)):
+        assert (await scene.away.call(event, payload))["code"] == "NOT_FOUND"
+    await scene.here.hears("server:deleted")
+    await scene.here.hears_not("voice:leave", "typing_stop")
+
+
 async def test_who_leaves_hears_it_and_then_nothing(scene: Scene) -> None:
     await scene.ben.ok("DELETE", f"{scene.server}/members/{scene.ben.user_id}")
     assert (await scene.here.hears("member:left"))["user_id"] == scene.ben.user_id
@@ -1347,11 +1375,11 @@ TestPresence.settings = settings(max_examples=60, stateful_step_count=30, derand
 
 def test_a_user_is_heard_typing_once_a_second_and_for_three() -> None:
     typists = chatrtc.Typists()
-    assert typists.start(1, 7, "ana", "a", 10.0)
-    assert not typists.start(1, 7, "ana", "a", 10.9)
-    assert not typists.start(2, 7, "ana", "a", 10.95), "once a second for a user, wherever"
-    assert typists.start(1, 8, "ben", "b", 10.95), "others have their own second"
-    assert typists.start(1, 7, "ana", "a", 11.0)
+    assert typists.start(5, 1, 7, "ana", "a", 10.0)
+    assert not typists.start(5, 1, 7, "ana", "a", 10.9)
+    assert not typists.start(5, 2, 7, "ana", "a", 10.95), "once a second for a user, wherever"
+    assert typists.start(5, 1, 8, "ben", "b", 10.95), "others have their own second"
+    assert typists.start(5, 1, 7, "ana", "a", 11.0)
     assert typists.over(13.9) == []
     assert typists.over(14.0) == [(1, 8), (1, 7)] or set(typists.over(14.0)) == {(1, 7), (1, 8)}
     assert typists.stop(1, 7) is not None
