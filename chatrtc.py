@@ -1747,6 +1747,7 @@ class Pages:
     """
 
     KEPT = 256
+    TEXT_MAX = 32_768  # characters in a page that is kept: all pages together take 64 MiB at most
 
     def __init__(self) -> None:
         self._pages: dict[tuple[int | None, ...], tuple[int, Messages]] = {}
@@ -1755,7 +1756,8 @@ class Pages:
         key, seq = msgspec.structs.astuple(args), last_seq(db, server_id)
         found = self._pages.pop(key, (-1, None))
         messages = found[1] if found[0] == seq and found[1] is not None else page(db, args)
-        self._pages[key] = seq, messages
+        if sum(len(message.content) for message in messages.messages) <= self.TEXT_MAX:
+            self._pages[key] = seq, messages
         if len(self._pages) > self.KEPT:
             del self._pages[next(iter(self._pages))]
         return messages

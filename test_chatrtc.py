@@ -2178,6 +2178,17 @@ async def test_pages(scene: Scene) -> None:
         assert (await scene.ben.call("GET", path + query)).code == "BAD_REQUEST", query
 
 
+async def test_long_pages_are_not_kept_in_memory(scene: Scene) -> None:
+    pages, path = scene.world.chat.chat.pages, f"/channels/{scene.place.channel_id}/messages"
+    for _ in range(9):
+        await scene.ana.post(scene.place.channel_id, "\N{GRINNING FACE}" * 4000)
+    kept = len(pages._pages)
+    assert len((await scene.ana.ok("GET", path))["messages"]) == 10
+    assert len(pages._pages) == kept
+    assert len((await scene.ana.ok("GET", f"{path}?limit=8"))["messages"]) == 8
+    assert len(pages._pages) == kept + 1
+
+
 @pytest.mark.parametrize("limit", [1, 7, 100])
 async def test_walking_pages_either_way_gives_the_history_once(scene: Scene, limit: int) -> None:
     posted = [(await scene.post())["message_id"] for _ in range(20)]
