@@ -4482,7 +4482,7 @@ class Route:
         return read_args(self.op.args, given)
 
 
-def make_guard(settings: Settings) -> Callable[..., Awaitable[web.StreamResponse]]:
+def make_guard(settings: Settings, engine: Engine) -> Callable[..., Awaitable[web.StreamResponse]]:
     """What stands before every route: the check of the origin, and our kind of answer where the router has none."""
     allowed = frozenset(settings.cors_origin)
 
@@ -4490,7 +4490,7 @@ def make_guard(settings: Settings) -> Callable[..., Awaitable[web.StreamResponse
     async def guard(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        if request.path.endswith(("/socket.io/", "/socket.io")):
+        if request.match_info.handler == engine.handle_request:  # which has a check and answers of its own
             return await handler(request)
         if not origin_allowed(request, allowed):
             return refuse(ChatError("FORBIDDEN", "Pages of this origin may not use this server"))
@@ -4829,7 +4829,7 @@ class ChatRTC:
     def attach(self, app: web.Application, prefix: str = "") -> None:
         """Mount REST, Socket.IO and the page under `prefix`; the app's start-up and clean-up open and close the chat."""
         place = web.Application() if prefix.strip("/") else app
-        place.middlewares.append(make_guard(self.settings))
+        place.middlewares.append(make_guard(self.settings, self.sio.eio))
         place.router.add_get("/invites/{code}.svg", functools.partial(send_invite_code, self.chat))
         for op in OPERATIONS.values():
             if op.method and op.path:
