@@ -3959,6 +3959,8 @@ class Chat:
         self.forget_sessions(user_id)
         told = StatusChanged(user_id, username, after)
         if after == "invisible":
+            for connection in self.of_user(user_id):
+                self.stop_all_typing(connection)  # who saw them begin sees them end
             self.presence.hidden.add(user_id)
             self.tell("user:status", user_id, told, room="user")
         else:
@@ -4019,8 +4021,7 @@ class Chat:
 
     def hush(self, connection: Connection, server_id: int | None = None) -> None:
         """The socket types and talks no more (in that server)."""
-        for channel_id, user_id in self.typists.of(connection.sid, server_id):
-            self.stop_typing(channel_id, user_id)
+        self.stop_all_typing(connection, server_id)
         peer = self.voices.of(connection.sid)
         if peer is not None and server_id in (None, peer.server_id):
             self.leave_voice(connection.sid)
@@ -4064,6 +4065,10 @@ class Chat:
         typist = self.typists.stop(channel_id, user_id)
         if typist is not None and user_id not in self.presence.hidden:
             self.tell("typing_stop", channel_id, Typing(channel_id, user_id, typist.username), skip_sid=typist.sid)
+
+    def stop_all_typing(self, connection: Connection, server_id: int | None = None) -> None:
+        for channel_id, user_id in self.typists.of(connection.sid, server_id):
+            self.stop_typing(channel_id, user_id)
 
     def leave_voice(self, sid: str) -> None:
         peer = self.voices.leave(sid)

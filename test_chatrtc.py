@@ -1464,6 +1464,14 @@ async def test_the_invisible_count_as_not_connected_to_others(scene: Scene) -> N
     assert (await connected(scene.ben, scene))[ana]
 
 
+async def test_who_turns_invisible_is_seen_to_stop_typing(scene: Scene) -> None:
+    await scene.mine.ok("typing_start", {"channel_id": scene.place.channel_id})
+    await scene.here.hears("user:typing", user_id=scene.ana.user_id)
+    await scene.mine.ok("user:status", {"status": "invisible"})
+    await scene.here.hears("typing_stop", user_id=scene.ana.user_id)
+    await scene.here.hears("user:disconnected", user_id=scene.ana.user_id)
+
+
 async def test_who_comes_invisible_is_not_seen_to_come(scene: Scene) -> None:
     await scene.cy.ok("PATCH", "/users/me", {"status": "invisible"})
     await scene.away.close()
