@@ -4787,6 +4787,11 @@ async def do_chores(chat: Chat) -> None:
         await asyncio.sleep(CHORES_EVERY)
 
 
+async def add_slash(request: web.Request) -> web.Response:
+    """From /chat to /chat/, whatever a proxy has before it."""
+    return respond(None, 308, {"Location": request.path.rpartition("/")[2] + "/"})
+
+
 async def send_still(body: bytes, headers: dict[str, str], request: web.Request) -> web.Response:
     """Something that does not change while the server runs."""
     return web.Response(body=body, headers=HEADERS | headers)
@@ -4848,6 +4853,7 @@ class ChatRTC:
         place.on_shutdown.append(lambda app: self.sio.drain())
         place.on_cleanup.append(lambda app: self.stop())
         if place is not app:
+            place.router.add_get("", add_slash)
             app.add_subapp("/" + prefix.strip("/"), place)
 
     def on(self, event: str) -> Callable[[Listener], Listener]:

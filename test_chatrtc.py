@@ -3837,6 +3837,8 @@ async def test_a_chat_lives_under_a_prefix(tmp_path: Path) -> None:
             assert await response.text() == "mine"
             assert "Content-Security-Policy" not in response.headers
         assert (await world.call("GET", "/")).status == 200
+        async with world.session.get(f"{url}/chat") as response:  # as it is typed
+            assert (response.status, str(response.url)) == (200, f"{url}/chat/")
         async with world.session.get(f"{url}/auth/login") as response:
             assert response.status == 404
     assert not (tmp_path / "chat.db-wal").exists()
