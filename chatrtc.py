@@ -2185,9 +2185,9 @@ class Limiter:
             self.check(name, whose)
             self.count(name, whose)
 
-    def count(self, name: str, whose: object) -> None:
+    def count(self, name: str, whose: object, times: int = 1) -> None:
         left, now = self.level(name, whose)
-        self._buckets[name, whose] = (left - 1, now)
+        self._buckets[name, whose] = (left - times, now)
         if len(self._buckets) > BUCKETS_KEPT:
             self._forget()
 
@@ -2204,8 +2204,7 @@ class Limiter:
 
     def give_back(self, name: str, whose: object) -> None:
         """What was counted turned out well, where only failures count."""
-        left, now = self.level(name, whose)
-        self._buckets[name, whose] = (left + 1, now)
+        self.count(name, whose, -1)
 
     def _forget(self) -> None:
         """Full buckets are as good as none; if that does not help, the oldest go."""
@@ -5063,12 +5062,10 @@ def plainly() -> Iterator[None]:
         raise click.ClickException(getattr(error, "sentence", str(error))) from None
     except sqlite3.Error as error:
         raise click.ClickException(f"The database cannot be used: {error}") from None
-    except BrokenPipeError:
+    except (BrokenPipeError, click.exceptions.NoArgsIsHelpError):
         raise
     except OSError as error:
         raise click.ClickException(f"{error.filename or 'Writing'}: {error.strerror}") from None
-    except click.exceptions.NoArgsIsHelpError:
-        raise
     except click.UsageError as error:
         raise Mistake(" ".join(error.format_message().split())) from None
 
