@@ -4748,14 +4748,6 @@ def read_settings(given: dict[str, Any]) -> Settings:
     return settings
 
 
-async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
-    """The QR code of an invite's link, for a camera."""
-    outcome = await settle(draw_invite(chat, request))
-    if isinstance(outcome, ChatError):
-        return refuse(outcome)
-    return web.Response(body=outcome.answer, headers=HEADERS | {"Content-Type": "image/svg+xml"})
-
-
 async def draw_invite(chat: Chat, request: web.Request) -> Done[bytes]:
     args = InviteArgs(code=request.match_info["code"])
     await perform(chat, OPERATIONS["get_invite"], Caller(None, request.remote or ""), args)
@@ -4765,6 +4757,14 @@ async def draw_invite(chat: Chat, request: web.Request) -> Done[bytes]:
     picture = io.BytesIO()
     segno.make(link, micro=False).save(picture, kind="svg", scale=8, border=2, light="#fff")
     return Done(picture.getvalue())
+
+
+async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
+    """The QR code of an invite's link, for a camera."""
+    outcome = await settle(draw_invite(chat, request))
+    if isinstance(outcome, ChatError):
+        return refuse(outcome)
+    return web.Response(body=outcome.answer, headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
 
 async def chores_of_now(chat: Chat) -> None:
