@@ -2980,8 +2980,10 @@ class Session:
         if self.news is not None and not self.news.done():
             self.news.set_result(None)
 
-    def empty(self) -> list[Packet]:
-        packets, self.outbox, self.backlog = self.outbox, [], 0
+    def empty(self, most: int | None = None) -> list[Packet]:
+        packets = self.outbox[:most]
+        self.outbox = self.outbox[len(packets) :]
+        self.backlog = sum(map(len, self.outbox))
         return packets
 
     async def take(self, poller: web.Request | None = None) -> list[Packet]:
@@ -2996,7 +2998,7 @@ class Session:
                     self.poller = self.news = None
             if poller is not None and not connected(poller):
                 return []  # the client went away: what waits is for its next poll
-        return self.empty()
+        return self.empty(POLL_PACKETS if poller is not None and not self.closed else None)
 
     def polled(self) -> bool:
         return self.poller is not None and connected(self.poller)
@@ -3113,6 +3115,7 @@ class Session:
 # sessions and queues.
 
 POST_PACKETS = 256
+POLL_PACKETS = 16  # more in one answer, the Python client does not take
 POST_SECONDS = 10.0
 
 
@@ -4767,22 +4770,22 @@ async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
     return web.Response(body=outcome.answer, headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
 
-async def chores_of_now(chat: Chat) -> None:
+async def chores_of_now(chat: Chat, with_tokens: bool) -> Done[None]:
     """One step after another while nobody else writes; search may lag only so far behind those who do."""
+    if with_tokens:
+        await chat.store.write(lambda db: purge_tokens(db, time.time()))
     while not chat.store.busy() and chat.store.peek(deleted_channels):
         await chat.store.write(purge_channels, long=True)
     newest, known = chat.store.peek(search_state)
     while known < newest and (not chat.store.busy() or newest - known > SEARCH_LAG):
         known = (await chat.store.write(index_messages, long=True)).answer
+    return Done(None)
 
 
 async def do_chores(chat: Chat) -> None:
     """What can wait: forgetting revoked tokens that have expired, emptying deleted channels, teaching search. For ever."""
     for turn in itertools.count():
-        with contextlib.suppress(ChatError):
-            if turn % TOKENS_EVERY == 0:
-                await chat.store.write(lambda db: purge_tokens(db, time.time()))
-            await chores_of_now(chat)
+        await settle(chores_of_now(chat, with_tokens=turn % TOKENS_EVERY == 0))
         await asyncio.sleep(CHORES_EVERY)
 
 
@@ -4842,7 +4845,9 @@ class ChatRTC:
         place.router.add_get("/invites/{code}.svg", functools.partial(send_invite_code, self.chat))
         for op in OPERATIONS.values():
             if op.method and op.path:
-                place.router.add_route(op.method, op.path, Route(self.chat, op).__call__)
+                path = op.path.replace("{emoji}", "{emoji:.+}")  # a brace or a slash may be one, too
+                add = place.router.add_get if op.method == "GET" else functools.partial(place.router.add_route, op.method)
+                add(path, Route(self.chat, op).__call__)
         for path, text in (("/openapi.json", openapi), ("/asyncapi.json", asyncapi)):
             body = msgspec.json.encode(text())
             place.router.add_get(path, functools.partial(send_still, body, {"Content-Type": "application/json"}))

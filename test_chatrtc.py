@@ -216,7 +216,7 @@ class Person:
     def __init__(self, world: World, name: str, user_id: int, token: str) -> None:
         self.world, self.name, self.user_id, self.token = world, name, user_id, token
 
-    async def call(self, method: str, path: str, body: Any = None, **options: Any) -> Reply:
+    async def call(self, method: str, path: str | URL, body: Any = None, **options: Any) -> Reply:
         return await self.world.call(method, path, body, token=self.token, **options)
 
     async def ok(self, method: str, path: str, body: Any = None) -> Any:
@@ -2726,6 +2726,19 @@ async def test_a_rooms_batch_keeps_the_order_of_all_that_a_client_is_told(bare):
         assert [await client.next() for _ in told[client.sid]] == told[client.sid]
 
 
+async def test_a_poll_brings_no_more_than_any_client_takes(bare):
+    client = await bare.poller()
+    for number in range(40):
+        bare.sio.publish("e", number, client.sio_sid)
+    sizes: list[int] = []
+    heard: list[str] = []
+    while len(heard) < 40:
+        packets = [packet for packet in (await client.get())[1].split("\x1e") if packet != "2"]
+        sizes.append(len(packets))
+        heard += packets
+    assert heard == [f'42["e",{number}]' for number in range(40)] and max(sizes) <= chatrtc.POLL_PACKETS
+
+
 async def test_nothing_is_kept_for_rooms_where_nobody_is(bare):
     ws = await bare.join()
     bare.sio.enter(ws.sid, "r")
@@ -3727,6 +3740,19 @@ async def test_no_request_breaks_anything_for_long(
     fuzzed: Scene, tries: list[tuple[chatrtc.Operation, dict[str, Any], bytes | None]]
 ) -> None:
     await try_requests(fuzzed, tries)
+
+
+async def test_a_monitor_may_ask_by_head_and_a_brace_may_be_a_reaction(world: World) -> None:
+    reply = await world.call("HEAD", "/healthz")
+    assert (reply.status, reply.body) == (200, b"")
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    message = await ana.post(place.channel_id)
+    for emoji in ("{x}", "a/b", "%", "👩‍🚀"):
+        path = f"/messages/{message['message_id']}/reactions/{quote(emoji, safe='')}"
+        assert (await ana.call("PUT", URL(world.url + path, encoded=True))).status == 204
+    reactions = (await ana.ok("GET", f"/messages/{message['message_id']}"))["reactions"]
+    assert {reaction["emoji"] for reaction in reactions} == {"{x}", "a/b", "%", "👩‍🚀"}
 
 
 # ---- Protocol -------------------------------------------------------------------------------------------------------
