@@ -4756,7 +4756,7 @@ async def draw_invite(chat: Chat, request: web.Request) -> Done[bytes]:
     await perform(chat, OPERATIONS["get_invite"], Caller(None, request.remote or ""), args)
     link = f"{request.scheme}://{request.host}{request.path.partition('/invites/')[0]}/#/invite/{args.code}"
     if len(link) > LINK_MAX:
-        raise ChatError("BAD_REQUEST", "The address of this server is too long for a QR code")
+        raise ChatError("TOO_LARGE", "The address of this server is too long for a QR code")
     picture = io.BytesIO()
     segno.make(link, micro=False).save(picture, kind="svg", scale=8, border=2, light="#fff")
     return Done(picture.getvalue())

@@ -2387,6 +2387,21 @@ async def test_bans(scene: Scene) -> None:
     assert (await scene.dee.call("POST", f"/invites/{invite['code']}")).code == "FORBIDDEN"
 
 
+async def test_an_invite_whose_link_is_too_long_has_no_qr_code(scene: Scene) -> None:
+    invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
+    path = f"/invites/{invite['code']}.svg"
+    assert (await scene.world.call("GET", path)).headers["Content-Type"] == "image/svg+xml"
+    assert (await scene.world.call("GET", path, headers={"Host": "h" * 4000})).code == "TOO_LARGE"
+
+
+async def test_a_path_that_ends_like_that_of_the_sockets_is_guarded_like_any(world: World) -> None:
+    for path in ("/nothing/socket.io", "/nothing/socket.io/"):
+        assert (await world.call("GET", path)).code == "NOT_FOUND"
+    for path in ("/nothing/socket.io", "/invites/socket.io"):
+        reply = await world.call("GET", path, headers={"Origin": "https://evil.example"})
+        assert reply.code == "FORBIDDEN"
+
+
 async def test_invites_end_by_use_and_by_time(scene: Scene) -> None:
     server = scene.server
     once = await scene.ana.ok("POST", f"{server}/invites", {"max_uses": 1})
