@@ -771,6 +771,7 @@ ROOM = 1 << 20  # bytes free on the disk, with fewer of which it counts as full
 COMPLAIN_EVERY = 60  # seconds between two lines in the log on writes that fail
 DEADLINE = 8.0  # seconds for any call; shorter than the ping timeout
 THOROUGH_MAX = 64 * 1024 * 1024  # up to this size a start checks what each index holds as well, which is a second
+MAGIC = b"SQLite format 3\0"
 PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "trusted_schema": 0, "cell_size_check": 1}
 
 R = TypeVar("R")
@@ -856,11 +857,24 @@ def check_format(db: sqlite3.Connection, path: Path) -> None:
         )
 
 
+def refuse_other(path: Path) -> None:
+    """Leave what is no SQLite database alone, without so much as a lock beside it. Raises StartError."""
+    with one_line(path):
+        if path.is_dir():
+            raise StartError(f"Cannot open {path}: Is a directory")
+        if path.exists():
+            with path.open("rb") as file:
+                header = file.read(len(MAGIC))
+            if header and header != MAGIC:
+                raise StartError(f"{path} is not an SQLite database; it was left as it is")
+
+
 def inspect_file(path: Path) -> None:
     """Look whether a database that nobody uses is one to open, without touching it. Raises StartError.
 
     SQLite would take a -wal that lies beside a database for its own, whatever it belongs to, and mix the two or throw it away.
     """
+    refuse_other(path)
     with one_line(path):
         wal, secret = (path.resolve().with_name(path.resolve().name + end) for end in ("-wal", ".secret"))
         unsaved = wal.exists() and wal.stat().st_size > 0
@@ -873,8 +887,6 @@ def inspect_file(path: Path) -> None:
             raise StartError(f"{path} is empty, but it held something, as what lies beside it shows: {way_back}")
         if not header:
             return
-        if not header.startswith(b"SQLite format 3\0"):
-            raise StartError(f"{path} is not an SQLite database; it was left as it is")
         if unsaved and header[18:19] == b"\1":  # ours are in WAL mode (2) from the first; a backup is not
             raise StartError(f"{path} is a backup that lies beside the {wal.name} of another database: {way_back}")
         with contextlib.closing(connect_reader(path, immutable=not unsaved)) as db:
@@ -1089,6 +1101,7 @@ class Store:
 
     async def open(self) -> None:
         """Take the lock, check and migrate the file, start the writer and the readers. Raises StartError."""
+        refuse_other(self.path)
         if not self.lock.take():
             raise StartError(f"{self.path} is in use by another ChatRTC")
         try:
@@ -2208,8 +2221,9 @@ class Limiter:
 
     def _forget(self) -> None:
         """Full buckets are as good as none; if that does not help, the oldest go."""
-        full = [key for key in self._buckets if self.level(*key)[0] >= LIMITS[key[0]].burst - 0.01]
-        for key in full or list(self._buckets)[: BUCKETS_KEPT // 2]:
+        for key in [key for key in self._buckets if self.level(*key)[0] >= LIMITS[key[0]].burst - 0.01]:
+            del self._buckets[key]
+        for key in list(self._buckets)[: max(0, len(self._buckets) - BUCKETS_KEPT // 2)]:
             del self._buckets[key]
 
 
@@ -4386,14 +4400,17 @@ def from_text(numeric: Collection[str], name: str, text: str) -> int | str:
     return int(text) if name in numeric and re.fullmatch(r"-?[0-9]{1,30}", text) else text
 
 
+PLAIN = CIMultiDict(HEADERS)
+JSON = CIMultiDict(HEADERS | {"Content-Type": "application/json"})
+
+
 def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """A response of our kind; `body` None: none."""
-    fields = CIMultiDict(HEADERS)
+    fields = (PLAIN if body is None else JSON).copy()
     if headers:
         fields.update(headers)
     if body is None:
         return web.Response(status=status, headers=fields)
-    fields["Content-Type"] = "application/json"
     return web.Response(body=msgspec.json.encode(body), status=status, headers=fields)
 
 
@@ -5174,6 +5191,7 @@ def reading(database: str) -> Iterator[sqlite3.Connection]:
     path = Path(database)
     if not path.is_file():
         raise StartError(f"There is no database {path}")
+    refuse_other(path)
     lock = Lock(path)
     if lock.take():
         try:
@@ -5201,6 +5219,7 @@ def ask_server(address: str, name: str, args: Sequence[Any]) -> Any:
 
 def administer(database: str, name: str, *args: Any) -> Any:
     """Have something done to the database: by the server that holds it, or here where none does."""
+    refuse_other(Path(database))
     lock = Lock(Path(database))
     patience = time.monotonic() + 10  # for a server that is starting, or another command
     while not lock.take():
