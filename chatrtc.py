@@ -2714,6 +2714,7 @@ def list_changes(at: Scope, args: ChangesArgs) -> Done[Changes]:
 
 BACKLOG_BYTES = 1 << 20  # what may wait for one client before it is given up
 BACKLOG_PACKETS = 1000
+POLL_PACKETS = 16  # more in one answer, the Python client does not take
 BATCH_BYTES = 1 << 18  # what is joined into one write at most
 LANE_LENGTH = 64
 RETRY_SECONDS = 10  # for who sends too much, or has too many sessions
@@ -3129,7 +3130,6 @@ class Session:
 # sessions and queues.
 
 POST_PACKETS = 256
-POLL_PACKETS = 16  # more in one answer, the Python client does not take
 POST_SECONDS = 10.0
 
 
