@@ -6747,6 +6747,17 @@ class Tab:
     async def texts(self) -> list[str]:
         return await self.page.locator("#log .row .said").all_inner_texts()
 
+    async def found_class(self) -> None:
+        """Make an account and a server, as somebody who opens the page for the first time."""
+        await self.goto(self.url + "/")
+        await self.fill("#username", "Maya")
+        await self.fill("#password", "correct horse")
+        await self.click("#enter")
+        await self.locator("#empty").get_by_role("button", name="Create a server").click()
+        await self.fill('#ask input[name="name"]', "Biology 3B")
+        await self.press('#ask input[name="name"]', "Enter")
+        await expect(self.locator("#room-name")).to_have_text("general")
+
     async def shot(self, name: str) -> None:
         if SHOTS:
             await self.page.screenshot(path=f"{SHOTS}/{name}.png")
@@ -6840,14 +6851,7 @@ async def tab(browser: Browser, url: str) -> AsyncIterator[Callable[..., Awaitab
 
 async def test_guest_joins_by_link_and_both_talk(rest: Rest, tab: Any) -> None:
     maya = await tab()
-    await maya.goto(maya.url + "/")
-    await maya.fill("#username", "Maya")
-    await maya.fill("#password", "correct horse")
-    await maya.click("#enter")
-    await maya.locator("#empty").get_by_role("button", name="Create a server").click()
-    await maya.fill('#ask input[name="name"]', "Biology 3B")
-    await maya.press('#ask input[name="name"]', "Enter")
-    await expect(maya.locator("#room-name")).to_have_text("general")
+    await maya.found_class()
     await maya.click("#server")
     await maya.click("#menu >> text=Invite people")
     await expect(maya.locator("#invite")).to_be_visible()
@@ -7144,14 +7148,7 @@ async def test_page_works_under_a_prefix(tmp_path: Path, tab: Any, unused_tcp_po
     assert await process.stdout.readline() == b"ready\n"
     maya = await tab(at=f"http://127.0.0.1:{unused_tcp_port}/chat")
     await eventually(lambda: answers(maya.url), "the application listens")
-    await maya.goto(maya.url + "/")
-    await maya.fill("#username", "Maya")
-    await maya.fill("#password", "correct horse")
-    await maya.click("#enter")
-    await maya.locator("#empty").get_by_role("button", name="Create a server").click()
-    await maya.fill('#ask input[name="name"]', "Biology 3B")
-    await maya.press('#ask input[name="name"]', "Enter")
-    await expect(maya.locator("#room-name")).to_have_text("general")
+    await maya.found_class()
     await maya.write("from under a prefix")
     await maya.sees("from under a prefix")
     await maya.page.close()
