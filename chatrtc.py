@@ -1196,8 +1196,8 @@ class Store:
                 give_up = loop.call_later(DEADLINE, self._give_up, batch)
                 outcomes = await self._commit(batch)
                 give_up.cancel()
-                for entry, outcome in zip(batch, outcomes, strict=True):
-                    loop.call_soon(self._deliver, entry.future, outcome)
+                futures = [entry.future for entry in batch]
+                loop.call_soon(self._deliver, deque(zip(futures, outcomes, strict=True)))
 
     def _next_batch(self) -> list[Entry]:
         """What goes into one transaction: a long job alone, the others together."""
@@ -1248,8 +1248,16 @@ class Store:
             if not entry.future.done():
                 entry.future.set_exception(ChatError("UNAVAILABLE", "The disk is too slow; it may still be done"))
 
-    def _deliver(self, future: asyncio.Future[Done[Any]], outcome: Done[Any] | BaseException) -> None:
-        """Tell the world, then the caller."""
+    def _deliver(self, told: deque[tuple[asyncio.Future[Done[Any]], Done[Any] | BaseException]]) -> None:
+        """Of each job tell the world, then the caller; where that fails for one, it has been logged and the others go on."""
+        try:
+            while told:
+                self._tell(*told.popleft())
+        finally:
+            if told:
+                asyncio.get_running_loop().call_soon(self._deliver, told)
+
+    def _tell(self, future: asyncio.Future[Done[Any]], outcome: Done[Any] | BaseException) -> None:
         try:
             if isinstance(outcome, Done):
                 self._publish(outcome.effects)
@@ -3592,7 +3600,8 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     def publish(self, event: str, payload: Any, room: str, skip_sid: str | None = None) -> None:
         """Tell a room, now: in order with all else that its members are sent."""
         assert room, "an event needs a room"
-        self.fan_out(["42" + StrictJson.dumps([event, payload])], "/", room, (skip_sid,))
+        if room in self.manager.rooms.get("/", ()):
+            self.fan_out(["42" + StrictJson.dumps([event, payload])], "/", room, (skip_sid,))
 
     def fan_out(self, packets: list[Packet], namespace: str, room: Any, skipped: Collection[str | None]) -> None:
         """One encoded event to all of a room; at once where the room is a single client."""
