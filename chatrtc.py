@@ -78,7 +78,6 @@ import click
 import engineio
 import jwt
 import msgspec
-import segno
 import socketio
 from aiohttp import WSMsgType, web
 from engineio.async_drivers.aiohttp import translate_request
@@ -1105,8 +1104,7 @@ class Store:
         if not self.lock.take():
             raise StartError(f"{self.path} is in use by another ChatRTC")
         try:
-            db = await asyncio.to_thread(prepare, self.path)
-            self._writer = await aiosqlite.Connection(lambda: db, 64)
+            self._writer = await aiosqlite.Connection(functools.partial(prepare, self.path), 64)
             for _ in range(READERS):
                 self._readers.append(await aiosqlite.Connection(functools.partial(connect_reader, self.path), 64))
                 self._idle.put_nowait(self._readers[-1])
@@ -4776,6 +4774,13 @@ def read_settings(given: dict[str, Any]) -> Settings:
     return settings
 
 
+def qr_code(link: str) -> Any:
+    """A link for a camera, as segno has it."""
+    import segno  # not before it is needed: it takes 1.4 MiB
+
+    return segno.make(link, micro=False)
+
+
 async def draw_invite(chat: Chat, request: web.Request) -> Done[bytes]:
     args = InviteArgs(code=request.match_info["code"])
     await perform(chat, OPERATIONS["get_invite"], Caller(None, request.remote or ""), args)
@@ -4783,7 +4788,7 @@ async def draw_invite(chat: Chat, request: web.Request) -> Done[bytes]:
     if len(link) > LINK_MAX:
         raise ChatError("TOO_LARGE", "The address of this server is too long for a QR code")
     picture = io.BytesIO()
-    segno.make(link, micro=False).save(picture, kind="svg", scale=8, border=2, light="#fff")
+    qr_code(link).save(picture, kind="svg", scale=8, border=2, light="#fff")
     return Done(picture.getvalue())
 
 
@@ -5031,7 +5036,7 @@ def announce(settings: Settings, address: tuple[str, int], tls: bool) -> None:
         click.echo(f"Only this machine can reach it; with --lan others on your network can, at {link}")
     elif settings.lan:
         click.echo(f"Others on your network: {link}")
-        segno.make(link, micro=False).terminal(compact=True, border=2)
+        qr_code(link).terminal(compact=True, border=2)
     sys.stdout.flush()
 
 

@@ -1301,6 +1301,23 @@ async def test_a_thousand_concurrent_posts_are_heard_by_a_hundred_sockets_in_ord
     assert all(posts == expected for posts in heard)
 
 
+async def test_a_defect_in_telling_of_one_job_holds_up_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told: list[Any] = []
+
+    def publish(effects: Any) -> None:
+        told.extend(effects)
+        if 2 in effects:
+            raise Boom
+
+    store = chatrtc.Store(tmp_path / "chat.db", publish)
+    await store.open()
+    jobs = [functools.partial(lambda number, db: chatrtc.Done(number, [number]), number) for number in range(5)]
+    done = await asyncio.gather(*map(store.write, jobs))
+    await store.close()
+    assert [outcome.answer for outcome in done] == told == [0, 1, 2, 3, 4]
+    assert "Boom" in caplog.text
+
+
 async def test_a_server_that_starts_again_has_all_that_it_acknowledged(tmp_path: Path) -> None:
     process = await Process.start(tmp_path / "chat.db")
     world = process.world()
