@@ -4512,16 +4512,16 @@ class Route:
         return read_args(self.op.args, given)
 
 
-def make_guard(settings: Settings, engine: Engine) -> Callable[..., Awaitable[web.StreamResponse]]:
-    """What stands before every route: the check of the origin, and our kind of answer where the router has none."""
+def make_guard(settings: Settings, ours: Collection[object]) -> Callable[..., Awaitable[web.StreamResponse]]:
+    """What stands before our handlers: the check of the origin, and our kind of answer where the router has none."""
     allowed = frozenset(settings.cors_origin)
 
     @web.middleware
     async def guard(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        if request.match_info.handler == engine.handle_request:  # which has a check and answers of its own
-            return await handler(request)
+        if request.match_info.http_exception is None and request.match_info.handler not in ours:
+            return await handler(request)  # the sockets', which has a check of its own, or one of the application we are in
         if not origin_allowed(request, allowed):
             return refuse(ChatError("FORBIDDEN", "Pages of this origin may not use this server"))
         try:
@@ -4871,23 +4871,31 @@ class ChatRTC:
     def attach(self, app: web.Application, prefix: str = "") -> None:
         """Mount REST, Socket.IO and the page under `prefix`; the app's start-up and clean-up open and close the chat."""
         place = web.Application() if prefix.strip("/") else app
-        place.middlewares.append(make_guard(self.settings, self.sio.eio))
-        place.router.add_get("/invites/{code}.svg", functools.partial(send_invite_code, self.chat))
+        ours: set[Any] = set()
+        place.middlewares.append(make_guard(self.settings, ours))
+
+        def add(method: str, path: str, handler: Any) -> None:
+            ours.add(handler)
+            if method == "GET":
+                place.router.add_get(path, handler)  # and HEAD
+            else:
+                place.router.add_route(method, path, handler)
+
+        add("GET", "/invites/{code}.svg", functools.partial(send_invite_code, self.chat))
         for op in OPERATIONS.values():
             if op.method and op.path:
                 path = op.path.replace("{emoji}", "{emoji:.+}")  # a brace or a slash may be one, too
-                add = place.router.add_get if op.method == "GET" else functools.partial(place.router.add_route, op.method)
-                add(path, Route(self.chat, op).__call__)
+                add(op.method, path, Route(self.chat, op).__call__)
         for path, text in (("/openapi.json", openapi), ("/asyncapi.json", asyncapi)):
             body = msgspec.json.encode(text())
-            place.router.add_get(path, functools.partial(send_still, body, {"Content-Type": "application/json"}))
-        place.router.add_get("/", functools.partial(send_still, *page_with_headers()))
+            add("GET", path, functools.partial(send_still, body, {"Content-Type": "application/json"}))
+        add("GET", "/", functools.partial(send_still, *page_with_headers()))
         self.sio.attach(place)
         place.on_startup.append(lambda app: self.start())
         place.on_shutdown.append(lambda app: self.sio.drain())
         place.on_cleanup.append(lambda app: self.stop())
         if place is not app:
-            place.router.add_get("", add_slash)
+            add("GET", "", add_slash)
             app.add_subapp("/" + prefix.strip("/"), place)
 
     def on(self, event: str) -> Callable[[Listener], Listener]:

@@ -3943,6 +3943,28 @@ async def test_the_program_does_what_a_route_does(world: World, caplog: pytest.L
         _ = chat.no_such_operation
 
 
+async def test_the_pages_of_the_application_around_it_are_left_alone(tmp_path: Path) -> None:
+    async def leave(request: web.Request) -> web.Response:
+        raise web.HTTPFound("/elsewhere")
+
+    async def refuse(request: web.Request) -> web.Response:
+        raise web.HTTPUnauthorized(text="who are you?")
+
+    app = web.Application()
+    app.router.add_get("/leave", leave)
+    chatrtc.ChatRTC(database=str(tmp_path / "chat.db")).attach(app)
+    app.router.add_get("/private", refuse)
+    foreign = {"Origin": "https://elsewhere.example"}
+    async with running(app) as url, aiohttp.ClientSession() as session:
+        async with session.get(f"{url}/leave", allow_redirects=False, headers=foreign) as response:
+            assert (response.status, response.headers["Location"]) == (302, "/elsewhere")
+        async with session.get(f"{url}/private", headers=foreign) as response:
+            assert (response.status, await response.text()) == (401, "who are you?")
+        world = World(url, session)
+        assert (await world.call("GET", "/healthz", headers=foreign)).code == "FORBIDDEN"
+        assert (await world.call("GET", "/nowhere")).code == "NOT_FOUND"
+
+
 async def test_two_chats_in_one_application(tmp_path: Path) -> None:
     app = web.Application()
     chats = {name: chatrtc.ChatRTC(database=str(tmp_path / f"{name}.db")) for name in ("one", "two")}
