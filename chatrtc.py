@@ -3212,7 +3212,8 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
     async def drain(self, grace: float) -> None:
         self.draining = True
-        await self.disconnect()
+        for session in list(self.sockets.values()):
+            session.end(REASON.SERVER_DISCONNECT, farewell="")
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=grace)
         for link in list(self.links):
@@ -3636,8 +3637,9 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         if session is not None:
             if final:
                 session.send("41")
-            # The JS client takes a CLOSE in the same poll first, and would come back.
-            session.end(REASON.SERVER_DISCONNECT, farewell="" if final else CLOSE)
+            # Of a CLOSE a client that polls would make its own: JavaScript's takes it before the rest of that poll and comes
+            # back where it should not, Python's stays away where it should come back.
+            session.end(REASON.SERVER_DISCONNECT, farewell="")
 
     async def disconnect(self, sid: str, namespace: str | None = None, ignore_queue: bool = False) -> None:
         session = self._session(sid, namespace or "/")
