@@ -221,7 +221,7 @@ Content = Annotated[str, Meta(min_length=1, max_length=4000, pattern=SHOWN)]
 Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[^\s\x00-\x1f\x7f]+$")]
 Nonce = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 Code = Annotated[str, Meta(min_length=1, max_length=64)]
-Token = Annotated[str, Meta(min_length=1, max_length=4096)]
+Token = Annotated[str, Meta(max_length=4096)]
 PeerId = Annotated[str, Meta(min_length=1, max_length=64)]
 Role = Literal["owner", "admin", "member"]
 Status = Literal["online", "away", "busy", "invisible"]
@@ -264,7 +264,7 @@ class NewPassword(Args):
 
 
 class TokenArgs(Args):
-    token: Token
+    token: Token | None = None  # without one they are refused as whose token does not stand
 
 
 class StatusArgs(Args):
@@ -4225,7 +4225,7 @@ def bearer(caller: Caller) -> tuple[Connection, Standing]:
 async def authenticate(chat: Chat, caller: Caller, args: TokenArgs) -> Done[Identity]:
     """Say who this socket belongs to (or pass `auth: {token}` in the handshake)."""
     assert caller.connection is not None
-    me = chat.recognise(args.token)
+    me = chat.recognise(args.token or "")
     chat.admit(caller.connection, me)
     return Done(Identity(me.user_id, me.username))
 

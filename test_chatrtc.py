@@ -1632,6 +1632,13 @@ async def test_a_token_of_sub_iat_and_exp_alone_is_good(make_world: MakeWorld) -
     assert ack == {"success": True, "user_id": ana.user_id, "username": "ana"}
 
 
+async def test_a_socket_without_a_token_is_refused_like_one_with_a_wrong_one(world: World) -> None:
+    socket = await world.socket()
+    for payload in ({}, {"token": None}, {"token": ""}):
+        ack = await socket.call("authenticate", payload)
+        assert (ack["error"], ack["code"]) == ("Invalid token", "UNAUTHORIZED")
+
+
 @pytest.mark.parametrize("kind", WRONG_TOKENS)
 async def test_a_wrong_token_is_refused_at_every_door(make_world: MakeWorld, kind: str) -> None:
     world = await make_world(secret=SECRET)
