@@ -4165,8 +4165,10 @@ async def change_password(chat: Chat, caller: Caller, args: NewPassword) -> Done
     """Change the password (a guest sets the first one without `old_password`); every other token ends, its sockets too."""
     me = caller.me
     assert me is not None
-    chat.limiter.take("login", fold(me.username))
     stored = chat.store.peek(password_of, me.user_id)
+    if stored is not None and args.old_password is None:
+        raise ChatError("BAD_REQUEST", "old_password is missing")
+    chat.limiter.take("login", fold(me.username))
     if stored is not None and not await chat.passwords.check(args.old_password or "", stored):
         raise ChatError("FORBIDDEN", "The old password is wrong")
     chat.limiter.give_back("login", fold(me.username))
