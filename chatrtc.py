@@ -551,15 +551,29 @@ class Configuration(View):
 
 
 T = TypeVar("T")
-SENTENCES = re.compile(r" - at `\$\.?([^`]*)`$")
+FIELD = re.compile(r" - at `\$\.?([^`]*)`$")
+COMPLAINTS = {  # of msgspec, and how they are said to a person, behind the field
+    r"Expected `str` of length >= 1": "must not be empty",
+    r"Expected `str` of length >= (\d+)": r"needs \1 characters or more",
+    r"Expected `str` of length <= (\d+)": r"has \1 characters at most",
+    r"Expected `str` matching regex .*": "is blank, or holds a character that it may not",
+    r"Expected `int` >= (\d+)": r"must be \1 or more",
+    r"Expected `int` <= (\d+)": r"must be \1 or less",
+    r"Invalid enum value (.*)": r"cannot be \1",
+    r"Object missing required field `(\w+)`": r"\1 is missing",
+    r"Object contains unknown field `(.*)`": r"\1 is not known here",
+}
 
 
 def explain(complaint: str) -> tuple[str, str]:
     """The code and the sentence for msgspec's complaint."""
     code = "TOO_LARGE" if "of length <=" in complaint else "BAD_REQUEST"
-    field = SENTENCES.search(complaint)
-    sentence = SENTENCES.sub("", complaint).replace("`", "'")
-    return code, f"{field[1]}: {sentence}" if field and field[1] else sentence
+    field, what = FIELD.search(complaint), FIELD.sub("", complaint)
+    for pattern, words in COMPLAINTS.items():
+        if found := re.fullmatch(pattern, what, re.DOTALL):
+            return code, " ".join([*(field.groups() if field and field[1] else ()), found.expand(words)])
+    what = what.replace("`", "'")
+    return code, f"{field[1]}: {what}" if field and field[1] else what
 
 
 def read_args(kind: type[T], raw: Any) -> T:

@@ -490,6 +490,24 @@ async def test_a_username_holds_nothing_else(world: World, name: str) -> None:
     assert reply.code == "BAD_REQUEST"
 
 
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"channel_id": 1, "content": ""}, "content must not be empty"),
+        ({"channel_id": 1, "content": " \n"}, "content is blank, or holds a character that it may not"),
+        ({"channel_id": 1, "content": "x" * 4001}, "content has 4000 characters at most"),
+        ({"channel_id": 0, "content": "x"}, "channel_id must be 1 or more"),
+        ({"content": "x"}, "channel_id is missing"),
+        ({"channel_id": 1, "content": "x", "colour": "red"}, "colour is not known here"),
+        ({"channel_id": "one", "content": "x"}, "channel_id: Expected 'int', got 'str'"),
+        ([], "Expected 'object', got 'array'"),
+    ],
+)
+async def test_what_does_not_fit_is_said_to_a_person(world: World, body: Any, sentence: str) -> None:
+    ana = await world.person("ana")
+    assert (await ana.call("POST", "/messages", body)).body["error"] == sentence
+
+
 async def test_a_plain_message_has_the_keys_of_the_specification_and_seq(world: World) -> None:
     ana, ben = await world.people("ana", "ben")
     place = await world.place(ana, ben)
