@@ -1720,6 +1720,7 @@ async def test_a_wrong_old_password_changes_nothing(world: World) -> None:
     ana = await world.person("ana")
     reply = await ana.call("POST", "/auth/password", {"old_password": "wrong horse", "new_password": "battery staple"})
     assert reply.code == "FORBIDDEN"
+    assert (await ana.call("POST", "/auth/password", {"new_password": "battery staple"})).code == "BAD_REQUEST"
     assert (await world.call("POST", "/auth/login", {"username": "ana", "password": "correct horse"})).status == 200
 
 
