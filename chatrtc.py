@@ -1118,7 +1118,8 @@ class Store:
         if not self.lock.take():
             raise StartError(f"{self.path} is in use by another ChatRTC")
         try:
-            self._writer = await aiosqlite.Connection(functools.partial(prepare, self.path), 64)
+            db = await asyncio.to_thread(prepare, self.path)
+            self._writer = await aiosqlite.Connection(lambda: db, 64)
             for _ in range(READERS):
                 self._readers.append(await aiosqlite.Connection(functools.partial(connect_reader, self.path), 64))
                 self._idle.put_nowait(self._readers[-1])
