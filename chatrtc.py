@@ -66,7 +66,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -2903,15 +2903,17 @@ class Lane:
 
 @dataclass
 class Rules:
-    origins: Collection[str]
-    ping_interval: float
-    ping_timeout: float
-    max_payload: int
-    connect_timeout: float
-    max_sessions: int
-    max_sessions_per_address: int
-    frames_per_second: float | None
-    fast: bool
+    """What a server allows its clients."""
+
+    origins: Collection[str] = ()
+    ping_interval: float = 20
+    ping_timeout: float = 15
+    max_payload: int = 131072
+    connect_timeout: float = 10
+    max_sessions: int = 20000
+    max_sessions_per_address: int = 1000
+    frames_per_second: float | None = 100
+    fast: bool = True
 
 
 class Session:
@@ -3808,35 +3810,15 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
                 self.eio.journal.say("a callback failed", exc_info=error)
 
 
-def socket_server(
-    *,
-    origins: Collection[str] = (),
-    ping_interval: float = 20,
-    ping_timeout: float = 15,
-    max_payload: int = 131072,
-    connect_timeout: float = 10,
-    max_sessions: int = 20000,
-    max_sessions_per_address: int = 1000,
-    frames_per_second: float | None = 100,
-    fast: bool = True,
-    **options: Any,
-) -> SocketServer:
-    """A socketio.AsyncServer with this transport; `options` are AsyncServer's own."""
-    if fast and (missing := transport_check()):
+def socket_server(**options: Any) -> SocketServer:
+    """A socketio.AsyncServer with this transport; `options` are those of `Rules`, and AsyncServer's own."""
+    rules = Rules(**{field.name: options.pop(field.name) for field in fields(Rules) if field.name in options})
+    if rules.fast and (missing := transport_check()):
         log.warning("slow delivery: the libraries lack %s", ", ".join(missing))
-        fast = False
+        rules.fast = False
     more = options.pop("cors_allowed_origins", None) or ()
-    rules = Rules(
-        origins={*origins, *([more] if isinstance(more, str) else more)},
-        ping_interval=ping_interval,
-        ping_timeout=ping_timeout,
-        max_payload=options.pop("max_http_buffer_size", max_payload),
-        connect_timeout=connect_timeout,
-        max_sessions=max_sessions,
-        max_sessions_per_address=max_sessions_per_address,
-        frames_per_second=frames_per_second,
-        fast=fast,
-    )
+    rules.origins = {*rules.origins, *([more] if isinstance(more, str) else more)}
+    rules.max_payload = options.pop("max_http_buffer_size", rules.max_payload)
     return SocketServer(rules, **options)
 
 
@@ -4877,11 +4859,8 @@ class ChatRTC:
 
     def __init__(self, **settings: Any) -> None:
         self.settings = read_settings(settings)
-        self.sio = socket_server(
-            origins=self.settings.cors_origin,
-            max_sessions_per_address=10**6 if self.settings.no_rate_limit else 1000,
-            frames_per_second=None if self.settings.no_rate_limit else 100,
-        )
+        lifted = {"max_sessions_per_address": 10**6, "frames_per_second": None} if self.settings.no_rate_limit else {}
+        self.sio = socket_server(origins=self.settings.cors_origin, **lifted)
         self.chat = Chat(self.settings, self.sio)
         self._tasks: list[asyncio.Task[None]] = []
         self._control: tuple[asyncio.Server, tempfile.TemporaryDirectory[str]] | None = None
