@@ -2034,20 +2034,8 @@ class Peer(NamedTuple):
         return self.notice.channel_id
 
 
-class Voices:
-    """Who talks where: one voice channel a socket."""
-
-    def __init__(self) -> None:
-        self._peers: dict[str, Peer] = {}  # by socket
-
-    def join(self, peer: Peer) -> None:
-        self._peers[peer.sid] = peer
-
-    def leave(self, sid: str) -> Peer | None:
-        return self._peers.pop(sid, None)
-
-    def of(self, sid: str) -> Peer | None:
-        return self._peers.get(sid)
+class Voices(dict[str, Peer]):
+    """Who talks where, by socket: one voice channel each."""
 
     def others(self, channel_id: int, sid: str) -> list[Participant]:
         notices = [peer.notice for peer in self.within(channel_id=channel_id) if peer.sid != sid]
@@ -2057,7 +2045,7 @@ class Voices:
         return next((peer for peer in self.within(channel_id=channel_id) if peer.notice.peer_id == peer_id), None)
 
     def within(self, *, server_id: int | None = None, channel_id: int | None = None) -> list[Peer]:
-        return [p for p in self._peers.values() if server_id == p.server_id or channel_id == p.channel_id]
+        return [p for p in self.values() if server_id == p.server_id or channel_id == p.channel_id]
 
 
 # ---- Keys ----------------------------------------------------------------------------------------------------------
@@ -3950,7 +3938,7 @@ class Chat:
 
     def close_channel(self, server_id: int, channel_id: int) -> None:
         for peer in self.voices.within(channel_id=channel_id):
-            self.voices.leave(peer.sid)
+            del self.voices[peer.sid]
         for sid in self.sio.members(f"channel:{channel_id}"):
             self.connections[sid].servers[server_id].discard(channel_id)
             self.sio.leave(sid, f"channel:{channel_id}")
@@ -3958,7 +3946,7 @@ class Chat:
 
     def close_server(self, server_id: int) -> None:
         for peer in self.voices.within(server_id=server_id):
-            self.voices.leave(peer.sid)
+            del self.voices[peer.sid]
         self.typists.close(server_id=server_id)
         for sid in self.sio.members(f"server:{server_id}"):
             self.leave_server(self.connections[sid], server_id, quietly=True)
@@ -4043,7 +4031,7 @@ class Chat:
     def hush(self, connection: Connection, server_id: int | None = None) -> None:
         """The socket types and talks no more (in that server)."""
         self.stop_all_typing(connection, server_id)
-        peer = self.voices.of(connection.sid)
+        peer = self.voices.get(connection.sid)
         if peer is not None and server_id in (None, peer.server_id):
             self.leave_voice(connection.sid)
 
@@ -4092,7 +4080,7 @@ class Chat:
             self.stop_typing(channel_id, user_id)
 
     def leave_voice(self, sid: str) -> None:
-        peer = self.voices.leave(sid)
+        peer = self.voices.pop(sid, None)
         if peer is not None:
             self.tell("voice:leave", peer.server_id, peer.notice)
 
@@ -4302,12 +4290,12 @@ async def voice_join(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[Voic
         raise ChatError("BAD_REQUEST", "This is no voice channel")
     if connection.closed:
         raise ChatError("UNAVAILABLE", "The connection is closing")
-    peer = chat.voices.of(connection.sid)
+    peer = chat.voices.get(connection.sid)
     if peer is None or peer.channel_id != args.channel_id:
         chat.leave_voice(connection.sid)
         notice = VoiceChanged(args.channel_id, me.user_id, me.username, secrets.token_urlsafe(9))
         peer = Peer(connection.sid, channel.server_id, notice)
-        chat.voices.join(peer)
+        chat.voices[connection.sid] = peer
         chat.tell("voice:join", channel.server_id, notice)
     servers = [IceServer(urls) for urls in chat.settings.ice_server]
     return Done(VoiceJoined(peer.notice.peer_id, chat.voices.others(args.channel_id, connection.sid), servers))
@@ -4317,7 +4305,7 @@ async def voice_join(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[Voic
 async def voice_leave(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[None]:
     """Leave a voice channel; nothing happens where the socket is not in it."""
     connection, _ = bearer(caller)
-    peer = chat.voices.of(connection.sid)
+    peer = chat.voices.get(connection.sid)
     if peer is not None and peer.channel_id == args.channel_id:
         chat.leave_voice(connection.sid)
     else:
@@ -4329,7 +4317,7 @@ async def voice_leave(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[Non
 async def voice_signal(chat: Chat, caller: Caller, args: SignalArgs) -> Done[None]:
     """Pass a WebRTC signal on to a peer of the voice channel that the socket is in."""
     connection, me = bearer(caller)
-    sender = chat.voices.of(connection.sid)
+    sender = chat.voices.get(connection.sid)
     if sender is None or sender.channel_id != args.channel_id:
         chat.check(Who.MEMBER, caller, ChannelArgs(channel_id=args.channel_id))
         raise ChatError("FORBIDDEN", "You are not in this voice channel")
