@@ -3462,11 +3462,6 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
 
     json = StrictJson
 
-    def __init__(self, *args: Any, encoded_packet: Packet | None = None, **fields: Any) -> None:
-        super().__init__(*args, **fields)
-        if encoded_packet is not None:
-            self.attachment_count = self.decode(encoded_packet)
-
     def decode(self, encoded_packet: Packet) -> int:
         head = HEAD.match(encoded_packet) if isinstance(encoded_packet, str) else None
         if head is None:
@@ -3713,7 +3708,8 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         """The packet that this message completes, if it does."""
         packet: StrictPacket | None = self._binary_packet.get(eio_sid)
         if packet is None:
-            packet = StrictPacket(encoded_packet=data)
+            packet = StrictPacket()
+            packet.attachment_count = packet.decode(data)
             if packet.attachment_count:
                 self._binary_packet[eio_sid] = packet
                 return None
