@@ -3195,10 +3195,8 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     # What the Socket.IO server and its users call
 
     def attach(self, app: web.Application, engineio_path: str = "engine.io") -> None:
-        path = engineio_path.strip("/")
-        app.router.add_route("*", f"/{path}/" if path else "/", self.handle_request)
-        if path:
-            app.router.add_route("*", f"/{path}", self.handle_request)
+        for end in ("/", ""):
+            app.router.add_route("*", f"/{engineio_path.strip('/')}{end}", self.handle_request)
 
     async def send_packet(self, sid: str, pkt: Any) -> None:
         if session := self.sockets.get(sid):
