@@ -3224,12 +3224,6 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
     # Sessions
 
-    async def _message(self, sid: str, packet: Packet) -> None:
-        await self._trigger_event("message", sid, packet, run_async=False)
-
-    async def _ended(self, session: Session, reason: str) -> None:
-        await self._trigger_event("disconnect", session.sid, reason, run_async=False)
-
     def _end(self, session: Session, reason: str) -> None:
         del self.sockets[session.sid]
         self.per_address[session.address] -= 1
@@ -3238,7 +3232,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         if session.outbox and not session.polled():
             self.parting[session.sid] = session
             session.loop.call_later(LINGER, self.parting.pop, session.sid, None)
-        self.spawn(self._ended(session, reason))
+        self.spawn(self._trigger_event("disconnect", session.sid, reason, run_async=False))
 
     def _admit(self, address: str) -> None:
         if self.draining or len(self.sockets) >= self.rules.max_sessions:
@@ -3250,7 +3244,8 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         address = request.remote or ""
         self._admit(address)
         sid = self.generate_id()
-        session = Session(sid, address, self.rules, self.flusher, self._message, self._end)
+        on_message = functools.partial(self._trigger_event, "message", run_async=False)
+        session = Session(sid, address, self.rules, self.flusher, on_message, self._end)
         self.sockets[sid] = session
         self.per_address[address] += 1
         upgrade = self.allow_upgrades and transport == "polling" and "websocket" in self.transports
