@@ -3301,14 +3301,12 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         if sid is None:
             session = await self._open(request, transport)
             return web.Response(text=encode_payload(session.empty()))
-        if method == "POST":
-            return await self._post(self._find(sid), request)
-        session = self.parting.pop(sid) if sid in self.parting else self._find(sid)
-        return await self._poll(session, request)
-
-    async def _poll(self, session: Session, request: web.Request) -> web.StreamResponse:
+        session = self.parting.pop(sid) if method == "GET" and sid in self.parting else self._find(sid)
         if session.upgraded:
             raise ChatError("BAD_REQUEST", "The session uses a WebSocket.")
+        return await (self._poll(session, request) if method == "GET" else self._post(session, request))
+
+    async def _poll(self, session: Session, request: web.Request) -> web.StreamResponse:
         if session.upgrading and not session.closed:
             return web.Response(text=NOOP)
         if session.polled():
@@ -3321,8 +3319,6 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         return web.Response(text=encode_payload(packets))
 
     async def _post(self, session: Session, request: web.Request) -> web.StreamResponse:
-        if session.upgraded:
-            raise ChatError("BAD_REQUEST", "The session uses a WebSocket.")
         try:
             if session.posting:
                 raise ChatError("BAD_REQUEST", "Two posts at once.")
