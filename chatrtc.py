@@ -870,16 +870,18 @@ def check_format(db: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def refuse_other(path: Path) -> None:
-    """Leave what is no SQLite database alone, without so much as a lock beside it. Raises StartError."""
+def refuse_other(path: Path) -> bytes:
+    """Leave what is no SQLite database alone, without so much as a lock beside it; the file's header. Raises StartError."""
+    header = b""
     with one_line(path):
         if path.is_dir():
             raise StartError(f"Cannot open {path}: Is a directory")
         if path.exists():
             with path.open("rb") as file:
-                header = file.read(len(MAGIC))
-            if header and header != MAGIC:
-                raise StartError(f"{path} is not an SQLite database; it was left as it is")
+                header = file.read(100)
+        if header and not header.startswith(MAGIC):
+            raise StartError(f"{path} is not an SQLite database; it was left as it is")
+    return header
 
 
 def inspect_file(path: Path) -> None:
@@ -887,15 +889,11 @@ def inspect_file(path: Path) -> None:
 
     SQLite would take a -wal that lies beside a database for its own, whatever it belongs to, and mix the two or throw it away.
     """
-    refuse_other(path)
+    header = refuse_other(path)
     with one_line(path):
         wal, secret = (path.resolve().with_name(path.resolve().name + end) for end in ("-wal", ".secret"))
         unsaved = wal.exists() and wal.stat().st_size > 0
         way_back = f"put a backup in its place with `chatrtc restore`, or move {wal if unsaved else path} away"
-        header = b""
-        if path.exists():
-            with path.open("rb") as file:
-                header = file.read(100)
         if not header and (unsaved or (path.exists() and secret.exists())):
             raise StartError(f"{path} is empty, but it held something, as what lies beside it shows: {way_back}")
         if not header:
