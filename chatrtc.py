@@ -975,7 +975,8 @@ class Lock:
     def ask(self) -> str:
         return self.path.read_text().strip()
 
-    def release(self) -> None:
+    def close(self) -> None:
+        """Give the right back."""
         if self._file is not None:
             self.tell("")
             os.close(self._file)
@@ -1143,7 +1144,7 @@ class Store:
             await db.close()
         self._readers.clear()
         self._writer = self._near = None
-        self.lock.release()
+        self.lock.close()
 
     def peek(self, question: Question[R], *args: Any) -> R:
         """Ask, here and now, what takes a few steps of an index. Raises UNAVAILABLE where the file does not answer."""
@@ -5184,10 +5185,8 @@ def reading(database: str) -> Iterator[sqlite3.Connection]:
     refuse_other(path)
     lock = Lock(path)
     if lock.take():
-        try:
+        with contextlib.closing(lock):
             inspect_file(path)
-        finally:
-            lock.release()
     with snapshot(path) as db:
         yield db
 
@@ -5218,11 +5217,8 @@ def administer(database: str, name: str, *args: Any) -> Any:
         if time.monotonic() > patience:
             raise StartError(f"{database} is in use by another program")
         time.sleep(0.05)
-    try:
-        with contextlib.closing(prepare(Path(database))) as db:
-            outcome = in_transaction(db, [lambda db: ADMIN[name](db, *args)])[0]
-    finally:
-        lock.release()
+    with contextlib.closing(lock), contextlib.closing(prepare(Path(database))) as db:
+        outcome = in_transaction(db, [lambda db: ADMIN[name](db, *args)])[0]
     if isinstance(outcome, ChatError):
         raise outcome
     return outcome.answer
@@ -5342,13 +5338,11 @@ def restore(source: Path, database: str) -> None:
         raise StartError(f"There is no backup {source}")
     if not lock.take():
         raise StartError(f"{path} is in use: stop the server first")
-    try:
+    with contextlib.closing(lock):
         inspect_file(source)
         with snapshot(source) as db:
             part = copy_verified(db, path)
         kept = replace_database(path, part)
-    finally:
-        lock.release()
     click.echo(f"{path} is what {source} holds" + (f"; what it was is kept as {kept}" if kept else ""))
 
 

@@ -3947,7 +3947,7 @@ async def test_a_chat_lives_under_a_prefix(tmp_path: Path) -> None:
     assert not (tmp_path / "chat.db-wal").exists()
     lock = chatrtc.Lock(tmp_path / "chat.db")
     assert lock.take()
-    lock.release()
+    lock.close()
 
 
 async def test_the_program_does_what_a_route_does(world: World, caplog: pytest.LogCaptureFixture) -> None:
