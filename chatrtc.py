@@ -4835,7 +4835,7 @@ class ChatRTC:
         self.sio = socket_server(origins=self.settings.cors_origin, **lifted)
         self.chat = Chat(self.settings, self.sio)
         self._tasks: list[asyncio.Task[None]] = []
-        self._control: tuple[asyncio.Server, tempfile.TemporaryDirectory[str]] | None = None
+        self._control = contextlib.ExitStack()  # the socket for the command line, while it is open
         bind_sockets(self.chat)
 
     def attach(self, app: web.Application, prefix: str = "") -> None:
@@ -4917,19 +4917,15 @@ class ChatRTC:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        if self._control is not None:
-            server, folder = self._control
-            server.close()
-            folder.cleanup()
-            self._control = None
+        self._control.close()
         self.chat.passwords.close()
         await self.chat.store.close()
 
     async def _listen_for_admin(self) -> None:
         """Let the command line of the same user have its writes done by us, who hold the lock, over a private socket."""
-        folder = tempfile.TemporaryDirectory(prefix="chatrtc-")
-        address = f"{folder.name}/control"
-        self._control = (await asyncio.start_unix_server(self._serve_admin, address), folder)
+        address = self._control.enter_context(tempfile.TemporaryDirectory(prefix="chatrtc-")) + "/control"
+        server = await asyncio.start_unix_server(self._serve_admin, address)
+        self._control.callback(server.close)
         self.chat.store.lock.tell(address)
 
     async def _serve_admin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
