@@ -5102,10 +5102,8 @@ def option_of(flag: str, field: msgspec.structs.FieldInfo) -> Callable[[Any], An
     """A setting as an option: its type, default, sentence and variable follow from its declaration."""
     meta = typing.get_type_hints(Settings, include_extras=True)[field.name]
     inner, description = typing.get_args(meta)[0], typing.get_args(meta)[1].description
-    shape: dict[str, Any] = {"type": click.STRING}
-    if inner in (int, float):
-        shape = {"type": inner}
-    elif inner is bool:
+    shape: dict[str, Any] = {}
+    if inner is bool:
         shape = {"is_flag": True}
     elif typing.get_origin(inner) is Literal:
         shape = {"type": click.Choice(typing.get_args(inner))}
