@@ -1319,7 +1319,7 @@ PLACES = {  # a channel that is in no server is deleted
     + "messages x ON x.message_id = ? AND x.deleted = 0 LEFT JOIN channels p ON p.channel_id = x.channel_id"
     + ROLE_THERE,
 }
-UNINDEX = """
+UNINDEX = """ -- have search forget messages, before they change
     INSERT INTO messages_fts (messages_fts, rowid, content, server_id) SELECT 'delete', message_id, content, server_id
     FROM messages WHERE deleted = 0 AND message_id <= (SELECT indexed_id FROM search) AND """
 NEXT_SEQ = {
@@ -1681,13 +1681,8 @@ def insert_message(db: sqlite3.Connection, server_id: int, author: Standing, arg
     )  # fmt: skip
 
 
-def unindex(db: sqlite3.Connection, where: str, value: int) -> None:
-    """Have search forget those messages, before they change."""
-    db.execute(UNINDEX + where, (value,))
-
-
 def update_message(db: sqlite3.Connection, server_id: int, message: Message, content: str, now: str) -> None:
-    unindex(db, "message_id = ?", message.message_id)
+    db.execute(UNINDEX + "message_id = ?", (message.message_id,))
     db.execute(
         "UPDATE messages SET content = ?, edited_at = ?, seq = ?, extras = 1 WHERE message_id = ?",
         (content, now, next_seq(db, server_id), message.message_id),
@@ -1703,7 +1698,7 @@ def update_message(db: sqlite3.Connection, server_id: int, message: Message, con
 
 def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
     """Wipe the message, keeping its number; returns the number of the change."""
-    unindex(db, "message_id = ?", message_id)
+    db.execute(UNINDEX + "message_id = ?", (message_id,))
     seq = next_seq(db, server_id)
     db.execute("UPDATE messages SET content = '', deleted = 1, seq = ? WHERE message_id = ?", (seq, message_id))
     db.execute("DELETE FROM reactions WHERE message_id = ?", (message_id,))
@@ -1715,11 +1710,9 @@ def deleted_channels(db: sqlite3.Connection) -> bool:
     return db.execute("SELECT 1 FROM channels WHERE server_id IS NULL LIMIT 1").fetchone() is not None
 
 
-def purge_channels(db: sqlite3.Connection) -> Done[bool]:
-    """Take the next messages out of a deleted channel, or the empty channel away; whether there is more to do."""
+def purge_channels(db: sqlite3.Connection) -> Done[None]:
+    """Take the next messages out of a deleted channel, or the empty channel away. There is one (`deleted_channels`)."""
     row = db.execute("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1").fetchone()
-    if row is None:
-        return Done(False)
     last = "SELECT max(message_id) FROM (SELECT message_id FROM messages WHERE channel_id = ? ORDER BY message_id LIMIT ?)"
     (until,) = db.execute(last, (row[0], INDEX_STEP)).fetchone()
     if until is None:
@@ -1727,7 +1720,7 @@ def purge_channels(db: sqlite3.Connection) -> Done[bool]:
     else:
         db.execute(UNINDEX + "channel_id = ? AND message_id <= ?", (row[0], until))
         db.execute("DELETE FROM messages WHERE channel_id = ? AND message_id <= ?", (row[0], until))
-    return Done(True)
+    return Done(None)
 
 
 def touch_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
