@@ -4376,9 +4376,7 @@ def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None)
     fields = (PLAIN if body is None else JSON).copy()
     if headers:
         fields.update(headers)
-    if body is None:
-        return web.Response(status=status, headers=fields)
-    return web.Response(body=msgspec.json.encode(body), status=status, headers=fields)
+    return web.Response(body=None if body is None else msgspec.json.encode(body), status=status, headers=fields)
 
 
 async def read_body(request: web.Request) -> bytes:
