@@ -5042,12 +5042,6 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
 BAR: dict[str, Any] = {"file": sys.stderr, "hidden": not sys.stderr.isatty()}  # progress is for a person
 
 
-class Mistake(click.ClickException):
-    """A command that was typed wrongly."""
-
-    exit_code = 2
-
-
 @contextlib.contextmanager
 def plainly() -> Iterator[None]:
     """Whatever is wrong, in one line."""
@@ -5062,7 +5056,8 @@ def plainly() -> Iterator[None]:
     except OSError as error:
         raise click.ClickException(f"{error.filename or 'Writing'}: {error.strerror}") from None
     except click.UsageError as error:
-        raise Mistake(" ".join(error.format_message().split())) from None
+        click.echo(f"Error: {' '.join(error.format_message().split())}", err=True)
+        raise click.exceptions.Exit(error.exit_code) from None
 
 
 class Group(click.Group):
