@@ -1302,11 +1302,6 @@ FOUND_ROWS = (
 )
 INVITE = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
 CHANNEL_ROWS = "SELECT server_id, channel_id, name, kind, topic FROM channels "
-SERVER_ROWS = """
-    SELECT s.server_id, s.name, (SELECT user_id FROM members o WHERE o.server_id = s.server_id AND o.role = 'owner'),
-           s.created_at, m.role
-    FROM servers s JOIN members m ON m.server_id = s.server_id AND m.user_id = :user_id
-"""
 PLACE = "SELECT p.server_id, m.role FROM users u LEFT JOIN "
 ROLE_THERE = """
     LEFT JOIN members m ON m.server_id = p.server_id AND m.user_id = u.user_id
@@ -1457,8 +1452,12 @@ def channels_of(db: sqlite3.Connection, server_id: int) -> list[Channel]:
 
 
 def server_view(db: sqlite3.Connection, server_id: int, user_id: int) -> Server:
-    row = db.execute(SERVER_ROWS + "WHERE s.server_id = :server_id", {"server_id": server_id, "user_id": user_id}).fetchone()
-    server_id, name, owner_id, created_at, role = row
+    name, owner_id, created_at, role = db.execute(
+        """SELECT s.name, (SELECT user_id FROM members o WHERE o.server_id = s.server_id AND o.role = 'owner'),
+                  s.created_at, m.role
+           FROM servers s JOIN members m ON m.server_id = s.server_id AND m.user_id = ? WHERE s.server_id = ?""",
+        (user_id, server_id),
+    ).fetchone()
     return Server(server_id, name, owner_id, created_at, role, channels_of(db, server_id))
 
 
