@@ -4935,8 +4935,8 @@ def lan_address() -> str:
     return "127.0.0.1"
 
 
-def self_signed(database: Path) -> tuple[str, str]:
-    """A certificate and its key beside the database, made once for a year, so that browsers ask once. Raises StartError."""
+def self_signed(database: Path) -> str:
+    """The file of a certificate and its key, made once for a year, so that browsers ask once. Raises StartError."""
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization
@@ -4950,7 +4950,7 @@ def self_signed(database: Path) -> tuple[str, str]:
         cert = x509.load_pem_x509_certificate(path.read_bytes())
         named = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.IPAddress)
         if cert.not_valid_after_utc > now and {str(address) for address in named} >= set(addresses):
-            return str(path), str(path)
+            return str(path)
         path.unlink()
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ChatRTC")])
@@ -4967,19 +4967,17 @@ def self_signed(database: Path) -> tuple[str, str]:
     secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(secret + cert.public_bytes(pem))
-    return str(path), str(path)
+    return str(path)
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
     """The certificate to serve with, if any. Raises StartError."""
-    cert, key = settings.tls_cert, settings.tls_key
-    if settings.tls_self_signed:
-        cert, key = self_signed(Path(settings.database))
-    if cert is None or key is None:
+    cert = self_signed(Path(settings.database)) if settings.tls_self_signed else settings.tls_cert
+    if cert is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(cert, key)
+        context.load_cert_chain(cert, settings.tls_key)
     except (OSError, ssl.SSLError) as error:
         raise StartError(f"The certificate cannot be used: {error}") from None
     return context
