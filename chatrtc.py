@@ -3500,8 +3500,7 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
 
     def basic_disconnect(self, sid: str, namespace: str, **_: Any) -> None:
         for room in self.entered.pop((namespace, sid), ()):
-            super().basic_leave_room(sid, namespace, room)
-            self.server.end_batch(namespace, room)
+            self.basic_leave_room(sid, namespace, room)
         self.callbacks.pop(sid, None)
         for pending in (self.pending_connect, self.pending_disconnect):
             if sid in pending.get(namespace, ()):
