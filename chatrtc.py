@@ -2144,10 +2144,6 @@ class Keys:
             raise ChatError("UNAUTHORIZED", "Invalid token") from None
 
 
-def token_digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
-
-
 # ---- Limits --------------------------------------------------------------------------------------------------------
 # How often somebody may do something: token buckets on the monotonic clock, by user or by address. A class shares one address,
 # so what an account may do is counted by account first.
@@ -3869,7 +3865,7 @@ class Chat:
         if known is not None and known.expires > time.time():
             return known
         user_id, generation, expires = self.keys.read(token)
-        digest = token_digest(token)
+        digest = hashlib.sha256(token.encode()).digest()
         account = self.store.peek(standing, user_id, digest)
         if account is None or account.generation != generation:
             raise ChatError("UNAUTHORIZED", "Invalid token")
