@@ -4128,18 +4128,13 @@ async def change_password(chat: Chat, caller: Caller, args: NewPassword) -> Done
     return Done(chat.keys.issue(me.user_id, me.username, done.answer, time.time()))
 
 
-async def index_all(chat: Chat) -> None:
-    """Teach search all that is there by now, step by step, so that posting goes on."""
-    newest, known = chat.store.peek(search_state)
-    while known < newest:
-        known = (await chat.store.write(index_messages, long=True)).answer
-
-
 @operation("live", "GET /servers/{server_id}/search", Who.MEMBER)
 async def search_messages(chat: Chat, caller: Caller, args: SearchArgs) -> Done[Messages]:
     """Messages that hold every word of `q`, newest first."""
     chat.check(Who.MEMBER, caller, args)
-    await index_all(chat)
+    newest, known = chat.store.peek(search_state)
+    while known < newest:  # what is there by now, step by step, so that posting goes on
+        known = (await chat.store.write(index_messages, long=True)).answer
     return Done(await chat.ask_long(Who.MEMBER, caller, args, lambda at, args: search(at.db, args)))
 
 
