@@ -1465,20 +1465,17 @@ def channel_view(db: sqlite3.Connection, channel_id: int) -> Channel:
     return Channel(*db.execute(CHANNEL_ROWS + "WHERE channel_id = ?", (channel_id,)).fetchone())
 
 
-def seen_status(status: Status, user_id: int, viewer: int) -> Status:
-    return "online" if status == "invisible" and user_id != viewer else status
-
-
 def members_of(db: sqlite3.Connection, server_id: int, present: Collection[int], viewer: int) -> list[Member]:
     """The members; `present`: ids of those that are here. To others the invisible look like somebody who is not."""
     rows = db.execute(
-        """SELECT m.server_id, m.user_id, u.username, m.role, u.status, m.joined_at
+        """SELECT m.user_id, u.username, m.role, m.joined_at,
+                  CASE WHEN u.status = 'invisible' AND u.user_id <> ? THEN 'online' ELSE u.status END
            FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = ? ORDER BY m.user_id""",
-        (server_id,),
+        (viewer, server_id),
     )
     return [
-        Member(sid, user_id, name, role, seen_status(status, user_id, viewer), joined, user_id in present)
-        for sid, user_id, name, role, status, joined in rows
+        Member(server_id, user_id, name, role, status, joined_at, user_id in present)
+        for user_id, name, role, joined_at, status in rows
     ]
 
 
