@@ -3843,18 +3843,18 @@ class Chat:
         authorize(who, at, args)
         return question(at, args)
 
-    def ask(self, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
-        """Ask about what the arguments name, if the caller may. Raises ChatError."""
-        answer: R = self.store.peek(self.allowed, who, caller.me, args, question)
+    def ask(self, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
+        """Ask about what the arguments name, if the caller is a member there. Raises ChatError."""
+        answer: R = self.store.peek(self.allowed, Who.MEMBER, caller.me, args, question)
         return answer
 
-    async def ask_long(self, who: Who, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
+    async def ask_long(self, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
         """Ask what may take longer."""
-        return await self.store.read(self.allowed, who, caller.me, args, question)
+        return await self.store.read(self.allowed, Who.MEMBER, caller.me, args, question)
 
-    def check(self, who: Who, caller: Caller, args: Args) -> None:
-        """Refuse who may not."""
-        self.ask(who, caller, args, lambda at, args: None)
+    def check(self, caller: Caller, args: Args) -> None:
+        """Refuse who is no member."""
+        self.ask(caller, args, lambda at, args: None)
 
     def recognise(self, token: str) -> Standing:
         """Who bears this token. Raises UNAUTHORIZED where it does not stand (any more)."""
@@ -4128,11 +4128,11 @@ async def change_password(chat: Chat, caller: Caller, args: NewPassword) -> Done
 @operation("live", "GET /servers/{server_id}/search", Who.MEMBER)
 async def search_messages(chat: Chat, caller: Caller, args: SearchArgs) -> Done[Messages]:
     """Messages that hold every word of `q`, newest first."""
-    chat.check(Who.MEMBER, caller, args)
+    chat.check(caller, args)
     newest, known = chat.store.peek(search_state)
     while known < newest:  # what is there by now, step by step, so that posting goes on
         known = (await chat.store.write(index_messages, long=True)).answer
-    return Done(await chat.ask_long(Who.MEMBER, caller, args, lambda at, args: search(at.db, args)))
+    return Done(await chat.ask_long(caller, args, lambda at, args: search(at.db, args)))
 
 
 @operation("live", "GET /healthz", Who.ANYONE)
@@ -4193,13 +4193,13 @@ def missed(at: Scope, args: JoinServer) -> tuple[int, Changes | UnsetType]:
 async def join_server(chat: Chat, caller: Caller, args: JoinServer) -> Done[Joined]:
     """Hear a server: its events from now on and, with `after`, what came after that number. Nothing falls in between."""
     connection, me = bearer(caller)
-    channels = chat.ask(Who.MEMBER, caller, args, lambda at, _: channels_of(at.db, at.server_id))
+    channels = chat.ask(caller, args, lambda at, _: channels_of(at.db, at.server_id))
     chat.join_server(connection, args.server_id, [channel.channel_id for channel in channels])
     # What was told before this moment is on disk: it is among what is read now.
     if args.after is None:
-        seq, changes = chat.ask(Who.MEMBER, caller, args, missed)
+        seq, changes = chat.ask(caller, args, missed)
     else:
-        seq, changes = await chat.ask_long(Who.MEMBER, caller, args, missed)
+        seq, changes = await chat.ask_long(caller, args, missed)
     voice = [peer.notice for peer in chat.voices.within(server_id=args.server_id)]
     return Done(Joined(chat.presence.visible(args.server_id, me.user_id), seq, changes, voice))
 
@@ -4209,7 +4209,7 @@ async def leave_server(chat: Chat, caller: Caller, args: ServerArgs) -> Done[Non
     """Hear a server no longer."""
     connection, _ = bearer(caller)
     if not chat.leave_server(connection, args.server_id):
-        chat.check(Who.MEMBER, caller, args)  # says what is wrong, if anything is
+        chat.check(caller, args)  # says what is wrong, if anything is
     return Done(None)
 
 
@@ -4222,7 +4222,7 @@ async def typing_start(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[No
         server_id = typist.server_id
     else:
         chat.limiter.take("event", me.user_id)
-        server_id = chat.ask(Who.MEMBER, caller, args, lambda at, _: at.server_id)
+        server_id = chat.ask(caller, args, lambda at, _: at.server_id)
     if not connection.closed:
         chat.start_typing(server_id, args.channel_id, me, connection.sid)
     return Done(None)
@@ -4234,7 +4234,7 @@ async def typing_stop(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[Non
     _, me = bearer(caller)
     if not chat.typists.typing(args.channel_id, me.user_id):
         chat.limiter.take("event", me.user_id)
-        chat.check(Who.MEMBER, caller, args)
+        chat.check(caller, args)
     chat.stop_typing(args.channel_id, me.user_id)
     return Done(None)
 
@@ -4243,7 +4243,7 @@ async def typing_stop(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[Non
 async def voice_join(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[VoiceJoined]:
     """Enter a voice channel, leaving the one that the socket was in. Who is there already is in the answer."""
     connection, me = bearer(caller)
-    channel = chat.ask(Who.MEMBER, caller, args, lambda at, _: channel_view(at.db, at.channel_id))
+    channel = chat.ask(caller, args, lambda at, _: channel_view(at.db, at.channel_id))
     if channel.kind != "voice":
         raise ChatError("BAD_REQUEST", "This is no voice channel")
     if connection.closed:
@@ -4267,7 +4267,7 @@ async def voice_leave(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[Non
     if peer is not None and peer.channel_id == args.channel_id:
         chat.leave_voice(connection.sid)
     else:
-        chat.check(Who.MEMBER, caller, args)
+        chat.check(caller, args)
     return Done(None)
 
 
@@ -4277,7 +4277,7 @@ async def voice_signal(chat: Chat, caller: Caller, args: SignalArgs) -> Done[Non
     connection, me = bearer(caller)
     sender = chat.voices.get(connection.sid)
     if sender is None or sender.channel_id != args.channel_id:
-        chat.check(Who.MEMBER, caller, ChannelArgs(channel_id=args.channel_id))
+        chat.check(caller, ChannelArgs(channel_id=args.channel_id))
         raise ChatError("FORBIDDEN", "You are not in this voice channel")
     peer = chat.voices.named(args.channel_id, args.to)
     if peer is None:
