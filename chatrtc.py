@@ -4880,8 +4880,7 @@ class ChatRTC:
         except BaseException:
             await chat.store.close()
             raise
-        for work in (chat.call_listeners(), do_chores(chat)):
-            self._tasks.append(asyncio.create_task(work))
+        self._tasks = [asyncio.create_task(work) for work in (chat.call_listeners(), do_chores(chat))]
 
     async def stop(self) -> None:
         """Close the chat: what was accepted is committed."""
