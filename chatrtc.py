@@ -1637,7 +1637,7 @@ def posted_before(db: sqlite3.Connection, author_id: int, channel_id: int, nonce
 def spellings(name: str) -> Iterator[str]:
     """What `@name,` may mean: the name as it stands, or the beginning of it that holds only a username's characters, with and
     without the dots and dashes that may end a sentence."""
-    word = "".join(c if is_username(f"x{c}") else " " for c in name).split(" ")[0]
+    word = "".join(itertools.takewhile(lambda c: is_username(f"x{c}"), name))
     yield word
     while word and word[-1] in ".-_":
         word = word[:-1]
