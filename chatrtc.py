@@ -41,7 +41,6 @@ import fcntl
 import functools
 import gc
 import hashlib
-import hmac
 import html
 import inspect
 import io
@@ -2060,7 +2059,7 @@ def same_password(password: str, stored: str | None) -> bool:
     """Whether it is the password; as slow for an account that has none, or is not there."""
     _, n, r, p, salt, _ = (stored or DUMMY).split("$")
     made = hash_password(password, bytes.fromhex(salt), int(n), int(r), int(p))
-    return hmac.compare_digest(made, stored or DUMMY) and stored is not None
+    return secrets.compare_digest(made, stored or DUMMY) and stored is not None
 
 
 class Passwords:
