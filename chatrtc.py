@@ -3649,8 +3649,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
 
     def _check_connect(self, eio_sid: str) -> None:
         session = self.eio.sockets.get(eio_sid)
-        spaces = list(self.manager.get_namespaces())
-        if session and not any(self.manager.sid_from_eio_sid(eio_sid, n) for n in spaces):
+        if session and not any(self.manager.sid_from_eio_sid(eio_sid, n) for n in self.manager.get_namespaces()):
             session.end(REASON.SERVER_DISCONNECT)
 
     async def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
