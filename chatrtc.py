@@ -2876,15 +2876,15 @@ class Lane:
 class Rules:
     """What a server allows its clients."""
 
-    origins: Collection[str] = ()
-    ping_interval: float = 20
-    ping_timeout: float = 15
-    max_payload: int = 131072
-    connect_timeout: float = 10
+    origins: Collection[str] = ()  # whose pages may connect, beside our own
+    ping_interval: float = 20  # seconds
+    ping_timeout: float = 15  # seconds to answer a ping
+    max_payload: int = 131072  # bytes in a packet, or in one POST
+    connect_timeout: float = 10  # seconds to enter a namespace
     max_sessions: int = 20000
     max_sessions_per_address: int = 1000
-    frames_per_second: float | None = 100
-    fast: bool = True
+    frames_per_second: float | None = 100  # from one client, in the long run; at once four times that; None: as many as come
+    fast: bool = True  # frames of our own making, as long as the libraries have what that needs
 
 
 class Session:
