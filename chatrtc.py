@@ -2104,6 +2104,8 @@ def make_secret(database: Path) -> str:
         secret = path.read_text().strip()
     except OSError as error:
         raise StartError(f"Cannot open {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        secret = ""
     if len(secret.encode()) < SECRET_BYTES:
         raise StartError(f"{path} holds no secret of {SECRET_BYTES} bytes; move it away to have one made (all tokens then end)")
     return secret

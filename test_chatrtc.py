@@ -4403,10 +4403,24 @@ async def test_a_bad_variable_is_refused_like_a_bad_option(tmp_path: Path) -> No
     refused(await command("serve", env={"CHATRTC_SECRET": "short"}, cwd=tmp_path), "32 bytes")
 
 
-async def test_a_secret_file_that_holds_none_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "chat.db.secret").write_text("short")
+async def test_what_a_killed_server_left_is_cleared_away_by_the_next(tmp_path: Path) -> None:
+    killed = await Process.start(tmp_path / "chat.db")
+    address = Path((tmp_path / "chat.db.lock").read_text())
+    killed.process.kill()
+    await killed.process.wait()
+    assert address.is_socket()
+    process = await Process.start(tmp_path / "chat.db")
+    try:
+        assert not address.parent.exists()
+    finally:
+        assert (await process.stop())[0] == 0
+
+
+@pytest.mark.parametrize("content", [b"short", b"\xff" * 64], ids=["short", "no text"])
+async def test_a_secret_file_that_holds_none_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "chat.db.secret").write_bytes(content)
     refused(await command("serve", "--port", "0", "--database", str(tmp_path / "chat.db")), "chat.db.secret")
-    assert (tmp_path / "chat.db.secret").read_text() == "short"
+    assert (tmp_path / "chat.db.secret").read_bytes() == content
 
 
 async def test_help_is_there_for_everything() -> None:
