@@ -962,6 +962,10 @@ class Lock:
             os.close(file)
             return False
         self._file = file
+        with contextlib.suppress(OSError):
+            if (left := Path(self.ask())).is_socket():  # by a server that was killed
+                left.unlink()
+                left.parent.rmdir()
         self.tell("")
         return True
 
@@ -972,7 +976,7 @@ class Lock:
         os.pwrite(self._file, address.encode(), 0)
 
     def ask(self) -> str:
-        return self.path.read_text().strip()
+        return self.path.read_text(errors="replace").strip()
 
     def close(self) -> None:
         """Give the right back."""
