@@ -1105,6 +1105,7 @@ class Store:
         self._doubtful = False  # whether the writer's connection is to be opened anew
         self._publish = publish
         self._line: deque[Entry] = deque()
+        self._told: deque[tuple[asyncio.Future[Done[Any]], Done[Any] | BaseException]] = deque()  # what comes of it, to be told
         self._wake = asyncio.Event()
         self._rest = asyncio.Event()  # set while nothing waits to be written
         self._idle: asyncio.LifoQueue[aiosqlite.Connection] = asyncio.LifoQueue()
@@ -1211,8 +1212,8 @@ class Store:
                 give_up = loop.call_later(DEADLINE, self._give_up, batch)
                 outcomes = await self._commit(batch)
                 give_up.cancel()
-                futures = [entry.future for entry in batch]
-                loop.call_soon(self._deliver, deque(zip(futures, outcomes, strict=True)))
+                self._told.extend(zip([entry.future for entry in batch], outcomes, strict=True))
+                loop.call_soon(self._deliver)
 
     def _next_batch(self) -> list[Entry]:
         """What goes into one transaction: a long job alone, the others together."""
@@ -1263,14 +1264,14 @@ class Store:
             if not entry.future.done():
                 entry.future.set_exception(ChatError("UNAVAILABLE", "The disk is too slow; it may still be done"))
 
-    def _deliver(self, told: deque[tuple[asyncio.Future[Done[Any]], Done[Any] | BaseException]]) -> None:
+    def _deliver(self) -> None:
         """Of each job tell the world, then the caller; where that fails for one, it has been logged and the others go on."""
         try:
-            while told:
-                self._tell(*told.popleft())
+            while self._told:
+                self._tell(*self._told.popleft())
         finally:
-            if told:
-                asyncio.get_running_loop().call_soon(self._deliver, told)
+            if self._told:
+                asyncio.get_running_loop().call_soon(self._deliver)
 
     def _tell(self, future: asyncio.Future[Done[Any]], outcome: Done[Any] | BaseException) -> None:
         try:
