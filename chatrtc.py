@@ -962,12 +962,21 @@ class Lock:
             os.close(file)
             return False
         self._file = file
-        with contextlib.suppress(OSError):
-            if (left := Path(self.ask())).is_socket():  # by a server that was killed
-                left.unlink()
-                left.parent.rmdir()
+        self._clear(Path(self.ask()))
         self.tell("")
         return True
+
+    def _clear(self, left: Path) -> None:
+        """Take a killed server's socket away; a copy of this file may name one that lives."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as control:
+            if not left.is_socket():
+                return
+            control.settimeout(0.2)
+            try:
+                control.connect(str(left))
+            except ConnectionRefusedError:
+                left.unlink()
+                left.parent.rmdir()
 
     def tell(self, address: str) -> None:
         """Leave an address for whoever finds the lock taken."""

@@ -4413,6 +4413,15 @@ async def test_what_a_killed_server_left_is_cleared_away_by_the_next(tmp_path: P
     process = await Process.start(tmp_path / "chat.db")
     try:
         assert not address.parent.exists()
+        (tmp_path / "other.txt").write_text("mine")
+        for found in ((tmp_path / "chat.db.lock").read_text(), str(tmp_path / "other.txt"), "", "\xff"):
+            (tmp_path / "copy.db.lock").write_text(found)  # as a copy of the folder would have it, or anything else
+            lock = chatrtc.Lock(tmp_path / "copy.db")
+            assert lock.take()
+            lock.close()
+        assert (tmp_path / "other.txt").read_text() == "mine"
+        done = await command("user", "add", "ana", "--database", str(tmp_path / "chat.db"), stdin="correct horse\n")
+        assert done.status == 0  # the living server's socket is where it was
     finally:
         assert (await process.stop())[0] == 0
 
