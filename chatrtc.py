@@ -1720,8 +1720,10 @@ def deleted_channels(db: sqlite3.Connection) -> bool:
 
 
 def purge_channels(db: sqlite3.Connection) -> Done[None]:
-    """Take the next messages out of a deleted channel, or the empty channel away. There is one (`deleted_channels`)."""
+    """Take the next messages out of a deleted channel, or the empty channel away."""
     row = db.execute("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1").fetchone()
+    if row is None:  # a purge that nobody waited for any more has been done all the same
+        return Done(None)
     last = "SELECT max(message_id) FROM (SELECT message_id FROM messages WHERE channel_id = ? ORDER BY message_id LIMIT ?)"
     (until,) = db.execute(last, (row[0], INDEX_STEP)).fetchone()
     if until is None:
