@@ -4991,8 +4991,9 @@ def announce(settings: Settings, address: tuple[str, int], tls: bool) -> None:
     scheme = "https" if tls else "http"
     click.echo(f"ChatRTC listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
     link = f"{scheme}://{lan_address()}:{port}"
-    if ipaddress.ip_address(host).is_loopback and sys.stdout.isatty():  # for a person; a program reads the one line above
-        click.echo(f"Only this machine can reach it; with --lan others on your network can, at {link}")
+    if ipaddress.ip_address(host).is_loopback:
+        if sys.stdout.isatty():  # for a person; a program reads the one line above
+            click.echo(f"Only this machine can reach it; with --lan others on your network can, at {link}")
     elif settings.lan:
         click.echo(f"Others on your network: {link}")
         qr_code(link).terminal(compact=True, border=2)
