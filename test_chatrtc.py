@@ -1347,7 +1347,7 @@ async def test_a_defect_in_telling_of_one_job_holds_up_no_other(tmp_path: Path, 
 
     store = chatrtc.Store(tmp_path / "chat.db", publish)
     await store.open()
-    jobs = [functools.partial(lambda number, db: chatrtc.Done(number, [number]), number) for number in range(300)]  # more than a batch
+    jobs = [functools.partial(lambda number, db: chatrtc.Done(number, [number]), number) for number in range(300)]
     done = await asyncio.gather(*map(store.write, jobs))
     await store.close()
     assert [outcome.answer for outcome in done] == told == list(range(300))
