@@ -3843,6 +3843,7 @@ class Chat:
         self.typists = Typists()
         self.voices = Voices()
         self.connections: dict[str, Connection] = {}
+        self.sockets: dict[int, set[str]] = {}  # user -> authenticated sockets
         self.listeners: dict[str, list[Listener]] = {}
         self._sessions: dict[str, Standing] = {}  # token -> who bears it, while it is known to stand
         self._heard: asyncio.Queue[tuple[Listener, Any]] = asyncio.Queue()
@@ -3912,8 +3913,7 @@ class Chat:
                 log.error("a listener failed", exc_info=error)
 
     def of_user(self, user_id: int) -> list[Connection]:
-        """Their authenticated sockets, but one that is going."""
-        return [self.connections[sid] for sid in self.sio.members(f"user:{user_id}") if sid in self.connections]
+        return [self.connections[sid] for sid in self.sockets.get(user_id, ()) if sid in self.connections]
 
     def open_channel(self, server_id: int, channel_id: int) -> None:
         for sid in self.sio.members(f"server:{server_id}"):
@@ -3979,11 +3979,12 @@ class Chat:
             raise ChatError("UNAVAILABLE", "The connection is closing")
         if connection.me is not None and connection.me.user_id != me.user_id:
             raise ChatError("CONFLICT", f"This socket belongs to {connection.me.username}")
-        here = self.of_user(me.user_id)
-        if len(here) >= SOCKETS_PER_USER and connection not in here and not self.settings.no_rate_limit:
+        sids = self.sockets.setdefault(me.user_id, set())
+        if len(sids) >= SOCKETS_PER_USER and connection.sid not in sids and not self.settings.no_rate_limit:
             raise ChatError("RATE_LIMITED", f"You have {SOCKETS_PER_USER} connections open already", 30)
-        if me.status == "invisible" and not here:
+        if me.status == "invisible" and not sids:
             self.presence.hidden.add(me.user_id)
+        sids.add(connection.sid)
         connection.me = me
         connection.until(me.expires - time.time(), functools.partial(self.close, connection))
         self.sio.enter(connection.sid, f"user:{me.user_id}")
@@ -4004,8 +4005,12 @@ class Chat:
         for server_id in list(connection.servers):
             self.leave_server(connection, server_id)
         self.hush(connection)
-        if connection.me is not None and not self.of_user(connection.me.user_id):
-            self.presence.hidden.discard(connection.me.user_id)
+        if connection.me is not None:
+            sids = self.sockets[connection.me.user_id]
+            sids.discard(sid)
+            if not sids:
+                del self.sockets[connection.me.user_id]
+                self.presence.hidden.discard(connection.me.user_id)
 
     def hush(self, connection: Connection, server_id: int | None = None) -> None:
         """The socket types and talks no more (in that server)."""
