@@ -114,6 +114,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["open", "invite", "closed"], Meta(description="Who may make an account: anyone, who has an invite, or nobody.")
     ] = "open"
     no_guests: Annotated[bool, Meta(description="Let nobody in by an invite alone, without a password.")] = False
+    create_servers: Annotated[
+        Literal["everyone", "accounts", "nobody"],
+        Meta(description="Who may create servers: everyone, accounts with a password, or only the command line."),
+    ] = "accounts"
     ice_server: Annotated[
         tuple[str, ...],
         Meta(description="STUN or TURN address handed to voice clients, such as stun:example.org:3478; repeatable."),
@@ -125,6 +129,18 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(description="Serve https with a certificate made for this machine's addresses, and kept (needs chatrtc[tls])."),
     ] = False
     lan: Annotated[bool, Meta(description="Listen on the local network, and show the address with its QR code.")] = False
+    public_url: Annotated[
+        str | None,
+        Meta(description="Address that people open, such as https://chat.example.org; used in invites and QR codes."),
+    ] = None
+    trusted_proxy: Annotated[
+        tuple[str, ...],
+        Meta(description="Address or network of a proxy whose X-Forwarded-For, -Proto and -Host are believed; repeatable."),
+    ] = ()
+    disk_reserve: Annotated[
+        int, Meta(ge=0, le=10**9, description="Free disk space in MiB below which the server refuses writes.")
+    ] = 256
+    voice_max: Annotated[int, Meta(ge=2, le=1000, description="Most people in one voice channel.")] = 12
     no_rate_limit: Annotated[bool, Meta(description="Lift every limit on how often and how many; for benchmarks.")] = False
 
 
@@ -156,24 +172,122 @@ ERRORS = {
 }
 
 
+class Reason(NamedTuple):
+    """Why a request was refused: finer than the code, stable, and translated by the page."""
+
+    code: str
+    sentence: str
+
+
+REASONS = {
+    "FIELD_MISSING": Reason("BAD_REQUEST", "{what} is missing"),
+    "FIELD_UNKNOWN": Reason("BAD_REQUEST", "{what} is not known here"),
+    "FIELD_TWICE": Reason("BAD_REQUEST", "{what} is given twice"),
+    "FIELD_EMPTY": Reason("BAD_REQUEST", "{what} must not be empty"),
+    "FIELD_SHORT": Reason("BAD_REQUEST", "{what} needs {n} characters or more"),
+    "FIELD_LONG": Reason("TOO_LARGE", "{what} has {n} characters at most"),
+    "FIELD_FORM": Reason("BAD_REQUEST", "{what} is blank, or holds a character that is not allowed"),
+    "FIELD_SMALL": Reason("BAD_REQUEST", "{what} must be {n} or more"),
+    "FIELD_BIG": Reason("BAD_REQUEST", "{what} must be {n} or less"),
+    "FIELD_CHOICE": Reason("BAD_REQUEST", "{what} cannot be {n}"),
+    "FIELD_TYPE": Reason("BAD_REQUEST", "{what}: {n}"),
+    "NOT_TEXT": Reason("BAD_REQUEST", "The text holds half of a surrogate pair"),
+    "NOT_JSON": Reason("BAD_REQUEST", "The body is not JSON"),
+    "USERNAME_TAKEN": Reason("CONFLICT", "This username is taken"),
+    "USERNAME_FORM": Reason("BAD_REQUEST", "A username has 2 to 32 letters, digits, '_', '.' or '-' of one script"),
+    "NAME_FORM": Reason("BAD_REQUEST", "A name has 1 to 64 visible characters"),
+    "PASSWORD_CHANGED": Reason("CONFLICT", "The password was changed meanwhile"),
+    "WRONG_PASSWORD": Reason("UNAUTHORIZED", "The username or the password is wrong"),
+    "WRONG_OLD_PASSWORD": Reason("FORBIDDEN", "The old password is wrong"),
+    "TOKEN_INVALID": Reason("UNAUTHORIZED", "Invalid token"),
+    "SIGN_IN_FIRST": Reason("UNAUTHORIZED", "Authenticate first"),
+    "REGISTRATION_CLOSED": Reason("FORBIDDEN", "Only the administrator of this server can create accounts"),
+    "INVITE_NEEDED": Reason("FORBIDDEN", "An invite is needed to create an account here"),
+    "GUESTS_OFF": Reason("FORBIDDEN", "This server does not accept guests"),
+    "NOT_FOR_GUESTS": Reason("FORBIDDEN", "Guests cannot do this: set a password first"),
+    "CREATE_SERVERS_OFF": Reason("FORBIDDEN", "Only the administrator of this server can create servers"),
+    "NO_TOKEN": Reason("BAD_REQUEST", "The program itself has no token to revoke"),
+    "NOT_MEMBER": Reason("FORBIDDEN", "You are not a member of this server"),
+    "ROLE_TOO_LOW": Reason("FORBIDDEN", "Only {who} may do this"),
+    "OWNER_STAYS": Reason("FORBIDDEN", "A server has an owner: hand it over first"),
+    "NOT_BANNED": Reason("NOT_FOUND", "This user is not banned"),
+    "BANNED": Reason("FORBIDDEN", "You are banned from this server"),
+    "NO_MEMBER": Reason("NOT_FOUND", "There is no such member"),
+    "NO_USER": Reason("NOT_FOUND", "There is no such user"),
+    "NO_SERVER": Reason("NOT_FOUND", "There is no such server"),
+    "NO_CHANNEL": Reason("NOT_FOUND", "There is no such channel"),
+    "NO_MESSAGE": Reason("NOT_FOUND", "There is no such message"),
+    "INVITE_UNKNOWN": Reason("NOT_FOUND", "There is no such invite"),
+    "INVITE_EXPIRED": Reason("NOT_FOUND", "This invite has expired"),
+    "INVITE_SPENT": Reason("NOT_FOUND", "This invite has been used up"),
+    "CHANNEL_TAKEN": Reason("CONFLICT", "The server has a channel of this name"),
+    "TOO_MANY": Reason("CONFLICT", "There are {n} already, the most that is allowed"),
+    "MESSAGE_DELETED": Reason("CONFLICT", "This message was posted, and has been deleted since"),
+    "NO_REPLY_TARGET": Reason("NOT_FOUND", "There is no such message to reply to in this channel"),
+    "TOO_MANY_REACTIONS": Reason("CONFLICT", "A message has at most {n} different reactions"),
+    "NO_VOICE_CHANNEL": Reason("BAD_REQUEST", "This is not a voice channel"),
+    "NOT_IN_VOICE": Reason("FORBIDDEN", "You are not in this voice channel"),
+    "NO_PEER": Reason("NOT_FOUND", "There is no such peer in this voice channel"),
+    "VOICE_FULL": Reason("CONFLICT", "This voice channel is full: it has room for {n} people"),
+    "TOO_OFTEN": Reason("RATE_LIMITED", "Too often; try again in a moment"),
+    "SIGN_IN_BUSY": Reason("RATE_LIMITED", "Too many people are signing in; try again in a moment"),
+    "TOO_MANY_SOCKETS": Reason("RATE_LIMITED", "You have {n} connections open already"),
+    "CLOSING": Reason("UNAVAILABLE", "The connection is closing"),
+    "TOO_SLOW": Reason("UNAVAILABLE", "The server did not get to it in time; try again in a moment"),
+    "DATABASE_DOWN": Reason("UNAVAILABLE", "The database does not answer at the moment"),
+    "DISK_FULL": Reason("UNAVAILABLE", "The disk is full: the server can be read but not written to"),
+    "DISK_SLOW": Reason("UNAVAILABLE", "The disk did not respond in time; the change may still be saved"),
+    "SOCKET_TAKEN": Reason("CONFLICT", "This socket belongs to {name}"),
+    "BODY_COMPRESSED": Reason("BAD_REQUEST", "Compressed bodies are not accepted"),
+    "BODY_LONG": Reason("TOO_LARGE", "A body has at most {n} bytes"),
+    "BODY_BROKEN": Reason("BAD_REQUEST", "The body did not arrive whole, or not in time"),
+    "ORIGIN": Reason("FORBIDDEN", "Pages of this origin may not use this server"),
+    "NO_EVENT": Reason("NOT_FOUND", "There is no such event"),
+    "ONE_OBJECT": Reason("BAD_REQUEST", "An event carries one object"),
+    "NO_ROUTE": Reason("NOT_FOUND", "There is no such route"),
+    "NO_ACCOUNT": Reason("NOT_FOUND", "There is no account named {name}"),
+    "ADDRESS_LONG": Reason("TOO_LARGE", "The address of this server is too long for a QR code"),
+    "NO_AUTHOR": Reason("UNAUTHORIZED", "author_id is missing: the user who performs the action"),
+}
+
+
 class ChatError(Exception):
-    """A refusal: a code of `ERRORS`, a sentence for a person and, for RATE_LIMITED, the seconds to wait; `status`, where HTTP
-    has a better one than the code's."""
+    """An error that a client is told: a code of `ERRORS`, a sentence for a person and, where there is one, a reason of
+    `REASONS`, the field to blame, the seconds to wait (RATE_LIMITED), or an HTTP `status` other than the code's."""
 
     def __init__(
-        self, code: str, sentence: str | None = None, retry_after: float | None = None, status: int | None = None
+        self,
+        code: str,
+        sentence: str | None = None,
+        retry_after: float | None = None,
+        status: int | None = None,
+        *,
+        reason: str | None = None,
+        field: str | None = None,
     ) -> None:
         self.code = code
         self.sentence = sentence or ERRORS[code].sentence
         self.retry_after = retry_after
         self.status = status or ERRORS[code].status
+        self.reason = reason
+        self.field = field
         super().__init__(f"{code}: {self.sentence}")
 
     def body(self) -> dict[str, Any]:
         body: dict[str, Any] = {"error": self.sentence, "code": self.code}
+        if self.reason is not None:
+            body["reason"] = self.reason
+        if self.field is not None:
+            body["field"] = self.field
         if self.retry_after is not None:
             body["retry_after"] = max(1, round(self.retry_after + 0.5))
         return body
+
+
+def refusal(reason: str, *, field: str | None = None, retry_after: float | None = None, **values: object) -> ChatError:
+    """Return the error for a reason of `REASONS`; `values` fill the placeholders of its sentence."""
+    code, sentence = REASONS[reason]
+    return ChatError(code, sentence.format(**values), retry_after, reason=reason, field=field)
 
 
 async def outcome_of(work: Awaitable[Any]) -> Any:
@@ -245,7 +359,7 @@ class NewName(Args):
 
     def __post_init__(self) -> None:
         if not is_username(self.username):
-            raise ValueError("A username has 2 to 32 letters, digits, '_', '.' or '-'")
+            raise ValueError("USERNAME_FORM")
 
 
 class NewUser(NewName):
@@ -551,28 +665,33 @@ class Configuration(View):
 
 T = TypeVar("T")
 FIELD = re.compile(r" - at `\$\.?([^`]*)`$")
-COMPLAINTS = {  # of msgspec, and how they are said to a person, behind the field
-    r"Expected `str` of length >= 1": "must not be empty",
-    r"Expected `str` of length >= (\d+)": r"needs \1 characters or more",
-    r"Expected `str` of length <= (\d+)": r"has \1 characters at most",
-    r"Expected `str` matching regex .*": "is blank, or holds a character that it may not",
-    r"Expected `int` >= (\d+)": r"must be \1 or more",
-    r"Expected `int` <= (\d+)": r"must be \1 or less",
-    r"Invalid enum value (.*)": r"cannot be \1",
-    r"Object missing required field `(\w+)`": r"\1 is missing",
-    r"Object contains unknown field `(.*)`": r"\1 is not known here",
+VALIDATION_REASONS = {  # msgspec's error -> our reason; a group is the field if the error names it, else the bound or the value
+    r"Expected `str` of length >= 1": "FIELD_EMPTY",
+    r"Expected `str` of length >= (?P<n>\d+)": "FIELD_SHORT",
+    r"Expected `str` of length <= (?P<n>\d+)": "FIELD_LONG",
+    r"Expected `str` matching regex .*": "FIELD_FORM",
+    r"Expected `int` >= (?P<n>\d+)": "FIELD_SMALL",
+    r"Expected `int` <= (?P<n>\d+)": "FIELD_BIG",
+    r"Invalid enum value (?P<n>.*)": "FIELD_CHOICE",
+    r"Object missing required field `(?P<what>\w+)`": "FIELD_MISSING",
+    r"Object contains unknown field `(?P<what>.*)`": "FIELD_UNKNOWN",
 }
 
 
-def explain(complaint: str) -> tuple[str, str]:
-    """The code and the sentence for msgspec's complaint."""
-    code = "TOO_LARGE" if "of length <=" in complaint else "BAD_REQUEST"
-    field, what = FIELD.search(complaint), FIELD.sub("", complaint)
-    for pattern, words in COMPLAINTS.items():
-        if found := re.fullmatch(pattern, what, re.DOTALL):
-            return code, " ".join([*(field.groups() if field and field[1] else ()), found.expand(words)])
-    what = what.replace("`", "'")
-    return code, f"{field[1]}: {what}" if field and field[1] else what
+def explain(complaint: str) -> ChatError:
+    """Return the error for a msgspec validation error, given its text. A text of ours names a reason of `REASONS`."""
+    field, detail = FIELD.search(complaint), FIELD.sub("", complaint)
+    where = field[1] if field and field[1] else None
+    if detail in REASONS:
+        return refusal(detail, field=where)
+    for pattern, reason in VALIDATION_REASONS.items():
+        if found := re.fullmatch(pattern, detail, re.DOTALL):
+            found_values = found.groupdict()
+            what = found_values.get("what") or where
+            return refusal(reason, field=what, what=what or "The request", n=found_values.get("n"))
+    if detail.startswith("Expected"):
+        return refusal("FIELD_TYPE", field=where, what=where or "The request", n=detail.replace("`", "'"))
+    return ChatError("BAD_REQUEST", detail.replace("`", "'"), field=where)
 
 
 def read_args(kind: type[T], raw: Any) -> T:
@@ -581,9 +700,9 @@ def read_args(kind: type[T], raw: Any) -> T:
         args = msgspec.convert(raw, kind)
         msgspec.json.encode(raw)  # a lone surrogate is no text: neither the database nor a client could hold it
     except msgspec.ValidationError as error:
-        raise ChatError(*explain(str(error))) from None
+        raise explain(str(error)) from None
     except UnicodeEncodeError:
-        raise ChatError("BAD_REQUEST", "The text holds half of a surrogate pair") from None
+        raise refusal("NOT_TEXT") from None
     except (RecursionError, TypeError, ValueError):
         raise ChatError("BAD_REQUEST") from None
     return args
@@ -668,6 +787,8 @@ class Failure(View):
     event: str
     error: str
     code: str
+    reason: str | None = None
+    field: str | None = None
 
 
 class EventKind(NamedTuple):
@@ -773,7 +894,51 @@ class Done(NamedTuple, Generic[T]):
 # their own, read-only, and a snapshot for each question. Knows files and transactions, not what is in them.
 
 APPLICATION_ID = int.from_bytes(b"CRTC", "big")
-MIGRATIONS: tuple[str, ...] = ()  # the n-th takes a database of version n to n + 1; schema.sql is the newest version
+# The n-th takes a database of version n to n + 1; schema.sql is the newest version. Search is indexed anew afterwards.
+MIGRATIONS = (
+    """
+    ALTER TABLE users ADD COLUMN name TEXT;
+    ALTER TABLE members ADD COLUMN invited_by TEXT;
+    ALTER TABLE members ADD COLUMN read_from INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE former_members (
+        server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
+        user_id    INTEGER NOT NULL REFERENCES users,
+        invited_by TEXT,
+        PRIMARY KEY (server_id, user_id)
+    ) STRICT, WITHOUT ROWID;
+    INSERT INTO former_members (server_id, user_id)
+        SELECT DISTINCT m.server_id, m.author_id FROM messages m JOIN servers USING (server_id)
+        UNION SELECT server_id, user_id FROM bans EXCEPT SELECT server_id, user_id FROM members;
+    CREATE TABLE links (
+        digest     BLOB PRIMARY KEY,
+        user_id    INTEGER NOT NULL REFERENCES users,
+        expires_at REAL NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE known_addresses (
+        user_id INTEGER NOT NULL REFERENCES users,
+        digest  BLOB NOT NULL,
+        seen_at REAL NOT NULL,
+        PRIMARY KEY (user_id, digest)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE purges (
+        purge_id   INTEGER PRIMARY KEY,
+        server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
+        author_id  INTEGER NOT NULL REFERENCES users,
+        last_id    INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE gaps (
+        server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
+        after_seq INTEGER NOT NULL,
+        until_seq INTEGER NOT NULL,
+        PRIMARY KEY (server_id, after_seq)
+    ) STRICT, WITHOUT ROWID;
+    DROP TABLE messages_fts;
+    CREATE VIRTUAL TABLE messages_fts USING fts5 (
+        content, server_id, content = '', tokenize = "unicode61 remove_diacritics 2 categories 'L* M* N* Co'"
+    );
+    UPDATE search SET indexed_id = 0;
+    """,
+)
 VERSION = len(MIGRATIONS) + 1
 READERS = 3
 BATCH = 256  # jobs in a transaction at most
@@ -1182,7 +1347,7 @@ class Store:
         if is_defect(error):
             return error
         log.error("reading %s failed: %s", self.path, error)
-        return ChatError("UNAVAILABLE", "The database does not answer at the moment")
+        return refusal("DATABASE_DOWN")
 
     def busy(self) -> bool:
         """Whether somebody wrote a moment ago."""
@@ -1271,7 +1436,7 @@ class Store:
         self.trouble = self.trouble or f"a commit takes more than {DEADLINE:.0f} s"
         for entry in [*batch, *self._line]:
             if not entry.future.done():
-                entry.future.set_exception(ChatError("UNAVAILABLE", "The disk is too slow; it may still be done"))
+                entry.future.set_exception(refusal("DISK_SLOW"))
 
     def _deliver(self) -> None:
         """Of each job tell the world, then the caller; where that fails for one, it has been logged and the others go on."""
@@ -1384,7 +1549,7 @@ def insert_user(db: sqlite3.Connection, username: str, password: str | None, now
         (username, fold(username), password, now),
     ).fetchone()
     if row is None:
-        raise ChatError("CONFLICT", "This username is taken")
+        raise refusal("USERNAME_TAKEN", field="username")
     return int(row[0])
 
 
@@ -1400,7 +1565,7 @@ def update_password(db: sqlite3.Connection, user_id: int, before: str | None, pa
         (password, user_id, before),
     ).fetchone()
     if row is None:
-        raise ChatError("CONFLICT", "The password was changed meanwhile")
+        raise refusal("PASSWORD_CHANGED")
     return int(row[0])
 
 
@@ -1555,7 +1720,7 @@ def open_invite(db: sqlite3.Connection, code: str, now: str) -> Invite:
     valid = "(max_uses IS NULL OR uses < max_uses) AND (expires_at IS NULL OR expires_at > ?)"
     row = db.execute(INVITE + "WHERE code = ? AND " + valid, (code, now)).fetchone()
     if row is None:
-        raise ChatError("NOT_FOUND", "There is no such invite, or it is used up or expired")
+        raise refusal("INVITE_UNKNOWN")
     return Invite(*row)
 
 
@@ -1569,7 +1734,7 @@ def drop_invite(db: sqlite3.Connection, code: str) -> None:
 
 def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str) -> int:
     """Make somebody a member; the number of that change."""
-    db.execute("INSERT INTO members VALUES (?, ?, ?, ?)", (server_id, user_id, role, now))
+    db.execute("INSERT INTO members (server_id, user_id, role, joined_at) VALUES (?, ?, ?, ?)", (server_id, user_id, role, now))
     return next_seq(db, server_id, "members")
 
 
@@ -1599,7 +1764,7 @@ def add_channel(db: sqlite3.Connection, server_id: int, name: str, kind: Channel
         (server_id, name, fold(name), kind, topic),
     ).fetchone()
     if row is None:
-        raise ChatError("CONFLICT", "The server has a channel of this name")
+        raise refusal("CHANNEL_TAKEN", field="name")
     return Channel(*row), next_seq(db, server_id, "channels")
 
 
@@ -1607,7 +1772,7 @@ def update_channel(db: sqlite3.Connection, server_id: int, channel_id: int, name
     """The number of that change. Raises CONFLICT where another channel has the name."""
     taken = "SELECT 1 FROM channels WHERE server_id = ? AND name_key = ? AND channel_id <> ?"
     if db.execute(taken, (server_id, fold(name), channel_id)).fetchone():
-        raise ChatError("CONFLICT", "The server has a channel of this name")
+        raise refusal("CHANNEL_TAKEN", field="name")
     db.execute(
         "UPDATE channels SET name = ?, name_key = ?, topic = ? WHERE channel_id = ?", (name, fold(name), topic, channel_id)
     )
@@ -1643,7 +1808,7 @@ def posted_before(db: sqlite3.Connection, author_id: int, channel_id: int, nonce
         MESSAGE_ROWS + "WHERE m.author_id = ? AND m.channel_id = ? AND m.nonce = ?", (author_id, channel_id, nonce)
     ).fetchone()
     if row is not None and row[12]:
-        raise ChatError("CONFLICT", "This message was posted, and has been deleted since")
+        raise refusal("MESSAGE_DELETED")
     return to_message(row) if row else None
 
 
@@ -1844,7 +2009,7 @@ def update_read(db: sqlite3.Connection, user_id: int, channel_id: int, message_i
     """Move the mark, never back. Raises NOT_FOUND where the channel has no such message."""
     there = "SELECT 1 FROM messages WHERE message_id = ? AND channel_id = ?"
     if db.execute(there, (message_id, channel_id)).fetchone() is None:
-        raise ChatError("NOT_FOUND", "There is no such message in this channel")
+        raise refusal("NO_MESSAGE", field="message_id")
     db.execute(
         """INSERT INTO reads VALUES (?, ?, ?)
            ON CONFLICT DO UPDATE SET last_read_id = max(last_read_id, excluded.last_read_id)""",
@@ -2094,7 +2259,7 @@ class Passwords:
 
     async def _run(self, work: Callable[[], R]) -> R:
         if self._line >= self._most:
-            raise ChatError("RATE_LIMITED", "Too many people are signing in; try again in a moment", 2)
+            raise refusal("SIGN_IN_BUSY", retry_after=2)
         self._line += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -2155,7 +2320,7 @@ class Keys:
                 raise ValueError
             return user_id, generation, float(claims["exp"])
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
-            raise ChatError("UNAUTHORIZED", "Invalid token") from None
+            raise refusal("TOKEN_INVALID") from None
 
 
 # ---- Limits --------------------------------------------------------------------------------------------------------
@@ -2199,7 +2364,7 @@ class Limiter:
         """Raises RATE_LIMITED where one more would be one too many."""
         left, _ = self.level(name, whose)
         if left < 1 and self._enabled:
-            raise ChatError("RATE_LIMITED", retry_after=(1 - left) / LIMITS[name].per_second)
+            raise refusal("TOO_OFTEN", retry_after=(1 - left) / LIMITS[name].per_second)
 
     def take(self, name: str, whose: object) -> None:
         """Count one; raises RATE_LIMITED where that is one too many."""
@@ -2311,7 +2476,7 @@ def find_place(at: Scope, args: Args) -> bool:
     number = getattr(args, key, 0)
     found = place_of(at.db, key, number, at.me)
     if found is None:
-        raise ChatError("UNAUTHORIZED", "Invalid token")
+        raise refusal("TOKEN_INVALID")
     at.server_id, at.role = found[0] or 0, found[1]
     if key == "message_id":
         at.message = message_view(at.db, number)
@@ -2323,7 +2488,7 @@ def find_target(at: Scope, who: Who, user_id: int) -> None:
     """The member or, for a ban, the user that the arguments name. Raises NOT_FOUND."""
     at.target = role_of(at.db, at.server_id, user_id)
     if at.target is None and (who is not Who.ABOVE or username_of(at.db, user_id) is None):
-        raise ChatError("NOT_FOUND", "There is no such member" if who is not Who.ABOVE else "There is no such user")
+        raise refusal("NO_MEMBER" if who is not Who.ABOVE else "NO_USER")
 
 
 def authorize(who: Who, at: Scope, args: Args) -> None:
@@ -2334,18 +2499,18 @@ def authorize(who: Who, at: Scope, args: Args) -> None:
     if who is Who.USER:
         return
     if not there:
-        raise ChatError("NOT_FOUND", f"There is no such {key_of(type(args)).removesuffix('_id')}")
+        raise refusal(f"NO_{key_of(type(args)).removesuffix('_id').upper()}")
     if at.role is None:
-        raise ChatError("FORBIDDEN", "You are not a member of this server")
+        raise refusal("NOT_MEMBER")
     user_id = getattr(args, "user_id", None)
     if user_id is not None:
         if RANK[at.role] < RANK["admin"] and not (who is Who.SELF_OR_ABOVE and user_id == at.me.user_id):
-            raise ChatError("FORBIDDEN", f"Only {who.value} may do this")
+            raise refusal("ROLE_TOO_LOW", who=who.value)
         find_target(at, who, user_id)
         if who is Who.SELF_OR_ABOVE and user_id == at.me.user_id and at.role != "owner":
             return
     if not permits(who, at):
-        raise ChatError("FORBIDDEN", f"Only {who.value} may do this")
+        raise refusal("ROLE_TOO_LOW", who=who.value)
 
 
 # ---- Operations ----------------------------------------------------------------------------------------------------
@@ -2417,7 +2582,7 @@ def set_status(at: Scope, args: StatusArgs) -> Done[Profile]:
 def logout(at: Scope, args: Nothing) -> Done[None]:
     """End the token that the request came with; its sockets are disconnected."""
     if not at.me.digest:
-        raise ChatError("BAD_REQUEST", "The program itself has no token to end")
+        raise refusal("NO_TOKEN")
     insert_revoked(at.db, at.me.digest, at.me.expires)
     return Done(None, [Revoke(at.me.user_id, at.me.digest)])
 
@@ -2475,7 +2640,7 @@ def give_role(db: sqlite3.Connection, server_id: int, user_id: int, role: Role) 
 def set_role(at: Scope, args: RoleArgs) -> Done[Member]:
     """Give a member a role; `owner` hands the server over, and its owner becomes an admin."""
     if at.target == "owner" and args.role != "owner":
-        raise ChatError("FORBIDDEN", "A server has an owner: hand it over first")
+        raise refusal("OWNER_STAYS")
     changed = {args.user_id: args.role}
     if args.role == "owner" and at.target != "owner":
         changed = {at.me.user_id: "admin", args.user_id: "owner"}
@@ -2513,7 +2678,7 @@ def ban(at: Scope, args: MemberArgs) -> Done[None]:
 def unban(at: Scope, args: MemberArgs) -> Done[None]:
     """Lift a ban."""
     if not drop_ban(at.db, at.server_id, args.user_id):
-        raise ChatError("NOT_FOUND", "This user is not banned")
+        raise refusal("NOT_BANNED")
     return Done(None)
 
 
@@ -2552,7 +2717,7 @@ def accept_invite(at: Scope, args: InviteArgs) -> Done[Server]:
         return Done(server_view(at.db, server_id, at.me.user_id), repeat=True)
     invite = open_invite(at.db, args.code, at.now)
     if is_banned(at.db, invite.server_id, at.me.user_id):
-        raise ChatError("FORBIDDEN", "You are banned from this server")
+        raise refusal("BANNED")
     effects = use_invite(at.db, invite, at.me.user_id, at.me.username, at.now)
     return Done(server_view(at.db, invite.server_id, at.me.user_id), effects)
 
@@ -2562,7 +2727,7 @@ def revoke_invite(at: Scope, args: InviteArgs) -> Done[None]:
     """Take an invite back (admins and the owner of its server)."""
     server_id = invited_to(at.db, args.code)
     if server_id is None:
-        raise ChatError("NOT_FOUND", "There is no such invite")
+        raise refusal("INVITE_UNKNOWN")
     authorize(Who.ADMIN, at, ServerArgs(server_id=server_id))
     drop_invite(at.db, args.code)
     return Done(None)
@@ -2625,7 +2790,7 @@ def post_message(at: Scope, args: NewMessage) -> Done[Message]:
     if args.reply_to is not None:
         original = message_view(at.db, args.reply_to)
         if original is None or original.channel_id != args.channel_id:
-            raise ChatError("NOT_FOUND", "There is no such message to reply to in this channel")
+            raise refusal("NO_REPLY_TARGET", field="reply_to")
     message = insert_message(at.db, at.server_id, at.me, args, at.now)
     effects: list[Effect] = [StopTyping(args.channel_id, at.me.user_id), Emit("message:new", at.server_id, message)]
     return Done(message, effects + mention_notices(at, message, set()))
@@ -2681,7 +2846,7 @@ def add_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
     """React to a message; nothing happens where I did so already."""
     emojis = {reaction.emoji for reaction in the_message(at).reactions} | {args.emoji}
     if len(emojis) > REACTIONS_MAX:
-        raise ChatError("CONFLICT", f"A message holds {REACTIONS_MAX} different reactions at most")
+        raise refusal("TOO_MANY_REACTIONS", n=REACTIONS_MAX)
     added = insert_reaction(at.db, args.message_id, args.emoji, at.me.user_id)
     return Done(None, [reaction_notice(at, "reaction:add", args)] if added else [], not added)
 
@@ -3882,7 +4047,7 @@ class Chat:
         digest = hashlib.sha256(token.encode()).digest()
         account = self.store.peek(standing, user_id, digest)
         if account is None or account.generation != generation:
-            raise ChatError("UNAUTHORIZED", "Invalid token")
+            raise refusal("TOKEN_INVALID")
         if len(self._sessions) >= SESSIONS_KEPT:
             del self._sessions[next(iter(self._sessions))]
         me = self._sessions[token] = account._replace(digest=digest, expires=expires)
@@ -3976,12 +4141,12 @@ class Chat:
     def admit(self, connection: Connection, me: Standing) -> None:
         """The socket is this user's, until the token ends. Raises CONFLICT, RATE_LIMITED."""
         if connection.closed:
-            raise ChatError("UNAVAILABLE", "The connection is closing")
+            raise refusal("CLOSING")
         if connection.me is not None and connection.me.user_id != me.user_id:
-            raise ChatError("CONFLICT", f"This socket belongs to {connection.me.username}")
+            raise refusal("SOCKET_TAKEN", name=connection.me.username)
         sids = self.sockets.setdefault(me.user_id, set())
         if len(sids) >= SOCKETS_PER_USER and connection.sid not in sids and not self.settings.no_rate_limit:
-            raise ChatError("RATE_LIMITED", f"You have {SOCKETS_PER_USER} connections open already", 30)
+            raise refusal("TOO_MANY_SOCKETS", retry_after=30, n=SOCKETS_PER_USER)
         if me.status == "invisible" and not sids:
             self.presence.hidden.add(me.user_id)
         sids.add(connection.sid)
@@ -4022,7 +4187,7 @@ class Chat:
     def join_server(self, connection: Connection, server_id: int, channel_ids: Iterable[int]) -> None:
         me = connection.me
         if connection.closed or me is None:
-            raise ChatError("UNAVAILABLE", "The connection is closing")
+            raise refusal("CLOSING")
         self.sio.enter(connection.sid, f"server:{server_id}")
         connection.servers[server_id] = set(channel_ids)
         for channel_id in channel_ids:
@@ -4093,9 +4258,9 @@ async def make_account(chat: Chat, caller: Caller, args: NewUser | NewGuest, pas
 async def register(chat: Chat, caller: Caller, args: NewUser) -> Done[Account]:
     """Make an account; with `code`, an invite, also become a member."""
     if chat.settings.registration == "closed":
-        raise ChatError("FORBIDDEN", "Accounts are made by whoever runs this server")
+        raise refusal("REGISTRATION_CLOSED")
     if chat.settings.registration == "invite" and args.code is None:
-        raise ChatError("FORBIDDEN", "An invite is needed to make an account here")
+        raise refusal("INVITE_NEEDED")
     chat.limiter.take("register", caller.address)
     return await make_account(chat, caller, args, await chat.passwords.hash(args.password))
 
@@ -4104,7 +4269,7 @@ async def register(chat: Chat, caller: Caller, args: NewUser) -> Done[Account]:
 async def register_guest(chat: Chat, caller: Caller, args: NewGuest) -> Done[Account]:
     """Come in by an invite and a name alone; a password can be set later."""
     if chat.settings.no_guests or chat.settings.registration == "closed":
-        raise ChatError("FORBIDDEN", "Guests are not let in here")
+        raise refusal("GUESTS_OFF")
     chat.limiter.take("register", caller.address)
     return await make_account(chat, caller, args, None)
 
@@ -4117,7 +4282,7 @@ async def login(chat: Chat, caller: Caller, args: Credentials) -> Done[Account]:
         chat.limiter.take(*attempt)
     found = chat.store.peek(account_named, args.username)
     if not await chat.passwords.check(args.password, found[1] if found else None) or found is None:
-        raise ChatError("UNAUTHORIZED", "The username or the password is wrong")
+        raise refusal("WRONG_PASSWORD")
     for attempt in attempts:
         chat.limiter.give_back(*attempt)
     account = found[0]
@@ -4136,10 +4301,10 @@ async def change_password(chat: Chat, caller: Caller, args: NewPassword) -> Done
     assert me is not None
     stored = chat.store.peek(password_of, me.user_id)
     if stored is not None and args.old_password is None:
-        raise ChatError("BAD_REQUEST", "old_password is missing")
+        raise refusal("FIELD_MISSING", field="old_password", what="old_password")
     chat.limiter.take("login", fold(me.username))
     if stored is not None and not await chat.passwords.check(args.old_password or "", stored):
-        raise ChatError("FORBIDDEN", "The old password is wrong")
+        raise refusal("WRONG_OLD_PASSWORD", field="old_password")
     chat.limiter.give_back("login", fold(me.username))
     password = await chat.passwords.hash(args.new_password)
     done = await chat.store.write(lambda db: replace_password(db, me.user_id, stored, password))
@@ -4163,14 +4328,14 @@ async def check_health(chat: Chat, caller: Caller, args: Nothing) -> Done[Health
         async with asyncio.timeout(2):
             await chat.store.read(search_state)
             if chat.store.full():
-                raise ChatError("UNAVAILABLE", "The disk is full")
+                raise refusal("DISK_FULL")
             if chat.store.trouble:
                 await chat.store.write(probe)
                 chat.store.trouble = ""
             else:
                 await chat.store.write(lambda db: Done(None))
     except TimeoutError:
-        raise ChatError("UNAVAILABLE", "The database does not answer") from None
+        raise refusal("DATABASE_DOWN") from None
     return Done(Health("ok", __version__))
 
 
@@ -4266,9 +4431,9 @@ async def voice_join(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[Voic
     connection, me = bearer(caller)
     channel = chat.ask(caller, args, lambda at, _: channel_view(at.db, at.channel_id))
     if channel.kind != "voice":
-        raise ChatError("BAD_REQUEST", "This is no voice channel")
+        raise refusal("NO_VOICE_CHANNEL", field="channel_id")
     if connection.closed:
-        raise ChatError("UNAVAILABLE", "The connection is closing")
+        raise refusal("CLOSING")
     peer = chat.voices.get(connection.sid)
     if peer is None or peer.channel_id != args.channel_id:
         chat.leave_voice(connection.sid)
@@ -4299,10 +4464,10 @@ async def voice_signal(chat: Chat, caller: Caller, args: SignalArgs) -> Done[Non
     sender = chat.voices.get(connection.sid)
     if sender is None or sender.channel_id != args.channel_id:
         chat.check(caller, ChannelArgs(channel_id=args.channel_id))
-        raise ChatError("FORBIDDEN", "You are not in this voice channel")
+        raise refusal("NOT_IN_VOICE")
     peer = chat.voices.named(args.channel_id, args.to)
     if peer is None:
-        raise ChatError("NOT_FOUND", "There is no such peer in this voice channel")
+        raise refusal("NO_PEER", field="to")
     signal = VoiceSignal(args.channel_id, sender.notice.peer_id, me.user_id, args.data)
     chat.sio.publish("voice:signal", signal, peer.sid)
     return Done(None)
@@ -4329,7 +4494,7 @@ async def settle(work: Awaitable[Done[Any]]) -> Done[Any] | ChatError:
         case Done() | ChatError() as outcome:
             return outcome
         case TimeoutError():
-            return ChatError("UNAVAILABLE", "The server did not get to it in time")
+            return refusal("TOO_SLOW")
         case defect:
             log.error("a call failed", exc_info=defect)
             return ChatError("INTERNAL_ERROR")
@@ -4389,9 +4554,9 @@ def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None)
 async def read_body(request: web.Request) -> bytes:
     """The body, bounded in size and time. Raises BAD_REQUEST, TOO_LARGE."""
     if "Content-Encoding" in request.headers:
-        raise ChatError("BAD_REQUEST", "A compressed body is not taken")
+        raise refusal("BODY_COMPRESSED")
     if (request.content_length or 0) > BODY_MAX:
-        raise ChatError("TOO_LARGE", f"A body has {BODY_MAX} bytes at most")
+        raise refusal("BODY_LONG", n=BODY_MAX)
     if request.content.is_eof():  # all of it is here, as mostly
         return request.content.read_nowait()
     body = bytearray()
@@ -4400,11 +4565,11 @@ async def read_body(request: web.Request) -> bytes:
             while chunk := await request.content.readany():
                 body += chunk
                 if len(body) > BODY_MAX:
-                    raise ChatError("TOO_LARGE", f"A body has {BODY_MAX} bytes at most")
+                    raise refusal("BODY_LONG", n=BODY_MAX)
     except TimeoutError:
-        raise ChatError("BAD_REQUEST", f"The body did not come within {BODY_SECONDS} seconds") from None
+        raise refusal("BODY_BROKEN") from None
     except (web.HTTPException, ValueError, OSError, aiohttp.ClientError):
-        raise ChatError("BAD_REQUEST", "The body is broken") from None
+        raise refusal("BODY_BROKEN") from None
     return bytes(body)
 
 
@@ -4422,9 +4587,9 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise ChatError(*explain(str(error))) from None
+        raise explain(str(error)) from None
     except (ValueError, RecursionError):
-        raise ChatError("BAD_REQUEST", "The body is not JSON") from None
+        raise refusal("NOT_JSON") from None
 
 
 ANY_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
@@ -4454,7 +4619,7 @@ class Route:
         if self.op.who is not Who.ANYONE:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             if scheme.lower() != "bearer":
-                raise ChatError("UNAUTHORIZED")
+                raise refusal("TOKEN_INVALID")
             me = self.chat.recognise(token.strip())
             self.chat.limiter.take("request", me.user_id)
         return await perform(self.chat, self.op, Caller(me, address), await self.read_args(request))
@@ -4466,14 +4631,15 @@ class Route:
         if not self.has_body:
             for name, text in request.query.items():
                 if name in given:
-                    raise ChatError("BAD_REQUEST", f"{name}: given twice")
+                    raise refusal("FIELD_TWICE", field=name, what=name)
                 given[name] = from_text(self.numeric, name, text)
         elif body and not given:
             return decode(self.decoder, body)
         elif body:
             payload = decode(ANY_OBJECT, body)
             if payload.keys() & given.keys():
-                raise ChatError("BAD_REQUEST", f"{min(payload.keys() & given.keys())}: given twice")
+                name = min(payload.keys() & given.keys())
+                raise refusal("FIELD_TWICE", field=name, what=name)
             given |= payload
         return read_args(self.op.args, given)
 
@@ -4489,13 +4655,13 @@ def make_guard(settings: Settings, ours: Collection[object]) -> Callable[..., Aw
         if request.match_info.http_exception is None and request.match_info.handler not in ours:
             return await handler(request)  # the sockets', which has a check of its own, or one of the application we are in
         if not origin_allowed(request, allowed):
-            return refuse(ChatError("FORBIDDEN", "Pages of this origin may not use this server"))
+            return refuse(refusal("ORIGIN"))
         try:
             asked = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
             response = respond(None, 204) if asked else await handler(request)
         except web.HTTPException as error:
             code = {413: "TOO_LARGE", 404: "NOT_FOUND", 405: "NOT_FOUND"}.get(error.status, "BAD_REQUEST")
-            response = refuse(ChatError(code, "There is no such route" if code == "NOT_FOUND" else None))
+            response = refuse(refusal("NO_ROUTE") if code == "NOT_FOUND" else ChatError(code))
         if "Origin" in request.headers:
             response.headers.update(cors_headers(request, allowed))
         return response
@@ -4519,16 +4685,16 @@ async def hear(chat: Chat, event: str, sid: str, payload: tuple[Any, ...]) -> Do
     """What an event asks for."""
     op = EVENTS_IN.get(event)
     if op is None:
-        raise ChatError("NOT_FOUND", "There is no such event")
+        raise refusal("NO_EVENT")
     connection = chat.connections.get(sid)
     if connection is None:
-        raise ChatError("UNAVAILABLE", "The connection is closing")
+        raise refusal("CLOSING")
     if connection.me is None and op.who is not Who.ANYONE:
-        raise ChatError("UNAUTHORIZED", "Authenticate first")
+        raise refusal("SIGN_IN_FIRST")
     if op.limit != "itself":
         chat.limiter.take("event", connection.me.user_id if connection.me else sid)
     if len(payload) > 1 or (not payload and op.args is not Nothing):
-        raise ChatError("BAD_REQUEST", "An event carries one object")
+        raise refusal("ONE_OBJECT")
     raw = payload[0] if payload and payload != (None,) else ({} if op.args is Nothing else None)
     return await perform(chat, op, Caller(connection.me, connection.address, connection), read_args(op.args, raw))
 
@@ -4557,7 +4723,7 @@ def bind_sockets(chat: Chat) -> None:
         if not isinstance(outcome, ChatError):
             return {"success": True} | (msgspec.to_builtins(outcome.answer) or {} if EVENTS_IN[event].acks else {})
         if not ack_wanted.get():
-            chat.sio.publish("error", Failure(event[:100], outcome.sentence, outcome.code), sid)
+            chat.sio.publish("error", Failure(event[:100], outcome.sentence, outcome.code, outcome.reason, outcome.field), sid)
         return {"success": False} | outcome.body()
 
 
@@ -4618,7 +4784,16 @@ def openapi() -> dict[str, Any]:
             paths.setdefault(op.path, {})[op.method.lower()] = describe_route(op, schemas)
     for name in {op.args.__name__ for op in OPERATIONS.values()}:
         schemas.pop(name, None)
-    failure = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"enum": list(ERRORS)}}}
+    failure = {
+        "type": "object",
+        "properties": {
+            "error": {"type": "string"},
+            "code": {"enum": list(ERRORS)},
+            "reason": {"enum": list(REASONS)},
+            "field": {"type": "string"},
+            "retry_after": {"type": "integer", "description": "Seconds to wait."},
+        },
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "ChatRTC", "version": __version__},
@@ -4687,7 +4862,7 @@ def add_user(db: sqlite3.Connection, username: str, password: str) -> Done[int]:
 def need_account(db: sqlite3.Connection, username: str) -> Standing:
     found = account_named(db, username)
     if found is None:
-        raise ChatError("NOT_FOUND", f"There is no account named {username}")
+        raise refusal("NO_ACCOUNT", name=username)
     return found[0]
 
 
@@ -4730,7 +4905,7 @@ def read_settings(given: dict[str, Any]) -> Settings:
     try:
         settings = msgspec.convert(given, Settings)
     except msgspec.ValidationError as error:
-        raise StartError(f"A setting does not fit: {explain(str(error))[1]}") from None
+        raise StartError(f"A setting does not fit: {explain(str(error)).sentence}") from None
     if (settings.tls_cert is None) != (settings.tls_key is None):
         raise StartError("--tls-cert and --tls-key go together")
     if settings.tls_self_signed and settings.tls_cert is not None:
@@ -4752,7 +4927,7 @@ async def draw_invite(chat: Chat, request: web.Request) -> Done[bytes]:
     await perform(chat, OPERATIONS["get_invite"], Caller(None, request.remote or ""), args)
     link = f"{request.scheme}://{request.host}{request.path.partition('/invites/')[0]}/#/invite/{args.code}"
     if len(link) > LINK_MAX:
-        raise ChatError("TOO_LARGE", "The address of this server is too long for a QR code")
+        raise refusal("ADDRESS_LONG")
     picture = io.BytesIO()
     qr_code(link).save(picture, kind="svg", scale=8, border=2, light="#fff")
     return Done(picture.getvalue())
@@ -4884,9 +5059,9 @@ class ChatRTC:
         if author_id is not None:
             me = self.chat.store.peek(standing, author_id, b"")
             if me is None:
-                raise ChatError("NOT_FOUND", "There is no such user")
+                raise refusal("NO_USER")
         elif op.who is not Who.ANYONE:
-            raise ChatError("UNAUTHORIZED", "author_id says who does it")
+            raise refusal("NO_AUTHOR")
         done = await perform(self.chat, op, Caller(me, "program"), read_args(op.args, args))
         return done.answer
 

@@ -15,7 +15,8 @@ CREATE TABLE users (
     status       TEXT NOT NULL DEFAULT 'online' CHECK (status IN ('online', 'away', 'busy', 'invisible')),
     created_at   TEXT NOT NULL,
     generation   INTEGER NOT NULL DEFAULT 0,       -- of its tokens: one of an earlier generation does not stand
-    deleted      INTEGER NOT NULL DEFAULT 0 CHECK (deleted IN (0, 1))
+    deleted      INTEGER NOT NULL DEFAULT 0 CHECK (deleted IN (0, 1)),
+    name         TEXT                              -- the display name; NULL: the username alone
 ) STRICT;
 
 -- Tokens that were logged out, until they would have expired anyway.
@@ -39,10 +40,20 @@ CREATE TABLE members (
     user_id   INTEGER NOT NULL REFERENCES users,
     role      TEXT NOT NULL CHECK (role IN ('owner', 'admin', 'member')),
     joined_at TEXT NOT NULL,
+    invited_by TEXT,                               -- the code of the invite; NULL: the creator, or unknown
+    read_from INTEGER NOT NULL DEFAULT 0,          -- the newest message when the member joined: none up to it is unread
     PRIMARY KEY (server_id, user_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX members_by_user ON members (user_id);
 CREATE UNIQUE INDEX one_owner ON members (server_id) WHERE role = 'owner';
+
+-- Everybody who was a member and is not one now: only they can be banned, and their names are still shown.
+CREATE TABLE former_members (
+    server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
+    user_id    INTEGER NOT NULL REFERENCES users,
+    invited_by TEXT,
+    PRIMARY KEY (server_id, user_id)
+) STRICT, WITHOUT ROWID;
 
 CREATE TABLE bans (
     server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
@@ -53,7 +64,7 @@ CREATE TABLE bans (
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE invites (
-    code       TEXT PRIMARY KEY,                   -- 128 random bits, URL-safe
+    code       TEXT PRIMARY KEY,                   -- ten characters with a dash; before version 2, 22 URL-safe ones
     server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
     created_by INTEGER NOT NULL REFERENCES users,
     max_uses   INTEGER,                            -- NULL: no limit
@@ -62,6 +73,37 @@ CREATE TABLE invites (
     CHECK (max_uses IS NULL OR uses <= max_uses)
 ) STRICT;
 CREATE INDEX invites_by_server ON invites (server_id);
+
+-- Sign-in codes for guests, each for one use.
+CREATE TABLE links (
+    digest     BLOB PRIMARY KEY,                   -- SHA-256 of the code
+    user_id    INTEGER NOT NULL REFERENCES users,
+    expires_at REAL NOT NULL                       -- Unix seconds
+) STRICT, WITHOUT ROWID;
+
+-- Where an account has signed in from: an attack from elsewhere does not lock it out there.
+CREATE TABLE known_addresses (
+    user_id INTEGER NOT NULL REFERENCES users,
+    digest  BLOB NOT NULL,                         -- keyed hash of the address, which is not stored
+    seen_at REAL NOT NULL,                         -- Unix seconds
+    PRIMARY KEY (user_id, digest)
+) STRICT, WITHOUT ROWID;
+
+-- Messages of one author that are being deleted, in steps.
+CREATE TABLE purges (
+    purge_id   INTEGER PRIMARY KEY,
+    server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
+    author_id  INTEGER NOT NULL REFERENCES users,
+    last_id    INTEGER NOT NULL                    -- up to this message
+) STRICT;
+
+-- Sequence numbers that a restore skipped: a client that has one of them has seen changes that this database never had.
+CREATE TABLE gaps (
+    server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
+    after_seq INTEGER NOT NULL,                    -- the last number of the backup
+    until_seq INTEGER NOT NULL,                    -- the number that the restore set
+    PRIMARY KEY (server_id, after_seq)
+) STRICT, WITHOUT ROWID;
 
 -- A channel without a server is deleted: nobody finds it any more, and its messages go little by little, so that a channel of
 -- a million holds up nobody.
@@ -118,12 +160,12 @@ CREATE TABLE reads (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX reads_by_channel ON reads (channel_id);
 
--- Full-text search over the messages that stand. The server's id is a word of its own, so that a search walks that server alone.
--- Indexing a message costs twice what storing it does, so it is done later, many at once, up to `indexed_id`; a change of what
--- is indexed already changes the index with it.
+-- Full-text search over the messages that are not deleted. It holds a normalized text (case and accents removed, scripts without
+-- spaces split into characters), so the program computes what goes in and what comes out. The server's id is a word of its own,
+-- so that a search walks that server alone. Indexing a message costs twice what storing it does, so it is done later, many at
+-- once, up to `indexed_id`; a change of what is indexed already changes the index with it.
 CREATE TABLE search (indexed_id INTEGER NOT NULL) STRICT;
 INSERT INTO search VALUES (0);
 CREATE VIRTUAL TABLE messages_fts USING fts5 (
-    content, server_id, content = 'messages', content_rowid = 'message_id',
-    tokenize = 'unicode61 remove_diacritics 2'
+    content, server_id, content = '', tokenize = "unicode61 remove_diacritics 2 categories 'L* M* N* Co'"
 );

@@ -131,8 +131,11 @@ def audit_reply(reply: Reply) -> None:
 
 def audit_refusal(body: Any) -> None:
     known = isinstance(body, dict) and body.get("code") in chatrtc.ERRORS and bool(body.get("error"))
-    if not known or set(body) != {"error", "code"} | ({"retry_after"} if body["code"] == "RATE_LIMITED" else set()):
+    keys = {"error", "code"} | ({"retry_after"} if known and body["code"] == "RATE_LIMITED" else set())
+    if not known or not keys <= set(body) <= keys | {"reason", "field"}:
         FAULTS.append(f"refusal {body}")
+    elif "reason" in body and body["code"] != getattr(chatrtc.REASONS.get(body["reason"]), "code", None):
+        FAULTS.append(f"reason {body}")
 
 
 @pytest.fixture(autouse=True)
@@ -494,13 +497,13 @@ async def test_a_username_holds_nothing_else(world: World, name: str) -> None:
     ("body", "sentence"),
     [
         ({"channel_id": 1, "content": ""}, "content must not be empty"),
-        ({"channel_id": 1, "content": " \n"}, "content is blank, or holds a character that it may not"),
+        ({"channel_id": 1, "content": " \n"}, "content is blank, or holds a character that is not allowed"),
         ({"channel_id": 1, "content": "x" * 4001}, "content has 4000 characters at most"),
         ({"channel_id": 0, "content": "x"}, "channel_id must be 1 or more"),
         ({"content": "x"}, "channel_id is missing"),
         ({"channel_id": 1, "content": "x", "colour": "red"}, "colour is not known here"),
         ({"channel_id": "one", "content": "x"}, "channel_id: Expected 'int', got 'str'"),
-        ([], "Expected 'object', got 'array'"),
+        ([], "The request: Expected 'object', got 'array'"),
     ],
 )
 async def test_what_does_not_fit_is_said_to_a_person(world: World, body: Any, sentence: str) -> None:
@@ -906,8 +909,8 @@ def test_every_event_is_emitted_by_an_operation() -> None:
 async def test_an_event_without_an_ack_that_fails_is_answered_by_an_error_event(scene: Scene) -> None:
     await scene.here.client.emit("typing_start", {"channel_id": 999})
     heard = await scene.here.hears("error")
-    assert set(heard) == {"event", "error", "code"}
-    assert (heard["event"], heard["code"]) == ("typing_start", "NOT_FOUND")
+    assert set(heard) == {"event", "error", "code", "reason"}
+    assert (heard["event"], heard["code"], heard["reason"]) == ("typing_start", "NOT_FOUND", "NO_CHANNEL")
     assert (await scene.here.call("typing_start", {"channel_id": 999}))["code"] == "NOT_FOUND"
     await scene.here.hears_not("error")  # what asked for an ack has been answered by it
     await scene.mine.hears_not("error")
@@ -1750,7 +1753,10 @@ async def test_a_handshake_that_is_refused_says_why(world: World) -> None:
     with pytest.raises(socketio.exceptions.ConnectionError):
         await socket.connect(world.url, "not a token")
     refusal = await asyncio.wait_for(told, PATIENCE)
-    assert refusal == {"message": "Invalid token", "data": {"error": "Invalid token", "code": "UNAUTHORIZED"}}
+    assert refusal == {
+        "message": "Invalid token",
+        "data": {"error": "Invalid token", "code": "UNAUTHORIZED", "reason": "TOKEN_INVALID"},
+    }
 
 
 async def test_a_socket_that_does_not_say_who_it_is_is_cut(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -7936,8 +7942,8 @@ def test_functions_are_small() -> None:
 async def test_the_top_level_is_tidy() -> None:
     tracked = await run("git", "ls-files", cwd=HERE) if (HERE / ".git").exists() else ""
     assert {name.split("/")[0] for name in tracked.splitlines()} <= {
-        ".ci", ".github", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "bench_chatrtc.py", "chatrtc.html",
-        "chatrtc.py", "pyproject.toml", "schema.sql", "test_chatrtc.py",
+        ".ci", ".github", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "bench_chatrtc.py",
+        "chatrtc.html", "chatrtc.py", "docs", "pyproject.toml", "schema.sql", "test_chatrtc.py",
     }  # fmt: skip
 
 
@@ -7989,7 +7995,9 @@ def readme_tables() -> dict[str, str]:
         (code(flag), "" if field.default in (None, (), False) else code(str(field.default)), sentence_of(field))
         for flag, field in chatrtc.setting_names()
     ]
+    reasons = [(code(name), code(reason.code), reason.sentence) for name, reason in chatrtc.REASONS.items()]
     return {
+        "reasons": table(("reason", "code", "sentence"), *reasons),
         "operations": table(("route or event", "what, who may, and what it emits"), *operation_rows()),
         "events": table(("event", "when", "to", "keys; those that have nothing to say are left out"), *event_rows()),
         "errors": " · ".join(f"{code(name)} {kind.status}" for name, kind in chatrtc.ERRORS.items()),
@@ -8002,22 +8010,29 @@ def sentence_of(field: msgspec.structs.FieldInfo) -> str:
     return str(field.type.__metadata__[0].description)
 
 
+def documents() -> dict[Path, str]:
+    """README.md and the pages of docs/, with their text."""
+    return {path: path.read_text("utf-8") for path in [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]}
+
+
 def test_the_readme_has_the_tables() -> None:
-    """README.md is in step with the program; README=write makes it so."""
-    path = HERE / "README.md"
-    written = path.read_text("utf-8")
-    for name, rows in readme_tables().items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert block.search(written), f"no place for the table {name}"
-        written = block.sub(lambda match, rows=rows: match[1] + rows + "\n" + match[2], written)  # type: ignore[misc]
-    if os.environ.get("README") == "write":
-        path.write_text(written, "utf-8")
-    assert path.read_text("utf-8") == written
-    assert written.count("\n") <= 280
+    """README.md and docs/ are in step with the program; README=write makes them so."""
+    missing = set(readme_tables())
+    for path, text in documents().items():
+        written = text
+        for name, rows in readme_tables().items():
+            block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+            missing -= {name} if block.search(written) else set()
+            written = block.sub(lambda match, rows=rows: match[1] + rows + "\n" + match[2], written)  # type: ignore[misc]
+        if os.environ.get("README") == "write":
+            path.write_text(written, "utf-8")
+        assert path.read_text("utf-8") == written
+    assert not missing, f"no place for the tables {missing}"
+    assert (HERE / "README.md").read_text("utf-8").count("\n") <= 200
 
 
 def test_the_readme_names_every_command() -> None:
-    written = (HERE / "README.md").read_text("utf-8")
+    written = "".join(documents().values())
     for name in all_commands():
         assert f"chatrtc {name}" in written or f"chatrtc.py {name}" in written, name
 
