@@ -922,7 +922,7 @@ MIGRATIONS = (
     ) STRICT, WITHOUT ROWID;
     CREATE TABLE purges (
         purge_id   INTEGER PRIMARY KEY,
-        server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
+        server_id  INTEGER REFERENCES servers ON DELETE CASCADE,
         author_id  INTEGER NOT NULL REFERENCES users,
         last_id    INTEGER NOT NULL
     ) STRICT;
@@ -1504,6 +1504,8 @@ NEXT_SEQ = {
 NAMED = re.compile(r"@([^\s@]{2,64})")
 REACTIONS_MAX = 50  # different ones on one message
 INDEX_STEP = 500  # messages that search learns of in one transaction
+PURGE_STEP = 200  # messages of one author that are deleted in one transaction
+PURGE_SCAN = 5000  # messages that are looked at for it
 
 
 class Standing(NamedTuple):
@@ -1897,6 +1899,46 @@ def purge_channels(db: sqlite3.Connection) -> Done[None]:
         db.execute(UNINDEX + "channel_id = ? AND message_id <= ?", (row[0], until))
         db.execute("DELETE FROM messages WHERE channel_id = ? AND message_id <= ?", (row[0], until))
     return Done(None)
+
+
+def pending_purges(db: sqlite3.Connection) -> bool:
+    return db.execute("SELECT 1 FROM purges LIMIT 1").fetchone() is not None
+
+
+def purge_messages(db: sqlite3.Connection) -> Done[None]:
+    """Delete the next messages of the purge that was asked for last, newest first, each reported like any deletion."""
+    row = db.execute("SELECT purge_id, server_id, author_id, last_id FROM purges ORDER BY purge_id DESC LIMIT 1").fetchone()
+    if row is None:
+        return Done(None)
+    purge_id, server_id, author_id, last_id = row
+    values = (last_id - PURGE_SCAN, last_id, author_id, server_id, PURGE_STEP)
+    rows = db.execute(
+        """SELECT m.message_id, m.channel_id, c.server_id FROM messages m JOIN channels c ON c.channel_id = m.channel_id
+           WHERE m.message_id > ? AND m.message_id <= ? AND m.author_id = ? AND m.deleted = 0
+           AND c.server_id = coalesce(?, c.server_id) ORDER BY m.message_id DESC LIMIT ?""",
+        values,
+    ).fetchall()
+    effects = [
+        Emit("message:deleted", server, MessageDeleted(channel_id, message_id, delete_message(db, server, message_id)))
+        for message_id, channel_id, server in rows
+    ]
+    before = rows[-1][0] - 1 if len(rows) == PURGE_STEP else last_id - PURGE_SCAN
+    (left,) = db.execute("SELECT max(message_id) FROM messages WHERE message_id <= ?", (before,)).fetchone()
+    if left is None:
+        db.execute("DELETE FROM purges WHERE purge_id = ?", (purge_id,))
+    else:
+        db.execute("UPDATE purges SET last_id = ? WHERE purge_id = ?", (left, purge_id))
+    return Done(None, effects)
+
+
+def purge_messages_of(db: sqlite3.Connection, server_id: int | None, author_id: int) -> list[Effect]:
+    """Delete an author's messages in a server (None: in every server): the newest now, the others in steps, later.
+
+    Returns the effects of what is deleted now. It takes some milliseconds: the operation has to be a `long` one.
+    """
+    newest = "SELECT ?, ?, coalesce(max(message_id), 0) FROM messages"
+    db.execute("INSERT INTO purges (server_id, author_id, last_id) " + newest, (server_id, author_id))
+    return list(purge_messages(db).effects)
 
 
 def touch_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
@@ -4885,14 +4927,16 @@ def bequeath(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effec
     return [*effects, give_role(db, server_id, heir, "owner")]
 
 
-def delete_user(db: sqlite3.Connection, username: str) -> Done[int]:
-    """End an account. What it wrote stays, under its name. A server that it owned goes to its first admin, else its first
-    member, and with nobody left is deleted."""
+def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -> Done[int]:
+    """Delete an account. Its messages stay, under its name, unless `messages`. A server that it owned goes to its first admin,
+    else its first member, and with nobody left is deleted."""
     user_id = need_account(db, username).user_id
     effects: list[Effect] = []
     for server_id in member_servers(db, user_id):
         effects += bequeath(db, server_id, user_id)
     close_account(db, user_id)
+    if messages:
+        effects += purge_messages_of(db, None, user_id)
     return Done(user_id, [*effects, Revoke(user_id)])
 
 
@@ -4942,11 +4986,15 @@ async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
 
 
 async def chores_of_now(chat: Chat, with_tokens: bool) -> Done[None]:
-    """One step after another while nobody else writes; search may lag only so far behind those who do."""
+    """Do what waits, in steps, as long as nobody else writes. Meanwhile, deleting goes on by one step, and search may lag only
+    so far behind."""
     if with_tokens:
         await chat.store.write(lambda db: purge_tokens(db, time.time()))
-    while not chat.store.busy() and chat.store.peek(deleted_channels):
-        await chat.store.write(purge_channels, long=True)
+    for pending, step in ((pending_purges, purge_messages), (deleted_channels, purge_channels)):
+        while chat.store.peek(pending):
+            await chat.store.write(step, long=True)
+            if chat.store.busy():
+                break  # one step a turn
     newest, known = chat.store.peek(search_state)
     while known < newest and (not chat.store.busy() or newest - known > SEARCH_LAG):
         known = (await chat.store.write(index_messages, long=True)).answer
@@ -4954,7 +5002,7 @@ async def chores_of_now(chat: Chat, with_tokens: bool) -> Done[None]:
 
 
 async def do_chores(chat: Chat) -> None:
-    """What can wait: forgetting revoked tokens that have expired, emptying deleted channels, teaching search. For ever."""
+    """Do what can wait, for ever: forget revoked tokens that have expired, delete messages in steps, index messages."""
     for turn in itertools.count():
         await settle(chores_of_now(chat, with_tokens=turn % TOKENS_EVERY == 0))
         await asyncio.sleep(CHORES_EVERY)
@@ -5099,7 +5147,7 @@ class ChatRTC:
         """One line of JSON in, [name, arguments]; one out."""
         try:
             name, args = json.loads(await reader.readline())
-            outcome = await settle(self.chat.store.write(lambda db: ADMIN[name](db, *args)))
+            outcome = await settle(self.chat.store.write(lambda db: ADMIN[name](db, *args), long=True))
             reply = outcome.body() if isinstance(outcome, ChatError) else {"answer": outcome.answer}
             writer.write(json.dumps(reply).encode() + b"\n")
             await writer.drain()
@@ -5424,13 +5472,14 @@ def user_password(username: str, database: str) -> None:
 
 @user.command("delete")
 @click.argument("username")
+@click.option("--messages", is_flag=True, help="Delete its messages too.", show_envvar=True)
 @options("database")
 @click.confirmation_option(
     prompt="Delete this account? Servers that it owns go to somebody else, or with nobody left are deleted."
 )
-def user_delete(username: str, database: str) -> None:
-    """Delete an account; what it wrote stays, under its name."""
-    administer(database, "delete_user", username)
+def user_delete(username: str, messages: bool, database: str) -> None:
+    """Delete an account. Its messages stay, under its name, unless --messages is given."""
+    administer(database, "delete_user", username, messages)
     click.echo(f"{username} is deleted")
 
 

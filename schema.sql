@@ -92,9 +92,9 @@ CREATE TABLE known_addresses (
 -- Messages of one author that are being deleted, in steps.
 CREATE TABLE purges (
     purge_id   INTEGER PRIMARY KEY,
-    server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
+    server_id  INTEGER REFERENCES servers ON DELETE CASCADE,  -- NULL: in every server
     author_id  INTEGER NOT NULL REFERENCES users,
-    last_id    INTEGER NOT NULL                    -- up to this message
+    last_id    INTEGER NOT NULL                    -- the newest message still to be looked at
 ) STRICT;
 
 -- Sequence numbers that a restore skipped: a client that has one of them has seen changes that this database never had.

@@ -33,6 +33,7 @@ import time
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -1324,6 +1325,51 @@ async def hear_posts(socket: aiohttp.ClientWebSocketResponse, count: int) -> lis
                 assert event == "message:new"
                 posts.append(payload)
     return posts
+
+
+@pytest.mark.parametrize("by", ["another author's", "the server's", "every server's"])
+async def test_an_authors_messages_are_deleted_in_steps_each_reported(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    monkeypatch.setattr(chatrtc, "PURGE_STEP", 30)
+    monkeypatch.setattr(chatrtc, "PURGE_SCAN", 150)
+    world = await make_world()
+    scene = await Scene.make(world)
+    await scene.ben.ok("POST", "/servers", {"name": "empty"})
+    other = await world.place(scene.dee, scene.ben, name="third")
+    replica = Replica(scene.cy, scene.place.server_id)
+    await replica.come()
+
+    def fill(db: sqlite3.Connection) -> chatrtc.Done[None]:
+        for number in range(600):
+            person, channel_id = [(scene.ben, scene.place.channel_id), (scene.ana, scene.place.channel_id),
+                                  (scene.ben, other.channel_id)][number % 3]  # fmt: skip
+            author = chatrtc.Standing(person.user_id, person.name)
+            server_id = other.server_id if channel_id == other.channel_id else scene.place.server_id
+            chatrtc.insert_message(db, server_id, author, chatrtc.NewMessage(channel_id, "spam"), "2026-01-01T00:00:00Z")
+        return chatrtc.Done(None)
+
+    await world.chat.chat.store.write(fill, long=True)
+    author = scene.cy if by == "another author's" else scene.ben
+    server_id = None if by == "every server's" else scene.place.server_id
+    purge = functools.partial(chatrtc.purge_messages_of, server_id=server_id, author_id=author.user_id)
+    await world.chat.chat.store.write(lambda db: chatrtc.Done(None, purge(db)), long=True)
+    await world.chat.stop()  # in the middle
+    await world.chat.start()
+    posted = await scene.post()  # goes on meanwhile, and a message written after the purge stays
+    again = await author.post(scene.place.channel_id, "again")
+    while world.chat.chat.store.peek(chatrtc.pending_purges):
+        await asyncio.sleep(0.02)
+    authors = Counter(message["author_id"] for message in await whole_history(scene.ana, scene.place.channel_id))
+    spam = 200 if by == "another author's" else 0
+    assert authors == Counter({scene.ana.user_id: 202, scene.ben.user_id: spam}) + Counter([author.user_id])
+    kept = Counter(message["author_id"] for message in await whole_history(scene.dee, other.channel_id))
+    assert kept == ({} if by == "every server's" else {scene.ben.user_id: 200})
+    replica.asked = 0
+    await replica.listen()
+    assert {posted["message_id"], again["message_id"]} <= set(replica.messages)
+    await replica.catch_up()
+    assert replica.state() == await truth(scene.cy, scene.place.server_id)
 
 
 async def test_a_thousand_concurrent_posts_are_heard_by_a_hundred_sockets_in_order(world: World) -> None:
