@@ -7621,6 +7621,21 @@ async def test_language_and_theme_are_chosen(rest: Rest, tab: Any) -> None:
     await expect(maya.locator("#text")).to_have_attribute("placeholder", "Write to general")
 
 
+PAGE_WORDS = re.compile(r'\b([A-Z_]{3,}): \[\s*"((?:[^"\\]|\\.)+)",\s*"((?:[^"\\]|\\.)+)"')
+
+
+def test_each_reason_has_words_in_both_languages() -> None:
+    """A new reason needs its English and its French sentence in REASON_WORDS of chatrtc.html."""
+    table = (HERE / "chatrtc.html").read_text("utf-8").split("const REASON_WORDS = {")[1].split("\n};")[0]
+    words = {reason: (english, french) for reason, english, french in PAGE_WORDS.findall(table)}
+    assert set(words) == set(chatrtc.REASONS)
+    for reason, (english, french) in words.items():
+        assert english != french, reason
+        assert english[-1] == french[-1] == ".", reason
+        places = [set(re.findall(r"\{\w+\}", text)) for text in (english, french)]
+        assert places[0] == places[1] <= {"{n}"}, reason
+
+
 async def test_ten_thousand_messages_scroll_without_jumps(rest: Rest, tab: Any) -> None:
     maya_api = await rest.register("Maya")
     _, channel_id = await maya_api.found()
