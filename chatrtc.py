@@ -467,7 +467,8 @@ class ReactionArgs(MessageArgs):
 
 
 class ReadArgs(ChannelArgs):
-    message_id: Id
+    message_id: Annotated[int, Meta(ge=0, le=2**63 - 1)]  # the last message that is read
+    back: bool = False
 
 
 class SearchArgs(ServerArgs):
@@ -625,6 +626,10 @@ class ReadState(View):
     last_read_id: int
     unread: int
     mentions: int
+
+
+class ReadStates(View):
+    reads: list[ReadState]
 
 
 class VoiceChanged(ChannelUser):
@@ -804,6 +809,7 @@ EVENTS = {
     "reaction:add": EventKind(ReactionChanged, "server", "Somebody reacted to a message."),
     "reaction:remove": EventKind(ReactionChanged, "server", "Somebody took a reaction back."),
     "mention": EventKind(MentionNotice, "user", "A message names you."),
+    "channel:read": EventKind(ReadState, "user", "Your read mark in a channel moved: on another device, by posting, or back."),
     "user:typing": EventKind(Typing, "channel", "Somebody is typing."),
     "typing_stop": EventKind(Typing, "channel", "Somebody stopped typing."),
     "user:connected": EventKind(PresenceChanged, "server", "A user's first socket joined the server."),
@@ -1495,6 +1501,25 @@ PLACES = {  # a channel that is in no server is deleted
 UNINDEX = """ -- have search forget messages, before they change
     INSERT INTO messages_fts (messages_fts, rowid, content, server_id) SELECT 'delete', message_id, content, server_id
     FROM messages WHERE deleted = 0 AND message_id <= (SELECT indexed_id FROM search) AND """
+UNREAD_MAX = 1000
+READS = """  -- each channel of a user, the last message that is read, how many after it are unread, and how many name the user
+    SELECT channel_id, last,
+        (SELECT count(*) FROM (SELECT 1 FROM (
+            SELECT x.author_id FROM messages x WHERE x.channel_id = mine.channel_id AND x.message_id > last AND x.deleted = 0
+            ORDER BY x.message_id DESC LIMIT :steps) WHERE author_id <> :user_id LIMIT :most)),
+        (SELECT count(*) FROM (SELECT 1 FROM (
+            SELECT x.author_id FROM mentions n JOIN messages x ON x.message_id = n.message_id
+            WHERE n.user_id = :user_id AND n.channel_id = mine.channel_id AND n.message_id > last
+            ORDER BY n.message_id DESC LIMIT :steps) WHERE author_id <> :user_id LIMIT :most))
+    FROM (SELECT c.channel_id, c.kind, max(m.read_from, coalesce(r.last_read_id, 0)) AS last
+          FROM members m JOIN channels c ON c.server_id = m.server_id
+          LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE m.user_id = :user_id) AS mine
+"""
+READ_MARK = """
+    SELECT max(m.read_from, coalesce(r.last_read_id, 0)) FROM channels c JOIN members m ON m.server_id = c.server_id
+    LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE c.channel_id = ? AND m.user_id = ?
+"""
+READ_LIMITS = {"most": UNREAD_MAX, "steps": 2 * UNREAD_MAX}  # steps: messages looked at, the user's own included
 NEXT_SEQ = {
     "": "UPDATE servers SET seq = seq + 1 WHERE server_id = ?",
     "channels": "UPDATE servers SET seq = seq + 1, channels_seq = seq + 1 WHERE server_id = ?",
@@ -1735,8 +1760,12 @@ def drop_invite(db: sqlite3.Connection, code: str) -> None:
 
 
 def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str) -> int:
-    """Make somebody a member; the number of that change."""
-    db.execute("INSERT INTO members (server_id, user_id, role, joined_at) VALUES (?, ?, ?, ?)", (server_id, user_id, role, now))
+    """Make somebody a member, who has nothing unread; return the number of that change."""
+    db.execute(
+        """INSERT INTO members (server_id, user_id, role, joined_at, read_from)
+           VALUES (?, ?, ?, ?, (SELECT coalesce(max(message_id), 0) FROM messages))""",
+        (server_id, user_id, role, now),
+    )
     return next_seq(db, server_id, "members")
 
 
@@ -2030,33 +2059,37 @@ def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection
     )
 
 
+def read_states(db: sqlite3.Connection, user_id: int) -> list[ReadState]:
+    """Return the read state of each text channel of a user, in one query."""
+    values = {"user_id": user_id} | READ_LIMITS
+    return [ReadState(*row) for row in db.execute(READS + "WHERE kind = 'text' ORDER BY channel_id", values)]
+
+
 def read_state(db: sqlite3.Connection, user_id: int, channel_id: int) -> ReadState:
-    values = {"user_id": user_id, "channel_id": channel_id}
-    row = db.execute("SELECT last_read_id FROM reads WHERE user_id = :user_id AND channel_id = :channel_id", values).fetchone()
-    values["last"] = row[0] if row else 0
-    (unread,) = db.execute(
-        """SELECT count(*) FROM messages
-           WHERE channel_id = :channel_id AND message_id > :last AND deleted = 0 AND author_id <> :user_id""",
-        values,
-    ).fetchone()
-    (mentions,) = db.execute(
-        """SELECT count(*) FROM mentions n JOIN messages m ON m.message_id = n.message_id
-           WHERE n.user_id = :user_id AND n.channel_id = :channel_id AND n.message_id > :last AND m.author_id <> :user_id""",
-        values,
-    ).fetchone()
-    return ReadState(channel_id, values["last"], unread, mentions)
+    """Return a member's read state of a channel."""
+    values = {"user_id": user_id, "channel_id": channel_id} | READ_LIMITS
+    return ReadState(*db.execute(READS + "WHERE channel_id = :channel_id", values).fetchone())
 
 
-def update_read(db: sqlite3.Connection, user_id: int, channel_id: int, message_id: int) -> None:
-    """Move the mark, never back. Raises NOT_FOUND where the channel has no such message."""
-    there = "SELECT 1 FROM messages WHERE message_id = ? AND channel_id = ?"
-    if db.execute(there, (message_id, channel_id)).fetchone() is None:
+def set_read(db: sqlite3.Connection, user_id: int, channel_id: int, message_id: int) -> None:
+    values = (message_id, user_id, channel_id)
+    if not db.execute("UPDATE reads SET last_read_id = ? WHERE user_id = ? AND channel_id = ?", values).rowcount:
+        db.execute("INSERT INTO reads (last_read_id, user_id, channel_id) VALUES (?, ?, ?)", values)
+
+
+def update_read(db: sqlite3.Connection, user_id: int, args: ReadArgs) -> ReadState | None:
+    """Move the mark, only forward unless `back`, and return the new state if it moved. Raises NOT_FOUND."""
+    there = """SELECT 1 FROM messages WHERE message_id = :message_id AND channel_id = :channel_id UNION ALL SELECT 1 WHERE :back
+               AND (:message_id = 0 OR EXISTS (SELECT 1 FROM messages
+                    WHERE channel_id = :channel_id AND message_id > :message_id AND deleted = 0))"""
+    if not db.execute(there, msgspec.structs.asdict(args)).fetchone():
         raise refusal("NO_MESSAGE", field="message_id")
-    db.execute(
-        """INSERT INTO reads VALUES (?, ?, ?)
-           ON CONFLICT DO UPDATE SET last_read_id = max(last_read_id, excluded.last_read_id)""",
-        (user_id, channel_id, message_id),
-    )
+    before = db.execute(READ_MARK, (args.channel_id, user_id)).fetchone()[0]
+    if args.message_id == before or (args.message_id < before and not args.back):
+        return None
+    set_read(db, user_id, args.channel_id, args.message_id)
+    after = read_state(db, user_id, args.channel_id)
+    return after if after.last_read_id != before else None
 
 
 def search_state(db: sqlite3.Connection) -> tuple[int, int]:
@@ -2822,9 +2855,17 @@ def mention_notices(at: Scope, message: Message, known: Collection[int]) -> list
     return [Emit("mention", user_id, notice) for user_id in named]
 
 
-@operation("write", "POST /messages", Who.MEMBER, emits=["message:new", "mention", "typing_stop"], status=201, limit="post")
+@operation(
+    "write",
+    "POST /messages",
+    Who.MEMBER,
+    emits=["message:new", "channel:read", "mention", "typing_stop"],
+    status=201,
+    limit="post",
+)
 def post_message(at: Scope, args: NewMessage) -> Done[Message]:
-    """Post a message. A repeat of a `nonce` by the same author in the same channel gives the first message again."""
+    """Post a message, and mark the channel as read. A repeat of a `nonce` by the same author in the same channel gives the
+    first message again."""
     if args.nonce is not None:
         first = posted_before(at.db, at.me.user_id, args.channel_id, args.nonce)
         if first is not None:
@@ -2834,7 +2875,9 @@ def post_message(at: Scope, args: NewMessage) -> Done[Message]:
         if original is None or original.channel_id != args.channel_id:
             raise refusal("NO_REPLY_TARGET", field="reply_to")
     message = insert_message(at.db, at.server_id, at.me, args, at.now)
+    set_read(at.db, at.me.user_id, args.channel_id, message.message_id)
     effects: list[Effect] = [StopTyping(args.channel_id, at.me.user_id), Emit("message:new", at.server_id, message)]
+    effects.append(Emit("channel:read", at.me.user_id, ReadState(args.channel_id, message.message_id, 0, 0)))
     return Done(message, effects + mention_notices(at, message, set()))
 
 
@@ -2903,17 +2946,23 @@ def remove_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
     return Done(None, [reaction_notice(at, "reaction:remove", args)] if removed else [], not removed)
 
 
+@operation("read", "GET /users/me/reads", Who.USER, long=True)
+def list_reads(at: Scope, args: Nothing) -> Done[ReadStates]:
+    """How far I have read each of my text channels."""
+    return Done(ReadStates(read_states(at.db, at.me.user_id)))
+
+
 @operation("read", "GET /channels/{channel_id}/read", Who.MEMBER, long=True)
 def get_read(at: Scope, args: ChannelArgs) -> Done[ReadState]:
-    """How far I have read a channel, and what is unread: messages of others, and those that name me."""
+    """How far I have read a channel, and what is unread: messages of others, and those that name me, counted to 1,000."""
     return Done(read_state(at.db, at.me.user_id, at.channel_id))
 
 
-@operation("write", "PUT /channels/{channel_id}/read", Who.MEMBER, status=204)
+@operation("write", "PUT /channels/{channel_id}/read", Who.MEMBER, emits=["channel:read"], status=204)
 def mark_read(at: Scope, args: ReadArgs) -> Done[None]:
-    """I have read a channel up to this message; the mark never goes back."""
-    update_read(at.db, at.me.user_id, at.channel_id, args.message_id)
-    return Done(None)
+    """Set `message_id` as the last message that I have read. The mark moves back only with `back`; 0 is before the first."""
+    state = update_read(at.db, at.me.user_id, args)
+    return Done(None, [Emit("channel:read", at.me.user_id, state)] if state is not None else [])
 
 
 @operation("read", "GET /servers/{server_id}/changes", Who.MEMBER, long=True)

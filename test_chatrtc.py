@@ -867,7 +867,7 @@ async def test_an_event_reaches_its_room_and_nobody_else(scene: Scene, name: str
 
 
 def test_every_event_of_the_contract_has_its_story() -> None:
-    told_below = {"mention", "member:updated", "voice:signal", "error"}
+    told_below = {"mention", "channel:read", "member:updated", "voice:signal", "error"}
     assert {story.event for story in STORIES.values()} | told_below == set(chatrtc.EVENTS)
 
 
@@ -888,6 +888,25 @@ async def test_an_edit_notifies_those_whom_it_names_anew(scene: Scene) -> None:
     assert await scene.away.hears("mention") == edited | {"server_id": scene.place.server_id}
     await scene.here.hears("message:edit")
     await scene.here.hears_not("mention")
+
+
+async def test_a_read_mark_that_moves_is_told_to_its_owners_sockets(scene: Scene) -> None:
+    path = f"/channels/{scene.place.channel_id}/read"
+    first, second = await scene.post(), await scene.ana.post(scene.place.channel_id, "@ben")
+    await scene.ben.ok("PUT", path, {"message_id": first["message_id"]})
+    state = {"channel_id": scene.place.channel_id, "last_read_id": first["message_id"], "unread": 1, "mentions": 1}
+    assert await scene.here.hears("channel:read") == state
+    own = await scene.ben.post(scene.place.channel_id)
+    posted = state | {"last_read_id": own["message_id"], "unread": 0, "mentions": 0}
+    assert await scene.here.hears("channel:read") == posted
+    await scene.ben.ok("PUT", path, {"message_id": own["message_id"]})
+    await scene.ben.ok("PUT", path, {"message_id": second["message_id"]})
+    await scene.here.hears_not("channel:read")
+    await scene.ben.ok("PUT", path, {"message_id": first["message_id"], "back": True})
+    assert await scene.here.hears("channel:read") == state
+    for socket in (scene.away, scene.elsewhere):
+        await socket.hears_not("channel:read")
+    await scene.mine.hears_not("channel:read", last_read_id=own["message_id"])
 
 
 async def test_a_role_is_told(scene: Scene) -> None:
@@ -1976,6 +1995,7 @@ ROWS = {
     "list_messages": Row("channel", "member"),
     "post_message": Row("channel", "member"),
     "get_read": Row("channel", "member"),
+    "list_reads": Row("", "user"),
     "mark_read": Row("channel", "member"),
     "typing_start": Row("channel", "member"),
     "typing_stop": Row("channel", "member"),
@@ -2356,22 +2376,69 @@ async def test_a_message_holds_so_many_different_reactions(scene: Scene) -> None
 
 
 async def test_what_is_unread_is_what_others_wrote_since(scene: Scene) -> None:
-    path = f"/channels/{scene.place.channel_id}/read"
-    start = await scene.ben.ok("GET", path)
+    path, ben = f"/channels/{scene.place.channel_id}/read", scene.ben
+    start = await ben.ok("GET", path)
     assert start == {"channel_id": scene.place.channel_id, "last_read_id": 0, "unread": 1, "mentions": 0}
     first, second = await scene.post(), await scene.ana.post(scene.place.channel_id, "@ben hello")
-    await scene.ben.post(scene.place.channel_id, "@ben my own")
-    assert (await scene.ben.ok("GET", path)) == start | {"unread": 3, "mentions": 1}
-    assert (await scene.ben.call("PUT", path, {"message_id": first["message_id"]})).status == 204
+    assert (await ben.ok("GET", path)) == start | {"unread": 3, "mentions": 1}
+    own = await ben.post(scene.place.channel_id, "@ben my own")
+    assert (await ben.ok("GET", path)) == start | {"last_read_id": own["message_id"], "unread": 0}, "who posts has read"
+    assert (await ben.call("PUT", path, {"message_id": first["message_id"], "back": True})).status == 204
     read = start | {"last_read_id": first["message_id"]}
-    assert (await scene.ben.ok("GET", path)) == read | {"unread": 1, "mentions": 1}
+    assert (await ben.ok("GET", path)) == read | {"unread": 1, "mentions": 1}
     await scene.ana.ok("PATCH", f"/messages/{second['message_id']}", {"content": "hello"})
-    assert (await scene.ben.ok("GET", path)) == read | {"unread": 1, "mentions": 0}
-    await scene.ben.ok("PUT", path, {"message_id": second["message_id"]})
-    await scene.ben.ok("PUT", path, {"message_id": first["message_id"]})  # the mark never goes back
-    assert (await scene.ben.ok("GET", path)) == start | {"last_read_id": second["message_id"], "unread": 0}
-    assert (await scene.ben.call("PUT", path, {"message_id": 10**6})).code == "NOT_FOUND"
-    assert (await scene.ana.ok("GET", path))["last_read_id"] == 0
+    assert (await ben.ok("GET", path)) == read | {"unread": 1, "mentions": 0}
+    await scene.ana.ok("PATCH", f"/messages/{second['message_id']}", {"content": "hello @ben"})
+    assert (await ben.ok("GET", path)) == read | {"unread": 1, "mentions": 1}, "an edit that names somebody counts"
+    await scene.ana.ok("DELETE", f"/messages/{second['message_id']}")
+    assert (await ben.ok("GET", path)) == read | {"unread": 0, "mentions": 0}, "what is deleted is not unread"
+    await ben.ok("PUT", path, {"message_id": second["message_id"]})
+    await ben.ok("PUT", path, {"message_id": first["message_id"]})  # without `back` the mark never goes back
+    assert (await ben.ok("GET", path)) == start | {"last_read_id": second["message_id"], "unread": 0}
+    await ben.ok("PUT", path, {"message_id": 0, "back": True})
+    assert (await ben.ok("GET", path)) == start | {"unread": 2}
+    for body in ({"message_id": 10**6}, {"message_id": 10**6, "back": True}, {"message_id": 0}):
+        assert (await ben.call("PUT", path, body)).code == "NOT_FOUND", body
+
+
+async def test_the_read_states_of_all_channels_come_at_once(scene: Scene) -> None:
+    ana, ben = scene.ana, scene.ben
+    second = await ana.ok("POST", f"{scene.server}/channels", {"name": "second"})
+    await ana.ok("POST", f"{scene.server}/channels", {"name": "talk", "kind": "voice"})
+    other = await scene.world.place(ben, name="mine")
+    await ana.post(second["channel_id"], "@ben")
+    reads = (await ben.ok("GET", "/users/me/reads"))["reads"]
+    channels = [scene.place.channel_id, second["channel_id"], other.channel_id]
+    assert reads == [await ben.ok("GET", f"/channels/{channel_id}/read") for channel_id in channels]
+    assert [state["unread"] for state in reads] == [1, 1, 0]
+
+
+async def test_what_came_before_somebody_joined_is_not_unread_for_them(scene: Scene) -> None:
+    await scene.ana.post(scene.place.channel_id, "hello @eve")
+    eve, path = await scene.world.person("eve"), f"/channels/{scene.place.channel_id}/read"
+    for _ in range(2):  # and so for who comes back
+        invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
+        await eve.ok("POST", f"/invites/{invite['code']}")
+        assert (await eve.ok("GET", path))["unread"] == 0
+        await eve.ok("PUT", path, {"message_id": 0, "back": True})
+        assert (await eve.ok("GET", path))["unread"] == 0
+        await scene.ana.post(scene.place.channel_id, "welcome @eve")
+        state = await eve.ok("GET", path)
+        assert (state["unread"], state["mentions"]) == (1, 1)
+        await eve.ok("DELETE", f"{scene.server}/members/{eve.user_id}")
+
+
+async def test_unread_is_counted_to_a_thousand(scene: Scene) -> None:
+    path = f"/channels/{scene.place.channel_id}/read"
+    ids = [await scene.world.chat.post_message(author_id=scene.ana.user_id, channel_id=scene.place.channel_id, content="@ben")]
+    await asyncio.gather(*(scene.post() for _ in range(chatrtc.UNREAD_MAX - 2)))
+    assert (await scene.ben.ok("GET", path))["unread"] == chatrtc.UNREAD_MAX
+    await asyncio.gather(*(scene.post() for _ in range(5)))
+    state = await scene.ben.ok("GET", path)
+    assert (state["unread"], state["mentions"]) == (chatrtc.UNREAD_MAX, 1)
+    await scene.ben.ok("PUT", path, {"message_id": ids[0].message_id})
+    assert (await scene.ben.ok("GET", path))["unread"] == chatrtc.UNREAD_MAX
+    assert (await scene.ana.ok("GET", path))["unread"] == 0
 
 
 async def found(person: Person, server: str, q: str, **narrow: Any) -> list[str]:
