@@ -225,8 +225,10 @@ REASONS = {
     "MESSAGE_DELETED": Reason("CONFLICT", "This message was posted, and has been deleted since"),
     "NO_REPLY_TARGET": Reason("NOT_FOUND", "There is no such message to reply to in this channel"),
     "TOO_MANY_REACTIONS": Reason("CONFLICT", "A message has at most {n} different reactions"),
+    "NOT_JOINED": Reason("FORBIDDEN", "Join the server first: this socket has not"),
     "NO_VOICE_CHANNEL": Reason("BAD_REQUEST", "This is not a voice channel"),
     "NOT_IN_VOICE": Reason("FORBIDDEN", "You are not in this voice channel"),
+    "PEER_BEHIND": Reason("RATE_LIMITED", "This peer does not keep up; try again in a moment"),
     "NO_PEER": Reason("NOT_FOUND", "There is no such peer in this voice channel"),
     "VOICE_FULL": Reason("CONFLICT", "This voice channel is full: it has room for {n} people"),
     "TOO_OFTEN": Reason("RATE_LIMITED", "Too often; try again in a moment"),
@@ -856,11 +858,10 @@ class CloseServer(NamedTuple):
 
 
 class Evict(NamedTuple):
-    """The user's sockets hear nothing more of the server; `cut`: those that did are closed, transport included."""
+    """Take the user's sockets out of the server's rooms. The sockets stay, for the user's other servers."""
 
     server_id: int
     user_id: int
-    cut: bool
 
 
 class Revoke(NamedTuple):
@@ -2413,6 +2414,7 @@ class Limit(NamedTuple):
 
 LIMITS = {
     "post": Limit(10, 20, "user", "messages, edits and reactions"),
+    "signal": Limit(20, 300, "user", "WebRTC signals (`voice:signal`)"),
     "event": Limit(8, 120, "user", "Socket.IO events (a repeated `typing_start` costs nothing)"),
     "request": Limit(50, 500, "user", "REST requests"),
     "register": Limit(1, 60, "address", "new accounts and guests"),
@@ -2724,16 +2726,16 @@ def set_role(at: Scope, args: RoleArgs) -> Done[Member]:
     return Done(next(member for member in members if member.user_id == args.user_id), effects)
 
 
-def expel(db: sqlite3.Connection, server_id: int, user_id: int, cut: bool) -> list[Effect]:
+def expel(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
     seq = drop_member(db, server_id, user_id)
     left = MemberChanged(server_id, user_id, username_of(db, user_id) or "", seq)
-    return [Emit("member:left", server_id, left), Evict(server_id, user_id, cut)]
+    return [Emit("member:left", server_id, left), Evict(server_id, user_id)]
 
 
 @operation("write", "DELETE /servers/{server_id}/members/{user_id}", Who.SELF_OR_ABOVE, emits=["member:left"], status=204)
 def remove_member(at: Scope, args: MemberArgs) -> Done[None]:
-    """Leave a server, or remove somebody of a lower role; who is removed has their sockets closed."""
-    return Done(None, expel(at.db, at.server_id, args.user_id, cut=args.user_id != at.me.user_id))
+    """Leave a server, or remove a member of a lower role. The member's sockets leave its rooms and stay open."""
+    return Done(None, expel(at.db, at.server_id, args.user_id))
 
 
 @operation("read", "GET /servers/{server_id}/bans", Who.ADMIN)
@@ -2746,7 +2748,7 @@ def list_bans(at: Scope, args: ServerArgs) -> Done[Bans]:
 def ban(at: Scope, args: MemberArgs) -> Done[None]:
     """Ban somebody, member or not yet; a member is removed."""
     insert_ban(at.db, at.server_id, args.user_id, at.me.user_id, at.now)
-    return Done(None, expel(at.db, at.server_id, args.user_id, cut=True) if at.target else [])
+    return Done(None, expel(at.db, at.server_id, args.user_id) if at.target else [])
 
 
 @operation("write", "DELETE /servers/{server_id}/bans/{user_id}", Who.ABOVE, status=204)
@@ -3281,6 +3283,11 @@ class Session:
             if poller is not None and not connected(poller):
                 return []  # the client went away: what waits is for its next poll
         return self.empty(POLL_PACKETS if poller is not None and not self.closed else None)
+
+    def is_behind(self) -> bool:
+        """Return whether a quarter of what may wait for this client does."""
+        written = self.link.get_write_buffer_size() if self.link is not None else 0
+        return max(written, self.backlog) * 4 > BACKLOG_BYTES or len(self.outbox) * 4 > BACKLOG_PACKETS
 
     def polled(self) -> bool:
         return self.poller is not None and connected(self.poller)
@@ -3906,6 +3913,11 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     def members(self, room: str) -> list[str]:
         return [sid for sid, _ in self.manager.get_participants("/", room)]
 
+    def is_behind(self, sid: str) -> bool:
+        """Return whether so much waits for this client that more should not be sent without need."""
+        session = self._session(sid)
+        return session is not None and session.is_behind()
+
     def address(self, sid: str) -> str:
         return str((self.get_environ(sid) or {}).get("REMOTE_ADDR", ""))
 
@@ -4191,11 +4203,9 @@ class Chat:
         for sid in self.sio.members(f"server:{server_id}"):
             self.leave_server(self.connections[sid], server_id, quietly=True)
 
-    def evict(self, server_id: int, user_id: int, cut: bool) -> None:
+    def evict(self, server_id: int, user_id: int) -> None:
         for connection in self.of_user(user_id):
-            self.hush(connection, server_id)  # who has not joined may type and talk too
-            if self.leave_server(connection, server_id) and cut:
-                self.close(connection, final=False)
+            self.leave_server(connection, server_id)
 
     def revoke(self, user_id: int, digest: bytes | None) -> None:
         self.forget_sessions(user_id)
@@ -4245,10 +4255,10 @@ class Chat:
         connection.until(me.expires - time.time(), functools.partial(self.close, connection))
         self.sio.enter(connection.sid, f"user:{me.user_id}")
 
-    def close(self, connection: Connection, final: bool = True) -> None:
-        """End a socket, transport included; `final`: its client is told not to come back by itself."""
+    def close(self, connection: Connection) -> None:
+        """End a socket, transport included. Its client is told not to come back by itself."""
         self.dismiss(connection.sid)
-        self.sio.cut(connection.sid, final=final)
+        self.sio.cut(connection.sid, final=True)
 
     def dismiss(self, sid: str) -> None:
         """A socket has gone: nothing of it stays."""
@@ -4327,6 +4337,8 @@ class Chat:
 
 # ---- Live ----------------------------------------------------------------------------------------------------------
 # Operations that need more than one transaction: passwords, which take time, and sockets, which are not in the database.
+
+SIGNAL_BYTES = 16 * 1024  # a WebRTC offer for audio has 2 to 6 KiB
 
 
 def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: str | None, clock: float) -> Done[int]:
@@ -4490,18 +4502,30 @@ async def leave_server(chat: Chat, caller: Caller, args: ServerArgs) -> Done[Non
     return Done(None)
 
 
+def need_joined(connection: Connection, server_id: int) -> None:
+    """Raise FORBIDDEN unless the socket has joined the server."""
+    if connection.closed:
+        raise refusal("CLOSING")
+    if server_id not in connection.servers:
+        raise refusal("NOT_JOINED")
+
+
+def typing_place(chat: Chat, caller: Caller, args: ChannelArgs) -> int:
+    """Return the server of the channel. Asking for it counts as an event, unless the user types there already."""
+    connection, me = bearer(caller)
+    typist = chat.typists.typing(args.channel_id, me.user_id)
+    if typist is None:
+        chat.limiter.take("event", me.user_id)
+    server_id = typist.server_id if typist else chat.ask(caller, args, lambda at, _: at.server_id)
+    need_joined(connection, server_id)
+    return server_id
+
+
 @operation("live", None, Who.MEMBER, event="typing_start", emits=["user:typing"], limit="itself")
 async def typing_start(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[None]:
     """I am typing: heard once a second at most, and for three seconds."""
     connection, me = bearer(caller)
-    typist = chat.typists.typing(args.channel_id, me.user_id)
-    if typist is not None:
-        server_id = typist.server_id
-    else:
-        chat.limiter.take("event", me.user_id)
-        server_id = chat.ask(caller, args, lambda at, _: at.server_id)
-    if not connection.closed:
-        chat.start_typing(server_id, args.channel_id, me, connection.sid)
+    chat.start_typing(typing_place(chat, caller, args), args.channel_id, me, connection.sid)
     return Done(None)
 
 
@@ -4509,29 +4533,37 @@ async def typing_start(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[No
 async def typing_stop(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[None]:
     """I have stopped typing."""
     _, me = bearer(caller)
-    if not chat.typists.typing(args.channel_id, me.user_id):
-        chat.limiter.take("event", me.user_id)
-        chat.check(caller, args)
+    typing_place(chat, caller, args)
     chat.stop_typing(args.channel_id, me.user_id)
     return Done(None)
 
 
+def enter_voice(chat: Chat, connection: Connection, me: Standing, channel: Channel) -> Peer:
+    """Make the socket the user's one peer in the channel; another device of theirs leaves it. Raise CONFLICT if it is full."""
+    there = chat.voices.within(channel_id=channel.channel_id)
+    mine = [peer for peer in there if peer.notice.user_id == me.user_id]
+    if len(there) - len(mine) >= chat.settings.voice_max:
+        raise refusal("VOICE_FULL", field="channel_id", n=chat.settings.voice_max)
+    for sid in [connection.sid, *(peer.sid for peer in mine)]:
+        chat.leave_voice(sid)
+    notice = VoiceChanged(channel.channel_id, me.user_id, me.username, secrets.token_urlsafe(9))
+    peer = chat.voices[connection.sid] = Peer(connection.sid, channel.server_id, notice)
+    chat.tell("voice:join", channel.server_id, notice)
+    return peer
+
+
 @operation("live", None, Who.MEMBER, event="voice:join", emits=["voice:join", "voice:leave"])
 async def voice_join(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[VoiceJoined]:
-    """Enter a voice channel, leaving the one that the socket was in. Who is there already is in the answer."""
+    """Enter a voice channel, leaving the one that the socket was in, and there take over from another device of yours. The
+    answer has the others who are there."""
     connection, me = bearer(caller)
     channel = chat.ask(caller, args, lambda at, _: channel_view(at.db, at.channel_id))
+    need_joined(connection, channel.server_id)
     if channel.kind != "voice":
         raise refusal("NO_VOICE_CHANNEL", field="channel_id")
-    if connection.closed:
-        raise refusal("CLOSING")
     peer = chat.voices.get(connection.sid)
     if peer is None or peer.channel_id != args.channel_id:
-        chat.leave_voice(connection.sid)
-        notice = VoiceChanged(args.channel_id, me.user_id, me.username, secrets.token_urlsafe(9))
-        peer = Peer(connection.sid, channel.server_id, notice)
-        chat.voices[connection.sid] = peer
-        chat.tell("voice:join", channel.server_id, notice)
+        peer = enter_voice(chat, connection, me, channel)
     servers = [IceServer(urls) for urls in chat.settings.ice_server]
     return Done(VoiceJoined(peer.notice.peer_id, chat.voices.others(args.channel_id, connection.sid), servers))
 
@@ -4548,17 +4580,31 @@ async def voice_leave(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[Non
     return Done(None)
 
 
-@operation("live", None, Who.MEMBER, event="voice:signal", emits=["voice:signal"])
+def check_signal(data: Any) -> None:
+    """Raise TOO_LARGE or BAD_REQUEST unless the data of a signal is JSON of at most 16 KiB."""
+    try:
+        size = len(json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode())
+    except TypeError:
+        raise refusal("FIELD_TYPE", field="data", what="data", n="Binary data is not accepted") from None
+    if size > SIGNAL_BYTES:
+        raise refusal("FIELD_LONG", field="data", what="data", n=SIGNAL_BYTES)
+
+
+@operation("live", None, Who.MEMBER, event="voice:signal", emits=["voice:signal"], limit="itself")
 async def voice_signal(chat: Chat, caller: Caller, args: SignalArgs) -> Done[None]:
-    """Pass a WebRTC signal on to a peer of the voice channel that the socket is in."""
+    """Pass a WebRTC signal (`data`: at most 16 KiB of JSON) on to a peer of the voice channel that the socket is in."""
     connection, me = bearer(caller)
+    chat.limiter.take("signal", me.user_id)
+    check_signal(args.data)
     sender = chat.voices.get(connection.sid)
     if sender is None or sender.channel_id != args.channel_id:
-        chat.check(caller, ChannelArgs(channel_id=args.channel_id))
+        need_joined(connection, chat.ask(caller, ChannelArgs(channel_id=args.channel_id), lambda at, _: at.server_id))
         raise refusal("NOT_IN_VOICE")
     peer = chat.voices.named(args.channel_id, args.to)
     if peer is None:
         raise refusal("NO_PEER", field="to")
+    if chat.sio.is_behind(peer.sid):  # signals must not fill what may wait for the peer, which would end its connection
+        raise refusal("PEER_BEHIND", retry_after=1)
     signal = VoiceSignal(args.channel_id, sender.notice.peer_id, me.user_id, args.data)
     chat.sio.publish("voice:signal", signal, peer.sid)
     return Done(None)
@@ -4966,7 +5012,7 @@ def set_password(db: sqlite3.Connection, username: str, password: str) -> Done[i
 def bequeath(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
     """Take somebody out of a server, handing it over if they owned it."""
     owned = role_of(db, server_id, user_id) == "owner"
-    effects = expel(db, server_id, user_id, cut=False)
+    effects = expel(db, server_id, user_id)
     if not owned:
         return effects
     heir = heir_of(db, server_id)

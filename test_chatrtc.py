@@ -947,47 +947,69 @@ async def test_who_is_banned_or_removed_hears_nothing_more(scene: Scene) -> None
         await scene.ana.ok(verb, f"{scene.server}/{path}/{eve.user_id}")
         after = await scene.post()
         await scene.here.hears("message:new", message_id=after["message_id"])
-        await asyncio.wait_for(socket.closed.wait(), PATIENCE)
+        await socket.hears("member:left", user_id=eve.user_id)
+        await socket.hears_not("message:new")
         assert after not in [payload for _, payload in socket.heard]
+        assert (await socket.call("join_server", {"server_id": scene.place.server_id}))["code"] == "FORBIDDEN"
         assert (await eve.call("GET", f"/channels/{scene.place.channel_id}/messages")).code == "FORBIDDEN"
 
 
-async def test_who_is_removed_and_polls_hears_it_and_comes_back(scene: Scene) -> None:
-    """To the servers that they still belong to, by the client's own doing."""
-    socket = Socket()
-    socket.client = socketio.AsyncClient(http_session=scene.world.session, reconnection_delay=0.05)
-    back: asyncio.Queue[None] = asyncio.Queue()
-    socket.client.on("connect", lambda: back.put_nowait(None))
-    socket.client.on("*", socket._hear)
-    await socket.connect(scene.world.url, scene.cy.token, transports=["polling"])
-    async with asyncio.timeout(PATIENCE):
-        await back.get()
-        await socket.ok("join_server", {"server_id": scene.place.server_id})
-        await scene.ana.ok("DELETE", f"{scene.server}/members/{scene.cy.user_id}")
-        await back.get()
-    await socket.hears("member:left", user_id=scene.cy.user_id)
-    assert (await socket.call("join_server", {"server_id": scene.place.server_id}))["code"] == "FORBIDDEN"
+@pytest.mark.parametrize("transport", ["polling", "websocket"])
+@pytest.mark.parametrize("kind", ["ban", "removal", "leaving"])
+async def test_a_socket_stays_for_the_other_servers_of_its_user(scene: Scene, transport: str, kind: str) -> None:
+    other = await scene.world.place(scene.dee, scene.cy, name="second")
+    socket = await scene.cy.socket(scene.place.server_id, transports=[transport])
+    await socket.ok("join_server", {"server_id": other.server_id})
+    channel_id, _ = await talk(scene)
+    await socket.ok("voice:join", {"channel_id": channel_id})
+    await socket.ok("typing_start", {"channel_id": scene.place.channel_id})
+    match kind:
+        case "ban":
+            await scene.ana.ok("PUT", f"{scene.server}/bans/{scene.cy.user_id}")
+        case "removal":
+            await scene.ana.ok("DELETE", f"{scene.server}/members/{scene.cy.user_id}")
+        case "leaving":
+            await scene.cy.ok("DELETE", f"{scene.server}/members/{scene.cy.user_id}")
+    await scene.here.hears("typing_stop", user_id=scene.cy.user_id)
+    await scene.here.hears("voice:leave", user_id=scene.cy.user_id)
+    await scene.here.hears("user:disconnected", user_id=scene.cy.user_id)
+    await scene.post()
+    await scene.here.hears("message:new")
+    for event, payload in (
+        ("typing_start", {"channel_id": scene.place.channel_id}),
+        ("typing_stop", {"channel_id": scene.place.channel_id}),
+        ("voice:join", {"channel_id": channel_id}),
+        ("voice:signal", {"channel_id": channel_id, "to": "nobody", "data": {}}),
+    ):
+        assert (await socket.call(event, payload))["code"] == "FORBIDDEN"
+    told = await scene.dee.post(other.channel_id, "elsewhere")
+    assert await socket.hears("message:new") == told, "the first message since, of either server"
     await socket.close()
 
 
-async def test_who_is_out_types_and_talks_no_more_though_they_had_not_joined(scene: Scene) -> None:
+async def test_a_socket_that_has_not_joined_types_and_talks_nowhere(scene: Scene) -> None:
     channel_id, mine = await talk(scene)
     typing = {"channel_id": scene.place.channel_id}
-    signal_to_ana = {"channel_id": channel_id, "to": mine["peer_id"], "data": {}}
-    await scene.away.ok("typing_start", typing)
-    await scene.here.hears("user:typing", user_id=scene.cy.user_id)
-    await scene.away.ok("voice:join", {"channel_id": channel_id})
-    await scene.away.ok("voice:signal", signal_to_ana)
-    await scene.ana.ok("PUT", f"{scene.server}/bans/{scene.cy.user_id}")
-    await scene.here.hears("typing_stop", user_id=scene.cy.user_id)
-    await scene.here.hears("voice:leave", user_id=scene.cy.user_id)
-    assert (await scene.away.call("typing_start", typing))["code"] == "FORBIDDEN"
-    assert (await scene.away.call("voice:signal", signal_to_ana))["code"] == "FORBIDDEN"
+    second = await scene.ana.socket()  # another tab of somebody who types and talks here
+    await scene.mine.ok("typing_start", typing)
+    for socket in (second, scene.away):
+        for event, payload in (
+            ("typing_start", typing),
+            ("typing_stop", typing),
+            ("voice:join", {"channel_id": channel_id}),
+            ("voice:signal", {"channel_id": channel_id, "to": mine["peer_id"], "data": {}}),
+        ):
+            ack = await socket.call(event, payload)
+            assert (ack["code"], ack["reason"]) == ("FORBIDDEN", "NOT_JOINED"), event
+    await scene.here.hears("user:typing", user_id=scene.ana.user_id)
+    await scene.here.hears_not("typing_stop", "user:typing", "voice:leave")
+    await second.close()
 
 
 async def test_nobody_types_or_talks_in_a_server_that_is_deleted(scene: Scene) -> None:
     channel_id, mine = await talk(scene)
     typing = {"channel_id": scene.place.channel_id}
+    await scene.away.ok("join_server", {"server_id": scene.place.server_id})
     await scene.away.ok("typing_start", typing)
     await scene.away.ok("voice:join", {"channel_id": channel_id})
     await scene.ana.ok("DELETE", scene.server)
@@ -2034,6 +2056,7 @@ class Stage(NamedTuple):
 
     token: str | None
     args: dict[str, Any]
+    server_id: int  # where the caller is a member, if anywhere
 
 
 class Matrix:
@@ -2104,7 +2127,7 @@ class Matrix:
             ids[key] = await self.thing(op, thing, whose, ids[key], owner, other, place, channel_id, message)
         if op.name == "unban" and whose == "other's":
             await chat.ban(**place, user_id=ids["user_id"])
-        return Stage(None if caller == "anonymous" else me.token, self.arguments(op, ids, me))
+        return Stage(None if caller == "anonymous" else me.token, self.arguments(op, ids, me), server.server_id)
 
     async def thing(
         self, op: chatrtc.Operation, thing: str, whose: str, own: Any, owner: Person, other: Person,
@@ -2199,6 +2222,8 @@ async def test_who_may_do_what(world: World, door: str) -> None:
         try:
             if caller == "revoked" and op.name != "authenticate":
                 assert (await socket.call("authenticate", {"token": stage.token}))["code"] == "UNAUTHORIZED"
+            if ROWS[op.name].thing == "channel":  # only a socket that has joined types and talks
+                await socket.call("join_server", {"server_id": stage.server_id})
             if op.name == "voice_signal":
                 ack = await socket.call("voice:join", {"channel_id": stage.args["channel_id"]})
                 stage.args["to"] = ack.get("peer_id", "nobody")
@@ -3605,6 +3630,68 @@ async def test_two_people_talk_through_the_relay(make_world: MakeWorld) -> None:
     text = {"channel_id": at.place.channel_id}
     assert (await at.here.call("voice:join", text))["code"] == "BAD_REQUEST"
     assert await at.here.ok("voice:leave", text) == {"success": True}, "not in it: nothing happens"
+
+
+async def test_a_second_device_takes_over_in_voice(scene: Scene) -> None:
+    channel_id, mine = await talk(scene)
+    channel = {"channel_id": channel_id}
+    await scene.here.ok("voice:join", channel)
+    phone = await scene.ana.socket(scene.place.server_id)
+    ack = await phone.ok("voice:join", channel)
+    assert [peer["username"] for peer in ack["participants"]] == ["ben"]
+    assert (await scene.mine.hears("voice:leave"))["peer_id"] == mine["peer_id"] != ack["peer_id"]
+    assert (await scene.here.hears("voice:join", user_id=scene.ana.user_id, peer_id=ack["peer_id"]))["channel_id"] == channel_id
+    signal_to_ben = channel | {"to": ack["participants"][0]["peer_id"], "data": 1}
+    assert (await scene.mine.call("voice:signal", signal_to_ben))["reason"] == "NOT_IN_VOICE"
+    await phone.ok("voice:signal", signal_to_ben)
+    assert (await scene.here.hears("voice:signal"))["from"] == ack["peer_id"]
+    await scene.mine.ok("voice:leave", channel)  # it is out already: the phone stays
+    assert len((await scene.here.ok("voice:join", channel))["participants"]) == 1
+
+
+async def test_a_voice_channel_takes_so_many_people(make_world: MakeWorld) -> None:
+    at = await Scene.make(await make_world(voice_max=2))
+    channel_id, _ = await talk(at)
+    other = await at.ana.ok("POST", f"{at.server}/channels", {"name": "second", "kind": "voice"})
+    channel = {"channel_id": channel_id}
+    await at.here.ok("voice:join", channel)
+    await at.away.ok("join_server", {"server_id": at.place.server_id})
+    first = await at.away.ok("voice:join", {"channel_id": other["channel_id"]})
+    refused = await at.away.call("voice:join", channel)
+    assert (refused["code"], refused["reason"]) == ("CONFLICT", "VOICE_FULL")
+    assert await at.away.ok("voice:join", {"channel_id": other["channel_id"]}) == first, "still where they were"
+    phone = await at.ben.socket(at.place.server_id)
+    await phone.ok("voice:join", channel)  # one device for another
+    await at.mine.ok("voice:leave", channel)
+    await at.away.ok("voice:join", channel)
+
+
+async def test_signals_are_limited_by_user(make_world: MakeWorld) -> None:
+    at = await Scene.make(await make_world(no_rate_limit=False))
+    channel_id, mine = await talk(at)
+    to_me = {"channel_id": channel_id, "to": mine["peer_id"], "data": 1}
+    acks = await asyncio.gather(*(at.mine.call("voice:signal", to_me) for _ in range(330)))
+    assert acks[299]["success"] and acks[-1]["reason"] == "TOO_OFTEN"
+    await at.mine.ok("ping")  # a limit of their own
+
+
+async def test_signals_are_bounded_and_drop_nobody(scene: Scene) -> None:
+    at, (channel_id, _) = scene, await talk(scene)
+    wire = await Wire.join(at.ben, at.place, window=4096)  # a peer that stops reading for a while
+    await wire.say('421["voice:join",' + json.dumps({"channel_id": channel_id}) + "]")
+    joined = await at.mine.hears("voice:join", user_id=at.ben.user_id)
+    to_ben = {"channel_id": channel_id, "to": joined["peer_id"]}
+    for data in ("x" * 120_000, {"sdp": "ä" * 8192}, ["x" * 16384]):
+        refused = await at.mine.call("voice:signal", to_ben | {"data": data})
+        assert (refused["code"], refused["reason"], refused["field"]) == ("TOO_LARGE", "FIELD_LONG", "data")
+    assert (await at.mine.call("voice:signal", to_ben | {"data": {"sdp": b"x"}}))["code"] == "BAD_REQUEST"
+    acks = [await at.mine.call("voice:signal", to_ben | {"data": "x" * 16382}) for _ in range(400)]
+    assert acks[0] == {"success": True}
+    assert acks[-1]["reason"] == "PEER_BEHIND", "what waits for the peer has a bound well under its end"
+    wire.listen()
+    await until(lambda: sum(event == "voice:signal" for _, event, _ in wire.heard) == acks.count({"success": True}))
+    await at.mine.ok("voice:signal", to_ben | {"data": 1})
+    assert wire.open()
 
 
 async def test_who_may_register(make_world: MakeWorld, tmp_path: Path) -> None:
@@ -5665,8 +5752,8 @@ async def expire(stage: Ordeal) -> None:
 
 
 REVOCATIONS: dict[str, tuple[Revocation, bool]] = {  # what is done, and whether it closes the connection
-    "ban": (lambda s: s.call(s.owner, "PUT", f"/servers/{{server}}/bans/{s.member.user_id}"), True),
-    "removal": (lambda s: s.call(s.owner, "DELETE", f"/servers/{{server}}/members/{s.member.user_id}"), True),
+    "ban": (lambda s: s.call(s.owner, "PUT", f"/servers/{{server}}/bans/{s.member.user_id}"), False),
+    "removal": (lambda s: s.call(s.owner, "DELETE", f"/servers/{{server}}/members/{s.member.user_id}"), False),
     "leaving": (lambda s: s.call(s.member, "DELETE", f"/servers/{{server}}/members/{s.member.user_id}"), False),
     "deleted channel": (lambda s: s.call(s.owner, "DELETE", "/channels/{channel}"), False),
     "deleted server": (lambda s: s.call(s.owner, "DELETE", "/servers/{server}"), False),
@@ -5739,7 +5826,7 @@ async def test_revocation_reaches_live_sockets(make_world: MakeWorld, kind: str,
     assert latest <= 0.25
 
 
-@pytest.mark.parametrize("kind", ["ban", "logout", "expiry"])
+@pytest.mark.parametrize("kind", ["password", "logout", "expiry"])
 async def test_revocation_closes_a_connection_that_is_full(make_world: MakeWorld, kind: str) -> None:
     """Its client reads nothing, so that a farewell would wait behind what cannot be sent."""
     world = await make_world()
