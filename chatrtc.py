@@ -621,6 +621,7 @@ class Changes(View):
     channels: list[Channel] | UnsetType = UNSET
     members: list[Member] | UnsetType = UNSET
     name: str | UnsetType = UNSET
+    reset: bool = False  # the client discards its copy first: it holds changes that this database never had
 
 
 class ReadState(View):
@@ -2037,10 +2038,14 @@ class Pages:
 
 
 def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection[int], viewer: int) -> Changes:
-    """What came after a number, so that a client that was away ends equal to one that was not."""
+    """Return what came after a number, so that a client that was away ends equal to one that was not; everything on `reset`."""
     seq, channels_seq, members_seq, name_seq, name = db.execute(
         "SELECT seq, channels_seq, members_seq, name_seq, name FROM servers WHERE server_id = ?", (args.server_id,)
     ).fetchone()
+    gap = "SELECT 1 FROM gaps WHERE server_id = ? AND after_seq < ? AND ? < until_seq"
+    reset = args.after > seq or db.execute(gap, (args.server_id, args.after, args.after)).fetchone() is not None
+    if reset:
+        args = msgspec.structs.replace(args, after=0)
     rows = db.execute(
         MESSAGE_ROWS
         + """JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id
@@ -2056,7 +2061,8 @@ def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection
         [Deletion(row[0], row[1], row[6]) for row in rows if row[12]],
         channels_of(db, args.server_id) if channels_seq > args.after else UNSET,
         members_of(db, args.server_id, present, viewer) if members_seq > args.after else UNSET,
-        name if name_seq > args.after else UNSET,
+        name if reset or name_seq > args.after else UNSET,
+        reset,
     )
 
 
