@@ -41,6 +41,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import hmac
 import html
 import inspect
 import io
@@ -62,8 +63,8 @@ import tempfile
 import time
 import typing
 import unicodedata
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -1533,6 +1534,7 @@ REACTIONS_MAX = 50  # different ones on one message
 INDEX_STEP = 500  # messages that search learns of in one transaction
 PURGE_STEP = 200  # messages of one author that are deleted in one transaction
 PURGE_SCAN = 5000  # messages that are looked at for it
+ADDRESSES_KEPT = 20  # from which an account signed in
 
 
 class Standing(NamedTuple):
@@ -1582,6 +1584,23 @@ def insert_user(db: sqlite3.Connection, username: str, password: str | None, now
     return int(row[0])
 
 
+def address_seen(db: sqlite3.Connection, user_id: int, digest: bytes) -> float | None:
+    """Return when the account last signed in from that address, in Unix seconds."""
+    row = db.execute("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?", (user_id, digest)).fetchone()
+    return row[0] if row else None
+
+
+def remember_address(db: sqlite3.Connection, user_id: int, digest: bytes, clock: float) -> Done[None]:
+    """Note that the account signed in from that address; the newest ADDRESSES_KEPT are kept."""
+    db.execute("INSERT OR REPLACE INTO known_addresses VALUES (?, ?, ?)", (user_id, digest, clock))
+    db.execute(
+        """DELETE FROM known_addresses WHERE user_id = ?1 AND digest NOT IN
+           (SELECT digest FROM known_addresses WHERE user_id = ?1 ORDER BY seen_at DESC LIMIT ?2)""",
+        (user_id, ADDRESSES_KEPT),
+    )
+    return Done(None)
+
+
 def update_status(db: sqlite3.Connection, user_id: int, status: Status) -> None:
     db.execute("UPDATE users SET status = ? WHERE user_id = ?", (status, user_id))
 
@@ -1599,6 +1618,7 @@ def update_password(db: sqlite3.Connection, user_id: int, before: str | None, pa
 
 
 def close_account(db: sqlite3.Connection, user_id: int) -> None:
+    db.execute("DELETE FROM known_addresses WHERE user_id = ?", (user_id,))
     db.execute("UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?", (user_id,))
 
 
@@ -2306,8 +2326,11 @@ ALGORITHM = "HS256"
 # One spelling for each token: its signature stands for 32 bytes, and the decoder would take it with `=` behind as well.
 SPELLING = re.compile(r"[\w-]+\.[\w-]+\.[\w-]{42}[AEIMQUYcgkosw048]", re.ASCII)
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}
+ISSUER = "chatrtc"  # `iss` and `aud` of our tokens: a program may sign other tokens with the same secret
 HASHERS = 2
-HASHING_LINE = 64  # who waits behind that many is sent away
+HASHING_QUEUE = 256  # who may wait for a hasher
+HASHING_QUEUE_PER_ADDRESS = 64  # some 2 seconds of work
+ADDRESS_SECONDS = 86400  # between two notes of the same address
 
 
 def hash_password(password: str, salt: bytes, n: int, r: int, p: int) -> str:
@@ -2326,12 +2349,13 @@ def same_password(password: str, stored: str | None) -> bool:
 
 
 class Passwords:
-    """Hashing beside the event loop, by few threads, with a bounded line before them."""
+    """Hashes passwords on a few threads. Each address has a bounded queue of its own, and the addresses take turns."""
 
     def __init__(self, bounded: bool) -> None:
         self._threads = concurrent.futures.ThreadPoolExecutor(HASHERS, thread_name_prefix="chatrtc-scrypt")
-        self._line = 0
-        self._most = HASHING_LINE if bounded else sys.maxsize
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # address -> those who wait; the next address first
+        self._free = HASHERS
+        self._bounded = bounded
 
     async def hash(self, password: str) -> str:
         return await self._run(functools.partial(hash_password, password, secrets.token_bytes(16), **SCRYPT))
@@ -2340,13 +2364,56 @@ class Passwords:
         return await self._run(functools.partial(same_password, password, stored))
 
     async def _run(self, work: Callable[[], R]) -> R:
-        if self._line >= self._most:
-            raise refusal("SIGN_IN_BUSY", retry_after=2)
-        self._line += 1
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, address: str) -> AsyncIterator[None]:
+        """Wait for a hasher and hold it. Raises RATE_LIMITED if too many wait already."""
+        if self._free:
+            self._free -= 1
+        else:
+            await self._wait(address)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            yield
         finally:
-            self._line -= 1
+            self._pass_on()
+
+    async def _wait(self, address: str) -> None:
+        if self._bounded:
+            self._make_room(address)
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(address, deque()).append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._pass_on()
+            raise
+
+    def _make_room(self, address: str) -> None:
+        """If all queues together are full, the newest of the longest one is refused, so that no address can fill them."""
+        waiting = {one: sum(not waiter.done() for waiter in queue) for one, queue in self._queues.items()}
+        mine = waiting.get(address, 0)
+        if mine >= HASHING_QUEUE_PER_ADDRESS:
+            raise refusal("SIGN_IN_BUSY", retry_after=2)
+        if sum(waiting.values()) >= HASHING_QUEUE:
+            longest = max(waiting, key=lambda one: waiting[one])
+            if waiting[longest] <= mine + 1:
+                raise refusal("SIGN_IN_BUSY", retry_after=2)
+            newest = next(waiter for waiter in reversed(self._queues[longest]) if not waiter.done())
+            newest.set_exception(refusal("SIGN_IN_BUSY", retry_after=2))
+
+    def _pass_on(self) -> None:
+        """Give the hasher to the first who waits at the next address."""
+        while self._queues:
+            address = next(iter(self._queues))
+            queue = self._queues.pop(address)
+            waiter = queue.popleft()
+            if queue:
+                self._queues[address] = queue  # behind the other addresses
+            if not waiter.done():
+                return waiter.set_result(None)
+        self._free += 1
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -2375,7 +2442,8 @@ def make_secret(database: Path) -> str:
 
 
 class Keys:
-    """Signs and reads tokens. Claims: `sub` (user id), `iat`, `exp`, `jti`, and `gen`, the account's generation of tokens."""
+    """Signs and reads tokens. Claims: `sub` (user id), `iat`, `exp`, `jti`, `iss`, `aud`, and `gen`, the account's generation
+    of tokens. A token without `iss` and `aud`, as version 1.0 issued them, is valid too."""
 
     def __init__(self, secret: str, ttl: int) -> None:
         if len(secret.encode()) < SECRET_BYTES:
@@ -2385,7 +2453,8 @@ class Keys:
 
     def issue(self, user_id: int, username: str, generation: int, now: float) -> Account:
         expires = int(now) + self._ttl
-        claims = {"sub": str(user_id), "iat": int(now), "exp": expires, "jti": secrets.token_hex(8), "gen": generation}
+        claims: dict[str, Any] = {"sub": str(user_id), "iat": int(now), "exp": expires, "iss": ISSUER, "aud": ISSUER}
+        claims |= {"jti": secrets.token_hex(8), "gen": generation}
         token = jwt.encode(claims, self._secret, algorithm=ALGORITHM)
         return Account(user_id, username, token, utc(expires))
 
@@ -2398,22 +2467,27 @@ class Keys:
             claims = jwt.decode(token, self._secret, algorithms=[ALGORITHM], options=options)
             user_id, generation = int(claims["sub"]), claims.get("gen", 0)
             numbers = all(type(claims[name]) in (int, float) for name in ("iat", "exp"))
-            if not numbers or type(generation) is not int or not 0 < user_id < 2**63:
+            ours = all(claims.get(name, ISSUER) == ISSUER for name in ("iss", "aud"))
+            if not ours or not numbers or type(generation) is not int or not 0 < user_id < 2**63:
                 raise ValueError
             return user_id, generation, float(claims["exp"])
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
             raise refusal("TOKEN_INVALID") from None
 
+    def address_digest(self, user_id: int, address: str) -> bytes:
+        """Return what the database keeps of an address that an account signed in from."""
+        return hmac.digest(self._secret.encode(), f"address {user_id} {address}".encode(), "sha256")[:16]
+
 
 # ---- Limits --------------------------------------------------------------------------------------------------------
-# How often somebody may do something: token buckets on the monotonic clock, by user or by address. A class shares one address,
-# so what an account may do is counted by account first.
+# How often somebody may do something: token buckets on the monotonic clock, by user or by address. A school shares one address,
+# so the limits by address have room for 1,000 pupils who register, mistype and sign in within a few minutes.
 
 
 class Limit(NamedTuple):
     per_second: float
     burst: float
-    by: Literal["user", "address", "account"]
+    by: Literal["user", "address", "account", "account and address"]
     counts: str
     failures: bool = False  # only what fails is counted
 
@@ -2423,65 +2497,97 @@ LIMITS = {
     "signal": Limit(20, 300, "user", "WebRTC signals (`voice:signal`)"),
     "event": Limit(8, 120, "user", "Socket.IO events (a repeated `typing_start` costs nothing)"),
     "request": Limit(50, 500, "user", "REST requests"),
-    "register": Limit(1, 60, "address", "new accounts and guests"),
-    "login": Limit(5 / 60, 5, "account", "failed logins", True),
-    "login_address": Limit(100 / 60, 100, "address", "failed logins", True),
-    "invite": Limit(10 / 60, 10, "address", "wrong invite codes", True),
+    # 1,000 pupils, each with one name that is taken already. One address adds at most 3,600 accounts an hour in the long run.
+    "register": Limit(1, 2000, "address", "new accounts and guests"),
+    # One person's slips. Guessing one account's password from one address: 7,200 tries a day.
+    "login": Limit(5 / 60, 5, "account and address", "wrong passwords", True),
+    # Many addresses that guess one account's password together. Addresses that the account signed in from are exempt.
+    "login_account": Limit(
+        5 / 60, 50, "account", "wrong passwords, from addresses that the account has not signed in from", True
+    ),
+    # 1,000 pupils, of whom two in three mistype. Accounts that have signed in from the address are exempt.
+    "login_address": Limit(1, 600, "address", "wrong passwords, for accounts that have not signed in from there", True),
+    # A code has 50 bits and needs no lock: this bounds the work that guessing makes. Enough for one pupil in four to mistype.
+    "invite": Limit(1, 100, "address", "unknown invite codes", True),
 }
 SOCKETS_PER_USER = 20
-BUCKETS_KEPT = 20_000
+BUCKETS_KEPT = 20_000  # of each limit: some 4 MiB
+OTHERS = object()  # whose bucket is shared by those who find their limit's table full
+GUESSES = {"INVITE_UNKNOWN"}  # the reasons by which a code is counted as a guess
+LimitOf = tuple[str, object]  # a limit, and whose
 
 
 class Limiter:
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
-        self._buckets: dict[tuple[str, object], tuple[float, float]] = {}  # (limit, whose) -> tokens left, when
+        # For each limit: whose -> tokens left, when. The bucket that was looked at least recently comes first.
+        self._tables: dict[str, OrderedDict[object, tuple[float, float]]] = {name: OrderedDict() for name in LIMITS}
 
-    def level(self, name: str, whose: object) -> tuple[float, float]:
-        """Tokens in the bucket now, and now."""
-        limit, now = LIMITS[name], time.monotonic()
-        left, then = self._buckets.get((name, whose), (limit.burst, now))
-        return min(limit.burst, left + (now - then) * limit.per_second), now
+    def _level(self, limit: Limit, bucket: tuple[float, float], now: float) -> float:
+        return min(limit.burst, bucket[0] + (now - bucket[1]) * limit.per_second)
+
+    def _bucket(self, name: str, whose: object) -> object:
+        """Return the key of the bucket that counts for `whose`.
+
+        A bucket that is not full is never forgotten: it may be what stops an attack. If the table is full of such buckets,
+        newcomers share one more: an attacker who filled the table gains nothing, and those who are in it notice nothing.
+        """
+        limit, table, now = LIMITS[name], self._tables[name], time.monotonic()
+        if whose in table or len(table) < BUCKETS_KEPT:
+            return whose
+        for _ in range(4):
+            oldest = next(iter(table))
+            if self._level(limit, table[oldest], now) < limit.burst:
+                table.move_to_end(oldest)
+            else:
+                del table[oldest]
+        return whose if len(table) < BUCKETS_KEPT else OTHERS
+
+    def count(self, name: str, whose: object, times: int = 1) -> None:
+        """Count so many, whether or not the limit allows it. A negative number gives back what was counted."""
+        limit, table, now = LIMITS[name], self._tables[name], time.monotonic()
+        key = self._bucket(name, whose)
+        table[key] = (min(limit.burst, self._level(limit, table.get(key, (limit.burst, now)), now) - times), now)
 
     def check(self, name: str, whose: object) -> None:
-        """Raises RATE_LIMITED where one more would be one too many."""
-        left, _ = self.level(name, whose)
+        """Raise RATE_LIMITED if one more is one too many."""
+        limit, table, now = LIMITS[name], self._tables[name], time.monotonic()
+        left = self._level(limit, table.get(self._bucket(name, whose), (limit.burst, now)), now)
         if left < 1 and self._enabled:
-            raise refusal("TOO_OFTEN", retry_after=(1 - left) / LIMITS[name].per_second)
+            raise refusal("TOO_OFTEN", retry_after=(1 - left) / limit.per_second)
 
     def take(self, name: str, whose: object) -> None:
-        """Count one; raises RATE_LIMITED where that is one too many."""
+        """Count one. Raises RATE_LIMITED if that is one too many."""
         if self._enabled:
             self.check(name, whose)
             self.count(name, whose)
 
-    def count(self, name: str, whose: object, times: int = 1) -> None:
-        left, now = self.level(name, whose)
-        self._buckets[name, whose] = (left - times, now)
-        if len(self._buckets) > BUCKETS_KEPT:
-            self._forget()
-
     @contextlib.contextmanager
     def guess(self, name: str, whose: object) -> Iterator[None]:
-        """Something that may be tried, of which what is not found counts."""
-        self.check(name, whose)
+        """Count an unknown code; above the limit it is refused with RATE_LIMITED instead. A code that exists always passes."""
         try:
             yield
-        except ChatError as refusal:
-            if refusal.code == "NOT_FOUND":
-                self.count(name, whose)
+        except ChatError as error:
+            if error.reason in GUESSES:
+                self.take(name, whose)
             raise
 
-    def give_back(self, name: str, whose: object) -> None:
-        """What was counted turned out well, where only failures count."""
-        self.count(name, whose, -1)
+    @contextlib.contextmanager
+    def trial(self, limits: Sequence[LimitOf]) -> Iterator[Callable[[], None]]:
+        """Count one try under each limit, and give it back at the end unless the function in the result was called.
 
-    def _forget(self) -> None:
-        """Full buckets are as good as none; if that does not help, the oldest go."""
-        for key in [key for key in self._buckets if self.level(*key)[0] >= LIMITS[key[0]].burst - 0.01]:
-            del self._buckets[key]
-        for key in list(self._buckets)[: max(0, len(self._buckets) - BUCKETS_KEPT // 2)]:
-            del self._buckets[key]
+        Counting first keeps tries that are under way at once within the limits. Raises RATE_LIMITED.
+        """
+        for limit in limits:
+            self.check(*limit)
+        for limit in limits:
+            self.count(*limit)
+        failed = asyncio.Event()
+        try:
+            yield failed.set
+        finally:
+            for limit in () if failed.is_set() else limits:
+                self.count(*limit, times=-1)
 
 
 # ---- Policy --------------------------------------------------------------------------------------------------------
@@ -4347,19 +4453,37 @@ class Chat:
 SIGNAL_BYTES = 16 * 1024  # a WebRTC offer for audio has 2 to 6 KiB
 
 
+def remember_signing_in(chat: Chat, caller: Caller, user_id: int) -> None:
+    """Note the address that somebody signed in from, at most once a day, without making them wait."""
+    digest, clock = chat.keys.address_digest(user_id, caller.address), time.time()
+    seen = chat.store.peek(address_seen, user_id, digest)
+    if seen is None or clock - seen > ADDRESS_SECONDS:
+        job = functools.partial(remember_address, user_id=user_id, digest=digest, clock=clock)
+        chat.sio.eio.spawn(outcome_of(chat.store.write(job)))
+
+
 def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: str | None, clock: float) -> Done[int]:
-    """A new account; with an invite, also a member of its server."""
+    """Create an account; with an invite, also a member of its server. The code is looked at before the name: a wrong code must
+    not tell which names are taken."""
+    invite = None if args.code is None else open_invite(db, args.code, utc(clock))
     user_id = insert_user(db, args.username, password, utc(clock))
-    if args.code is None:
-        return Done(user_id)
-    invite = open_invite(db, args.code, utc(clock))
-    return Done(user_id, use_invite(db, invite, user_id, args.username, utc(clock)))
+    return Done(user_id, use_invite(db, invite, user_id, args.username, utc(clock)) if invite else [])
 
 
 async def make_account(chat: Chat, caller: Caller, args: NewUser | NewGuest, password: str | None) -> Done[Account]:
+    """Create an account for a password or, without one, for a guest."""
     clock = time.time()
     with chat.limiter.guess("invite", caller.address):
-        done = await chat.store.write(lambda db: create_account(db, args, password, clock))
+        if args.code is not None:
+            chat.store.peek(open_invite, args.code, utc(clock))
+        chat.limiter.take("register", caller.address)
+        hashed = None
+        if password is not None:
+            async with chat.passwords.turn(caller.address):
+                hashed = await chat.passwords.hash(password)
+        done = await chat.store.write(lambda db: create_account(db, args, hashed, clock))
+    if hashed is not None:
+        remember_signing_in(chat, caller, done.answer)
     return Done(chat.keys.issue(done.answer, args.username, 0, clock))
 
 
@@ -4370,8 +4494,7 @@ async def register(chat: Chat, caller: Caller, args: NewUser) -> Done[Account]:
         raise refusal("REGISTRATION_CLOSED")
     if chat.settings.registration == "invite" and args.code is None:
         raise refusal("INVITE_NEEDED")
-    chat.limiter.take("register", caller.address)
-    return await make_account(chat, caller, args, await chat.passwords.hash(args.password))
+    return await make_account(chat, caller, args, args.password)
 
 
 @operation("live", "POST /auth/guest", Who.ANYONE, emits=["member:joined"], status=201)
@@ -4379,22 +4502,36 @@ async def register_guest(chat: Chat, caller: Caller, args: NewGuest) -> Done[Acc
     """Come in by an invite and a name alone; a password can be set later."""
     if chat.settings.no_guests or chat.settings.registration == "closed":
         raise refusal("GUESTS_OFF")
-    chat.limiter.take("register", caller.address)
     return await make_account(chat, caller, args, None)
+
+
+async def is_password(chat: Chat, caller: Caller, username: str, user_id: int, password: str, stored: str | None) -> bool:
+    """Return whether it is the account's password. Raises RATE_LIMITED.
+
+    Only a wrong password is counted: by account and address together, and more widely if the account never signed in from that
+    address. Without an account (`user_id` 0) the work and the limits are the same.
+    """
+    name, digest = fold(username), chat.keys.address_digest(user_id, caller.address)
+    limits: list[LimitOf] = [("login", (name, caller.address))]
+    if chat.store.peek(address_seen, user_id, digest) is None:
+        limits += [("login_account", name), ("login_address", caller.address)]
+    for limit in limits:
+        chat.limiter.check(*limit)
+    async with chat.passwords.turn(caller.address):
+        with chat.limiter.trial(limits) as failed:
+            right = await chat.passwords.check(password, stored)
+            if not right:
+                failed()
+    return right
 
 
 @operation("live", "POST /auth/login", Who.ANYONE)
 async def login(chat: Chat, caller: Caller, args: Credentials) -> Done[Account]:
     """Sign in. An unknown name and a wrong password take the same time and get the same answer."""
-    attempts = [("login", fold(args.username)), ("login_address", caller.address)]
-    for attempt in attempts:
-        chat.limiter.take(*attempt)
-    found = chat.store.peek(account_named, args.username)
-    if not await chat.passwords.check(args.password, found[1] if found else None) or found is None:
+    account, stored = chat.store.peek(account_named, args.username) or (Standing(0, ""), None)
+    if not await is_password(chat, caller, args.username, account.user_id, args.password, stored):
         raise refusal("WRONG_PASSWORD")
-    for attempt in attempts:
-        chat.limiter.give_back(*attempt)
-    account = found[0]
+    remember_signing_in(chat, caller, account.user_id)
     return Done(chat.keys.issue(account.user_id, account.username, account.generation, time.time()))
 
 
@@ -4408,15 +4545,15 @@ async def change_password(chat: Chat, caller: Caller, args: NewPassword) -> Done
     """Change the password (a guest sets the first one without `old_password`); every other token ends, its sockets too."""
     me = caller.me
     assert me is not None
-    stored = chat.store.peek(password_of, me.user_id)
-    if stored is not None and args.old_password is None:
+    stored, old = chat.store.peek(password_of, me.user_id), args.old_password
+    if stored is not None and old is None:
         raise refusal("FIELD_MISSING", field="old_password", what="old_password")
-    chat.limiter.take("login", fold(me.username))
-    if stored is not None and not await chat.passwords.check(args.old_password or "", stored):
+    if stored is not None and not await is_password(chat, caller, me.username, me.user_id, old or "", stored):
         raise refusal("WRONG_OLD_PASSWORD", field="old_password")
-    chat.limiter.give_back("login", fold(me.username))
-    password = await chat.passwords.hash(args.new_password)
+    async with chat.passwords.turn(caller.address):
+        password = await chat.passwords.hash(args.new_password)
     done = await chat.store.write(lambda db: replace_password(db, me.user_id, stored, password))
+    remember_signing_in(chat, caller, me.user_id)
     return Done(chat.keys.issue(me.user_id, me.username, done.answer, time.time()))
 
 

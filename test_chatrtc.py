@@ -288,6 +288,13 @@ class World:
             await member.ok("POST", f"/invites/{invite['code']}")
         return Place(server["server_id"], server["channels"][0]["channel_id"])
 
+    def at(self, address: str) -> World:
+        """The same server, as a client at another loopback address uses it. To be closed."""
+        return World(self.url, aiohttp.ClientSession(connector=aiohttp.TCPConnector(local_addr=(address, 0))), self._chat)
+
+    async def sign_in(self, name: str, password: str = "correct horse") -> Reply:
+        return await self.call("POST", "/auth/login", {"username": name, "password": password})
+
     async def socket(self, token: str | None = None, **options: Any) -> Socket:
         socket = Socket()
         self.sockets.append(socket)
@@ -1698,6 +1705,10 @@ WRONG_TOKENS: dict[str, Callable[[Person], str]] = {
     "with exp true": lambda me: sign(claims_of(me, exp=True)),
     "with exp not a number": lambda me: sign(claims_of(me, exp=float("nan"))),
     "not yet good": lambda me: sign(claims_of(me, nbf=int(time.time()) + HOUR)),
+    "for another audience": lambda me: sign(claims_of(me, aud="elsewhere", iss="chatrtc")),
+    "for several audiences": lambda me: sign(claims_of(me, aud=["chatrtc", "elsewhere"], iss="chatrtc")),
+    "for no audience": lambda me: sign(claims_of(me) | {"aud": None}),
+    "of another issuer": lambda me: sign(claims_of(me, iss="elsewhere")),
     "of nobody": lambda me: sign(claims_of(me, sub="999")),
     "of a number beyond numbers": lambda me: sign(claims_of(me, sub="9" * 30)),
     "of a name": lambda me: sign(claims_of(me, sub=me.name)),
@@ -1733,6 +1744,8 @@ async def test_a_token_of_sub_iat_and_exp_alone_is_good(make_world: MakeWorld) -
     ana = await world.person("ana")
     token = sign(claims_of(ana))
     assert (await world.call("GET", "/users/me", token=token)).body["user_id"] == ana.user_id
+    claims = json.loads(base64.urlsafe_b64decode(ana.token.split(".")[1] + "=="))
+    assert (claims["iss"], claims["aud"]) == ("chatrtc", "chatrtc")
     socket = await world.socket(token)
     assert (await socket.ok("user:status", {"status": "away"})) == {"success": True}
     socket = await world.socket()
@@ -1869,25 +1882,134 @@ async def test_a_socket_stays_its_users(world: World) -> None:
 # How often: who does too much is told how long to wait, and others notice nothing.
 
 
-async def test_failed_logins_are_limited_by_account(make_world: MakeWorld) -> None:
+async def test_wrong_passwords_are_limited_by_account_and_address(make_world: MakeWorld) -> None:
     world = await make_world(no_rate_limit=False)
-    await world.people("ana", "ben")
+    ana, _ = await world.people("ana", "ben")
     for _ in range(5):
-        reply = await world.call("POST", "/auth/login", {"username": "ana", "password": "a wrong one"})
-        assert reply.code == "UNAUTHORIZED"
+        assert (await world.sign_in("ana", "a wrong one")).code == "UNAUTHORIZED"
     for password in ("a wrong one", "correct horse"):
-        reply = await world.call("POST", "/auth/login", {"username": "ANA", "password": password})
+        reply = await world.sign_in("ANA", password)
         assert (reply.status, reply.code) == (429, "RATE_LIMITED")
         assert 1 <= int(reply.headers["Retry-After"]) <= 13
-    assert (await world.call("POST", "/auth/login", {"username": "ben", "password": "correct horse"})).status == 200
+    words = {"old_password": "correct horse", "new_password": "battery staple"}
+    assert (await ana.call("POST", "/auth/password", words)).code == "RATE_LIMITED"
+    assert (await world.sign_in("ben")).status == 200
+    async with world.at("127.0.0.2") as elsewhere:
+        assert (await elsewhere.sign_in("ana")).status == 200
 
 
-async def test_logins_that_succeed_are_not_counted(make_world: MakeWorld) -> None:
+@pytest.mark.parametrize("name", ["ana", "nobody"])
+async def test_an_attack_from_many_addresses_leaves_known_addresses_alone(make_world: MakeWorld, name: str) -> None:
     world = await make_world(no_rate_limit=False)
     await world.person("ana")
-    for _ in range(8):
-        reply = await world.call("POST", "/auth/login", {"username": "ana", "password": "correct horse"})
-        assert reply.status == 200
+    answers = []
+    for number in range(2, 14):
+        async with world.at(f"127.0.0.{number}") as elsewhere:
+            answers += [(await elsewhere.sign_in(name, "a wrong one")).code for _ in range(5)]
+    assert answers[:50] == ["UNAUTHORIZED"] * 50, "an unknown name gets the same answers"
+    assert answers[-1] == "RATE_LIMITED"
+    async with world.at("127.0.0.14") as elsewhere:
+        assert (await elsewhere.sign_in(name)).code == "RATE_LIMITED"
+    assert (await world.sign_in("ana")).status == 200
+
+
+async def test_only_wrong_passwords_are_counted(make_world: MakeWorld) -> None:
+    """Neither right ones are, nor those that the full queue refuses; and one address cannot keep others from signing in."""
+    world = await make_world(no_rate_limit=False)
+    await world.people("ana", "ben")
+    async with world.at("127.0.0.2") as elsewhere:
+        many = [asyncio.create_task(world.sign_in("ana")) for _ in range(90)]
+        await asyncio.wait(many, return_when=asyncio.FIRST_COMPLETED)
+        assert (await elsewhere.sign_in("ben")).status == 200
+        replies = await asyncio.gather(*many)
+    refused = {reply.body["reason"] for reply in replies if reply.status != 200}
+    assert "SIGN_IN_BUSY" in refused
+    assert refused <= {"SIGN_IN_BUSY", "TOO_SLOW"}
+    assert [(await world.sign_in("ana", "a wrong one")).status for _ in range(6)] == [401] * 5 + [429]
+
+
+async def test_places_in_the_queue_for_hashing_are_shared_by_address() -> None:
+    """The turns go round the addresses; a full queue refuses the newest of the longest line; who gives up leaves no gap."""
+    passwords, turns = chatrtc.Passwords(bounded=True), asyncio.Queue[str]()
+    gates = [asyncio.Event() for _ in range(2)]
+
+    async def hold(gate: asyncio.Event) -> None:
+        async with passwords.turn("holder"):
+            await gate.wait()
+
+    async def wait(address: str) -> None:
+        async with passwords.turn(address):
+            turns.put_nowait(address)
+
+    holders = [asyncio.create_task(hold(gate)) for gate in gates]
+    await asyncio.sleep(0)
+    waiting = [asyncio.create_task(wait(f"bad-{number % 4}")) for number in range(4 * 64)]
+    await asyncio.sleep(0)
+    with pytest.raises(chatrtc.ChatError, match="RATE_LIMITED"):
+        await wait("bad-0")
+    good = [asyncio.create_task(wait("good")) for _ in range(2)]
+    await asyncio.sleep(0)
+    good[0].cancel()
+    waiting[0].cancel()
+    for gate in gates:
+        gate.set()
+    outcomes = await asyncio.gather(*holders, *waiting, good[1], return_exceptions=True)
+    assert sum(isinstance(outcome, chatrtc.ChatError) for outcome in outcomes) == 2
+    order = [turns.get_nowait() for _ in range(turns.qsize())]
+    assert len(order) == 4 * 64 - 3 + 1
+    assert "good" in order[:5]
+    assert (passwords._free, passwords._queues) == (chatrtc.HASHERS, {})
+    passwords.close()
+
+
+async def test_an_account_keeps_its_newest_addresses(world: World) -> None:
+    ana, store = await world.person("ana"), world.chat.chat.store
+    for number in range(30):
+        digest = world.chat.chat.keys.address_digest(ana.user_id, f"192.0.2.{number}")
+        await store.write(functools.partial(chatrtc.remember_address, user_id=ana.user_id, digest=digest, clock=1e10 + number))
+    seen = [
+        store.peek(chatrtc.address_seen, ana.user_id, world.chat.chat.keys.address_digest(ana.user_id, f"192.0.2.{number}"))
+        for number in range(30)
+    ]
+    assert seen == [None] * 10 + [1e10 + number for number in range(10, 30)]
+
+
+def test_a_full_table_of_a_limit_forgets_no_bucket_that_is_not_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatrtc, "BUCKETS_KEPT", 100)
+    limiter = chatrtc.Limiter(enabled=True)
+    limiter.count("login_account", "ana", 50)
+    for number in range(1000):
+        limiter.count("login_account", number)
+    with pytest.raises(chatrtc.ChatError, match="RATE_LIMITED") as refused:
+        limiter.check("login_account", "ana")
+    assert refused.value.retry_after is not None
+    limiter.check("login_account", 1)
+    with pytest.raises(chatrtc.ChatError, match="RATE_LIMITED"):
+        limiter.check("login_account", "somebody who finds the table full of attackers")
+    limiter.check("login", "ana")
+    assert all(len(table) <= 101 for table in limiter._tables.values())
+    for number in range(1000):
+        limiter.count("post", number)
+        limiter.count("post", number, -1)
+    limiter.check("post", "a newcomer")
+    assert len(limiter._tables["post"]) <= 101
+
+
+def test_a_try_that_does_not_fail_is_given_back() -> None:
+    limiter, limits = chatrtc.Limiter(enabled=True), [("login", "ana"), ("login_address", "here")]
+    for _ in range(20):
+        with contextlib.suppress(TimeoutError), limiter.trial(limits):
+            raise TimeoutError
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(limiter.trial(limits))
+        with pytest.raises(chatrtc.ChatError, match="RATE_LIMITED"), limiter.trial(limits):
+            pass
+    for _ in range(5):
+        with limiter.trial(limits) as failed:
+            failed()
+    with pytest.raises(chatrtc.ChatError, match="RATE_LIMITED"):
+        limiter.check("login", "ana")
 
 
 async def test_messages_are_limited_by_user(make_world: MakeWorld) -> None:
@@ -1949,9 +2071,40 @@ async def test_a_whole_class_comes_in_by_one_invite_at_once(make_world: MakeWorl
         world.call("POST", "/auth/guest", {"username": f"guest-{number}", "code": invite["code"]}) for number in range(30)
     ]
     assert [reply.status for reply in await asyncio.gather(*guests)] == [201] * 30
-    wrong = [await world.call("GET", f"/invites/wrong-{number}") for number in range(14)]
-    assert [reply.code for reply in wrong[:10]] == ["NOT_FOUND"] * 10
-    assert wrong[-1].code == "RATE_LIMITED"
+
+
+async def test_a_code_that_exists_passes_whatever_others_guessed(make_world: MakeWorld) -> None:
+    world = await make_world(no_rate_limit=False)
+    ana, ben, cy = await world.people("ana", "ben", "cy")
+    place = await world.place(ana)
+    codes = [(await ana.ok("POST", f"/servers/{place.server_id}/invites", {}))["code"] for _ in range(2)]
+    credentials = {"password": "correct horse"}
+    tries: list[Callable[[str, str], Awaitable[Reply]]] = [
+        lambda code, name: world.call("GET", f"/invites/{code}"),
+        lambda code, name: world.call("GET", f"/invites/{code}.svg"),
+        lambda code, name: world.call("POST", "/auth/guest", {"username": name, "code": code}),
+        lambda code, name: world.call("POST", "/auth/register", {"username": name, "code": code} | credentials),
+        lambda code, name: ben.call("POST", f"/invites/{code}"),
+        lambda code, name: ana.call("DELETE", f"/invites/{code}"),
+    ]
+    wrong = [await tries[number % 6](f"wrong-{number}", f"wrong-{number}") for number in range(150)]
+    assert [reply.code for reply in wrong[:100]] == ["NOT_FOUND"] * 100
+    assert (wrong[-1].code, int(wrong[-1].headers["Retry-After"]) >= 1) == ("RATE_LIMITED", True)
+    for number, attempt in enumerate(tries):
+        assert (await attempt("wrong", f"guest-{number}")).code == "RATE_LIMITED"
+        assert (await attempt(codes[0], f"guest-{number}")).status < 300
+    assert (await world.call("POST", "/auth/register", {"username": "without"} | credentials)).status == 201
+    assert (await cy.call("POST", f"/invites/{codes[1]}")).status == 201
+
+
+@pytest.mark.parametrize("route", ["/auth/guest", "/auth/register"])
+async def test_a_wrong_code_does_not_tell_which_names_are_taken(world: World, route: str) -> None:
+    await world.person("ana")
+    password = {"password": "correct horse"} if route == "/auth/register" else {}
+    bodies = [{"username": name, "code": "wrong"} | password for name in ("ana", "free")]
+    taken, free = [await world.call("POST", route, body) for body in bodies]
+    assert taken.code == "NOT_FOUND"
+    assert taken.body == free.body
 
 
 # ---- Policy ---------------------------------------------------------------------------------------------------------
