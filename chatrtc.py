@@ -2407,12 +2407,11 @@ class Passwords:
         """Give the hasher to the first who waits at the next address."""
         while self._queues:
             address = next(iter(self._queues))
-            queue = self._queues.pop(address)
-            waiter = queue.popleft()
-            if queue:
+            queue = deque(waiter for waiter in self._queues.pop(address) if not waiter.done())
+            if len(queue) > 1:
                 self._queues[address] = queue  # behind the other addresses
-            if not waiter.done():
-                return waiter.set_result(None)
+            if queue:
+                return queue.popleft().set_result(None)
         self._free += 1
 
     def close(self) -> None:
