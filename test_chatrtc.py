@@ -384,6 +384,116 @@ class Process:
         return self.process.returncode or 0, errors.decode()
 
 
+# What a text means: which members it mentions. The server and the page are both tested against this table.
+MENTIONED = [
+    "ana",
+    "ana.b",
+    "ben",
+    "x_y",
+    "o-neil",
+    "José",
+    "straße",
+    "ΟΔΥΣΣΕΥΣ",
+    "田中",
+    "林小雨",
+    "ユーザー",
+    "สมชาย",
+    "민수",
+    "محمد",
+    "राम",
+]
+MENTION_CASES = {
+    "@ana": "ana",
+    "hello @ANA, @Ben!": "ana ben",
+    "@ana.Thanks": "ana",
+    "@ana.": "ana",
+    "@ana... well": "ana",
+    "@ana-lyse": "ana",
+    "@ana.b": "ana.b",
+    "@ana.b.": "ana.b",
+    "@ana.bc": "ana",
+    "@ana's": "ana",
+    "@ana/@ben": "ana",
+    "@ana@ben": "ana",
+    "@ana,@ben;(@x_y)": "ana ben x_y",
+    "@analyse @ana_ @ana2 @ana\u0301": "",
+    "@x_y @x_ @x": "x_y",
+    "@o-neil @o-": "o-neil",
+    "@nobody @ @@ @@ana @.ana": "ana",
+    "@jose @josé @jose\u0301 @JOSÉ": "José",
+    "@strasse @STRASSE": "straße",
+    "@οδυσσευς @οδυσσευσ": "ΟΔΥΣΣΕΥΣ",
+    "@\uff41\uff4e\uff41": "ana",
+    "@ana😀 and 😀@ben ❤\ufe0f@x_y": "ana ben x_y",
+    # Before the `@`
+    "info@ana a.@ana -@ana /@ana _@ana 7@ana é@ana e\u0301@ana": "",
+    "(@ana) \"@ben\" '@x_y'": "ana ben x_y",
+    "*@ana* **@ben** ~~@x_y~~ >@o-neil": "ana ben x_y o-neil",
+    "你好@林小雨": "林小雨",
+    "ねえ@田中さん": "田中",
+    "สวัสดี@สมชาย": "สมชาย",
+    "안녕@민수 مرحبا@محمد नमस्ते@राम": "",
+    # After the handle
+    "@田中さん": "田中",
+    "@田中2": "田中",
+    "@田中": "田中",
+    "@ユーザーさん、@林小雨你好": "ユーザー 林小雨",
+    "@ana你好 @benさん": "ana ben",
+    "@민수야 @민수": "민수",
+    "@ana님": "ana",
+    "@สมชายครับ": "สมชาย",
+    "@محمد، @محمدا": "محمد",
+    "@राम। @रामा": "राम",
+    "@रामा": "",
+    # Code
+    "`@ana`": "",
+    "``@ana ` @ben``": "",
+    "`@ana` @ben `": "ben",
+    "`@ana": "ana",
+    "`@ana``": "ana",
+    "`a\n@ana`": "ana",
+    "\\`@ana\\`": "ana",
+    "\\\\`@ana`": "",
+    "```\n@ana\n```": "",
+    "```py\n@ana\n``` @ben": "ben",
+    "```@ana``` @ben": "ben",
+    "```@ana\n@ben``` @x_y": "x_y",
+    "look: ```\n@ana\n``` @ben": "ben",
+    "look: ``` @ana": "ana",
+    "```\n@ana": "",
+    "````\n```\n@ana\n```\n````\n@ben": "ben",
+    "```\n> ```\n@ana": "ana",
+    "> ```\n> @ana\n> ```\n> @ben": "ben",
+    "> ```\n> @ana\n@ben": "ben",
+    "> > `@ana`\n> @ben": "ben",
+    "- `@ana`\n- @ben": "ben",
+    "1. ```\n@ana\n```\n2. @ben": "ben",
+    "~~~\n@ana\n~~~": "ana",
+    # Addresses and links
+    "mail ana@ben.example and @ana": "ana",
+    "https://example.org/@ana https://example.org/?to=@ana": "",
+    "HTTPS://example.org?q=@ana": "",
+    "https://example.org/(@ana)?q=(@ben) @x_y": "x_y",
+    "(https://example.org?)@ana": "ana",
+    "https://example.org\uff0c@ana 见https://example.org?q=@ana": "ana",
+    "www.example.org?q=@ana .www.example.org?q=@ben": "ben",
+    "xhttps://example.org?q=@ana": "ana",
+    "https://?q=@ana": "ana",
+    "[@ana](https://example.org/?q=@ben)": "ana",
+    "[`@ana`](https://example.org)": "",
+    "[@ana](javascript:@ben)": "ana ben",
+    "[@ana](https://example.org": "ana",
+    "[a](mailto:x@ana.example) @ben": "ben",
+    "\\[@ana](https://example.org?q=@ben)": "ana",
+    # Escapes
+    "\\@ana": "",
+    "\\\\@ana": "ana",
+    "\\\\\\@ana": "",
+    "¯\\_(ツ)_/¯ @ana": "ana",
+    "2*x + 3*y @ana": "ana",
+}
+
+
 # ---- Settings -------------------------------------------------------------------------------------------------------
 class Ended(NamedTuple):
     status: int
@@ -886,6 +996,45 @@ async def test_a_mention_reaches_each_socket_of_who_is_named_but_not_its_author(
         assert await hears.hears("mention") == message | {"server_id": scene.place.server_id}
     await scene.mine.hears_not("mention")
     await scene.elsewhere.hears_not("mention")
+
+
+async def test_a_mention_is_counted_where_the_table_says(world: World) -> None:
+    people = {name: await world.person(name) for name in MENTIONED}
+    ana = people["ana"]
+    place = await world.place(ana, *(person for person in people.values() if person is not ana))
+    names = {person.user_id: name for name, person in people.items()}
+    for text, expected in MENTION_CASES.items():
+        message = await ana.post(place.channel_id, text)
+        assert {names[user_id] for user_id in message.get("mentions", [])} == set(expected.split()), text
+
+
+async def test_a_reply_mentions_the_author_of_the_original(scene: Scene) -> None:
+    channel_id = scene.place.channel_id
+    original = await scene.ben.post(channel_id, "who is coming?")
+    reply = await scene.ana.post(channel_id, "me, and @cy", reply_to=original["message_id"])
+    assert reply["mentions"] == sorted([scene.ben.user_id, scene.cy.user_id])
+    assert await scene.here.hears("mention") == reply | {"server_id": scene.place.server_id}
+    edited = await scene.ana.ok("PATCH", f"/messages/{reply['message_id']}", {"content": "only me"})
+    assert edited["mentions"] == [scene.ben.user_id]
+    await scene.here.hears_not("mention")
+    own = await scene.ben.post(channel_id, "anybody?", reply_to=original["message_id"])
+    assert "mentions" not in own
+    await scene.ben.ok("DELETE", f"/servers/{scene.place.server_id}/members/{scene.ben.user_id}")
+    late = await scene.ana.post(channel_id, "oh", reply_to=original["message_id"])
+    assert "mentions" not in late
+
+
+async def test_a_message_mentions_fifty_members_at_most(world: World) -> None:
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    invite = await ana.ok("POST", f"/servers/{place.server_id}/invites", {})
+    for number in range(60):
+        guest = {"username": f"user{number}", "code": invite["code"]}
+        assert (await world.call("POST", "/auth/guest", guest)).status == 201
+    message = await ana.post(place.channel_id, " ".join(f"@user{number}" for number in range(60)))
+    assert len(message["mentions"]) == 50
+    text = "".join("@" + chr(0x4E00 + number) * 31 for number in range(120))
+    assert sum(map(len, chatrtc.mention_runs(text))) <= chatrtc.MENTION_KEYS_MAX + 31
 
 
 async def test_an_edit_notifies_those_whom_it_names_anew(scene: Scene) -> None:
