@@ -5424,14 +5424,15 @@ async def send_still(body: bytes, headers: dict[str, str], request: web.Request)
 
 
 def page_with_headers() -> tuple[bytes, dict[str, str]]:
-    """The chat page, and the policy that lets its own script and style run, by their hashes, and nothing else."""
+    """Return the chat page and its headers. The policy allows the page's own scripts and style, by their hashes, and no others."""
     page = asset("chatrtc.html")
-    hashes = {
-        tag: base64.b64encode(hashlib.sha256(re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.S)[0]).digest()).decode()
-        for tag in (b"script", b"style")
-    }
+
+    def sources(tag: bytes) -> str:
+        texts = re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in texts)
+
     policy = (
-        f"default-src 'none'; script-src 'sha256-{hashes[b'script']}'; style-src 'sha256-{hashes[b'style']}'; "
+        f"default-src 'none'; script-src {sources(b'script')}; style-src {sources(b'style')}; "
         "connect-src 'self'; img-src 'self' data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )

@@ -7380,10 +7380,10 @@ class Tab:
 
 
 class Proxy:
-    """A wire to the server that can be cut and mended."""
+    """A wire to the server that can be cut and mended, and that refuses requests with the words `refused`."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self.target, self.port = (host, port), 0
+    def __init__(self, host: str, port: int, refused: bytes = b"") -> None:
+        self.target, self.port, self.refused = (host, port), 0, refused
         self.server: asyncio.Server | None = None
         self.pipes: set[asyncio.StreamWriter] = set()
 
@@ -7406,6 +7406,8 @@ class Proxy:
         self.pipes.add(writer)
         try:
             while data := await reader.read(65536):
+                if self.refused and self.refused in data:
+                    break
                 writer.write(data)
                 await writer.drain()
         finally:
@@ -7639,6 +7641,90 @@ async def test_cut_network_loses_nothing_and_doubles_nothing(url: str, rest: Res
 
 async def same(tab: Tab, truth: list[str]) -> bool:
     return [text.removesuffix(" (edited)") for text in await tab.texts()] == truth
+
+
+async def test_long_polling_where_a_proxy_refuses_websocket(url: str, rest: Rest, tab: Any) -> None:
+    """The page falls back to polling, works as usual, and returns to WebSocket when a later connection can have it."""
+    host, port = url.removeprefix("http://").split(":")
+    proxy = await Proxy(host, int(port), refused=b"Upgrade: websocket").mend()
+    maya_api, jonas_api = await rest.register("Maya"), await rest.register("Jonas")
+    server_id, _ = await maya_api.found()
+    await maya_api.bring(server_id, jonas_api)
+    jonas = await tab(jonas_api)
+    maya = await tab(at=f"http://127.0.0.1:{proxy.port}")
+    maya.tolerate = "ERR_|WebSocket|Failed to load"
+    await maya.enter(maya_api)
+    await maya.write("through the proxy")
+    await jonas.sees("through the proxy")
+    await asyncio.gather(*(jonas_api.say(1, f"many at once {number};") for number in range(40)))
+    await maya.sees("many at once 39;")
+    await maya.locator("#text").press_sequentially("typing now", delay=250)
+    await expect(jonas.locator("#typing")).to_have_text("Maya is typing…")
+    await proxy.cut()
+    await expect(maya.locator("#offline")).to_be_visible()
+    await jonas.write("while it was cut")
+    proxy.refused = b"transport=polling"
+    await proxy.mend()
+    await expect(maya.locator("#offline")).to_be_hidden(timeout=30000)
+    await maya.sees("while it was cut")
+    await maya.page.close()
+    await expect(jonas.locator('.person[aria-label="Maya owner, Offline"]')).to_be_visible()
+    await proxy.cut()
+
+
+OLDER = """
+delete Array.prototype.findLast;
+delete Array.prototype.toSorted;
+delete URL.canParse;
+delete AbortSignal.timeout;
+delete CanvasRenderingContext2D.prototype.roundRect;
+"""
+
+
+async def test_supported_browsers_lack_what_the_page_can_do_without(rest: Rest, tab: Any) -> None:
+    """Chrome 100, Firefox 102 and Safari 15.4 do not have these."""
+    maya_api = await rest.register("Maya")
+    await maya_api.found()
+    maya = await tab()
+    await maya.page.add_init_script(OLDER)
+    await maya.enter(maya_api)
+    await maya.write("see https://example.org and *this*")
+    await expect((await maya.sees("see https")).locator("a")).to_have_attribute("href", "https://example.org/")
+    await expect(maya.locator("#log .row")).to_have_count(1)
+
+
+async def test_too_old_browsers_get_a_sentence(url: str, tab: Any) -> None:
+    maya = await tab()
+    await maya.page.add_init_script("delete window.structuredClone; delete Array.prototype.at;")
+    await maya.goto(url + "/")
+    await expect(maya.locator(".unable")).to_have_text([re.compile("too old for ChatRTC"), re.compile("trop ancien")])
+    await expect(maya.locator("#door")).to_be_hidden()
+
+
+async def test_a_message_that_fails_to_draw_takes_no_other_with_it(rest: Rest, tab: Any) -> None:
+    maya_api = await rest.register("Maya")
+    _, channel_id = await maya_api.found()
+    for text in ("before", "a *broken* one", "after"):
+        await maya_api.say(channel_id, text)
+    maya = await tab()
+    maya.tolerate = "cannot draw"
+    await maya.page.add_init_script("""
+        const append = Element.prototype.append;
+        Element.prototype.append = function (...nodes) {
+            if (nodes.some((node) => node.tagName === "EM" || node.querySelector?.("em"))) throw new Error("cannot draw");
+            return append.apply(this, nodes);
+        };""")
+    await maya.enter(maya_api)
+    await expect(maya.locator("#log .row .said")).to_have_text(["before", "a *broken* one", "after"])
+
+
+def test_the_page_uses_only_what_supported_browsers_have() -> None:
+    """No look-behind, no newer method; newer CSS functions only where they have a substitute."""
+    page = (HERE / "chatrtc.html").read_text()
+    for newer in ("(?<!", "(?<=", ".findLast", ".toSorted", "canParse", "AbortSignal.", "roundRect", ":has(", "groupBy("):
+        assert newer not in page, newer
+    for found in re.finditer(r"[\w-]+: [^;{}]*\d[ds]vh[^;]*;", page):
+        assert re.search(r"\dvh[^;]*; *$", page[: found.start()]), f"no substitute: {found[0]}"
 
 
 async def test_reload_keeps_what_was_typed(url: str, rest: Rest, tab: Any) -> None:
