@@ -5424,7 +5424,7 @@ async def send_still(body: bytes, headers: dict[str, str], request: web.Request)
 
 
 def page_with_headers() -> tuple[bytes, dict[str, str]]:
-    """Return the chat page and its headers. The policy allows the page's own scripts and style, by their hashes, and no others."""
+    """Return the chat page and its headers. Its policy allows its own scripts and style, by hash, and no others."""
     page = asset("chatrtc.html")
 
     def sources(tag: bytes) -> str:
