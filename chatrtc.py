@@ -1657,9 +1657,23 @@ PLACES = {  # a channel that is in no server is deleted
     + "messages x ON x.message_id = ? AND x.deleted = 0 LEFT JOIN channels p ON p.channel_id = x.channel_id"
     + ROLE_THERE,
 }
-UNINDEX = """ -- have search forget messages, before they change
-    INSERT INTO messages_fts (messages_fts, rowid, content, server_id) SELECT 'delete', message_id, content, server_id
-    FROM messages WHERE deleted = 0 AND message_id <= (SELECT indexed_id FROM search) AND """
+# Characters of scripts written without spaces: Thai, Lao, Burmese, Khmer, Kana, Bopomofo and Han.
+SPACELESS = (
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3021-\u3029\u3031-\u3035\u3038-\u303c\u3041-\u312f\u31a0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003fffd]"
+)
+BESIDE_SPACELESS = re.compile(f"(?={SPACELESS})|(?<={SPACELESS})")
+# What a search ignores: accents of Latin, Greek, Cyrillic, Hebrew and Arabic letters, and characters that cannot be seen.
+ACCENTS = re.compile(
+    "[\u00ad\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670"
+    "\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\u08d3-\u08ff\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f]"
+)
+PLAIN_LETTERS = str.maketrans({"\u0131": "i", "ø": "o", "ł": "l", "đ": "d", "ħ": "h", "æ": "ae", "œ": "oe"})
+QUOTES = str.maketrans(dict.fromkeys("“”„‟«»\uff02", '"'))
+PHRASE = re.compile(r'"([^"]*)"|[^\s"]+')
+SEARCH_MAX = 16_000  # characters of a message that search knows: only ligatures make so many of its 4,000
+INDEXED = """SELECT message_id, content, server_id FROM messages
+             WHERE deleted = 0 AND message_id <= (SELECT indexed_id FROM search) AND """
 UNREAD_MAX = 1000
 READS = """  -- each channel of a user, the last message that is read, how many after it are unread, and how many name the user
     SELECT channel_id, last,
@@ -2075,17 +2089,36 @@ def insert_message(db: sqlite3.Connection, server_id: int, author: Standing, arg
     )  # fmt: skip
 
 
+def search_text(text: str) -> str:
+    """Return the text as search knows it: without case and accents, and each character of `SPACELESS` a word of its own."""
+    if text.isascii():
+        return text.lower()
+    letters = ACCENTS.sub("", unicodedata.normalize("NFKD", text)[:SEARCH_MAX]).casefold().translate(PLAIN_LETTERS)
+    return BESIDE_SPACELESS.sub(" ", unicodedata.normalize("NFC", letters))
+
+
+def index_rows(db: sqlite3.Connection, rows: Iterable[tuple[int, str, int]]) -> None:
+    """Add messages (id, content and server) to the search index."""
+    values = [(message_id, search_text(content), server_id) for message_id, content, server_id in rows]
+    db.executemany("INSERT INTO messages_fts (rowid, content, server_id) VALUES (?, ?, ?)", values)
+
+
+def unindex(db: sqlite3.Connection, where: str, *values: int) -> bool:
+    """Remove messages from the search index, before they change; return whether any were in it."""
+    rows = db.execute(INDEXED + where, values).fetchall()
+    forget = "INSERT INTO messages_fts (messages_fts, rowid, content, server_id) VALUES ('delete', ?, ?, ?)"
+    db.executemany(forget, [(message_id, search_text(content), server_id) for message_id, content, server_id in rows])
+    return bool(rows)
+
+
 def update_message(db: sqlite3.Connection, server_id: int, message: Message, content: str, now: str) -> None:
-    db.execute(UNINDEX + "message_id = ?", (message.message_id,))
+    indexed = unindex(db, "message_id = ?", message.message_id)
     db.execute(
         "UPDATE messages SET content = ?, edited_at = ?, seq = ?, extras = 1 WHERE message_id = ?",
         (content, now, next_seq(db, server_id), message.message_id),
     )
-    db.execute(
-        """INSERT INTO messages_fts (rowid, content, server_id) SELECT message_id, content, server_id FROM messages
-           WHERE message_id = ? AND message_id <= (SELECT indexed_id FROM search)""",
-        (message.message_id,),
-    )
+    if indexed:
+        index_rows(db, [(message.message_id, content, server_id)])
     db.execute("DELETE FROM mentions WHERE message_id = ?", (message.message_id,))
     mentions = mentioned(db, server_id, message.author_id, content, message.reply_to)
     set_mentions(db, message.message_id, message.channel_id, mentions)
@@ -2093,7 +2126,7 @@ def update_message(db: sqlite3.Connection, server_id: int, message: Message, con
 
 def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
     """Wipe the message, keeping its number; returns the number of the change."""
-    db.execute(UNINDEX + "message_id = ?", (message_id,))
+    unindex(db, "message_id = ?", message_id)
     seq = next_seq(db, server_id)
     db.execute("UPDATE messages SET content = '', deleted = 1, seq = ? WHERE message_id = ?", (seq, message_id))
     db.execute("DELETE FROM reactions WHERE message_id = ?", (message_id,))
@@ -2115,7 +2148,7 @@ def purge_channels(db: sqlite3.Connection) -> Done[None]:
     if until is None:
         db.execute("DELETE FROM channels WHERE channel_id = ?", row)
     else:
-        db.execute(UNINDEX + "channel_id = ? AND message_id <= ?", (row[0], until))
+        unindex(db, "channel_id = ? AND message_id <= ?", row[0], until)
         db.execute("DELETE FROM messages WHERE channel_id = ? AND message_id <= ?", (row[0], until))
     return Done(None)
 
@@ -2301,18 +2334,29 @@ def index_messages(db: sqlite3.Connection) -> Done[int]:
         (known, INDEX_STEP),
     ).fetchall()
     if rows:
-        standing_rows = [row[:3] for row in rows if not row[3]]
-        db.executemany("INSERT INTO messages_fts (rowid, content, server_id) VALUES (?, ?, ?)", standing_rows)
+        index_rows(db, [row[:3] for row in rows if not row[3]])
         known = rows[-1][0]
         db.execute("UPDATE search SET indexed_id = ?", (known,))
     return Done(known)
 
 
+def search_phrases(q: str) -> str:
+    """Return a query of FTS5 for what somebody typed: a phrase for each quoted phrase and for each beginning of a word.
+
+    Each is quoted for FTS5, so that nothing is syntax. One without letters matches nothing alone, and changes nothing else.
+    """
+    phrases: dict[str, None] = {}
+    for found in PHRASE.finditer(q.translate(QUOTES)):
+        text = search_text(found[0] if found[1] is None else found[1]).replace('"', " ").rstrip()
+        whole = found[1] is not None or re.match(SPACELESS, text[-1:])
+        phrases[f'"{text}"' if whole else f'"{text}" *'] = None
+    return " ".join(phrases) or '""'
+
+
 def search(db: sqlite3.Connection, args: SearchArgs) -> Messages:
-    """Messages that hold every word, newest first. Words are quoted, so that nothing anybody types is syntax."""
-    words = " ".join('"' + word.replace('"', '""') + '"' for word in args.q.split())
+    """Return messages that hold every word and phrase, newest first."""
     values = {
-        "match": f'server_id : "{args.server_id}" AND content : ({words})',
+        "match": f'server_id : "{args.server_id}" AND content : ({search_phrases(args.q)})',
         "before": args.before if args.before is not None else 2**63 - 1,
         "limit": args.limit + 1,
         "channel_id": args.channel_id,
@@ -4726,7 +4770,7 @@ async def change_password(chat: Chat, caller: Caller, args: NewPassword) -> Done
 
 @operation("live", "GET /servers/{server_id}/search", Who.MEMBER)
 async def search_messages(chat: Chat, caller: Caller, args: SearchArgs) -> Done[Messages]:
-    """Messages that hold every word of `q`, newest first."""
+    """Messages that hold every word of `q`, or words that begin so, newest first. A phrase in quotes matches as a whole."""
     chat.check(caller, args)
     newest, known = chat.store.peek(search_state)
     while known < newest:  # what is there by now, step by step, so that posting goes on

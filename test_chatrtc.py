@@ -2795,6 +2795,59 @@ async def test_search_finds_words_newest_first(scene: Scene) -> None:
     assert found_messages == [posted["a pear"]], "what is found is the message as it is"
 
 
+SPELLINGS = {  # a message, what finds it, and what does not
+    "Homework: due on Monday": (
+        ["home", "HOMEW", "mon due", '"due on"', '"Homework due"', '"due on', "“due on”"],
+        ["work", '"home"'],
+    ),
+    "Gehe die Hauptstraße entlang": (["hauptstrasse", "HAUPTSTRASSE", "hauptstraße", "HAUPTSTRAẞE"], ["strasse"]),
+    "crème brûlée à la Łódź, sœur Ørsted": (["creme brulee", "CRÈME", "cre\u0300me", "lodz", "soeur", "orsted"], ["rème"]),
+    "Ο ΣΟΦΟΣ ΆΝΘΡΩΠΟΣ": (["σοφος", "ΣΟΦΟΣ", "σοφοσ", "ανθρωπος"], ["φος"]),  # noqa: RUF001
+    "Ёлка и Йод": (["елка", "ёлка", "ИОД"], ["лка"]),
+    "Diyarbakır ve İSTANBUL, ISPARTA": (["diyarbakir", "DİYARBAKIR", "istanbul", "ısparta"], ["stanbul"]),  # noqa: RUF001
+    "أَهْلًا وَسَهْلًا": (["اهلا", "أهلا", "وسهلا"], ["سهلا"]),
+    "שָׁלוֹם עולם": (["שלום", "שָׁלוֹם"], ["לום"]),
+    "病院は機能していない。": (["病院", "機能", "していない", "院は", '"病院は"', "病院　機能"], ["院病", "病機"]),
+    "Python入門 ﾊﾝｶｸ ガラス": (["入門", "python入", "ハンカク", "ガラス"], ["カラス", "門入"]),
+    "วันนี้มีสอบคณิตศาสตร์ ฟรีน้ำ": (["สอบ", "คณิต", "ศาสตร์", "วันนี้", "น้ำ"], ["บอส"]),
+    "ມື້ນີ້ມີສອບເສັງ": (["ສອບ", "ມື້ນີ້"], ["ບອສ"]),
+    "ថ្ងៃនេះមានការប្រឡង": (["ប្រឡង", "ការ"], ["រកា"]),
+    "ဒီနေ့စာမေးပွဲရှိတယ်": (["စာမေးပွဲ", "ရှိ"], ["ဲပွ"]),
+    "학교에서 만나요": (["학교", "만나"], ["에서"]),
+    "version 2.14 of user_name@example.org ❤️": (["2.14", "vers", "user_name", "example.org"], ["4"]),
+}
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
+async def test_search_finds_what_people_mean(scene: Scene, text: str) -> None:
+    await scene.ana.post(scene.place.channel_id, "another message")
+    message, (hits, misses) = await scene.ana.post(scene.place.channel_id, text), SPELLINGS[text]
+    for how in ("posted", "edited"):
+        for q in hits:
+            assert await found(scene.ana, scene.server, q) == [text], (how, q)
+        for q in misses:
+            assert await found(scene.ana, scene.server, q) == [], (how, q)
+        await scene.ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": "in between"})
+        assert await found(scene.ana, scene.server, hits[0]) == []
+        await scene.ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": text})
+
+
+async def test_search_forgets_all_that_is_deleted(scene: Scene) -> None:
+    texts = [*SPELLINGS, "ﷺ" * 4000, "a\u0301\ufe0f" * 1000, "ᾼ ŉ ǰ", "ﬃ", "x\u200by\u00adz", '\uff02"']
+    for text in [*texts, "", "hello"]:
+        await scene.ana.post(scene.place.channel_id, text or "to be edited")
+    assert await found(scene.ana, scene.server, "hello") == ["hello"]
+    store = scene.world.chat.chat.store
+    messages = (await scene.ana.ok("GET", f"/channels/{scene.place.channel_id}/messages?limit=100"))["messages"]
+    for message, text in zip(messages, reversed(texts), strict=False):
+        await scene.ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": text})
+    for message in messages:
+        await scene.ana.ok("DELETE", f"/messages/{message['message_id']}")
+    with contextlib.closing(sqlite3.connect(store.path)) as db:
+        db.execute("CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab (main, messages_fts, row)")
+        assert db.execute("SELECT * FROM vocabulary").fetchall() == []
+
+
 ODD_QUERIES = [
     *[
         '"',
@@ -2831,6 +2884,8 @@ async def test_no_search_is_an_error(scene: Scene) -> None:
     for q in ODD_QUERIES:
         await found(scene.ana, scene.server, q)
     assert await found(scene.ana, scene.server, ODD_QUERIES[-1]) == ["a b c OR"]
+    for q in ('"', '""', '" "', "!!!", "...", "(", "😀", '"?" !', "\u200b!"):
+        assert await found(scene.ana, scene.server, q) == [], "there is no word in it"
 
 
 async def test_search_finds_an_edit_anew_and_nothing_deleted_nor_of_other_servers(scene: Scene) -> None:
