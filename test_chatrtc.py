@@ -7884,6 +7884,71 @@ async def test_signed_in_person_follows_an_invite(two: Any, rest: Rest) -> None:
     await expect(jonas.locator("#server")).to_contain_text("Robotics club")
 
 
+async def another(one: Tab) -> Tab:
+    """A second tab of the same browser."""
+    tab = Tab(await one.page.context.new_page(), one.url)
+    await tab.goto(f"{one.url}/")
+    return tab
+
+
+async def test_password_change_keeps_the_tabs_of_this_browser(rest: Rest, tab: Any) -> None:
+    """Other browsers are signed out; signing out in one tab signs out all tabs."""
+    maya_api = await rest.register("Maya")
+    await maya_api.found()
+    maya, phone = await tab(maya_api), await tab(maya_api)
+    second = await another(maya)
+    await expect(second.locator("#my-status b")).to_have_text("Maya")
+    await maya.click('[data-do="settings"]')
+    await maya.click("#set-password")
+    await maya.fill('#ask input[name="old_password"]', "wrong horse")
+    await maya.fill('#ask input[name="new_password"]', "a better one")
+    await maya.press('#ask input[name="new_password"]', "Enter")
+    maya.tolerate = second.tolerate = phone.tolerate = "Failed to load|WebSocket"
+    await expect(maya.locator("#ask-old_password-bad")).to_have_text("This is not your current password.")
+    await expect(maya.locator('#ask input[name="new_password"]')).to_have_value("a better one")
+    await maya.fill('#ask input[name="old_password"]', "correct horse")
+    await maya.press('#ask input[name="old_password"]', "Enter")
+    await expect(maya.locator("#toasts")).to_have_text("Password saved.")
+    await expect(phone.locator("#door-wrong")).to_contain_text("signed out")
+    await second.write("still here")
+    await maya.sees("still here")
+    await second.sees("still here")
+    await maya.click('[data-do="settings"]')
+    await maya.click('#preferences [data-do="signOut"]')
+    for one in (maya, second):
+        await expect(one.locator("#door-title")).to_have_text("Sign in")
+
+
+async def test_a_dialog_keeps_what_was_typed(rest: Rest, tab: Any) -> None:
+    """A selection that ends outside does not close it, Escape keeps the text for the next time, an error keeps the fields."""
+    maya_api = await rest.register("Maya")
+    await maya_api.found()
+    maya = await tab(maya_api)
+    field = maya.locator('#ask input[name="name"]')
+    await maya.click('#channels [data-do="addChannel"]')
+    await field.fill("homework")
+    await maya.fill('#ask input[name="topic"]', "due on Monday")
+    box = await field.bounding_box()
+    await maya.page.mouse.move(box["x"] + 60, box["y"] + box["height"] / 2)
+    await maya.page.mouse.down()
+    await maya.page.mouse.move(20, box["y"])
+    await maya.page.mouse.up()
+    await expect(field).to_have_value("homework")
+    await expect(maya.locator("#ask")).to_be_visible()
+    await maya.keyboard.press("Escape")
+    await expect(maya.locator("#ask")).to_be_hidden()
+    await maya.click('#channels [data-do="addChannel"]')
+    await expect(field).to_have_value("homework")
+    await field.fill("general")
+    await field.press("Enter")
+    maya.tolerate = "409"
+    await expect(maya.locator("#ask .bad:visible, #ask .wrong:visible")).to_have_text("There is already a channel of this name.")
+    await expect(maya.locator('#ask input[name="topic"]')).to_have_value("due on Monday")
+    await maya.click("#ask .button >> text=Cancel")
+    await maya.click('#channels [data-do="addChannel"]')
+    await expect(field).to_have_value("")
+
+
 EMBED = """
 from aiohttp import web
 from chatrtc import ChatRTC
@@ -8050,6 +8115,30 @@ async def test_three_people_hear_each_other(rest: Rest, tab: Any, url: str) -> N
         await expect(one.locator("#call li")).to_have_count(2)
         await eventually(lambda one=one: talking(one, 1), "sound from the other")
     await expect(tabs[2].locator("#call")).to_be_hidden()
+
+
+async def test_who_is_muted_is_shown_and_a_second_device_takes_over(rest: Rest, tab: Any, url: str) -> None:
+    maya_api, jonas_api = await rest.register("Maya"), await rest.register("Jonas")
+    server_id, _ = await maya_api.found()
+    await maya_api.bring(server_id, jonas_api)
+    await maya_api.call("POST", f"/servers/{server_id}/channels", {"name": "Study room", "kind": "voice"})
+    maya, jonas, phone = await tab(maya_api), await tab(jonas_api), await tab(jonas_api)
+    for one in (maya, jonas):
+        await one.get_by_role("button", name="Join voice: Study room").click()
+        await expect(one.locator("#call li", has_text="Maya")).to_be_visible()
+    await jonas.click("#mute")
+    await expect(jonas.locator("#mute")).to_have_text("Muted")
+    for one in (maya, jonas):
+        await expect(one.locator("#call li", has_text="Jonas")).to_contain_text("Muted")
+        await expect(one.locator("#call li", has_text="Maya")).not_to_contain_text("Muted")
+    await maya.click("#mute")
+    await phone.get_by_role("button", name="Join voice: Study room").click()
+    await expect(jonas.locator("#toasts")).to_have_text("The call continues on your other device.")
+    await expect(jonas.locator("#call")).to_be_hidden()
+    for one in (maya, phone):
+        await expect(one.locator("#call li")).to_have_count(2)
+        await expect(one.locator("#call li", has_text="Maya")).to_contain_text("Muted")
+        await expect(one.locator("#call li", has_text="Jonas")).not_to_contain_text("Muted")
 
 
 async def talking(tab: Tab, links: int) -> Any:
