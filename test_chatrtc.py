@@ -7942,7 +7942,9 @@ async def test_a_dialog_keeps_what_was_typed(rest: Rest, tab: Any) -> None:
     await field.fill("general")
     await field.press("Enter")
     maya.tolerate = "409"
-    await expect(maya.locator("#ask .bad:visible, #ask .wrong:visible")).to_have_text("There is already a channel of this name.")
+    await expect(maya.locator("#ask .bad:visible, #ask .wrong:visible")).to_have_text(
+        "There is already a channel of this name."
+    )
     await expect(maya.locator('#ask input[name="topic"]')).to_have_value("due on Monday")
     await maya.click("#ask .button >> text=Cancel")
     await maya.click('#channels [data-do="addChannel"]')
