@@ -1059,7 +1059,7 @@ class Done(NamedTuple, Generic[T]):
 # their own, read-only, and a snapshot for each question. Knows files and transactions, not what is in them.
 
 APPLICATION_ID = int.from_bytes(b"CRTC", "big")
-# The n-th takes a database of version n to n + 1; schema.sql is the newest version. Search is indexed anew afterwards.
+# The n-th takes a database of format n to n + 1; schema.sql is the newest format. Messages are indexed anew afterwards.
 MIGRATIONS = (
     """
     ALTER TABLE users ADD COLUMN name TEXT;
@@ -1185,9 +1185,21 @@ def one_line(path: Path) -> Iterator[None]:
         ) from None
 
 
-def check_format(db: sqlite3.Connection, path: Path) -> None:
-    """Refuse what is not ours, or is newer."""
-    (version,) = db.execute("PRAGMA user_version").fetchone()
+def format_of(db: sqlite3.Connection) -> int:
+    """Return the number of a database's format; 0 if it is new."""
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+def require_newest(version: int, path: Path) -> None:
+    """Raise StartError for a database of an older format."""
+    if version < VERSION:
+        state = f"has an older format ({version}; this ChatRTC uses {VERSION})" if version else "is empty"
+        raise StartError(f"{path} {state}: start the server once, or run `chatrtc migrate`")
+
+
+def check_format(db: sqlite3.Connection, path: Path) -> int:
+    """Return the format of a database. Raises StartError if it is not ours, or newer."""
+    version = format_of(db)
     (owner,) = db.execute("PRAGMA application_id").fetchone()
     blank = not version and not db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
     if not blank and owner != APPLICATION_ID:
@@ -1197,6 +1209,7 @@ def check_format(db: sqlite3.Connection, path: Path) -> None:
             f"{path} was written by a newer ChatRTC (format {version}; this one knows {VERSION}): "
             "use that one, or restore a backup"
         )
+    return version
 
 
 def refuse_other(path: Path) -> bytes:
@@ -1213,8 +1226,13 @@ def refuse_other(path: Path) -> bytes:
     return header
 
 
-def inspect_file(path: Path) -> None:
-    """Look whether a database that nobody uses is one to open, without touching it. Raises StartError.
+def is_backup(header: bytes) -> bool:
+    """Whether the header is that of a backup: a database in use is in WAL mode (2) from the first, a backup is not."""
+    return header[18:19] == b"\1"
+
+
+def inspect_file(path: Path) -> int:
+    """Check that a database that nobody uses can be opened, without changing it, and return its format. Raises StartError.
 
     SQLite would take a -wal that lies beside a database for its own, whatever it belongs to, and mix the two or throw it away.
     """
@@ -1226,15 +1244,16 @@ def inspect_file(path: Path) -> None:
         if not header and (unsaved or (path.exists() and secret.exists())):
             raise StartError(f"{path} is empty, but it held something, as what lies beside it shows: {way_back}")
         if not header:
-            return
-        if unsaved and header[18:19] == b"\1":  # ours are in WAL mode (2) from the first; a backup is not
+            return 0
+        if unsaved and is_backup(header):
             raise StartError(f"{path} is a backup that lies beside the {wal.name} of another database: {way_back}")
         with contextlib.closing(connect_reader(path, immutable=not unsaved)) as db:
-            check_format(db, path)
+            version = check_format(db, path)
             thorough = path.stat().st_size < THOROUGH_MAX
             trouble = db.execute(f"PRAGMA {'integrity' if thorough else 'quick'}_check(1)").fetchone()[0]
         if trouble != "ok":
             raise sqlite3.DatabaseError(trouble)
+        return version
 
 
 def undo(db: sqlite3.Connection) -> None:
@@ -1243,25 +1262,68 @@ def undo(db: sqlite3.Connection) -> None:
 
 
 def migrate(db: sqlite3.Connection) -> None:
-    """Bring a database to `VERSION`, each step in one transaction with its number."""
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    steps = MIGRATIONS[version - 1 :] if version else [asset("schema.sql").decode()]
-    for number, step in enumerate(steps, version + 1 if version else VERSION):
+    """Bring a database to the newest format, in one transaction."""
+    version = format_of(db)
+    steps = "\n".join(MIGRATIONS[version - 1 :]) if version else asset("schema.sql").decode()
+    if version < VERSION:
         try:
-            db.executescript(f"BEGIN IMMEDIATE;\n{step}\nPRAGMA user_version = {number};\nCOMMIT;")
+            db.executescript(f"BEGIN IMMEDIATE;\n{steps}\nPRAGMA user_version = {VERSION};\nCOMMIT;")
         finally:
             undo(db)
 
 
-def prepare(path: Path) -> sqlite3.Connection:
+def highest_number(db: sqlite3.Connection) -> int:
+    """Return the highest id or sequence number that a database has assigned."""
+    query = "SELECT max(seq) FROM (SELECT seq FROM sqlite_sequence UNION ALL SELECT seq FROM servers)"
+    return int(db.execute(query).fetchone()[0] or 0)
+
+
+def skip_numbers(db: sqlite3.Connection, known: int = 0) -> None:
+    """Have a restored database continue above every id and sequence number that was ever assigned, in one transaction.
+
+    `known`: the highest number of the database that it replaces, which may be lost. The clock gives a number above that one all
+    the same, as no server makes 100,000 changes a second on average; it stays below 2**53, which JavaScript can count to. A
+    million more than what is known does if the clock was set back.
+    """
+    base = max(int(time.time() * 100_000), max(known, highest_number(db)) + 1_000_000)
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        db.execute("INSERT INTO gaps SELECT server_id, seq, ? FROM servers", (base,))
+        db.execute("UPDATE servers SET seq = ?", (base,))
+        db.execute(
+            """INSERT INTO sqlite_sequence (name, seq) SELECT name, 0 FROM sqlite_master WHERE type = 'table'
+               AND sql LIKE '%AUTOINCREMENT%' AND name NOT IN (SELECT name FROM sqlite_sequence)"""
+        )
+        db.execute("UPDATE sqlite_sequence SET seq = ?", (base,))
+        db.execute("COMMIT")
+    finally:
+        undo(db)
+
+
+def adopt_backup(path: Path) -> None:
+    """Make a backup that somebody copied into place a database to use. It stays marked as a backup until that is done."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        migrate(db)
+        skip_numbers(db)
+
+
+def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
     """Open the database file for writing: made if missing (readable by its owner alone), checked, and brought up to date.
 
-    Raises StartError, in one line, where that cannot be; nothing is overwritten.
+    Raises StartError, in one line, if that fails; nothing is overwritten.
     """
     with one_line(path):
-        inspect_file(path)
+        copied = is_backup(refuse_other(path))
+        if copied and path.resolve().with_name(f"{path.resolve().name}-journal").exists():  # of an `adopt_backup` cut off
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                format_of(db)  # the first read rolls back
+        version = inspect_file(path)
+        if version and not may_migrate:
+            require_newest(version, path)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         sync_folder(path.parent)
+        if copied:
+            adopt_backup(path)
         db = connect_writer(path)
         try:
             migrate(db)
@@ -1334,6 +1396,13 @@ def snapshot(path: Path) -> Iterator[sqlite3.Connection]:
             db.execute("BEGIN")
             db.execute("SELECT 1 FROM sqlite_master").fetchone()  # a snapshot begins with the first read
         yield db
+
+
+def highest_number_in(path: Path) -> int:
+    """Return the highest number that a database file has assigned; 0 if it cannot be read."""
+    with contextlib.suppress(StartError, sqlite3.Error), snapshot(path) as db:
+        return highest_number(db)
+    return 0
 
 
 def copy_database(source: sqlite3.Connection, dest: Path, progress: Callable[[int, int, int], None]) -> None:
@@ -2410,12 +2479,12 @@ CHECKS = {
 
 
 def find_trouble(db: sqlite3.Connection) -> list[str]:
-    """What is wrong with a database, in lines; none where it is sound."""
+    """Return what is wrong with a database, in lines. One of an older format is checked less."""
     lines = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
     if lines:
         return lines
     lines += [f"{row[0]} {row[1]} refers to a missing row of {row[2]}" for row in db.execute("PRAGMA foreign_key_check")]
-    for name, query in CHECKS.items():
+    for name, query in CHECKS.items() if format_of(db) == VERSION else ():
         lines += [f"{name}: {row[0]}" for row in db.execute(query)]
     return lines
 
@@ -5818,6 +5887,26 @@ class Bounded(logging.Filter):
         return self._count <= LOG_LINES
 
 
+def index_all(db: sqlite3.Connection) -> None:
+    """Index the messages that search does not know yet, with a progress bar."""
+    with click.progressbar(length=count_rows(db)[2], label="Indexing", **BAR) as bar:
+        while (state := search_state(db))[1] < state[0]:
+            in_transaction(db, [index_messages])
+            bar.update(INDEX_STEP)
+
+
+def migrate_file(path: Path) -> None:
+    """Bring a database that no server uses to the newest format, if it has an older one. Raises StartError."""
+    header = refuse_other(path)
+    if not 0 < int.from_bytes(header[60:64], "big") < VERSION:  # where SQLite keeps the user_version
+        return
+    lock = Lock(path)
+    if not lock.take():
+        raise StartError(f"{path} is in use: stop the server first")
+    with contextlib.closing(lock), contextlib.closing(prepare(path)) as db:
+        index_all(db)
+
+
 @main.command()
 @options()
 def serve(**settings: Any) -> None:
@@ -5825,13 +5914,14 @@ def serve(**settings: Any) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(Bounded())
+    migrate_file(Path(read_settings(settings).database))
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(serve_until_stopped(settings))
 
 
 @contextlib.contextmanager
-def reading(database: str) -> Iterator[sqlite3.Connection]:
-    """The database in one snapshot, whether or not a server runs; where none does, looked at first. Raises StartError."""
+def reading(database: str, *, any_format: bool = False) -> Iterator[sqlite3.Connection]:
+    """Open the database in one snapshot, whether or not a server runs; if none does, it is checked first. Raises StartError."""
     path = Path(database)
     if not path.is_file():
         raise StartError(f"There is no database {path}")
@@ -5841,6 +5931,8 @@ def reading(database: str) -> Iterator[sqlite3.Connection]:
         with contextlib.closing(lock):
             inspect_file(path)
     with snapshot(path) as db:
+        if not any_format:
+            require_newest(format_of(db), path)
         yield db
 
 
@@ -5870,7 +5962,7 @@ def administer(database: str, name: str, *args: Any) -> Any:
         if time.monotonic() > patience:
             raise StartError(f"{database} is in use by another program")
         time.sleep(0.05)
-    with contextlib.closing(lock), contextlib.closing(prepare(Path(database))) as db:
+    with contextlib.closing(lock), contextlib.closing(prepare(Path(database), may_migrate=False)) as db:
         outcome = in_transaction(db, [lambda db: ADMIN[name](db, *args)])[0]
     if isinstance(outcome, ChatError):
         raise outcome
@@ -5944,8 +6036,16 @@ def token(username: str, database: str, secret: str | None, token_ttl: int) -> N
     click.echo(keys.issue(account.user_id, account.username, account.generation, time.time()).token)
 
 
-def copy_verified(db: sqlite3.Connection, dest: Path) -> Path:
-    """A sound copy of a database, synced, beside where it is to go. Raises StartError, and leaves nothing then."""
+def renew(copy: sqlite3.Connection, known: int) -> None:
+    """Make the copy of a backup ready for use; `known`: see `skip_numbers`."""
+    migrate(copy)
+    skip_numbers(copy, known)
+    index_all(copy)
+
+
+def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.Connection], None] | None = None) -> Path:
+    """Return a sound, synced copy of a database, beside its destination, after `finish`. Raises StartError, and leaves nothing
+    behind then."""
     if not dest.parent.is_dir():
         raise StartError(f"The directory {dest.parent} does not exist")
     part = dest.with_name(dest.name + ".part")
@@ -5959,6 +6059,9 @@ def copy_verified(db: sqlite3.Connection, dest: Path) -> Path:
             copy_database(db, part, show)
             with contextlib.closing(connect_reader(part, immutable=True)) as copy:
                 trouble = find_trouble(copy)
+            if finish is not None and not trouble:
+                with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as copy:
+                    finish(copy)
         except (OSError, sqlite3.Error) as error:
             trouble = [str(error)]
     if trouble:
@@ -5974,7 +6077,7 @@ def backup(dest: Path, database: str) -> None:
     """Copy the database to DEST, also while the server runs; verified before it gets that name."""
     if dest.exists():
         raise StartError(f"{dest} exists; it was left as it is")
-    with reading(database) as db:
+    with reading(database, any_format=True) as db:
         part = copy_verified(db, dest)
     os.rename(part, dest)
     sync_folder(dest.parent)
@@ -5995,9 +6098,19 @@ def restore(source: Path, database: str) -> None:
     with contextlib.closing(lock):
         inspect_file(source)
         with snapshot(source) as db:
-            part = copy_verified(db, path)
+            part = copy_verified(db, path, functools.partial(renew, known=highest_number_in(path)))
         kept = replace_database(path, part)
     click.echo(f"{path} is what {source} holds" + (f"; what it was is kept as {kept}" if kept else ""))
+
+
+@main.command("migrate")
+@options("database")
+def migrate_database(database: str) -> None:
+    """Bring the database to the format of this version, which cannot be undone. A start of the server does the same."""
+    if not Path(database).is_file():
+        raise StartError(f"There is no database {database}")
+    migrate_file(Path(database))
+    click.echo(f"{database} has format {VERSION}")
 
 
 @main.command()

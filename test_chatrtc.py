@@ -1302,6 +1302,7 @@ class Replica:
         self.socket: Socket | None = None
         self.read = 0
         self.asked = 0
+        self.resets = 0
 
     async def come(self) -> None:
         self.socket = await self.person.world.socket(self.person.token, transports=["websocket"])
@@ -1324,6 +1325,9 @@ class Replica:
             more = changes["has_more"]
 
     def merge(self, changes: Any) -> None:
+        if changes.get("reset"):
+            self.messages, self.channels, self.members, self.name = {}, {}, {}, ""
+            self.resets += 1
         for message in changes["messages"]:
             self.messages[message["message_id"]] = message
         for deletion in changes["deleted"]:
@@ -1598,6 +1602,169 @@ async def test_a_defect_in_telling_of_one_job_holds_up_no_other(tmp_path: Path, 
     await store.close()
     assert [outcome.answer for outcome in done] == told == list(range(300))
     assert "Boom" in caplog.text
+
+
+# The schema of each format that was released, as it was (without comments, compressed): databases of it are out there.
+RELEASED = {
+    1: (
+        b"c-p;JU2~f{5dACrW;4S>(z)$4)B1rpYQogPErzCjVq{PgHMVe(>?HTsUwt6Jw(OAJwhuNMw7c3pd$hZJii6AR0Pt$Hpg9(_WEm}B1gEF3&i;Ax_U"
+        b"!ESI~d0(NDw5!`2@k5lZwMoKb2@0CFl~x@F@<jgZLYKMBgAtlW7=9wQCe5z7}P8NgzRA6Nskrmrf?_`|O@PZSO%Eg`ZR8!wPf$P*#QB_JIp5)_h0"
+        b"y0(}V5NdkkCEhr-c7+<0BM;O+^VFW|F<--6!;3xH*uep9wwxOKP7i8dhKI9d_f)p7RyUyMcMk)<Z6Y`!1Cq5KpL8O5rGS<CT5{6Ro)bqfDSrUiiW"
+        b"C!w!Y|4A-l#u^SVPDW&!Udd9rsrMUeISo3S`n_?mj)*7>DICjH(_!$O%sTxH{r$3K{6j3lU=jwnO|3K4+F``&!Y(DcbGA<;MsG6OR}6xZ=aRZ6gw"
+        b"_-2>JR5Cm@ZL7=1u7ipFTx062}L?Fo{0#=&eHTp)k%zPQx&-SVL-7dv=b&gdOO=m$wh&F5lCnOYcMHH&|glI$+*yGa~2AvMl<&+;UUF3{Ho`T0|("
+        b"G*!3_Qr1+XVy<$nSu&Do*SB;UPdvD}l3*AFMo>q&lax7Te>)>{Mae?O`vT!VfWC=eRV+ai1bJE1MA@nW{~H;5dHcn?#E*&w+{)^J_|YrbsZ*w~*Z"
+        b"gix&5X`8HpbqMnqwSg(r~NBMX}Pvrb27LYB{z8r>!>%PqXY<_V!^uitY?q9=PhIyAS$sPg&uv1$sx<0zn>yssNjk=BAB_az*n)ZBmNXcd|=D>wtH"
+        b"-7IKbnHSg->FXPl{6Z?p}nAYUTK~}sLcV*v;oR>@xCi-_PQqazZtj%P#c#@sCB|9rwPV9W*=rW4!qQbn#NYDt{iQsq76SjPtOlB+jZwj$ZZJQ6jl"
+        b"jRP`wnE#}MsVV;^vxm4q_VwrPKS6BGw&G_2I4IPjYC}y)yc3v8Z}i)YS8xPDx9l<?f|7-G-@1h5Roj)AJjGD_T=VPd+36%4ZpZeEG5r>UvMvo<H("
+        b"&p66A|V5EEUtW-^V1A%_jPwzW--_Aqas2ZigC=GS8ETelXNi%cEe11Lv8eSy-!sh(J?Dp%@&JI3}t1aOt#!BDms@<^N>wzVaUW++aSz|<;!2_~rw"
+        b"e|XXw{u0JXDnCiKn@RRva7bribP00xTF*4PLU-CmTeU}O$~B6E=51D$5BigJ&}Mj`TA=(`qW|hKa?Pk3mEN4n$d~1YWCg`}MFq_{yc&S_?mxNmm6"
+        b"-"
+    ),
+}  # fmt: skip
+
+
+def frozen(path: Path, version: int, messages: int = 60) -> Path:
+    """Make a database of a released format, with two people, a server, a deleted channel and messages, all of them indexed."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode = wal")
+        db.executescript(zlib.decompress(base64.b85decode(RELEASED[version])).decode() + f"PRAGMA user_version = {version}")
+        db.executescript(
+            """INSERT INTO users (username, username_key, created_at) VALUES ('Ana', 'ana', 't'), ('Ben', 'ben', 't');
+               INSERT INTO servers (name, created_at, channels_seq, members_seq) VALUES ('class', 't', 1, 1);
+               INSERT INTO members VALUES (1, 1, 'owner', 't');
+               INSERT INTO channels (server_id, name, name_key, kind) VALUES (1, 'general', 'general', 'text'),
+                                                                             (NULL, 'old', 'old', 'text')"""
+        )
+        rows = [
+            (1 + n % 2, 1 + n % 7 // 6, "" if n % 5 == 0 else f"Grüße number{n} to Ana", n, n % 5 == 0) for n in range(messages)
+        ]
+        db.executemany(
+            """INSERT INTO messages (server_id, author_id, channel_id, content, seq, deleted, created_at)
+               VALUES (1, ?, ?, ?, ?, ?, 't')""",
+            rows,
+        )
+        db.executescript(
+            """INSERT INTO messages_fts (rowid, content, server_id) SELECT message_id, content, server_id FROM messages
+               WHERE deleted = 0;
+               UPDATE search SET indexed_id = (SELECT max(message_id) FROM messages);
+               UPDATE servers SET seq = (SELECT max(seq) FROM messages);
+               INSERT INTO reactions SELECT message_id, '👍', 1 FROM messages WHERE deleted = 0"""
+        )
+        db.commit()
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return path
+
+
+def words_of(sql: str) -> tuple[str, ...]:
+    """A statement of a schema, with what stands between its outer parentheses sorted: ALTER TABLE adds columns at the end."""
+    plain = re.sub(r"\s*([(),=])\s*", r"\1", re.sub(r"\s+", " ", re.sub(r"--.*", "", sql)))
+    parts: list[str] = []
+    depth = start = 0
+    for at, letter in enumerate(plain):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if (letter, depth) in {("(", 1), (",", 1), (")", 0)}:
+            parts.append(plain[start:at].strip())
+            start = at + 1
+    return *parts[:1], *sorted(parts[1:]), plain[start:].strip()
+
+
+def schema_of(db: sqlite3.Connection) -> Any:
+    """Tables, columns with their order, types, defaults and constraints, indexes and triggers."""
+    things = db.execute("SELECT type, name, tbl_name, sql FROM sqlite_master").fetchall()
+    tables = sorted(name for kind, name, _, _ in things if kind == "table")
+    columns = {name: db.execute(f"PRAGMA table_xinfo({name})").fetchall() for name in tables}
+    return sorted((kind, name, table, words_of(sql or "")) for kind, name, table, sql in things), columns
+
+
+def migrated_schema(path: Path, version: int) -> Any:
+    frozen(path, version)
+    with contextlib.closing(chatrtc.prepare(path)) as db:
+        return schema_of(db)
+
+
+@pytest.mark.parametrize("version", RELEASED)
+def test_a_migrated_database_equals_a_new_one(tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(RELEASED) == set(range(1, chatrtc.VERSION))
+    with contextlib.closing(chatrtc.prepare(tmp_path / "new.db")) as db:
+        new = schema_of(db)
+    assert migrated_schema(tmp_path / "old.db", version) == new
+    schema = chatrtc.asset("schema.sql").decode()
+    for number, (before, after) in enumerate(
+        {  # what nobody may add to the schema alone
+            "    name         TEXT ": "    name         TEXT, forgotten INTEGER",
+            "role IN ('owner', 'admin', 'member')": "role IN ('owner', 'admin', 'member', 'bot')",
+            "CREATE TABLE search": "CREATE INDEX forgotten ON users (name); CREATE TABLE search",
+            "CREATE UNIQUE INDEX messages_nonce": "CREATE INDEX messages_nonce",
+            "last_id    INTEGER NOT NULL": "last_id    INTEGER NOT NULL DEFAULT 0",
+        }.items()
+    ):
+        assert before in schema
+        changed = schema.replace(before, after, 1)
+        monkeypatch.setattr(chatrtc, "asset", lambda name, changed=changed: changed.encode())
+        with contextlib.closing(chatrtc.prepare(tmp_path / f"{number}.db")) as db:
+            assert schema_of(db) != new
+
+
+def dump(path: Path) -> str:
+    """All rows of all tables, and the format."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return "\n".join([*db.iterdump(), str(db.execute("PRAGMA user_version").fetchone())])
+
+
+@pytest.mark.parametrize("way", ["an error", "a kill"])
+async def test_a_migration_that_is_cut_off_leaves_the_old_format(tmp_path: Path, way: str) -> None:
+    path = frozen(tmp_path / "chat.db", 1)
+    before = dump(path)
+    last = {"an error": "INSERT INTO missing VALUES (1)", "a kill": "SELECT cut_off()"}[way]
+    code = f"""
+import chatrtc, contextlib, os, pathlib, signal, sqlite3
+chatrtc.MIGRATIONS = tuple(step + ';{last};' for step in chatrtc.MIGRATIONS)
+db = sqlite3.connect({str(path)!r}, isolation_level=None)
+db.create_function('cut_off', 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+chatrtc.migrate(db)
+"""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=HERE, stderr=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(30):
+        _, errors = await process.communicate()
+    assert process.returncode == {"an error": 1, "a kill": -signal.SIGKILL}[way], errors
+    assert dump(path) == before
+    with contextlib.closing(chatrtc.prepare(path)) as db:
+        assert chatrtc.format_of(db) == chatrtc.VERSION
+        assert chatrtc.find_trouble(db) == []
+
+
+async def test_a_hundred_thousand_messages_are_migrated(tmp_path: Path) -> None:
+    path = frozen(tmp_path / "chat.db", 1, 100_000)
+    ended = await command("migrate", "--database", str(path))
+    assert ended == (0, f"{path} has format {chatrtc.VERSION}\n", "")  # the progress bar is for a terminal
+    assert (await done("check", "--database", str(path))).startswith("sound: 2 users, 1 servers, 100000 messages")
+    ana = (await done("token", "ana", "--database", str(path))).strip()
+    process = await Process.start(path)
+    async with process.world() as world:
+        found = await world.call("GET", "/servers/1/search?q=number99998", token=ana)
+        assert [message["content"] for message in found.body["messages"]] == ["Grüße number99998 to Ana"]
+        changes = (await world.call("GET", "/servers/1/changes?after=99990", token=ana)).body
+        assert len(changes["messages"]) + len(changes["deleted"]) == len([n for n in range(99_991, 100_000) if n % 7 != 6])
+    assert await process.stop() == (0, "")
+
+
+async def test_an_older_format_is_for_a_start_or_for_migrate(tmp_path: Path) -> None:
+    path = frozen(tmp_path / "chat.db", 1)
+    database = ("--database", str(path))
+    before = dump(path)
+    for line in ("export", "check", "user list", "token ana", "user add cy", "user delete ana --yes"):
+        refused(await command(*line.split(), *database, stdin="correct horse\n"), "older format", "`chatrtc migrate`")
+    assert "verified" in await done("backup", str(tmp_path / "copy"), *database)
+    assert dump(path) == dump(tmp_path / "copy") == before
+    copied = tmp_path / "copied.db"  # by hand, and started
+    shutil.copy(tmp_path / "copy", copied)
+    process = await Process.start(copied)
+    assert await process.stop() == (0, "")
+    await done("restore", str(tmp_path / "copy"), *database)
+    for one in (path, copied):
+        assert "60 messages" in await done("check", "--database", str(one))
+        assert await done("migrate", "--database", str(one)) == f"{one} has format {chatrtc.VERSION}\n"
+    refused(await command("migrate", "--database", str(tmp_path / "missing.db")), "no database")
 
 
 async def test_a_server_that_starts_again_has_all_that_it_acknowledged(tmp_path: Path) -> None:
@@ -5110,6 +5277,96 @@ async def test_a_live_database_is_backed_up_and_restored(tmp_path: Path) -> None
     assert "sound" in await done("check", "--database", str(aside))  # and the way back leads back
     with contextlib.closing(sqlite3.connect(aside)) as db:
         assert {row[0] for row in db.execute("SELECT message_id FROM messages")} >= set(kept)
+
+
+@pytest.mark.parametrize("way", ["restore", "restore of a lost one", "a copy by hand", "a clock set back"])
+async def test_after_a_restore_every_number_is_new(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, database = tmp_path / "chat.db", ("--database", str(tmp_path / "chat.db"))
+    process = await Process.start(path, "--no-rate-limit")
+    world = process.world()
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    server = f"/servers/{place.server_id}"
+    early, stayed, missed = (Replica(person, place.server_id) for person in (ana, ben, ben))
+    for replica in (early, stayed, missed):
+        await replica.come()
+    posted = [await ana.post(place.channel_id, str(number)) for number in range(5)]
+    for replica in (early, stayed, missed):
+        await replica.listen()
+    await early.go()
+    await ana.ok("DELETE", f"/messages/{posted[0]['message_id']}")
+    await missed.listen()  # up to the very last number of the backup
+    await missed.go()
+    await done("backup", str(tmp_path / "copy"), *database)
+    lost = [await ana.post(place.channel_id, "lost") for _ in range(5)]
+    await ana.ok("PATCH", server, {"name": "lost"})
+    channel = await ana.ok("POST", f"{server}/channels", {"name": "lost"})
+    cy = await world.person("cy")
+    other = await cy.ok("POST", "/servers", {"name": "lost"})
+    await stayed.listen()
+    assert stayed.name == "lost"
+    await world.close()
+    await process.stop()
+
+    if way in ("restore of a lost one", "a copy by hand"):
+        path.unlink()
+    if way == "a copy by hand":
+        shutil.copy(tmp_path / "copy", path)
+    elif way == "a clock set back":
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        assert chatrtc.main(["restore", str(tmp_path / "copy"), *database], standalone_mode=False) is None
+        monkeypatch.undo()
+    else:
+        await done("restore", str(tmp_path / "copy"), *database)
+    process = await Process.start(path, "--no-rate-limit")
+    async with process.world() as world:
+        ana.world = ben.world = world
+        for replica in (early, stayed, missed):
+            await replica.come()
+        assert [replica.resets for replica in (early, stayed, missed)] == [0, 1, 0]
+        new = await ana.post(place.channel_id, "new")
+        late = Replica(ana, place.server_id)
+        await late.come()
+        await late.catch_up()
+        await ana.ok("PATCH", f"/messages/{new['message_id']}", {"content": "newer"})
+        for replica in (early, stayed, missed, late):
+            await replica.listen()
+            assert replica.state() == await truth(ana, place.server_id) | {"seq": new["seq"] + 1}
+        assert (new["message_id"] > lost[-1]["message_id"], new["seq"] > lost[-1]["seq"] + 2) == (True, True)
+        assert (await world.person("dee")).user_id > cy.user_id
+        assert (await ana.ok("POST", f"{server}/channels", {"name": "new"}))["channel_id"] > channel["channel_id"]
+        assert (await ana.ok("POST", "/servers", {"name": "new"}))["server_id"] > other["server_id"]
+        for after in (lost[0]["seq"], 2**60):  # never numbers of this database
+            changes = await ana.ok("GET", f"{server}/changes?after={after}&limit=2")
+            assert (changes["reset"], changes["has_more"], changes["messages"][0]["content"]) == (True, True, "1")
+    assert await process.stop() == (0, "")
+
+
+async def test_a_copy_stays_marked_until_its_numbers_are_new(tmp_path: Path, filled: dict[str, bytes]) -> None:
+    """A power cut while a copied backup is made ready leaves a -journal, which the next start rolls back."""
+    path = tmp_path / "chat.db"
+    path.write_bytes(filled["stopped"])
+    await done("backup", str(tmp_path / "copy"), "--database", str(path))
+    code = """
+import os, signal, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA cache_size = 1")
+db.execute("BEGIN IMMEDIATE")
+db.execute("UPDATE servers SET seq = 1")
+db.execute("UPDATE messages SET content = 'half of it'")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(tmp_path / "copy"))
+    assert await process.wait() == -signal.SIGKILL
+    assert (tmp_path / "copy-journal").stat().st_size > 0
+    with contextlib.closing(chatrtc.prepare(tmp_path / "copy")) as db:
+        assert chatrtc.find_trouble(db) == []
+        assert db.execute("SELECT count(*) FROM messages WHERE content = 'half of it'").fetchone() == (0,)
+        seq, after, until = db.execute("SELECT seq, after_seq, until_seq FROM servers JOIN gaps USING (server_id)").fetchone()
+        assert after < 3000 < until == seq
+    chatrtc.prepare(tmp_path / "copy").close()
+    with contextlib.closing(chatrtc.prepare(tmp_path / "copy")) as db:
+        assert db.execute("SELECT count(*) FROM gaps").fetchone() == (1,)
 
 
 async def whole_history(person: Person, channel_id: int) -> list[Any]:
@@ -8642,8 +8899,8 @@ def test_no_data_is_formatted_into_sql() -> None:
     ours = {
         "name",
         "value",
-        "step",
-        "number",
+        "steps",
+        "VERSION",
         "also",
         "table",
         "where",
