@@ -310,19 +310,86 @@ class StartError(Exception):
 # encodes and describes them; this room knows nothing else. In an answer a field with a default is left out when it has
 # nothing to say, and a field without one is always there.
 
-INVISIBLE = set(map(chr, (0x034F, 0x115F, 0x1160, 0x3164, 0xFFA0, *range(0xFE00, 0xFE10), *range(0x180B, 0x1810))))
+JOINERS = "\u200c\u200d"  # they shape the letters and emojis around them, and are invisible themselves
+CONTROLS = "\x00-\x1f\x7f-\x9f"
+# What nobody sees, but white space: Unicode's Default_Ignorable_Code_Point, and characters that fonts leave blank.
+UNSEEN = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufffb\U00016fe4\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+VISIBLE = f"(?=[\\s{UNSEEN}]*[^\\s{UNSEEN}{CONTROLS}])"  # ahead is something to see
+TEXT = "[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"  # no control characters but tab and newline
+SHOWN = f"^{VISIBLE}{TEXT}"
+# A name has no invisible characters but spaces, and joiners and emoji selectors after a character that they can shape.
+NAME = (
+    f"^{VISIBLE}(?:[^{CONTROLS}\u2028\u2029{UNSEEN}]|(?<=[^\x00-\u058f\\s{JOINERS}])[{JOINERS}](?=\\S)|"
+    "(?<=[#*0-9\u00a9\u00ae\u203c-\ufdff\U0001f000-\U0001ffff])[\ufe0e\ufe0f]|(?<=\U0001f3f4)[\U000e0020-\U000e007f]+)*$(?!\n)"
+)
+# Scripts that are written together, by the first word of their characters' names in Unicode; every other is written alone.
+TOGETHER = ({"LATIN", "CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO"}, {"LATIN", "CJK", "HANGUL"})
+SCRIPTS = {  # of the characters whose names do not begin with their script; "": any
+    "IDEOGRAPHIC": "CJK", "HANGZHOU": "CJK", "KATAKANA-HIRAGANA": "KATAKANA", "ARABIC-INDIC": "ARABIC", "EXTENDED": "ARABIC",
+    "COMBINING": "", "MODIFIER": "", "DIGIT": "", "LOW": "", "FULL": "", "HYPHEN-MINUS": "",
+}  # fmt: skip
+CURSIVE = {"ARABIC", "SYRIAC", "MANDAIC", "MONGOLIAN", "NKO"}
+CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # no two look alike
+VIRAMA = 9  # the combining class of signs that join two consonants
 
 
 def fold(name: str) -> str:
-    """What makes two names the same: NFKC and case folding (applied twice, as folding may undo the first form)."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    """Return what makes two names the same: NFKC and case folding (applied twice, as folding may undo the first form), without
+    joiners."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    return folded.replace(JOINERS[0], "").replace(JOINERS[1], "")
+
+
+@functools.lru_cache(maxsize=4096)
+def script_of(char: str) -> str:
+    """Return the script of a letter, mark or digit; "" if the character is used with any script."""
+    word = unicodedata.name(char, "").partition(" ")[0]
+    return SCRIPTS.get(word, "" if unicodedata.category(char) in ("No", "Nl", "Cf") else word)
+
+
+@functools.lru_cache(maxsize=4096)
+def in_username(char: str) -> bool:
+    """Return whether a username may contain the character, joiners apart: a letter, digit or mark that is visible, or `_.-`."""
+    return char in "_.-" or (unicodedata.category(char)[0] in "LNM" and not re.match(f"[{UNSEEN}]", char))
+
+
+def is_joiner(name: str, at: int) -> bool:
+    """Return whether that character is a joiner where its script needs it: after a virama, or between cursive letters."""
+    if name[at] not in JOINERS or not 0 < at < len(name) - 1:
+        return False
+    cursive = {script_of(name[at - 1]), script_of(name[at + 1])}
+    return unicodedata.combining(name[at - 1]) == VIRAMA or (
+        name[at] == JOINERS[0] and len(cursive) == 1 and cursive <= CURSIVE
+    )
+
+
+def has_heaps(name: str) -> bool:
+    """Return whether a letter carries more marks than anybody writes: three accents, five marks, or the same one twice."""
+    for are_marks, run in itertools.groupby(unicodedata.normalize("NFD", name), lambda c: unicodedata.category(c)[0] == "M"):
+        marks = "".join(run) if are_marks else ""
+        accents = sum(unicodedata.combining(mark) > 0 for mark in marks)
+        if accents > 2 or len(marks) > 4 or any(one == next_one for one, next_one in itertools.pairwise(marks)):
+            return True
+    return False
+
+
+def is_of_one_script(name: str) -> bool:
+    """Return whether the letters are of one script, or of scripts that are written together, and the digits of one system."""
+    scripts = {script_of(char) for char in name} - {""}
+    zeros = {ord(char) - unicodedata.decimal(char) for char in name if char.isdecimal()}
+    return len(zeros) <= 1 and (len(scripts) <= 1 or any(scripts <= group for group in TOGETHER))
 
 
 def is_username(name: str) -> bool:
-    """Letters and digits of any script, with their marks, `_`, `.` and `-`; nothing that cannot be seen."""
+    """Return whether it can be a username: visible letters, digits and marks of one script, `_`, `.` and `-`."""
     plain = unicodedata.normalize("NFKC", name)
-    fits = all(c in "_.-" or (unicodedata.category(c)[0] in "LNM" and c not in INVISIBLE) for c in name + plain)
-    return fits and plain[:1].isprintable() and unicodedata.category(plain[0])[0] != "M" and 2 <= len(fold(name)) <= 32
+    if not 2 <= len(fold(name)) <= 32 or unicodedata.category(plain[0])[0] == "M":
+        return False
+    fits = all(in_username(text[at]) or is_joiner(text, at) for text in (name, plain) for at in range(len(text)))
+    return fits and not has_heaps(plain) and is_of_one_script(plain)
 
 
 # The text of a message, as far as mentions need it: where its code, links and addresses are. The page reads text by the same
@@ -481,16 +548,62 @@ def mention_runs(content: str) -> list[list[str]]:
     return runs
 
 
-SHOWN = r"^\s*[^\s\x00][^\x00]*$"  # not blank, and no NUL, which SQLite's text functions would stop at
+def shorten(name: str, length: int) -> str:
+    name = name[:length]
+    while len(fold(name)) > length:
+        name = name[:-1]
+    return name.rstrip("._-" + JOINERS)
+
+
+def handle_of(name: str) -> str:
+    """Return the beginning of a username for a display name: its words that fit together, with dots between them."""
+    plain = unicodedata.normalize("NFKC", re.sub("['\u2019]", "", name))
+    words = "".join(f"{unicodedata.decimal(c, c)}" if in_username(c) or c in JOINERS else " " for c in plain).split()
+    handle = ""
+    for word in words:
+        longer = shorten(f"{handle}.{word}".strip("._-"), 30)
+        if is_username(f"{longer}2") and unicodedata.category(word[0])[0] != "M":
+            handle = longer
+    return handle or "user"
+
+
+def numbered(handle: str, number: int) -> str:
+    return shorten(handle, 32 - len(str(number))) + str(number) if number > 1 else handle
+
+
+def blame(reason: str, field: str) -> ValueError:
+    """Return what a check of arguments raises: a reason of `REASONS` and the field, as `explain` reads them."""
+    return ValueError(f"{reason} - at `$.{field}`")
+
+
+def clean_name(name: str) -> str:
+    """Return a display name without the spaces around it. Raises ValueError with the reason NAME_FORM."""
+    if not re.match(NAME, name.strip()):
+        raise blame("NAME_FORM", "name")
+    return name.strip()
+
+
+def clean_code(code: str) -> str:
+    """Return an invite or sign-in code as it is stored: ten characters in any case, with or without the dash, or an old one."""
+    code = code.strip()
+    halves = re.fullmatch(f"([{CODE_LETTERS}]{{5}})[- ]?([{CODE_LETTERS}]{{5}})", code.upper()) if code.isascii() else None
+    return f"{halves[1]}-{halves[2]}" if halves else code
+
+
+def new_code() -> str:
+    """Return a random code of 50 bits."""
+    return clean_code("".join(secrets.choice(CODE_LETTERS) for _ in range(10)))
+
 
 Id = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Seq = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Username = Annotated[str, Meta(min_length=2, max_length=32)]
 Password = Annotated[str, Meta(min_length=8, max_length=256)]
-Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=SHOWN)]
-Topic = Annotated[str, Meta(max_length=1000, pattern=r"^[^\x00]*$")]
+Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=NAME)]
+DisplayName = Annotated[str, Meta(min_length=1, max_length=64)]
+Topic = Annotated[str, Meta(max_length=1000, pattern=f"^(?:$|{VISIBLE}){TEXT}")]
 Content = Annotated[str, Meta(min_length=1, max_length=4000, pattern=SHOWN)]
-Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[^\s\x00-\x1f\x7f]+$")]
+Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=f"^{VISIBLE}[^\\s{CONTROLS}]+$")]
 Nonce = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 Code = Annotated[str, Meta(min_length=1, max_length=64)]
 Token = Annotated[str, Meta(max_length=4096)]
@@ -514,20 +627,33 @@ class Credentials(Args):
 
 
 class NewName(Args):
-    username: Username
+    username: Username | None = None  # derived from the display name if it is missing
+    name: DisplayName | None = None
 
     def __post_init__(self) -> None:
-        if not is_username(self.username):
-            raise ValueError("USERNAME_FORM")
+        if self.name is not None:
+            self.name = clean_name(self.name)
+        if self.username is None and self.name is None:
+            raise blame("FIELD_MISSING", "username")
+        if self.username is not None and not is_username(self.username):
+            raise blame("USERNAME_FORM", "username")
 
 
-class NewUser(NewName):
+class NewUser(NewName, kw_only=True):
     password: Password
     code: Code | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.code = clean_code(self.code) if self.code is not None else None
 
-class NewGuest(NewName):
+
+class NewGuest(NewName, kw_only=True):
     code: Code
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.code = clean_code(self.code)
 
 
 class NewPassword(Args):
@@ -541,6 +667,15 @@ class TokenArgs(Args):
 
 class StatusArgs(Args):
     status: Status
+
+
+class EditProfile(Args):
+    status: Status | UnsetType = UNSET
+    name: DisplayName | UnsetType | None = UNSET
+
+    def __post_init__(self) -> None:
+        if isinstance(self.name, str):
+            self.name = clean_name(self.name)
 
 
 class NameArgs(Args):
@@ -577,8 +712,11 @@ class NewInvite(ServerArgs):
     expires_in: Annotated[int, Meta(ge=1, le=10**9)] | None = None
 
 
-class InviteArgs(Args):
+class CodeArgs(Args):
     code: Code
+
+    def __post_init__(self) -> None:
+        self.code = clean_code(self.code)
 
 
 class NewChannel(ServerArgs):
@@ -647,18 +785,22 @@ class View(Struct, omit_defaults=True):
     """What goes out: a thing as it is, flat."""
 
 
-class Identity(View):
+class Named(View, kw_only=True):
+    name: str | None = None  # the display name, if it differs from the username
+
+
+class Identity(Named):
     user_id: int
     username: str
 
 
-class ServerUser(View):
+class ServerUser(Named):
     server_id: int
     user_id: int
     username: str
 
 
-class ChannelUser(View):
+class ChannelUser(Named):
     channel_id: int
     user_id: int
     username: str
@@ -705,10 +847,13 @@ class Member(ServerUser):
     status: Status
     joined_at: str
     connected: bool
+    guest: bool = False
+    invited_by: str | None = None  # the invite's code, for admins only
 
 
 class Members(View):
     members: list[Member]
+    former: list[Identity] = []  # left, but their messages and reactions are still there
 
 
 class Ban(ServerUser):
@@ -757,6 +902,7 @@ class Message(View):
     nonce: str | None = None
     reactions: list[Reaction] = []
     mentions: list[int] = []
+    author_name: str | None = None
 
 
 class Messages(View):
@@ -779,6 +925,7 @@ class Changes(View):
     members: list[Member] | UnsetType = UNSET
     name: str | UnsetType = UNSET
     reset: bool = False  # the client discards its copy first: it holds changes that this database never had
+    former: list[Identity] = []
 
 
 class ReadState(View):
@@ -848,7 +995,7 @@ def explain(complaint: str) -> ChatError:
     field, detail = FIELD.search(complaint), FIELD.sub("", complaint)
     where = field[1] if field and field[1] else None
     if detail in REASONS:
-        return refusal(detail, field=where)
+        return refusal(detail, field=where, what=where)
     for pattern, reason in VALIDATION_REASONS.items():
         if found := re.fullmatch(pattern, detail, re.DOTALL):
             found_values = found.groupdict()
@@ -886,7 +1033,7 @@ class MessageDeleted(Deletion):
     pass
 
 
-class ReactionChanged(View):
+class ReactionChanged(Named):
     channel_id: int
     message_id: int
     user_id: int
@@ -909,11 +1056,11 @@ class StatusChanged(Identity):
 
 class MemberChanged(ServerUser):
     seq: int
+    guest: bool = False
 
 
-class RoleChanged(ServerUser):
+class MemberUpdated(MemberChanged, kw_only=True):
     role: Role
-    seq: int
 
 
 class ChannelChanged(View):
@@ -977,7 +1124,7 @@ EVENTS = {
     "user:status": EventKind(StatusChanged, "server", "A user's status changed."),
     "member:joined": EventKind(MemberChanged, "server", "Somebody became a member."),
     "member:left": EventKind(MemberChanged, "server", "Somebody left, was removed or banned."),
-    "member:updated": EventKind(RoleChanged, "server", "A member's role changed."),
+    "member:updated": EventKind(MemberUpdated, "server", "A member's role or name changed, or a guest set a password."),
     "channel:created": EventKind(ChannelChanged, "server", "A channel was created."),
     "channel:updated": EventKind(ChannelChanged, "server", "A channel was renamed or got another topic."),
     "channel:deleted": EventKind(ChannelDeleted, "server", "A channel was deleted."),
@@ -1030,11 +1177,17 @@ class Revoke(NamedTuple):
 
 
 class SetStatus(NamedTuple):
-    user_id: int
-    username: str
+    user: Identity
     before: Status
     after: Status
     server_ids: list[int]
+
+
+class Rename(NamedTuple):
+    """The user's sockets and tokens carry the new display name."""
+
+    user_id: int
+    name: str | None
 
 
 class StopTyping(NamedTuple):
@@ -1042,7 +1195,7 @@ class StopTyping(NamedTuple):
     user_id: int
 
 
-Effect = Emit | OpenChannel | CloseChannel | CloseServer | Evict | Revoke | SetStatus | StopTyping
+Effect = Emit | OpenChannel | CloseChannel | CloseServer | Evict | Revoke | SetStatus | Rename | StopTyping
 
 
 class Done(NamedTuple, Generic[T]):
@@ -1703,7 +1856,7 @@ MESSAGE_FIELDS = """
            CASE WHEN m.extras THEN
                (SELECT json_group_array(json_array(r.emoji, r.user_id)) FROM reactions r WHERE r.message_id = m.message_id) END,
            CASE WHEN m.extras THEN
-               (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted
+               (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted, u.name
 """
 MESSAGE_ROWS = MESSAGE_FIELDS + "FROM messages m JOIN users u ON u.user_id = m.author_id "
 FOUND_ROWS = (
@@ -1714,7 +1867,7 @@ FOUND_ROWS = (
 )
 INVITE = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
 CHANNEL_ROWS = "SELECT server_id, channel_id, name, kind, topic FROM channels "
-PLACE = "SELECT p.server_id, m.role FROM users u LEFT JOIN "
+PLACE = "SELECT p.server_id, m.role, u.name FROM users u LEFT JOIN "
 ROLE_THERE = """
     LEFT JOIN members m ON m.server_id = p.server_id AND m.user_id = u.user_id
     WHERE u.user_id = ? AND u.generation = ? AND u.deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)
@@ -1769,6 +1922,7 @@ NEXT_SEQ = {
     "name": "UPDATE servers SET seq = seq + 1, name_seq = seq + 1 WHERE server_id = ?",
 }
 REACTIONS_MAX = 50  # different ones on one message
+FORMER_MAX = 1000  # former members of a server that are listed
 INDEX_STEP = 500  # messages that search learns of in one transaction
 PURGE_STEP = 200  # messages of one author that are deleted in one transaction
 PURGE_SCAN = 5000  # messages that are looked at for it
@@ -1782,14 +1936,19 @@ class Standing(NamedTuple):
     username: str
     status: Status = "online"
     generation: int = 0
+    name: str | None = None
     digest: bytes = b""
     expires: float = math.inf
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.user_id, self.username, name=self.name)
 
 
 def standing(db: sqlite3.Connection, user_id: int, digest: bytes) -> Standing | None:
     """The account, unless it is deleted or that token was revoked."""
     row = db.execute(
-        """SELECT user_id, username, status, generation FROM users
+        """SELECT user_id, username, status, generation, name FROM users
            WHERE user_id = ? AND deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)""",
         (user_id, digest),
     ).fetchone()
@@ -1799,10 +1958,10 @@ def standing(db: sqlite3.Connection, user_id: int, digest: bytes) -> Standing | 
 def account_named(db: sqlite3.Connection, username: str) -> tuple[Standing, str | None] | None:
     """The account of that name, however it is spelled, and its password's hash."""
     row = db.execute(
-        "SELECT user_id, username, status, generation, password FROM users WHERE username_key = ? AND deleted = 0",
+        "SELECT user_id, username, status, generation, name, password FROM users WHERE username_key = ? AND deleted = 0",
         (fold(username),),
     ).fetchone()
-    return (Standing(*row[:4]), row[4]) if row else None
+    return (Standing(*row[:5]), row[5]) if row else None
 
 
 def password_of(db: sqlite3.Connection, user_id: int) -> str | None:
@@ -1810,12 +1969,31 @@ def password_of(db: sqlite3.Connection, user_id: int) -> str | None:
     return row[0] if row else None
 
 
-def insert_user(db: sqlite3.Connection, username: str, password: str | None, now: str) -> int:
+def free_username(db: sqlite3.Connection, name: str) -> str:
+    """Return a username that nobody has for a display name: `Tim.Meier`, else `Tim.Meier2`, ... It takes few look-ups, however
+    many people have that name."""
+    handle = handle_of(name)
+
+    def taken(number: int) -> bool:
+        username = numbered(handle, number)
+        row = db.execute("SELECT 1 FROM users WHERE username_key = ?", (fold(username),)).fetchone()
+        return row is not None or not is_username(username)
+
+    last, free = 0, 1
+    while taken(free):
+        last, free = free, free * 2
+    while free - last > 1:
+        middle = (last + free) // 2
+        last, free = (middle, free) if taken(middle) else (last, middle)
+    return numbered(handle, free)
+
+
+def insert_user(db: sqlite3.Connection, username: str, password: str | None, now: str, name: str | None = None) -> int:
     """The new account's id. Raises CONFLICT where the name is taken."""
     row = db.execute(
-        """INSERT INTO users (username, username_key, password, created_at) VALUES (?, ?, ?, ?)
+        """INSERT INTO users (username, username_key, password, created_at, name) VALUES (?, ?, ?, ?, ?)
            ON CONFLICT (username_key) DO NOTHING RETURNING user_id""",
-        (username, fold(username), password, now),
+        (username, fold(username), password, now, None if name == username else name),
     ).fetchone()
     if row is None:
         raise refusal("USERNAME_TAKEN", field="username")
@@ -1870,9 +2048,9 @@ def insert_revoked(db: sqlite3.Connection, digest: bytes, expires: float) -> Non
 
 
 def profile(db: sqlite3.Connection, user_id: int) -> Profile:
-    query = "SELECT user_id, username, status, created_at, password IS NULL FROM users WHERE user_id = ?"
-    user_id, username, status, created_at, guest = db.execute(query, (user_id,)).fetchone()
-    return Profile(user_id, username, status, created_at, bool(guest))
+    query = "SELECT user_id, username, status, created_at, password IS NULL, name FROM users WHERE user_id = ?"
+    user_id, username, status, created_at, guest, name = db.execute(query, (user_id,)).fetchone()
+    return Profile(user_id, username, status, created_at, bool(guest), name=name)
 
 
 def member_servers(db: sqlite3.Connection, user_id: int) -> list[int]:
@@ -1904,10 +2082,10 @@ def drop_server(db: sqlite3.Connection, server_id: int) -> None:
     db.execute("DELETE FROM servers WHERE server_id = ?", (server_id,))
 
 
-def place_of(db: sqlite3.Connection, key: str, number: int, me: Standing) -> tuple[int | None, Role | None] | None:
-    """The server of the thing with that id (`key`: one of `PLACES`), if it is there, and the caller's role in it; None where
-    the caller's token does not stand (any more)."""
-    found: tuple[int | None, Role | None] | None
+def place_of(db: sqlite3.Connection, key: str, number: int, me: Standing) -> tuple[int | None, Role | None, str | None] | None:
+    """Return the server of the thing with that id (`key`: one of `PLACES`), if it exists, the caller's role in it and the
+    caller's display name; None if the caller's token is no longer valid."""
+    found: tuple[int | None, Role | None, str | None] | None
     found = db.execute(PLACES[key], (number, me.user_id, me.generation, me.digest)).fetchone()
     return found
 
@@ -1933,15 +2111,29 @@ def channel_view(db: sqlite3.Connection, channel_id: int) -> Channel:
 def members_of(db: sqlite3.Connection, server_id: int, present: Collection[int], viewer: int) -> list[Member]:
     """The members; `present`: ids of those that are here. To others the invisible look like somebody who is not."""
     rows = db.execute(
-        """SELECT m.user_id, u.username, m.role, m.joined_at,
-                  CASE WHEN u.status = 'invisible' AND u.user_id <> ? THEN 'online' ELSE u.status END
-           FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = ? ORDER BY m.user_id""",
-        (viewer, server_id),
+        """SELECT m.user_id, u.username, m.role,
+                  CASE WHEN u.status = 'invisible' AND u.user_id <> :viewer THEN 'online' ELSE u.status END,
+                  m.joined_at, u.password IS NULL AND u.deleted = 0, m.invited_by, u.name,
+                  (SELECT role FROM members v WHERE v.server_id = m.server_id AND v.user_id = :viewer) <> 'member'
+           FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = :server_id ORDER BY m.user_id""",
+        {"viewer": viewer, "server_id": server_id},
     )
-    return [
-        Member(server_id, user_id, name, role, status, joined_at, user_id in present)
-        for user_id, name, role, joined_at, status in rows
-    ]
+    members = []
+    for user_id, username, role, status, joined_at, guest, invited_by, name, to_admin in rows:
+        member = Member(server_id, user_id, username, role, status, joined_at, user_id in present, bool(guest), name=name)
+        member.invited_by = invited_by if to_admin else None
+        members.append(member)
+    return members
+
+
+def former_members_of(db: sqlite3.Connection, server_id: int) -> list[Identity]:
+    """Return those who left, the newest `FORMER_MAX` accounts, by id."""
+    rows = db.execute(
+        """SELECT f.user_id, u.username, u.name FROM former_members f JOIN users u ON u.user_id = f.user_id
+           WHERE f.server_id = ? ORDER BY f.user_id DESC LIMIT ?""",
+        (server_id, FORMER_MAX),
+    ).fetchall()
+    return [Identity(user_id, username, name=name) for user_id, username, name in reversed(rows)]
 
 
 def role_of(db: sqlite3.Connection, server_id: int, user_id: int) -> Role | None:
@@ -1954,17 +2146,28 @@ def username_of(db: sqlite3.Connection, user_id: int) -> str | None:
     return row[0] if row else None
 
 
+def facts_of(db: sqlite3.Connection, user_id: int) -> dict[str, Any]:
+    """Return what events about a member say of the account: `username`, `name` and `guest`."""
+    query = "SELECT username, name, password IS NULL AND deleted = 0 FROM users WHERE user_id = ?"
+    username, name, guest = db.execute(query, (user_id,)).fetchone()
+    return {"username": username, "name": name, "guest": bool(guest)}
+
+
+def update_display_name(db: sqlite3.Connection, user_id: int, name: str | None) -> None:
+    db.execute("UPDATE users SET name = ? WHERE user_id = ?", (name, user_id))
+
+
 def is_banned(db: sqlite3.Connection, server_id: int, user_id: int) -> bool:
     return bool(db.execute("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?", (server_id, user_id)).fetchone())
 
 
 def bans_of(db: sqlite3.Connection, server_id: int) -> list[Ban]:
     rows = db.execute(
-        """SELECT b.server_id, b.user_id, u.username, b.banned_by, b.banned_at
+        """SELECT b.server_id, b.user_id, u.username, b.banned_by, b.banned_at, u.name
            FROM bans b JOIN users u ON u.user_id = b.user_id WHERE b.server_id = ? ORDER BY b.user_id""",
         (server_id,),
     )
-    return [Ban(*row) for row in rows]
+    return [Ban(*row[:5], name=row[5]) for row in rows]
 
 
 def insert_ban(db: sqlite3.Connection, server_id: int, user_id: int, banned_by: int, now: str) -> None:
@@ -2019,17 +2222,26 @@ def drop_invite(db: sqlite3.Connection, code: str) -> None:
     db.execute("DELETE FROM invites WHERE code = ?", (code,))
 
 
-def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str) -> int:
-    """Make somebody a member, who has nothing unread; return the number of that change."""
+def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str, code: str | None = None) -> int:
+    """Make an account a member, by the invite `code` if there was one. Return the number of that change.
+
+    `read_from` is the newest message of all servers: what was posted before the member joined is not unread.
+    """
     db.execute(
-        """INSERT INTO members (server_id, user_id, role, joined_at, read_from)
-           VALUES (?, ?, ?, ?, (SELECT coalesce(max(message_id), 0) FROM messages))""",
-        (server_id, user_id, role, now),
+        """INSERT INTO members (server_id, user_id, role, joined_at, invited_by, read_from)
+           VALUES (?, ?, ?, ?, ?, (SELECT coalesce(max(message_id), 0) FROM messages))""",
+        (server_id, user_id, role, now, code),
     )
+    db.execute("DELETE FROM former_members WHERE server_id = ? AND user_id = ?", (server_id, user_id))
     return next_seq(db, server_id, "members")
 
 
 def drop_member(db: sqlite3.Connection, server_id: int, user_id: int) -> int:
+    db.execute(
+        """INSERT INTO former_members SELECT server_id, user_id, invited_by FROM members
+           WHERE server_id = ? AND user_id = ?""",
+        (server_id, user_id),
+    )
     db.execute("DELETE FROM members WHERE server_id = ? AND user_id = ?", (server_id, user_id))
     return next_seq(db, server_id, "members")
 
@@ -2078,6 +2290,7 @@ def drop_channel(db: sqlite3.Connection, server_id: int, channel_id: int) -> int
 
 def to_message(row: Sequence[Any]) -> Message:
     message = Message(*row[:10])
+    message.author_name = row[13]
     if row[10] is None:
         return message
     emojis: dict[str, list[int]] = {}
@@ -2154,7 +2367,7 @@ def insert_message(db: sqlite3.Connection, server_id: int, author: Standing, arg
     set_mentions(db, message_id, args.channel_id, mentions)
     return Message(
         args.channel_id, message_id, args.content, author.user_id, author.username, now, seq,
-        reply_to=args.reply_to, nonce=args.nonce, mentions=mentions,
+        reply_to=args.reply_to, nonce=args.nonce, mentions=mentions, author_name=author.name,
     )  # fmt: skip
 
 
@@ -2316,6 +2529,9 @@ class Pages:
     def __init__(self) -> None:
         self._pages: dict[tuple[int | None, ...], tuple[int, Messages]] = {}
 
+    def clear(self) -> None:
+        self._pages.clear()
+
     def get(self, db: sqlite3.Connection, server_id: int, args: PageArgs) -> Messages:
         key, seq = msgspec.structs.astuple(args), last_seq(db, server_id)
         found = self._pages.pop(key, (-1, None))
@@ -2353,6 +2569,7 @@ def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection
         members_of(db, args.server_id, present, viewer) if members_seq > args.after else UNSET,
         name if reset or name_seq > args.after else UNSET,
         reset,
+        former_members_of(db, args.server_id) if members_seq > args.after else [],
     )
 
 
@@ -2534,7 +2751,7 @@ class Presence:
 
 class Typist(NamedTuple):
     server_id: int
-    username: str
+    notice: Typing  # the channel and the user, as others are told
     sid: str
     until: float
 
@@ -2546,11 +2763,12 @@ class Typists:
         self._typing: dict[tuple[int, int], Typist] = {}  # by channel and user
         self._heard: dict[int, float] = {}  # user -> when they were last heard
 
-    def start(self, server_id: int, channel_id: int, user_id: int, username: str, sid: str, now: float) -> bool:
+    def start(self, server_id: int, notice: Typing, sid: str, now: float) -> bool:
         """Whether others are to hear it."""
+        channel_id, user_id = notice.channel_id, notice.user_id
         heard = now - self._heard.get(user_id, -TYPING_EVERY) >= TYPING_EVERY
         if heard or self.typing(channel_id, user_id):
-            self._typing[channel_id, user_id] = Typist(server_id, username, sid, now + TYPING_SECONDS)
+            self._typing[channel_id, user_id] = Typist(server_id, notice, sid, now + TYPING_SECONDS)
         if heard:
             self._heard[user_id] = now
         return heard
@@ -2564,6 +2782,11 @@ class Typists:
 
     def close(self, *, server_id: int | None = None, channel_id: int | None = None) -> None:
         self._typing = {k: t for k, t in self._typing.items() if k[0] != channel_id and t.server_id != server_id}
+
+    def rename(self, user_id: int, name: str | None) -> None:
+        for (_, typing_id), typist in self._typing.items():
+            if typing_id == user_id:
+                typist.notice.name = name
 
     def over(self, now: float) -> list[tuple[int, int]]:
         """Who has not been heard for too long."""
@@ -2590,7 +2813,12 @@ class Voices(dict[str, Peer]):
 
     def others(self, channel_id: int, sid: str) -> list[Participant]:
         notices = [peer.notice for peer in self.within(channel_id=channel_id) if peer.sid != sid]
-        return [Participant(notice.user_id, notice.username, notice.peer_id) for notice in notices]
+        return [Participant(notice.user_id, notice.username, notice.peer_id, name=notice.name) for notice in notices]
+
+    def rename(self, user_id: int, name: str | None) -> None:
+        for peer in self.values():
+            if peer.notice.user_id == user_id:
+                peer.notice.name = name
 
     def named(self, channel_id: int, peer_id: str) -> Peer | None:
         return next((peer for peer in self.within(channel_id=channel_id) if peer.notice.peer_id == peer_id), None)
@@ -2731,12 +2959,12 @@ class Keys:
         self._secret = secret
         self._ttl = ttl
 
-    def issue(self, user_id: int, username: str, generation: int, now: float) -> Account:
+    def issue(self, user_id: int, username: str, generation: int, now: float, name: str | None = None) -> Account:
         expires = int(now) + self._ttl
         claims: dict[str, Any] = {"sub": str(user_id), "iat": int(now), "exp": expires, "iss": ISSUER, "aud": ISSUER}
         claims |= {"jti": secrets.token_hex(8), "gen": generation}
         token = jwt.encode(claims, self._secret, algorithm=ALGORITHM)
-        return Account(user_id, username, token, utc(expires))
+        return Account(user_id, username, token, utc(expires), name=name)
 
     def read(self, token: str) -> tuple[int, int, float]:
         """User id, generation and end of a token that we signed and that has not expired. Raises UNAUTHORIZED."""
@@ -2947,6 +3175,8 @@ def find_place(at: Scope, args: Args) -> bool:
     if found is None:
         raise refusal("TOKEN_INVALID")
     at.server_id, at.role = found[0] or 0, found[1]
+    if found[2] != at.me.name:  # changed since the token was last looked up
+        at.me = at.me._replace(name=found[2])
     if key == "message_id":
         at.message = message_view(at.db, number)
     at.channel_id = number if key == "channel_id" else at.message.channel_id if at.message else 0
@@ -3034,16 +3264,52 @@ def get_profile(at: Scope, args: Nothing) -> Done[Profile]:
     return Done(profile(at.db, at.me.user_id))
 
 
+def change_status(at: Scope, status: Status) -> SetStatus:
+    before = profile(at.db, at.me.user_id).status
+    update_status(at.db, at.me.user_id, status)
+    return SetStatus(at.me.identity, before, status, member_servers(at.db, at.me.user_id))
+
+
+def member_notice(db: sqlite3.Connection, server_id: int, user_id: int, seq: int) -> Emit:
+    """Return the `member:updated` that tells of a change that took that number."""
+    role = role_of(db, server_id, user_id) or "member"
+    updated = MemberUpdated(server_id, user_id, seq=seq, role=role, **facts_of(db, user_id))
+    return Emit("member:updated", server_id, updated)
+
+
+def change_everywhere(db: sqlite3.Connection, user_id: int) -> list[Effect]:
+    """Number a change of the account in each of its servers."""
+    servers = member_servers(db, user_id)
+    return [member_notice(db, server_id, user_id, next_seq(db, server_id, "members")) for server_id in servers]
+
+
+def change_name(at: Scope, name: str | None) -> list[Effect]:
+    name = None if name == at.me.username else name
+    if name == at.me.name:
+        return []
+    update_display_name(at.db, at.me.user_id, name)
+    return [Rename(at.me.user_id, name), *change_everywhere(at.db, at.me.user_id)]
+
+
 @operation(
-    "write", "PATCH /users/me", Who.USER, event="user:status", emits=["user:status", "user:connected", "user:disconnected"],
-    acks=False,
+    "write", "PATCH /users/me", Who.USER, limit="post",
+    emits=["member:updated", "user:status", "user:connected", "user:disconnected"],
 )  # fmt: skip
+def update_profile(at: Scope, args: EditProfile) -> Done[Profile]:
+    """Set my status or my display name; `null` removes the name."""
+    effects = [] if args.name is UNSET else change_name(at, args.name)
+    at.me = at.me._replace(name=profile(at.db, at.me.user_id).name)
+    if args.status is not UNSET:
+        effects.append(change_status(at, args.status))
+    return Done(profile(at.db, at.me.user_id), effects)
+
+
+@operation(
+    "write", None, Who.USER, event="user:status", emits=["user:status", "user:connected", "user:disconnected"], acks=False
+)
 def set_status(at: Scope, args: StatusArgs) -> Done[Profile]:
     """Set my status."""
-    before = profile(at.db, at.me.user_id).status
-    update_status(at.db, at.me.user_id, args.status)
-    servers = member_servers(at.db, at.me.user_id)
-    change = SetStatus(at.me.user_id, at.me.username, before, args.status, servers)
+    change = change_status(at, args.status)
     return Done(profile(at.db, at.me.user_id), [change])
 
 
@@ -3096,13 +3362,12 @@ def delete_server(at: Scope, args: ServerArgs) -> Done[None]:
 @operation("read", "GET /servers/{server_id}/members", Who.MEMBER, long=True)
 def list_members(at: Scope, args: ServerArgs) -> Done[Members]:
     """The members, with their roles and whether they are connected."""
-    return Done(Members(members_of(at.db, at.server_id, at.here(), at.me.user_id)))
+    members = members_of(at.db, at.server_id, at.here(), at.me.user_id)
+    return Done(Members(members, former_members_of(at.db, at.server_id)))
 
 
 def give_role(db: sqlite3.Connection, server_id: int, user_id: int, role: Role) -> Emit:
-    seq = update_role(db, server_id, user_id, role)
-    changed = RoleChanged(server_id, user_id, username_of(db, user_id) or "", role, seq)
-    return Emit("member:updated", server_id, changed)
+    return member_notice(db, server_id, user_id, update_role(db, server_id, user_id, role))
 
 
 @operation("write", "PATCH /servers/{server_id}/members/{user_id}", Who.OWNER, emits=["member:updated"])
@@ -3120,7 +3385,7 @@ def set_role(at: Scope, args: RoleArgs) -> Done[Member]:
 
 def expel(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
     seq = drop_member(db, server_id, user_id)
-    left = MemberChanged(server_id, user_id, username_of(db, user_id) or "", seq)
+    left = MemberChanged(server_id, user_id, seq=seq, **facts_of(db, user_id))
     return [Emit("member:left", server_id, left), Evict(server_id, user_id)]
 
 
@@ -3167,19 +3432,20 @@ def list_invites(at: Scope, args: ServerArgs) -> Done[Invites]:
 
 
 @operation("read", "GET /invites/{code}", Who.ANYONE, limit="invite")
-def get_invite(at: Scope, args: InviteArgs) -> Done[InvitePreview]:
+def get_invite(at: Scope, args: CodeArgs) -> Done[InvitePreview]:
     """Where an invite leads."""
     return Done(invite_preview(at.db, open_invite(at.db, args.code, at.now)))
 
 
-def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, username: str, now: str) -> list[Effect]:
+def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, now: str) -> list[Effect]:
     count_use(db, invite.code)
-    seq = add_member(db, invite.server_id, user_id, "member", now)
-    return [Emit("member:joined", invite.server_id, MemberChanged(invite.server_id, user_id, username, seq))]
+    seq = add_member(db, invite.server_id, user_id, "member", now, invite.code)
+    joined = MemberChanged(invite.server_id, user_id, seq=seq, **facts_of(db, user_id))
+    return [Emit("member:joined", invite.server_id, joined)]
 
 
 @operation("write", "POST /invites/{code}", Who.USER, emits=["member:joined"], status=201, repeat_status=200, limit="invite")
-def accept_invite(at: Scope, args: InviteArgs) -> Done[Server]:
+def accept_invite(at: Scope, args: CodeArgs) -> Done[Server]:
     """Become a member by an invite; 200 for who is one already."""
     server_id = invited_to(at.db, args.code)
     if server_id is not None and role_of(at.db, server_id, at.me.user_id):
@@ -3187,12 +3453,12 @@ def accept_invite(at: Scope, args: InviteArgs) -> Done[Server]:
     invite = open_invite(at.db, args.code, at.now)
     if is_banned(at.db, invite.server_id, at.me.user_id):
         raise refusal("BANNED")
-    effects = use_invite(at.db, invite, at.me.user_id, at.me.username, at.now)
+    effects = use_invite(at.db, invite, at.me.user_id, at.now)
     return Done(server_view(at.db, invite.server_id, at.me.user_id), effects)
 
 
 @operation("write", "DELETE /invites/{code}", Who.USER, status=204, limit="invite")
-def revoke_invite(at: Scope, args: InviteArgs) -> Done[None]:
+def revoke_invite(at: Scope, args: CodeArgs) -> Done[None]:
     """Take an invite back (admins and the owner of its server)."""
     server_id = invited_to(at.db, args.code)
     if server_id is None:
@@ -3313,7 +3579,7 @@ def remove_message(at: Scope, args: MessageArgs) -> Done[None]:
 
 def reaction_notice(at: Scope, event: str, args: ReactionArgs) -> Emit:
     seq = touch_message(at.db, at.server_id, args.message_id)
-    changed = ReactionChanged(at.channel_id, args.message_id, at.me.user_id, at.me.username, args.emoji, seq)
+    changed = ReactionChanged(at.channel_id, args.message_id, at.me.user_id, at.me.username, args.emoji, seq, name=at.me.name)
     return Emit(event, at.server_id, changed)
 
 
@@ -4509,7 +4775,8 @@ class Chat:
         self._heard: asyncio.Queue[tuple[Listener, Any]] = asyncio.Queue()
         self._carriers: dict[type[Effect], Callable[..., None]] = {
             Emit: self.tell, OpenChannel: self.open_channel, CloseChannel: self.close_channel, CloseServer: self.close_server,
-            Evict: self.evict, Revoke: self.revoke, SetStatus: self.show_status, StopTyping: self.stop_typing,
+            Evict: self.evict, Revoke: self.revoke, SetStatus: self.show_status, Rename: self.rename,
+            StopTyping: self.stop_typing,
         }  # fmt: skip
 
     # Asking the database. What is asked by `peek` and acted upon before the next await still holds when it is acted upon.
@@ -4605,10 +4872,20 @@ class Chat:
             if connection.me is not None and digest in (None, connection.me.digest):
                 self.close(connection)
 
-    def show_status(self, user_id: int, username: str, before: Status, after: Status, server_ids: list[int]) -> None:
-        """Tell a new status; who turns invisible is seen to go, and only their own sockets hear why."""
+    def rename(self, user_id: int, name: str | None) -> None:
         self.forget_sessions(user_id)
-        told = StatusChanged(user_id, username, after)
+        self.pages.clear()  # servers that the user has left keep their number, and show the new name too
+        self.typists.rename(user_id, name)
+        self.voices.rename(user_id, name)
+        for connection in self.of_user(user_id):
+            if connection.me is not None:
+                connection.me = connection.me._replace(name=name)
+
+    def show_status(self, user: Identity, before: Status, after: Status, server_ids: list[int]) -> None:
+        """Tell a new status; who turns invisible is seen to go, and only their own sockets hear why."""
+        user_id, username, name = user.user_id, user.username, user.name
+        self.forget_sessions(user_id)
+        told = StatusChanged(user_id, username, after, name=name)
         if after == "invisible":
             for connection in self.of_user(user_id):
                 self.stop_all_typing(connection)  # who saw them begin sees them end
@@ -4621,7 +4898,7 @@ class Chat:
         if "invisible" in (before, after) and before != after:
             event = "user:disconnected" if after == "invisible" else "user:connected"
             for server_id in self.presence.servers(user_id):
-                self.tell(event, server_id, PresenceChanged(server_id, user_id, username))
+                self.tell(event, server_id, PresenceChanged(server_id, user_id, username, name=name))
 
     # Sockets.
 
@@ -4686,7 +4963,7 @@ class Chat:
         for channel_id in channel_ids:
             self.sio.enter(connection.sid, f"channel:{channel_id}")
         if self.presence.join(server_id, me.user_id, connection.sid):
-            self.tell("user:connected", server_id, PresenceChanged(server_id, me.user_id, me.username))
+            self.tell("user:connected", server_id, PresenceChanged(server_id, me.user_id, me.username, name=me.name))
 
     def leave_server(self, connection: Connection, server_id: int, quietly: bool = False) -> bool:
         """Whether the socket was joined."""
@@ -4698,14 +4975,15 @@ class Chat:
             self.sio.leave(connection.sid, f"channel:{channel_id}")
         self.sio.leave(connection.sid, f"server:{server_id}")
         if self.presence.leave(server_id, me.user_id, connection.sid) and not quietly:
-            self.tell("user:disconnected", server_id, PresenceChanged(server_id, me.user_id, me.username))
+            self.tell("user:disconnected", server_id, PresenceChanged(server_id, me.user_id, me.username, name=me.name))
         return True
 
     def start_typing(self, server_id: int, channel_id: int, me: Standing, sid: str) -> None:
         loop = asyncio.get_running_loop()
-        heard = self.typists.start(server_id, channel_id, me.user_id, me.username, sid, loop.time())
+        notice = Typing(channel_id, me.user_id, me.username, name=me.name)
+        heard = self.typists.start(server_id, notice, sid, loop.time())
         if heard and me.user_id not in self.presence.hidden:
-            self.tell("user:typing", channel_id, Typing(channel_id, me.user_id, me.username), skip_sid=sid)
+            self.tell("user:typing", channel_id, notice, skip_sid=sid)
         loop.call_later(TYPING_SECONDS + 0.01, self.end_typing)
 
     def end_typing(self) -> None:
@@ -4715,7 +4993,7 @@ class Chat:
     def stop_typing(self, channel_id: int, user_id: int) -> None:
         typist = self.typists.stop(channel_id, user_id)
         if typist is not None and user_id not in self.presence.hidden:
-            self.tell("typing_stop", channel_id, Typing(channel_id, user_id, typist.username), skip_sid=typist.sid)
+            self.tell("typing_stop", channel_id, typist.notice, skip_sid=typist.sid)
 
     def stop_all_typing(self, connection: Connection, server_id: int | None = None) -> None:
         for channel_id, user_id in self.typists.of(connection.sid, server_id):
@@ -4742,12 +5020,15 @@ def remember_signing_in(chat: Chat, caller: Caller, user_id: int) -> None:
         chat.sio.eio.spawn(outcome_of(chat.store.write(job)))
 
 
-def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: str | None, clock: float) -> Done[int]:
-    """Create an account; with an invite, also a member of its server. The code is looked at before the name: a wrong code must
-    not tell which names are taken."""
-    invite = None if args.code is None else open_invite(db, args.code, utc(clock))
-    user_id = insert_user(db, args.username, password, utc(clock))
-    return Done(user_id, use_invite(db, invite, user_id, args.username, utc(clock)) if invite else [])
+def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: str | None, clock: float) -> Done[Standing]:
+    """A new account; with an invite, also a member of its server. The invite comes first: without one nobody learns which
+    usernames are taken."""
+    invite = open_invite(db, args.code, utc(clock)) if args.code is not None else None
+    username = args.username or free_username(db, args.name or "")
+    user_id = insert_user(db, username, password, utc(clock), args.name)
+    account = standing(db, user_id, b"")
+    assert account is not None
+    return Done(account, use_invite(db, invite, user_id, utc(clock)) if invite else [])
 
 
 async def make_account(chat: Chat, caller: Caller, args: NewUser | NewGuest, password: str | None) -> Done[Account]:
@@ -4761,10 +5042,10 @@ async def make_account(chat: Chat, caller: Caller, args: NewUser | NewGuest, pas
         if password is not None:
             async with chat.passwords.turn(caller.address):
                 hashed = await chat.passwords.hash(password)
-        done = await chat.store.write(lambda db: create_account(db, args, hashed, clock))
+        account = (await chat.store.write(lambda db: create_account(db, args, hashed, clock))).answer
     if hashed is not None:
-        remember_signing_in(chat, caller, done.answer)
-    return Done(chat.keys.issue(done.answer, args.username, 0, clock))
+        remember_signing_in(chat, caller, account.user_id)
+    return Done(chat.keys.issue(account.user_id, account.username, 0, clock, account.name))
 
 
 @operation("live", "POST /auth/register", Who.ANYONE, emits=["member:joined"], status=201)
@@ -4812,12 +5093,13 @@ async def login(chat: Chat, caller: Caller, args: Credentials) -> Done[Account]:
     if not await is_password(chat, caller, args.username, account.user_id, args.password, stored):
         raise refusal("WRONG_PASSWORD")
     remember_signing_in(chat, caller, account.user_id)
-    return Done(chat.keys.issue(account.user_id, account.username, account.generation, time.time()))
+    return Done(chat.keys.issue(account.user_id, account.username, account.generation, time.time(), account.name))
 
 
 def replace_password(db: sqlite3.Connection, user_id: int, before: str | None, password: str) -> Done[int]:
     """Set a password, unless somebody else did meanwhile; all tokens end, their sockets too. The new generation."""
-    return Done(update_password(db, user_id, before, password), [Revoke(user_id)])
+    generation = update_password(db, user_id, before, password)
+    return Done(generation, [Revoke(user_id), *([] if before else change_everywhere(db, user_id))])
 
 
 @operation("live", "POST /auth/password", Who.USER)
@@ -4834,7 +5116,7 @@ async def change_password(chat: Chat, caller: Caller, args: NewPassword) -> Done
         password = await chat.passwords.hash(args.new_password)
     done = await chat.store.write(lambda db: replace_password(db, me.user_id, stored, password))
     remember_signing_in(chat, caller, me.user_id)
-    return Done(chat.keys.issue(me.user_id, me.username, done.answer, time.time()))
+    return Done(chat.keys.issue(me.user_id, me.username, done.answer, time.time(), me.name))
 
 
 @operation("live", "GET /servers/{server_id}/search", Who.MEMBER)
@@ -4884,7 +5166,7 @@ async def authenticate(chat: Chat, caller: Caller, args: TokenArgs) -> Done[Iden
     assert caller.connection is not None
     me = chat.recognise(args.token or "")
     chat.admit(caller.connection, me)
-    return Done(Identity(me.user_id, me.username))
+    return Done(me.identity)
 
 
 @operation("live", None, Who.USER, event="ping")
@@ -4969,7 +5251,7 @@ def enter_voice(chat: Chat, connection: Connection, me: Standing, channel: Chann
         raise refusal("VOICE_FULL", field="channel_id", n=chat.settings.voice_max)
     for sid in [connection.sid, *(peer.sid for peer in mine)]:
         chat.leave_voice(sid)
-    notice = VoiceChanged(channel.channel_id, me.user_id, me.username, secrets.token_urlsafe(9))
+    notice = VoiceChanged(channel.channel_id, me.user_id, me.username, secrets.token_urlsafe(9), name=me.name)
     peer = chat.voices[connection.sid] = Peer(connection.sid, channel.server_id, notice)
     chat.tell("voice:join", channel.server_id, notice)
     return peer
@@ -5485,7 +5767,7 @@ def qr_code(link: str) -> Any:
 
 
 async def draw_invite(chat: Chat, request: web.Request) -> Done[bytes]:
-    args = InviteArgs(code=request.match_info["code"])
+    args = CodeArgs(code=request.match_info["code"])
     await perform(chat, OPERATIONS["get_invite"], Caller(None, request.remote or ""), args)
     link = f"{request.scheme}://{request.host}{request.path.partition('/invites/')[0]}/#/invite/{args.code}"
     if len(link) > LINK_MAX:
@@ -5617,7 +5899,7 @@ class ChatRTC:
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         """An operation as a method."""
         op = OPERATIONS.get(name)
-        if op is None or op.path is None:
+        if op is None or (op.path is None and op.kind == "live"):
             raise AttributeError(name)
         return functools.partial(self._call, op)
 

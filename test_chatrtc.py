@@ -590,9 +590,16 @@ def test_a_setting_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 # The shapes of things: what is a name, what is a text, and that a thing says no more than it has to say.
 
 
+MINA = "می\u200cنا"  # with a joiner that its script needs  # noqa: RUF001
+
+
 @pytest.mark.parametrize(
-    "name", ["al", "a" * 32, "élodie", "Жанна", "王小明", "नमस्ते", "a.b-c_d", "42", "ﬁona", "عمر", "ΣΊΣΥΦΟΣ"]
-)
+    "name",
+    [
+        "al", "a" * 32, "élodie", "Жанна", "王小明", "नमस्ते", "a.b-c_d", "42", "ﬁona", "عمر", "ΣΊΣΥΦΟΣ", "Nguyễn", "田中さんA", MINA,
+        "क्\u200dष", "A민수", "ကြွေး", "عمر٣",
+    ],
+)  # fmt: skip
 async def test_a_username_is_of_any_script(world: World, name: str) -> None:
     person = await world.person(name)
     assert (await person.ok("GET", "/users/me"))["username"] == name
@@ -604,11 +611,98 @@ async def test_a_username_is_of_any_script(world: World, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a b", "a@b", "a/b", "a\n", "\u200bab", "a\u202eb", "\u3164\u3164", "ab\x00", "😀😀", "ab:", "\u0301a", "  "]
-)
+    "name",
+    [
+        "a b", "a@b", "a/b", "a\n", "\u200bab", "a\u202eb", "\u3164\u3164", "ab\x00", "😀😀", "ab:", "\u0301a", "  ",
+        "Teacher\u17b5", "Teacher\U000e0100", "\u03a4eacher", "Te\u0430cher", "x" + "\u0301" * 30, "x\u0301\u0302\u0303",
+        "ab\u200cd", "\u200cab", "می\u200c", "عمر३", "a\u0661", "カㄅ한", "ก" + "ี" * 5, "ab\u00ad", "ab\ufe0f",
+    ],
+)  # fmt: skip
 async def test_a_username_holds_nothing_else(world: World, name: str) -> None:
     reply = await world.call("POST", "/auth/register", {"username": name, "password": "correct horse"})
-    assert reply.code == "BAD_REQUEST"
+    assert (reply.code, reply.body["reason"], reply.body["field"]) == ("BAD_REQUEST", "USERNAME_FORM", "username")
+
+
+BLANKS = [" ", "\n\t ", "\u200b", "\u3164", "\u2800", "\ufe0f\u200d", "\U000e0041", "\u00ad\u2060"]
+CONTROLS = ["a\x00", "a\x1b[0m", "a\x85b", "\x9b"]
+SHAPED = ["👩\u200d🎓", "❤️", MINA, "1️⃣", "🏴\U000e0067\U000e0062\U000e007f", "🏳️\u200d🌈", "क्\u200dष", "O'Neil"]
+HIDING = [
+    "a\nb",
+    "ab\n",
+    "a\tb",
+    "a\u202eb",
+    "a\u2066b",
+    "a\u200fb",
+    "a\u061c",
+    "a\u200bb",
+    "Ti\u200cm",
+    "\u200dab",
+    "می\u200c",
+]
+
+
+async def test_every_text_is_visible(world: World) -> None:
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    server = f"/servers/{place.server_id}"
+
+    async def codes(text: str) -> list[str]:
+        """Post it, and make it the name of a channel, its topic, the server's name and the person's."""
+        calls = [
+            ("POST", "/messages", {"channel_id": place.channel_id, "content": text}),
+            ("PATCH", f"/channels/{place.channel_id}", {"topic": text}),
+            ("PATCH", f"/channels/{place.channel_id}", {"name": text}),
+            ("PATCH", server, {"name": text}),
+            ("PATCH", "/users/me", {"name": text}),
+        ]
+        return [(await ana.call(*call)).code for call in calls]
+
+    for text in BLANKS + CONTROLS:
+        assert await codes(text) == ["BAD_REQUEST"] * 5, ascii(text)
+        assert (await ana.call("GET", f"{server}/search", params={"q": text})).code == "BAD_REQUEST", ascii(text)
+    for text in HIDING[3:]:
+        assert await codes(text) == ["", "", *["BAD_REQUEST"] * 3], ascii(text)
+    for text in HIDING[:3]:  # the spaces around a person's name are left out
+        assert await codes(text) == ["", "", "BAD_REQUEST", "BAD_REQUEST", "" if text[-1] == "\n" else "BAD_REQUEST"], ascii(
+            text
+        )
+    for text in SHAPED:
+        assert await codes(text) == [""] * 5, ascii(text)
+    reply = await ana.call("PATCH", "/users/me", {"name": "\u200b"})
+    assert (reply.body["reason"], reply.body["field"]) == ("NAME_FORM", "name")
+    assert (await ana.call("PATCH", f"/channels/{place.channel_id}", {"topic": ""})).status == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("Tim Meier", "Tim.Meier", "Tim.Meier2"), ("O'Neil", "ONeil", "ONeil2"), ("😀", "user", "user2"), ("李", "李2", "李3"),
+        ("Tim Тимов", "Tim", "Tim2"), ("Te\u0430cher", "user", "user2"), (MINA, MINA, MINA + "2"),
+        ("n" * 64, "n" * 30, "n" * 30 + "2"), ("ben", "ben", "ben2"), ("عمر ٣", "عمر.3", "عمر.32"), ("1️⃣ A", "1.A", "1.A2"),
+    ],
+)  # fmt: skip
+async def test_a_username_follows_from_a_name(world: World, name: str, first: str, second: str) -> None:
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    invite = await ana.ok("POST", f"/servers/{place.server_id}/invites", {})
+    one = await world.call("POST", "/auth/register", {"name": f" {name} ", "password": "correct horse"})
+    two = await world.call("POST", "/auth/guest", {"name": name, "code": invite["code"]})
+    assert [one.body["username"], two.body["username"]] == [first, second]
+    assert one.body.get("name", first) == two.body["name"] == name
+    login = await world.call("POST", "/auth/login", {"username": first.upper(), "password": "correct horse"})
+    assert (login.body["user_id"], login.body.get("name")) == (one.body["user_id"], one.body.get("name"))
+
+
+async def test_people_of_one_name_get_usernames_at_once(world: World) -> None:
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    invite = await ana.ok("POST", f"/servers/{place.server_id}/invites", {})
+    guests = [world.call("POST", "/auth/guest", {"name": "Li Na", "code": invite["code"]}) for _ in range(40)]
+    names = [reply.body["username"] for reply in await asyncio.gather(*guests)]
+    assert len({chatrtc.fold(name) for name in names}) == 40
+    assert {"Li.Na", "Li.Na2", "Li.Na3"} <= set(names)
+    reply = await world.call("POST", "/auth/guest", {"code": invite["code"]})
+    assert (reply.code, reply.body["reason"], reply.body["field"]) == ("BAD_REQUEST", "FIELD_MISSING", "username")
 
 
 @pytest.mark.parametrize(
@@ -1063,6 +1157,90 @@ async def test_a_read_mark_that_moves_is_told_to_its_owners_sockets(scene: Scene
     for socket in (scene.away, scene.elsewhere):
         await socket.hears_not("channel:read")
     await scene.mine.hears_not("channel:read", last_read_id=own["message_id"])
+
+
+def told_name(thing: dict[str, Any]) -> Any:
+    return thing.get("author_name" if "author_id" in thing else "name")
+
+
+async def things_with_names(scene: Scene, seq: int, voice: int) -> list[dict[str, Any]]:
+    """Answers, acks and events that tell of Ana, one of each."""
+    ana, server, channel_id = scene.ana, scene.server, scene.place.channel_id
+    message = await ana.post(channel_id, "@ben hello")
+    number = {"message_id": message["message_id"]}
+    await scene.mine.ok("reaction:add", number | {"emoji": "x"})
+    edited = await scene.mine.ok("message:edit", number | {"content": "better"})
+    heard = [await scene.here.hears(event) for event in ("message:new", "mention", "reaction:add", "message:edit")]
+    tab = await ana.socket()  # a socket that may type at once
+    async with asyncio.timeout(PATIENCE):
+        while "user:typing" not in scene.here.names()[scene.here._read :]:
+            await tab.ok("typing_start", {"channel_id": channel_id})
+            await scene.here.ok("ping")
+    await tab.ok("typing_stop", {"channel_id": channel_id})
+    heard += [await scene.here.hears(event) for event in ("user:typing", "typing_stop")]
+    await ana.ok("PATCH", "/users/me", {"status": "busy"})
+    heard.append(await scene.here.hears("user:status"))
+    joined = await scene.here.ok("join_server", {"server_id": scene.place.server_id, "after": seq})
+    talking = await scene.here.ok("voice:join", {"channel_id": voice})
+    await scene.here.ok("voice:leave", {"channel_id": voice})
+    await scene.mine.ok("leave_server", {"server_id": scene.place.server_id})
+    heard += [await scene.here.hears("voice:leave", user_id=ana.user_id), await scene.here.hears("user:disconnected")]
+    await scene.mine.ok("join_server", {"server_id": scene.place.server_id})
+    await scene.mine.ok("voice:join", {"channel_id": voice})
+    heard += [await scene.here.hears("user:connected"), await scene.here.hears("voice:join")]
+    history = (await scene.ben.ok("GET", f"/channels/{channel_id}/messages"))["messages"]
+    account = await scene.world.call("POST", "/auth/login", {"username": "ana", "password": "correct horse"})
+    listed = await scene.ben.ok("GET", f"{server}/members")
+    more = [
+        message,
+        edited,
+        account.body,
+        await ana.ok("GET", "/users/me"),
+        await ana.ok("GET", f"/messages/{number['message_id']}"),
+    ]
+    return [*heard, *more, history[0], listed["members"][0], joined["changes"]["members"][0], talking["participants"][0]]
+
+
+async def test_a_name_goes_with_every_username(scene: Scene) -> None:
+    voice = (await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "talk", "kind": "voice"}))["channel_id"]
+    await scene.mine.ok("typing_start", {"channel_id": scene.place.channel_id})
+    await scene.mine.ok("voice:join", {"channel_id": voice})
+    seq = (await scene.here.ok("join_server", {"server_id": scene.place.server_id}))["seq"]
+    for _ in range(2):  # again: no change
+        assert (await scene.ana.ok("PATCH", "/users/me", {"name": "Ana Lima"}))["name"] == "Ana Lima"
+    told = await scene.here.hears("member:updated")
+    facts = {"user_id": scene.ana.user_id, "username": "ana", "name": "Ana Lima", "role": "owner", "seq": seq + 1}
+    assert told == {"server_id": scene.place.server_id} | facts
+    assert {told_name(thing) for thing in await things_with_names(scene, seq, voice)} == {"Ana Lima"}
+    assert "name" not in await scene.ana.ok("PATCH", "/users/me", {"name": None})
+    assert "name" not in await scene.here.hears("member:updated")
+    assert {told_name(thing) for thing in await things_with_names(scene, seq, voice)} == {None}
+
+
+async def test_a_name_equal_to_the_username_is_none(scene: Scene) -> None:
+    assert "name" not in await scene.ana.ok("PATCH", "/users/me", {"name": "ana"})
+    await scene.here.hears_not("member:updated")
+    ack = await (await scene.ana.socket()).ok("authenticate", {"token": scene.ana.token})
+    assert ack == {"success": True, "user_id": scene.ana.user_id, "username": "ana"}
+
+
+async def test_the_name_of_who_left_is_still_told(scene: Scene) -> None:
+    message = await scene.post()
+    await scene.ben.ok("PUT", f"/messages/{message['message_id']}/reactions/x")
+    await scene.ben.ok("DELETE", f"{scene.server}/members/{scene.ben.user_id}")
+    former = [{"user_id": scene.ben.user_id, "username": "ben"}]
+    assert (await scene.ana.ok("GET", f"{scene.server}/members"))["former"] == former
+    assert (await scene.ana.ok("GET", f"{scene.server}/changes?after={message['seq']}"))["former"] == former
+    history = f"/channels/{scene.place.channel_id}/messages"
+    mine = await scene.cy.post(scene.place.channel_id)
+    await scene.cy.ok("DELETE", f"{scene.server}/members/{scene.cy.user_id}")
+    assert (await scene.ana.ok("GET", history))["messages"][-1] == mine
+    await scene.cy.ok("PATCH", "/users/me", {"name": "Cy Young"})
+    assert (await scene.ana.ok("GET", history))["messages"][-1]["author_name"] == "Cy Young", "in a server that they left"
+    invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
+    for person in (scene.ben, scene.cy):
+        await person.ok("POST", f"/invites/{invite['code']}")
+    assert "former" not in await scene.ana.ok("GET", f"{scene.server}/members")
 
 
 async def test_a_role_is_told(scene: Scene) -> None:
@@ -1841,11 +2019,11 @@ TestPresence.settings = settings(max_examples=60, stateful_step_count=30, derand
 
 def test_a_user_is_heard_typing_once_a_second_and_for_three() -> None:
     typists = chatrtc.Typists()
-    assert typists.start(5, 1, 7, "ana", "a", 10.0)
-    assert not typists.start(5, 1, 7, "ana", "a", 10.9)
-    assert not typists.start(5, 2, 7, "ana", "a", 10.95), "once a second for a user, wherever"
-    assert typists.start(5, 1, 8, "ben", "b", 10.95), "others have their own second"
-    assert typists.start(5, 1, 7, "ana", "a", 11.0)
+    assert typists.start(5, chatrtc.Typing(1, 7, "ana"), "a", 10.0)
+    assert not typists.start(5, chatrtc.Typing(1, 7, "ana"), "a", 10.9)
+    assert not typists.start(5, chatrtc.Typing(2, 7, "ana"), "a", 10.95), "once a second for a user, wherever"
+    assert typists.start(5, chatrtc.Typing(1, 8, "ben"), "b", 10.95), "others have their own second"
+    assert typists.start(5, chatrtc.Typing(1, 7, "ana"), "a", 11.0)
     assert typists.over(13.9) == []
     assert typists.over(14.0) == [(1, 8), (1, 7)] or set(typists.over(14.0)) == {(1, 7), (1, 8)}
     assert typists.stop(1, 7) is not None
@@ -2459,6 +2637,7 @@ ROWS = {
     "get_configuration": Row("", "open"),
     "get_profile": Row("", "user"),
     "set_status": Row("", "user"),
+    "update_profile": Row("", "user"),
     "list_servers": Row("", "user"),
     "create_server": Row("", "user"),
     "get_server": Row("server", "member"),
@@ -2650,7 +2829,7 @@ class Matrix:
         if op.name == "register_guest":
             values["code"] = self.lobby.code
         fields = msgspec.structs.fields(op.args)
-        return {field.name: values[field.name] for field in fields if field.required or field.name == "token"}
+        return {field.name: values[field.name] for field in fields if field.required or field.name in ("token", "username")}
 
 
 async def by_rest(world: World, token: str | None, op: chatrtc.Operation, args: dict[str, Any]) -> Reply:
