@@ -596,8 +596,8 @@ MINA = "می\u200cنا"  # with a joiner that its script needs  # noqa: RUF001
 @pytest.mark.parametrize(
     "name",
     [
-        "al", "a" * 32, "élodie", "Жанна", "王小明", "नमस्ते", "a.b-c_d", "42", "ﬁona", "عمر", "ΣΊΣΥΦΟΣ", "Nguyễn", "田中さんA", MINA,
-        "क्\u200dष", "A민수", "ကြွေး", "عمر٣",
+        "al", "a" * 32, "élodie", "Жанна", "王小明", "नमस्ते", "a.b-c_d", "42", "ﬁona", "عمر", "ΣΊΣΥΦΟΣ", "Nguyễn", "田中さんA",
+        MINA, "क्\u200dष", "A민수", "ကြွေး", "عمر٣",
     ],
 )  # fmt: skip
 async def test_a_username_is_of_any_script(world: World, name: str) -> None:
@@ -678,7 +678,7 @@ async def test_every_text_is_visible(world: World) -> None:
     [
         ("Tim Meier", "Tim.Meier", "Tim.Meier2"), ("O'Neil", "ONeil", "ONeil2"), ("😀", "user", "user2"), ("李", "李2", "李3"),
         ("Tim Тимов", "Tim", "Tim2"), ("Te\u0430cher", "user", "user2"), (MINA, MINA, MINA + "2"),
-        ("n" * 64, "n" * 30, "n" * 30 + "2"), ("ben", "ben", "ben2"), ("عمر ٣", "عمر.3", "عمر.32"), ("1️⃣ A", "1.A", "1.A2"),
+        ("n" * 62, "n" * 30, "n" * 30 + "2"), ("ben", "ben", "ben2"), ("عمر ٣", "عمر.3", "عمر.32"), ("1️⃣ A", "1.A", "1.A2"),
     ],
 )  # fmt: skip
 async def test_a_username_follows_from_a_name(world: World, name: str, first: str, second: str) -> None:
