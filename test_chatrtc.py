@@ -1171,12 +1171,11 @@ async def things_with_names(scene: Scene, seq: int, voice: int) -> list[dict[str
     await scene.mine.ok("reaction:add", number | {"emoji": "x"})
     edited = await scene.mine.ok("message:edit", number | {"content": "better"})
     heard = [await scene.here.hears(event) for event in ("message:new", "mention", "reaction:add", "message:edit")]
-    tab = await ana.socket()  # a socket that may type at once
     async with asyncio.timeout(PATIENCE):
         while "user:typing" not in scene.here.names()[scene.here._read :]:
-            await tab.ok("typing_start", {"channel_id": channel_id})
+            await scene.mine.ok("typing_start", {"channel_id": channel_id})  # heard once a second
             await scene.here.ok("ping")
-    await tab.ok("typing_stop", {"channel_id": channel_id})
+    await scene.mine.ok("typing_stop", {"channel_id": channel_id})
     heard += [await scene.here.hears(event) for event in ("user:typing", "typing_stop")]
     await ana.ok("PATCH", "/users/me", {"status": "busy"})
     heard.append(await scene.here.hears("user:status"))
