@@ -1262,7 +1262,7 @@ READERS = 3
 BATCH = 256  # jobs in a transaction at most
 WAITING = 20_000  # jobs that may wait for the writer
 QUIET_SECONDS = 0.3  # without a write, before what can wait is done
-ROOM = 1 << 20  # bytes free on the disk, with fewer of which it counts as full
+DISK_EVERY = 1.0  # seconds between two looks at the free space
 COMPLAIN_EVERY = 60  # seconds between two lines in the log on writes that fail
 DEADLINE = 8.0  # seconds for any call; shorter than the ping timeout
 THOROUGH_MAX = 64 * 1024 * 1024  # up to this size a start checks what each index holds as well, which is a second
@@ -1658,12 +1658,16 @@ class Store:
     a hop to a thread and back costs 150. What waits for the disk (COMMIT, which syncs) or may take long has a thread.
     """
 
-    def __init__(self, path: Path, publish: Callable[[Sequence[Effect]], None]) -> None:
+    def __init__(self, path: Path, publish: Callable[[Sequence[Effect]], None], reserve: int = 0) -> None:
         self.path = path
+        self.reserve = reserve  # bytes of free disk space down to which everything may be written
         self.lock = Lock(path)
         self.trouble = ""  # why a write failed, until one that is sure to reach the disk has not
         self._complained = -math.inf  # when that was last logged
         self._doubtful = False  # whether the writer's connection is to be opened anew
+        self._full = False
+        self._looked = -math.inf  # when
+        self._files: list[tuple[int, int]] = []  # which files were opened
         self._publish = publish
         self._line: deque[Entry] = deque()
         self._told: deque[tuple[asyncio.Future[Done[Any]], Done[Any] | BaseException]] = deque()  # what comes of it, to be told
@@ -1688,6 +1692,7 @@ class Store:
                 self._readers.append(await aiosqlite.Connection(functools.partial(connect_reader, self.path), 64))
                 self._idle.put_nowait(self._readers[-1])
             self._near = connect_reader(self.path)
+            self._files = self._identify()
         except BaseException:
             await self.close()
             raise
@@ -1740,12 +1745,15 @@ class Store:
         """Whether somebody wrote a moment ago."""
         return asyncio.get_running_loop().time() - self._wrote < QUIET_SECONDS
 
-    async def write(self, job: Job, *, long: bool = False) -> Done[Any]:
+    async def write(self, job: Job, *, long: bool = False, frees: bool = False) -> Done[Any]:
         """Have the job done in the next transaction, and return once it is synced and its effects are out.
 
         Raises what the job raises, and ChatError UNAVAILABLE where the file takes no writes. A caller that goes away in
         between changes nothing: the job is done all the same. `long`: it takes more than a few steps of an index.
+        `frees`: it is done even if the disk is nearly full.
         """
+        if not frees and self.full():
+            raise refusal("DISK_FULL")
         if len(self._line) >= WAITING or self._committer is None or self._committer.done():
             raise ChatError("UNAVAILABLE")
         loop = asyncio.get_running_loop()
@@ -1758,9 +1766,26 @@ class Store:
         return await future
 
     def full(self) -> bool:
-        """Whether the disk has no room left to speak of."""
-        disk = os.statvfs(self.path)
-        return disk.f_bavail * disk.f_frsize < ROOM
+        """Return whether the disk has no more free space than the reserve, as of a second ago at most."""
+        now = time.monotonic()
+        if now - self._looked > DISK_EVERY:
+            self._looked = now
+            with contextlib.suppress(OSError):
+                disk = os.statvfs(self.path.resolve().parent)
+                self._full = disk.f_bavail * disk.f_frsize <= self.reserve
+        return self._full
+
+    def _identify(self) -> list[tuple[int, int]]:
+        """Return the device and inode of the database and of its -wal; empty if one is missing."""
+        with contextlib.suppress(FileNotFoundError):
+            files = os.stat(self.path), os.stat(f"{self.path.resolve()}-wal")
+            return [(file.st_dev, file.st_ino) for file in files]
+        return []
+
+    def _require_files(self) -> None:
+        """Raise StartError unless the database is still the file that was opened: what is written to another would be lost."""
+        if self._identify() != self._files:
+            raise StartError("the database file was moved or replaced; restart the server")
 
     async def _commit_forever(self) -> None:
         loop = asyncio.get_running_loop()
@@ -1794,21 +1819,31 @@ class Store:
         if isinstance(result, StartError) or (isinstance(result, sqlite3.OperationalError) and not is_defect(result)):
             self._suffer(result)
             sentence = f"The database takes no writes at the moment ({result}); nothing was changed"
-            return [ChatError("UNAVAILABLE", sentence)]
+            full = getattr(result, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+            return [ChatError("UNAVAILABLE", sentence, reason="DISK_FULL" if full else "DATABASE_DOWN")]
         return [result]
 
     async def _transact(self, batch: list[Entry]) -> list[Done[Any] | ChatError]:
         assert self._writer is not None
         if self._doubtful:
+            self._require_files()
             await self._writer.close()
             self._writer = await aiosqlite.Connection(functools.partial(connect_writer, self.path), 64)
             self._doubtful = False
         jobs = [entry.job for entry in batch]
         if batch[0].long:
-            return await on_thread(self._writer, in_transaction, jobs)
-        outcomes = begin(self._writer._conn, jobs)
-        await on_thread(self._writer, commit)
+            outcomes = await on_thread(self._writer, begin, jobs)
+        else:
+            outcomes = begin(self._writer._conn, jobs)
+        await on_thread(self._writer, self._finish)
         return outcomes
+
+    def _finish(self, db: sqlite3.Connection) -> None:
+        try:
+            self._require_files()
+            commit(db)
+        finally:
+            undo(db)
 
     def _suffer(self, error: sqlite3.OperationalError | StartError) -> None:
         """Remember that writing fails; after a failed sync nothing may be assumed of the connection, so it is opened anew."""
@@ -3235,6 +3270,7 @@ class Operation:
     limit: str | None = None
     acks: bool = True  # whether the ack carries the answer, or only says success
     long: bool = False  # whether it may take more than a few steps of an index
+    frees: bool = False  # whether it is possible on a disk that is nearly full, because it deletes or protects
     sentence: str
 
 
@@ -3313,7 +3349,7 @@ def set_status(at: Scope, args: StatusArgs) -> Done[Profile]:
     return Done(profile(at.db, at.me.user_id), [change])
 
 
-@operation("write", "POST /auth/logout", Who.USER, status=204)
+@operation("write", "POST /auth/logout", Who.USER, status=204, frees=True)
 def logout(at: Scope, args: Nothing) -> Done[None]:
     """End the token that the request came with; its sockets are disconnected."""
     if not at.me.digest:
@@ -3351,7 +3387,7 @@ def rename_server(at: Scope, args: RenameServer) -> Done[Server]:
     return Done(server_view(at.db, at.server_id, at.me.user_id), [Emit("server:updated", at.server_id, renamed)])
 
 
-@operation("write", "DELETE /servers/{server_id}", Who.OWNER, emits=["server:deleted"], status=204, long=True)
+@operation("write", "DELETE /servers/{server_id}", Who.OWNER, emits=["server:deleted"], status=204, long=True, frees=True)
 def delete_server(at: Scope, args: ServerArgs) -> Done[None]:
     """Delete a server with everything in it."""
     drop_server(at.db, at.server_id)
@@ -3389,7 +3425,9 @@ def expel(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
     return [Emit("member:left", server_id, left), Evict(server_id, user_id)]
 
 
-@operation("write", "DELETE /servers/{server_id}/members/{user_id}", Who.SELF_OR_ABOVE, emits=["member:left"], status=204)
+@operation(
+    "write", "DELETE /servers/{server_id}/members/{user_id}", Who.SELF_OR_ABOVE, emits=["member:left"], status=204, frees=True
+)
 def remove_member(at: Scope, args: MemberArgs) -> Done[None]:
     """Leave a server, or remove a member of a lower role. The member's sockets leave its rooms and stay open."""
     return Done(None, expel(at.db, at.server_id, args.user_id))
@@ -3401,14 +3439,14 @@ def list_bans(at: Scope, args: ServerArgs) -> Done[Bans]:
     return Done(Bans(bans_of(at.db, at.server_id)))
 
 
-@operation("write", "PUT /servers/{server_id}/bans/{user_id}", Who.ABOVE, emits=["member:left"], status=204)
+@operation("write", "PUT /servers/{server_id}/bans/{user_id}", Who.ABOVE, emits=["member:left"], status=204, frees=True)
 def ban(at: Scope, args: MemberArgs) -> Done[None]:
     """Ban somebody, member or not yet; a member is removed."""
     insert_ban(at.db, at.server_id, args.user_id, at.me.user_id, at.now)
     return Done(None, expel(at.db, at.server_id, args.user_id) if at.target else [])
 
 
-@operation("write", "DELETE /servers/{server_id}/bans/{user_id}", Who.ABOVE, status=204)
+@operation("write", "DELETE /servers/{server_id}/bans/{user_id}", Who.ABOVE, status=204, frees=True)
 def unban(at: Scope, args: MemberArgs) -> Done[None]:
     """Lift a ban."""
     if not drop_ban(at.db, at.server_id, args.user_id):
@@ -3457,7 +3495,7 @@ def accept_invite(at: Scope, args: CodeArgs) -> Done[Server]:
     return Done(server_view(at.db, invite.server_id, at.me.user_id), effects)
 
 
-@operation("write", "DELETE /invites/{code}", Who.USER, status=204, limit="invite")
+@operation("write", "DELETE /invites/{code}", Who.USER, status=204, limit="invite", frees=True)
 def revoke_invite(at: Scope, args: CodeArgs) -> Done[None]:
     """Take an invite back (admins and the owner of its server)."""
     server_id = invited_to(at.db, args.code)
@@ -3499,7 +3537,7 @@ def edit_channel(at: Scope, args: EditChannel) -> Done[Channel]:
     return Done(new, [channel_notice("channel:updated", new, seq)])
 
 
-@operation("write", "DELETE /channels/{channel_id}", Who.ADMIN, emits=["channel:deleted"], status=204)
+@operation("write", "DELETE /channels/{channel_id}", Who.ADMIN, emits=["channel:deleted"], status=204, frees=True)
 def delete_channel(at: Scope, args: ChannelArgs) -> Done[None]:
     """Delete a channel with its messages."""
     deleted = ChannelDeleted(at.server_id, at.channel_id, drop_channel(at.db, at.server_id, at.channel_id))
@@ -3570,7 +3608,7 @@ def edit_message(at: Scope, args: EditMessage) -> Done[Message]:
     return Done(new, [Emit("message:edit", at.server_id, new), *mention_notices(at, new, old.mentions)])
 
 
-@operation("write", "DELETE /messages/{message_id}", Who.AUTHOR_OR_ADMIN, emits=["message:deleted"], status=204)
+@operation("write", "DELETE /messages/{message_id}", Who.AUTHOR_OR_ADMIN, emits=["message:deleted"], status=204, frees=True)
 def remove_message(at: Scope, args: MessageArgs) -> Done[None]:
     """Delete a message: its text is gone from history, search and catching up."""
     seq = delete_message(at.db, at.server_id, args.message_id)
@@ -3598,7 +3636,7 @@ def add_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
 
 @operation(
     "write", "DELETE /messages/{message_id}/reactions/{emoji}", Who.MEMBER, event="reaction:remove", emits=["reaction:remove"],
-    status=204, limit="post",
+    status=204, limit="post", frees=True,
 )  # fmt: skip
 def remove_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
     """Take my reaction back; nothing happens where there is none."""
@@ -4761,7 +4799,7 @@ class Chat:
         self.settings = settings
         self.sio = sio
         self.keys = Keys(secrets.token_hex() if settings.secret is None else settings.secret, settings.token_ttl)
-        self.store = Store(Path(settings.database), self.carry_out)
+        self.store = Store(Path(settings.database), self.carry_out, settings.disk_reserve << 20)
         self.passwords = Passwords(bounded=not settings.no_rate_limit)
         self.limiter = Limiter(enabled=not settings.no_rate_limit)
         self.presence = Presence()
@@ -5124,7 +5162,7 @@ async def search_messages(chat: Chat, caller: Caller, args: SearchArgs) -> Done[
     """Messages that hold every word of `q`, or words that begin so, newest first. A phrase in quotes matches as a whole."""
     chat.check(caller, args)
     newest, known = chat.store.peek(search_state)
-    while known < newest:  # what is there by now, step by step, so that posting goes on
+    while known < newest and not chat.store.full():  # what is there by now, step by step, so that posting goes on
         known = (await chat.store.write(index_messages, long=True)).answer
     return Done(await chat.ask_long(caller, args, lambda at, args: search(at.db, args)))
 
@@ -5135,8 +5173,6 @@ async def check_health(chat: Chat, caller: Caller, args: Nothing) -> Done[Health
     try:
         async with asyncio.timeout(2):
             await chat.store.read(search_state)
-            if chat.store.full():
-                raise refusal("DISK_FULL")
             if chat.store.trouble:
                 await chat.store.write(probe)
                 chat.store.trouble = ""
@@ -5346,7 +5382,7 @@ async def carry_through(chat: Chat, op: Operation, me: Standing, caller: Caller,
     """Run an operation where its kind belongs: in the next commit, in a snapshot, or on the living chat."""
     job: Job = functools.partial(chat.allowed, who=op.who, me=me, args=args, question=op.run)
     if op.kind == "write":
-        return await chat.store.write(job, long=op.long)
+        return await chat.store.write(job, long=op.long, frees=op.frees)
     if op.kind == "read" and not op.long:
         return chat.store.peek(job)
     async with asyncio.timeout(DEADLINE):
@@ -5789,10 +5825,10 @@ async def chores_of_now(chat: Chat, with_tokens: bool) -> Done[None]:
     """Do what waits, in steps, as long as nobody else writes. Meanwhile, deleting goes on by one step, and search may lag only
     so far behind."""
     if with_tokens:
-        await chat.store.write(lambda db: purge_tokens(db, time.time()))
+        await chat.store.write(lambda db: purge_tokens(db, time.time()), frees=True)
     for pending, step in ((pending_purges, purge_messages), (deleted_channels, purge_channels)):
         while chat.store.peek(pending):
-            await chat.store.write(step, long=True)
+            await chat.store.write(step, long=True, frees=True)
             if chat.store.busy():
                 break  # one step a turn
     newest, known = chat.store.peek(search_state)
@@ -5948,7 +5984,9 @@ class ChatRTC:
         """One line of JSON in, [name, arguments]; one out."""
         try:
             name, args = json.loads(await reader.readline())
-            outcome = await settle(self.chat.store.write(lambda db: ADMIN[name](db, *args), long=True))
+            outcome = await settle(
+                self.chat.store.write(lambda db: ADMIN[name](db, *args), long=True, frees=name == "delete_user")
+            )
             reply = outcome.body() if isinstance(outcome, ChatError) else {"answer": outcome.answer}
             writer.write(json.dumps(reply).encode() + b"\n")
             await writer.drain()

@@ -7510,7 +7510,7 @@ async def until_healthy(world: World, healthy: bool = True, seconds: float = 5) 
 
 @trials(1, 20)
 async def test_a_full_disk_is_not_fatal(launch: Launch, small_disk: Path, tries: int) -> None:
-    process = await launch(small_disk / "chat.db")
+    process = await launch(small_disk / "chat.db", "--disk-reserve", "0")
     writers = await begin_writing(process)
     world = process.world()
     ana = writers.people[0]
@@ -7522,13 +7522,11 @@ async def test_a_full_disk_is_not_fatal(launch: Launch, small_disk: Path, tries:
         while (reply := await timed(world, long, ana))[0].status == 201:
             acknowledged.append(reply[0].body)
         assert reply[0].status == 503, reply
-        assert reply[0].code == "UNAVAILABLE"
-        assert "no writes" in reply[0].body["error"], reply
+        assert (reply[0].code, reply[0].body["reason"]) == ("UNAVAILABLE", "DISK_FULL")
         many = await asyncio.gather(*(timed(world, long, ana) for _ in range(16)))
         assert {answer.status for answer, _ in many} <= {503, 201}
         acknowledged += [answer.body for answer, _ in many if answer.status == 201]
         assert max(seconds for _, seconds in [reply, *many]) < 1
-        assert not await is_healthy(world)
         page = await ana.ok("GET", f"/channels/{writers.place.channel_id}/messages")
         assert page["messages"][-1] in acknowledged
         size = 3 + 8 * (number + 1)
@@ -7541,6 +7539,72 @@ async def test_a_full_disk_is_not_fatal(launch: Launch, small_disk: Path, tries:
     assert status == 0
     assert len(log) < 100_000, "a full disk filled the log"
     assert (await run_check(small_disk / "chat.db")).startswith("sound")
+
+
+async def test_a_reserve_of_the_disk_is_left_for_deleting(make_world: MakeWorld, small_disk: Path) -> None:
+    """With little space left, what adds data is refused; what deletes or protects works, and so does reading."""
+    deletions = [op for op in chatrtc.OPERATIONS.values() if op.method == "DELETE" and op.kind == "write"]
+    assert [op.name for op in deletions if not op.frees] == []
+    world = await make_world(database=str(small_disk / "chat.db"), disk_reserve=1)
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    posted = await ana.post(place.channel_id)
+    server, path = f"/servers/{place.server_id}", f"/messages/{posted['message_id']}"
+    disk = os.statvfs(small_disk)
+    (small_disk / "ballast").write_bytes(bytes(disk.f_bavail * disk.f_frsize - (3 << 18)))
+    await until_healthy(world, False)
+    for method, route, body in [
+        ("POST", "/messages", {"channel_id": place.channel_id, "content": "x"}), ("PATCH", path, {"content": "x"}),
+        ("PUT", f"{path}/reactions/👍", None), ("POST", "/servers", {"name": "x"}), ("POST", f"{server}/invites", {}),
+        ("POST", f"{server}/channels", {"name": "x"}),
+        ("POST", "/auth/register", {"username": "late", "password": "correct horse"}),
+    ]:  # fmt: skip
+        reply = await ana.call(method, route, body)
+        assert (reply.status, reply.body.get("reason")) == (503, "DISK_FULL"), (route, reply)
+    for route in (server, f"{server}/changes", f"{server}/search?q=x", f"/channels/{place.channel_id}/messages", path):
+        assert (await ana.call("GET", route)).status == 200
+    login = await world.call("POST", "/auth/login", {"username": "ana", "password": "correct horse"})
+    assert login.status == 200
+    assert (await world.call("POST", "/auth/logout", token=login.body["token"])).status == 204
+    for route in (path, f"/channels/{place.channel_id}", f"{server}/members/{ben.user_id}", server):
+        await ana.ok("DELETE", route)
+    assert "is deleted" in await done("user", "delete", "ben", "--yes", "--database", str(small_disk / "chat.db"))
+    (small_disk / "ballast").unlink()
+    await until_healthy(world)
+    await ana.ok("POST", "/servers", {"name": "x"})
+
+
+MOVES: dict[str, Callable[[Path], object]] = {
+    "moved": lambda path: path.rename(path.with_name("elsewhere.db")),
+    "moved with its folder": lambda path: path.parent.rename(path.parent.with_name("elsewhere")),
+    "deleted": Path.unlink,
+    "replaced by a copy": lambda path: Path(shutil.copy(path, f"{path}.new")).rename(path),
+    "without its -wal": lambda path: Path(f"{path}-wal").unlink(),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+async def test_a_database_that_is_moved_takes_no_writes(make_world: MakeWorld, tmp_path: Path, name: str) -> None:
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "chat.db"
+    world = await make_world(database=str(path))
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    before = await ana.post(place.channel_id)
+    MOVES[name](path)
+    for _ in range(3):
+        reply = await ana.call("POST", "/messages", {"channel_id": place.channel_id, "content": "lost"})
+        assert (reply.status, reply.code) == (503, "UNAVAILABLE")
+        assert not await is_healthy(world)
+    assert (await ana.ok("GET", f"/channels/{place.channel_id}/messages"))["messages"] == [before]
+    if name == "moved":
+        (tmp_path / "data" / "elsewhere.db").rename(path)
+    elif name == "moved with its folder":
+        (tmp_path / "elsewhere").rename(path.parent)
+    else:
+        return
+    await until_healthy(world)
+    await ana.post(place.channel_id)
 
 
 async def timed(world: World, message: Any, person: Person) -> tuple[Reply, float]:
