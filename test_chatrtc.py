@@ -8383,6 +8383,109 @@ async def test_signed_in_person_follows_an_invite(two: Any, rest: Rest) -> None:
     await expect(jonas.locator("#server")).to_contain_text("Robotics club")
 
 
+async def test_newcomers_give_the_name_they_have(tab: Any) -> None:
+    """A name with a space makes an account: its username is shown, and is what one signs in with."""
+    leo = await tab()
+    leo.tolerate = "401"
+    await leo.goto(leo.url + "/")
+    await leo.fill("#username", "Léo Martin")
+    await leo.fill("#password", "correct horse")
+    await leo.press("#password", "Enter")
+    await expect(leo.locator("#ask")).to_contain_text("You sign in as Léo.Martin")
+    await leo.keyboard.press("Enter")
+    await expect(leo.locator("#my-status b")).to_have_text("Léo Martin")
+    await leo.click('[data-do="settings"]')
+    await expect(leo.locator("#profile")).to_contain_text("@Léo.Martin")
+    await leo.click('#preferences [data-do="changeName"]')
+    await leo.fill('#ask input[name="name"]', "Léo O'Neil")
+    await leo.press('#ask input[name="name"]', "Enter")
+    await expect(leo.locator("#profile bdi")).to_have_text("Léo O'Neil")
+    await leo.click('#preferences [data-do="signOut"]')
+    for username, password in (("Léo Martin", "correct horse"), ("Léo.Martin", "wrong horse")):
+        await leo.fill("#username", username)
+        await leo.fill("#password", password)
+        await leo.click("#enter")
+        await expect(leo.locator("#door-wrong")).to_have_text("This username and password do not go together.")
+        await expect(leo.locator("#username-bad")).to_be_visible(visible=" " in username)
+    await leo.fill("#password", "correct horse")
+    await leo.click("#enter")
+    await expect(leo.locator("#my-status b")).to_have_text("Léo O'Neil")
+
+
+async def test_a_new_name_shows_at_once(two: Any) -> None:
+    maya, jonas, _, jonas_api, _, _ = two
+    await jonas.write("who am I?")
+    await maya.sees("who am I?")
+    await jonas_api.call("PATCH", "/users/me", {"name": "Jonas Weber"})
+    await expect(maya.row("who am I?").locator(".who")).to_have_text("Jonas Weber")
+    await expect(maya.locator('.person[aria-label="Jonas Weber, Online"]')).to_have_attribute("title", re.compile("^@Jonas"))
+    await expect(jonas.locator("#my-status b")).to_have_text("Jonas Weber")
+    await jonas.locator("#text").press_sequentially("hm")
+    await expect(maya.locator("#typing")).to_have_text("Jonas Weber is typing…")
+    await maya.click(".person >> text=Jonas Weber")
+    await expect(maya.locator("#menu header")).to_have_text(re.compile("Jonas Weber *@Jonas"))
+    await maya.keyboard.press("Escape")
+    await jonas_api.call("PATCH", "/users/me", {"name": None})
+    await expect(maya.row("who am I?").locator(".who")).to_have_text("Jonas")
+
+
+async def test_invites_are_shown_again_and_revoked(rest: Rest, tab: Any) -> None:
+    maya_api, jonas_api = await rest.register("Maya"), await rest.register("Jonas")
+    server_id, _ = await maya_api.found()
+    limited = (await maya_api.call("POST", f"/servers/{server_id}/invites", {"max_uses": 2, "expires_in": 3600}))["code"]
+    spent = (await maya_api.call("POST", f"/servers/{server_id}/invites", {"max_uses": 1}))["code"]
+    await jonas_api.call("POST", f"/invites/{spent}")
+    maya = await tab(maya_api)
+    await maya.click("#server")
+    await maya.click("#menu >> text=Invite people")
+    shown, link, rows = maya.locator("#invite-code"), maya.locator("#invite-link"), maya.locator("#invites li")
+    await expect(rows).to_have_count(3)
+    free = await shown.inner_text()
+    assert free not in (limited, spent)
+    await expect(maya.locator("#invite-warning")).to_contain_text("--lan")
+    await expect(rows.filter(has_text=spent)).to_contain_text("used up")
+    await expect(rows.filter(has_text=limited)).to_contain_text("2 of 2 left")
+    await rows.filter(has_text=limited).locator("button").first.click()
+    await expect(shown).to_have_text(limited)
+    await expect(link).to_have_value(f"{maya.url}/#/invite/{limited}")
+    await maya.locator('#invites li:has([aria-current="true"])').get_by_role("button", name="Revoke").click()
+    await expect(shown).to_have_text(free)
+    await expect(rows).to_have_count(2)
+    await rows.filter(has_text=free).get_by_role("button", name="Revoke").click()
+    await expect(maya.locator("#invite")).to_contain_text("No invite is valid now")
+    await expect(maya.locator("#shared")).to_be_hidden()
+    left = (await maya_api.call("GET", f"/servers/{server_id}/invites"))["invites"]
+    assert [one["code"] for one in left] == [spent]
+
+
+async def test_refusals_are_told_in_french(rest: Rest, tab: Any) -> None:
+    maya_api = await rest.register("Maya")
+    server_id, _ = await maya_api.found()
+    code = await maya_api.bring(server_id)
+    visitor = await tab(locale="fr-FR")
+    visitor.tolerate = "4[0-9]{2}"
+    await visitor.goto(f"{visitor.url}/#/invite/{code}")
+    await visitor.fill("#username", "Maya")
+    await visitor.press("#username", "Enter")
+    await expect(visitor.locator("#username-bad")).to_contain_text("Ce nom est déjà pris.")
+    await visitor.click('#swap [data-mode="signIn"]')
+    await expect(visitor.locator("#username-bad")).to_be_hidden()
+    await visitor.fill("#username", "Maya")
+    await visitor.fill("#password", "wrong horse")
+    await visitor.click("#enter")
+    await expect(visitor.locator("#door-wrong")).to_have_text("Cet identifiant et ce mot de passe ne vont pas ensemble.")
+    wait = json.dumps({"error": "Too often; try again in a moment", "code": "RATE_LIMITED", "reason": "TOO_OFTEN"})
+    await visitor.page.route(
+        "**/auth/login",
+        lambda route: route.fulfill(status=429, headers={"Retry-After": "90"}, content_type="application/json", body=wait),
+    )
+    await visitor.click("#enter")
+    waiting = visitor.locator('#door-wrong [aria-hidden="true"]')
+    await expect(waiting).to_have_text(re.compile("Réessayez dans (8[0-9]|90) s."))
+    first = await waiting.inner_text()
+    await expect(waiting).not_to_have_text(first)
+
+
 async def another(one: Tab) -> Tab:
     """A second tab of the same browser."""
     tab = Tab(await one.page.context.new_page(), one.url)
