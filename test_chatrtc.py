@@ -477,7 +477,7 @@ MENTION_CASES = {
     "(https://example.org?)@ana": "ana",
     "https://example.org\uff0c@ana 见https://example.org?q=@ana": "ana",
     "www.example.org?q=@ana .www.example.org?q=@ben": "ben",
-    "xhttps://example.org?q=@ana": "ana",
+    "xhttps://example.org?q=@ana _https://example.org?q=@ben_": "ana",
     "https://?q=@ana": "ana",
     "[@ana](https://example.org/?q=@ben)": "ana",
     "[`@ana`](https://example.org)": "",
@@ -491,6 +491,115 @@ MENTION_CASES = {
     "\\\\\\@ana": "",
     "¯\\_(ツ)_/¯ @ana": "ana",
     "2*x + 3*y @ana": "ana",
+}
+
+
+# What the page makes of a text: `<a ADDRESS>` is a link, `<li NUMBER>` an item with its number, `<pre WORD>` code of a kind.
+MARKDOWN_CASES = {
+    # Code
+    "```print(1)```\nand so on": "<pre>print(1)</pre><p>and so on</p>",
+    "```print(1)\nprint(2)```": "<pre>print(1)\nprint(2)</pre>",
+    "```print(1)\nprint(2)``` thanks": "<pre>print(1)\nprint(2)</pre><p> thanks</p>",
+    "```py\nprint(1)\n```": "<pre py>print(1)</pre>",
+    "``` c++\nint x;\n\nint y;\n```\nso": "<pre c++>int x;\n\nint y;</pre><p>so</p>",
+    "```py": "<pre>py</pre>",
+    "```\npy\n```": "<pre>py</pre>",
+    "```not a language\n1\n```": "<pre>not a language\n1</pre>",
+    "```\n  indented": "<pre>  indented</pre>",
+    "````\n```\nx\n```\n````": "<pre>```\nx\n```</pre>",
+    "look: ```\na\n``` see": "<p>look: </p><pre>a</pre><p> see</p>",
+    "look: ```a``` see": "<p>look: <code>a</code> see</p>",
+    "use ``` for code": "<p>use ``` for code</p>",
+    "```": "<p>```</p>",
+    "```\n```": "<p>```\n```</p>",
+    "``````": "<p>``````</p>",
+    "> ```\n> a\n> ```": "<blockquote><pre>a</pre></blockquote>",
+    "`a` ``b ` c`` `` ` `` `*x*`": "<p><code>a</code> <code>b ` c</code> <code>`</code> <code>*x*</code></p>",
+    "`a": "<p>`a</p>",
+    "`a\nb`": "<p>`a\nb`</p>",
+    "``a`": "<p>``a`</p>",
+    # Emphasis
+    "*a* _b_ **c** ~~d~~ ***e***": "<p><em>a</em> <em>b</em> <strong>c</strong> <del>d</del> <em><strong>e</strong></em></p>",
+    "**a *b* c** *a **b***": "<p><strong>a <em>b</em> c</strong> <em>a <strong>b</strong></em></p>",
+    "*a\nb*": "<p><em>a\nb</em></p>",
+    "2*x + 3*y": "<p>2*x + 3*y</p>",
+    "2**x + 3**y = (a)*b*(c) * 5 * 6": "<p>2**x + 3**y = (a)*b*(c) * 5 * 6</p>",
+    "snake_case_name __init__ _x": "<p>snake_case_name __init__ _x</p>",
+    "f(*args, **kwargs)": "<p>f(*args, **kwargs)</p>",
+    "(*^_^*) *_* T_T >_< -_-": "<p>(*^_^*) *_* T_T &gt;_&lt; -_-</p>",
+    "¯\\_(ツ)_/¯ ¯_(ツ)_/¯ \\(^o^)/": "<p>¯\\_(ツ)_/¯ ¯_(ツ)_/¯ \\(^o^)/</p>",
+    "这是**重点**内容 **“你好”**了": "<p>这是<strong>重点</strong>内容 <strong>“你好”</strong>了</p>",
+    "**중요**합니다": "<p><strong>중요</strong>합니다</p>",
+    "**😂** *ok 👍*": "<p><strong>😂</strong> <em>ok 👍</em></p>",
+    "** a** *b * ~c~ ****": "<p>** a** *b * ~c~ ****</p>",
+    # Escapes
+    "\\*a\\* \\_b\\_ \\`c\\` \\[d](https://e.example)": "<p>*a* _b_ `c` [d](<a https://e.example>https://e.example</a>)</p>",
+    "snake\\_case \\\\*a*": "<p>snake_case \\*a*</p>",
+    "\\> a\n\\- b\n1\\. c": "<p>&gt; a\n- b\n1. c</p>",
+    "C:\\Users\\ana \\\\server\\share a\\-b": "<p>C:\\Users\\ana \\\\server\\share a\\-b</p>",
+    # Quotes
+    "> a\n> > b\n\nc": "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>",
+    ">\n> a": "<blockquote><p>a</p></blockquote>",
+    ">:( >x\n>>> x = 5": "<p>&gt;:( &gt;x\n&gt;&gt;&gt; x = 5</p>",
+    ">": "<p>&gt;</p>",
+    "a\n> b\nc": "<p>a</p><blockquote><p>b</p></blockquote><p>c</p>",
+    # Lists
+    "2. B\n4. D\n7. A": "<ol><li 2>B</li><li 4>D</li><li 7>A</li></ol>",
+    "- a\n- b\n  more\n- c": "<ul><li>a</li><li>b\nmore</li><li>c</li></ul>",
+    "- a\n  - b\n    - c\n  - d\n- e": "<ul><li>a<ul><li>b<ul><li>c</li></ul></li><li>d</li></ul></li><li>e</li></ul>",
+    "1. a\n   - b\n2. c": "<ol><li 1>a<ul><li>b</li></ul></li><li 2>c</li></ol>",
+    "a:\n* b\n1) c\nd": "<p>a:</p><ul><li>b</li></ul><ol><li 1>c</li></ol><p>d</p>",
+    "1. a\n```\nb\n```\n2. c": "<ol><li 1>a</li></ol><pre>b</pre><ol><li 2>c</li></ol>",
+    "-1 1.5 -a\n-": "<p>-1 1.5 -a\n-</p>",
+    # Links
+    "https://en.wikipedia.org/wiki/Rust_(programming_language).": "<p><a https://en.wikipedia.org/wiki/Rust_(programming_language)>"
+    "https://en.wikipedia.org/wiki/Rust_(programming_language)</a>.</p>",
+    "(see https://a.example/b)": "<p>(see <a https://a.example/b>https://a.example/b</a>)</p>",
+    "见https://example.org/docs\uff0c谢谢": "<p>见<a https://example.org/docs>https://example.org/docs</a>\uff0c谢谢</p>",
+    "「https://a.example」https://b.example。": "<p>「<a https://a.example>https://a.example</a>」<a"
+    " https://b.example>https://b.example</a>。</p>",
+    "Https://a.example HTTP://b.example/C": "<p><a https://a.example>Https://a.example</a> <a"
+    " http://b.example/C>HTTP://b.example/C</a></p>",
+    "www.a.example, xwww.b.example": "<p><a https://www.a.example>www.a.example</a>, xwww.b.example</p>",
+    "to info@a.example. or x@y": "<p>to <a mailto:info@a.example>info@a.example</a>. or x@y</p>",
+    "联系info@a.example谢谢": "<p>联系<a mailto:info@a.example>info@a.example</a>谢谢</p>",
+    "**https://a.example** _https://b.example/_": "<p><strong><a https://a.example>https://a.example</a></strong> "
+    "<em><a https://b.example/>https://b.example/</a></em></p>",
+    '"https://a.example/?q=1&r=2", <https://b.example>!': '<p>"<a https://a.example/?q=1&amp;r=2>'
+    'https://a.example/?q=1&amp;r=2</a>", '
+    "&lt;<a https://b.example>https://b.example</a>&gt;!</p>",
+    "https://a.example/x_y_z*w*": "<p><a https://a.example/x_y_z*w>https://a.example/x_y_z*w</a>*</p>",
+    "[the *docs*](https://a.example/(x))": "<p><a https://a.example/(x)>the <em>docs</em></a></p>",
+    "[write](mailto:a@b.example)": "<p><a mailto:a@b.example>write</a></p>",
+    "[a] (https://b.example) [c]": "<p>[a] (<a https://b.example>https://b.example</a>) [c]</p>",
+    "[x](javascript:alert(1)) [y](data:text/html,z) javascript:1": "<p>[x](javascript:alert(1)) [y](data:text/html,z)"
+    " javascript:1</p>",
+    "https:// http://. www.": "<p>https:// http://. www.</p>",
+    # Links that say one address and lead to another
+    "[https://bank.example](https://evil.example)": "<p><a https://evil.example>https://bank.example (evil.example)</a></p>",
+    "[bank.example](https://evil.example)": "<p><a https://evil.example>bank.example (evil.example)</a></p>",
+    "[ https://bank.example ](https://evil.example)": "<p><a https://evil.example> https://bank.example "
+    " (evil.example)</a></p>",
+    "[www.bank.example/x](https://evil.example/x)": "<p><a https://evil.example/x>www.bank.example/x (evil.example)</a></p>",
+    "[go to bank.example now](https://evil.example)": "<p><a https://evil.example>go to bank.example now"
+    " (evil.example)</a></p>",
+    "[bank\u200b.exam\u202eple](https://evil.example)": "<p><a https://evil.example>bank\u200b.exam\u202eple"
+    " (evil.example)</a></p>",
+    "[bank\uff0eexample](https://evil.example)": "<p><a https://evil.example>bank\uff0eexample (evil.example)</a></p>",
+    "[a@bank.example](mailto:a@evil.example)": "<p><a mailto:a@evil.example>a@bank.example (a@evil.example)</a></p>",
+    "[https://bank.example@evil.example](https://evil.example)": "<p><a https://evil.example>https://bank.example@evil.example"
+    " (evil.example)</a></p>",
+    "https://bank.example@evil.example": "<p><a https://bank.example@evil.example>https://bank.example@evil.example"
+    " (evil.example)</a></p>",
+    "[https://a.example/b](https://a.example/c)": "<p><a https://a.example/c>https://a.example/b</a></p>",
+    "[www.a.example](https://a.example)": "<p><a https://a.example>www.a.example</a></p>",
+    "[a@b.example](mailto:a@b.example)": "<p><a mailto:a@b.example>a@b.example</a></p>",
+    # Paragraphs
+    "a\nb\n\nc": "<p>a\nb</p><p>c</p>",
+    "😂👨‍👩‍👧 🇫🇷": "<p big>😂👨‍👩‍👧 🇫🇷</p>",
+    "😂" * 90 + " that was so funny": "<p>" + "😂" * 90 + " that was so funny</p>",
+    "# a\n| b |": "<p># a\n| b |</p>",
+    "<b>a</b> &amp;": "<p>&lt;b&gt;a&lt;/b&gt; &amp;amp;</p>",
 }
 
 
@@ -8150,6 +8259,59 @@ async def test_mention_unread_and_search(two: Any) -> None:
     await expect(jonas.row("straw 119")).to_be_in_viewport()
 
 
+# What is typed
+
+SHOWN = """(ids) => {
+    const escape = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+    const inside = (node) => [...node.childNodes].map(say).join("");
+    const tag = (name, note, node) => `<${note ? `${name} ${escape(note)}` : name}>${inside(node)}</${name}>`;
+    const say = (node) => {
+        if (node.nodeType === Node.TEXT_NODE) return escape(node.data);
+        const name = node.localName;
+        if (name === "button" || node.className === "language") return "";
+        if (name === "bdi") return inside(node);
+        const language = node.querySelector(".language")?.textContent;
+        if (node.className === "code") return tag("pre", language, node.querySelector("pre > code"));
+        if (node.className === "at") return tag("at", "", node);
+        const note = name === "a" ? node.getAttribute("href") : name === "li" && node.value ? `${node.value}` : node.className;
+        return tag(name, note, node);
+    };
+    return ids.map((id) => inside(document.querySelector(`#log .row[data-id="${id}"] .said`)));
+}"""
+
+
+async def shown(tab: Tab, who: Rest, channel_id: int, texts: list[str]) -> list[str]:
+    """Post the texts and return how the page shows them, as simplified HTML."""
+    ids = [(await who.say(channel_id, text))["message_id"] for text in texts]
+    await expect(tab.locator(f'#log .row[data-id="{ids[-1]}"]')).to_have_count(1)
+    found: list[str] = await tab.evaluate(SHOWN, ids)
+    return found
+
+
+async def test_markdown_is_shown_as_the_table_says(rest: Rest, tab: Any) -> None:
+    maya_api = await rest.register("Maya")
+    _, channel_id = await maya_api.found()
+    maya = await tab(maya_api)
+    assert (
+        dict(zip(MARKDOWN_CASES, await shown(maya, maya_api, channel_id, list(MARKDOWN_CASES)), strict=True)) == MARKDOWN_CASES
+    )
+    blocks = "document.querySelectorAll('.said > *, .said li, .said pre, .said blockquote > *')"
+    odd = f"[...{blocks}].filter((node) => !node.matches('.code, [dir=auto]')).length"
+    assert await maya.evaluate(odd) == 0
+
+
+async def test_a_chip_is_where_the_server_counts_a_mention(rest: Rest, tab: Any) -> None:
+    people = {name: await rest.register(name) for name in MENTIONED}
+    ana = people["ana"]
+    server_id, channel_id = await ana.found()
+    await ana.bring(server_id, *people.values())
+    page = await tab(ana)
+    texts = list(MENTION_CASES)
+    for text, drawn in zip(texts, await shown(page, ana, channel_id, texts), strict=True):
+        chips = {chatrtc.fold(chip) for chip in re.findall("<at>@(.*?)</at>", drawn)}
+        assert chips == {chatrtc.fold(name) for name in MENTION_CASES[text].split()}, (text, drawn)
+
+
 async def test_cut_network_loses_nothing_and_doubles_nothing(url: str, rest: Rest, tab: Any) -> None:
     host, port = url.removeprefix("http://").split(":")
     proxy = await Proxy(host, int(port)).mend()
@@ -8637,7 +8799,7 @@ WRAPS = [
 ]
 ODD = """[...document.querySelectorAll(`#app :is(script, style, iframe, object, base, meta, form:not([id]), video,
     math, details, body, template), #log :is(img, input), [onerror], [onload], [onfocus], [onclick], [onmouseover],
-    [ontoggle], a:not([href^=http], .skip)`)].map((node) => node.outerHTML)"""
+    [ontoggle], a:not([href^=http], [href^="mailto:"], .skip)`)].map((node) => node.outerHTML)"""
 PAYLOADS = [wrap % vector for vector, wrap in itertools.product(VECTORS, WRAPS)]
 
 
