@@ -464,7 +464,9 @@ def url_end(text: str, at: int) -> int:
 def plain_url_end(text: str, start: int, at: int) -> int:
     """Return where the URL ends whose `https://` or `www.` is text[start:at], or 0 if there is none."""
     before = text[start - 1 : start]
-    joined = (before != "_" and char_kind(before) in ("word", "hangul")) or (text[at - 1] == "." and before and before in "@.-/")
+    joined = (before != "_" and char_kind(before) in ("word", "hangul")) or (
+        text[at - 1] == "." and before and before in "@.-/"
+    )
     if joined or not text[at : at + 1].isalnum():
         return 0
     return at + len(text[at : url_end(text, at)].rstrip(".,;:!?'*_~([{"))
