@@ -41,6 +41,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import heapq
 import hmac
 import html
 import inspect
@@ -50,6 +51,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import secrets
@@ -1260,7 +1262,13 @@ MIGRATIONS = (
     """,
 )
 VERSION = len(MIGRATIONS) + 1
-READERS = 3
+READERS = 1  # for short questions, such as that of health
+LONG_READERS = 3
+LONG_READS_PER_USER = 2  # under way at a time: fewer than there are readers
+LONG_READS_WAITING = 64  # of one user: a page that comes back asks for all its servers at once
+LONG_SECONDS = 2.5  # for a long read once it has begun
+TURN_SECONDS = 4.0  # to wait for a turn; with a long read, less than the deadline
+POLL_SECONDS = 0.1  # between two looks at whether somebody still waits for a long read
 BATCH = 256  # jobs in a transaction at most
 WAITING = 20_000  # jobs that may wait for the writer
 QUIET_SECONDS = 0.3  # without a write, before what can wait is done
@@ -1645,6 +1653,56 @@ def is_defect(error: sqlite3.OperationalError) -> bool:
     return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR
 
 
+class Turns:
+    """Slots for long reads. Each user has so many at a time and a bounded queue, and the users take turns."""
+
+    def __init__(self, slots: int) -> None:
+        self._free = slots
+        self._running: Counter[object] = Counter()
+        self._queues: dict[object, deque[asyncio.Future[None]]] = {}  # user -> those who wait; the next user first
+
+    async def take(self, user: object) -> None:
+        """Wait for a slot, which is to be given back. Raises RATE_LIMITED if that takes too long, or too many wait already."""
+        queue = self._queues.setdefault(user, deque())
+        if len(queue) >= LONG_READS_WAITING:
+            raise refusal("TOO_OFTEN", retry_after=1)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(turn)
+        self._pass_on()
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                await turn
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if turn.done() and not turn.cancelled():
+                self.give_back(user)
+            elif turn in queue:
+                queue.remove(turn)
+            if isinstance(error, TimeoutError):
+                raise refusal("TOO_OFTEN", retry_after=1) from None
+            raise
+
+    def give_back(self, user: object) -> None:
+        self._free += 1
+        self._running[user] -= 1
+        self._running += Counter()  # forgets those who have none
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Give free slots to those who wait, the user whose turn was longest ago first."""
+        for user in list(self._queues) if self._free else ():
+            queue = self._queues.pop(user)
+            while queue and queue[0].done():
+                queue.popleft()
+            if queue and self._running[user] < LONG_READS_PER_USER:
+                queue.popleft().set_result(None)
+                self._free -= 1
+                self._running[user] += 1
+            if queue:
+                self._queues[user] = queue
+            if not self._free:
+                return
+
+
 class Entry(NamedTuple):
     """A job in the writer's line."""
 
@@ -1676,6 +1734,9 @@ class Store:
         self._wake = asyncio.Event()
         self._rest = asyncio.Event()  # set while nothing waits to be written
         self._idle: asyncio.LifoQueue[aiosqlite.Connection] = asyncio.LifoQueue()
+        self._idle_long: list[aiosqlite.Connection] = []
+        self._turns = Turns(LONG_READERS)
+        self._stopping: set[asyncio.Task[None]] = set()
         self._readers: list[aiosqlite.Connection] = []
         self._writer: aiosqlite.Connection | None = None
         self._near: sqlite3.Connection | None = None  # the event loop's own reader
@@ -1690,9 +1751,11 @@ class Store:
         try:
             db = await asyncio.to_thread(prepare, self.path)
             self._writer = await aiosqlite.Connection(lambda: db, 64)
-            for _ in range(READERS):
+            for _ in range(READERS + LONG_READERS):
                 self._readers.append(await aiosqlite.Connection(functools.partial(connect_reader, self.path), 64))
-                self._idle.put_nowait(self._readers[-1])
+            for reader in self._readers[:READERS]:
+                self._idle.put_nowait(reader)
+            self._idle_long = self._readers[READERS:]
             self._near = connect_reader(self.path)
             self._files = self._identify()
         except BaseException:
@@ -1712,6 +1775,7 @@ class Store:
             self._committer = None
         if self._near is not None:
             self._near.close()
+        await asyncio.gather(*self._stopping)
         for db in [*self._readers, *filter(None, [self._writer])]:  # the writer last, who can checkpoint
             await db.close()
         self._readers.clear()
@@ -1728,7 +1792,7 @@ class Store:
             raise self._unreadable(error) from None
 
     async def read(self, question: Question[R], *args: Any) -> R:
-        """Ask what may take longer, on a thread. Raises ChatError UNAVAILABLE as well."""
+        """Ask what takes some milliseconds, on a thread. Raises ChatError UNAVAILABLE as well."""
         db = await self._idle.get()
         try:
             return await on_thread(db, in_snapshot, question, *args)
@@ -1736,6 +1800,43 @@ class Store:
             raise self._unreadable(error) from None
         finally:
             self._idle.put_nowait(db)
+
+    async def read_long(self, user: object, gone: Callable[[], bool], question: Question[R], *args: Any) -> R:
+        """Ask what may take seconds, in turn with other users; it is interrupted at its deadline and if the caller is `gone`.
+
+        Raises RATE_LIMITED, UNAVAILABLE.
+        """
+        loop = asyncio.get_running_loop()
+        await self._turns.take(user)
+        db, deadline = self._idle_long.pop(), loop.time() + LONG_SECONDS
+        work = asyncio.ensure_future(on_thread(db, in_snapshot, question, *args))
+        try:
+            while not (await asyncio.wait([work], timeout=POLL_SECONDS))[0]:
+                if gone() or loop.time() > deadline:
+                    raise refusal("TOO_SLOW")
+            result: R = work.result()
+            return result
+        except sqlite3.OperationalError as error:
+            raise self._unreadable(error) from None
+        finally:
+            if work.done():
+                self._release(user, db)
+            else:
+                stop = asyncio.create_task(self._stop(user, db, work))
+                self._stopping.add(stop)
+                stop.add_done_callback(self._stopping.discard)
+
+    async def _stop(self, user: object, db: aiosqlite.Connection, work: asyncio.Future[Any]) -> None:
+        """Interrupt a long read until it has ended: it may be between two statements."""
+        while not work.done():
+            db._conn.interrupt()
+            await asyncio.wait([work], timeout=0.02)
+        await asyncio.gather(work, return_exceptions=True)
+        self._release(user, db)
+
+    def _release(self, user: object, db: aiosqlite.Connection) -> None:
+        self._idle_long.append(db)
+        self._turns.give_back(user)
 
     def _unreadable(self, error: sqlite3.OperationalError) -> Exception:
         if is_defect(error):
@@ -1902,6 +2003,11 @@ FOUND_ROWS = (
     JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id
     JOIN users u ON u.user_id = m.author_id WHERE messages_fts MATCH :match AND f.rowid < :before """
 )
+CHANGED_ROWS = (
+    MESSAGE_ROWS
+    + """JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id
+         WHERE m.server_id = ? AND m.seq > ? ORDER BY m.seq LIMIT ?"""
+)
 INVITE = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
 CHANNEL_ROWS = "SELECT server_id, channel_id, name, kind, topic FROM channels "
 PLACE = "SELECT p.server_id, m.role, u.name FROM users u LEFT JOIN "
@@ -1958,6 +2064,8 @@ NEXT_SEQ = {
     "members": "UPDATE servers SET seq = seq + 1, members_seq = seq + 1 WHERE server_id = ?",
     "name": "UPDATE servers SET seq = seq + 1, name_seq = seq + 1 WHERE server_id = ?",
 }
+ANSWER_BYTES = 448 * 1024  # of messages and lists in one answer, in JSON: with all else in it, 512 KiB
+VARIATION = "\ufe0f"  # asks for the coloured form of an emoji: with and without it, a reaction is the same
 REACTIONS_MAX = 50  # different ones on one message
 FORMER_MAX = 1000  # former members of a server that are listed
 INDEX_STEP = 500  # messages that search learns of in one transaction
@@ -2519,26 +2627,37 @@ def touch_message(db: sqlite3.Connection, server_id: int, message_id: int) -> in
     return seq
 
 
-def insert_reaction(db: sqlite3.Connection, message_id: int, emoji: str, user_id: int) -> bool:
-    """Whether it is new."""
-    return db.execute("INSERT OR IGNORE INTO reactions VALUES (?, ?, ?)", (message_id, emoji, user_id)).rowcount > 0
+def insert_reaction(db: sqlite3.Connection, message_id: int, emoji: str, user_id: int) -> None:
+    db.execute("INSERT INTO reactions VALUES (?, ?, ?)", (message_id, emoji, user_id))
 
 
-def drop_reaction(db: sqlite3.Connection, message_id: int, emoji: str, user_id: int) -> bool:
-    """Whether there was one."""
-    values = (message_id, emoji, user_id)
-    return db.execute("DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?", values).rowcount > 0
+def drop_reaction(db: sqlite3.Connection, message_id: int, emoji: str, user_id: int) -> None:
+    db.execute("DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?", (message_id, emoji, user_id))
 
 
-def page_of(db: sqlite3.Connection, channel_id: int, where: str, cursor: int, limit: int) -> tuple[list[Message], bool]:
-    """At most `limit` standing messages, those nearest to the cursor, and whether there are more."""
+def first_messages(rows: Iterable[Sequence[Any]], limit: int, most: int = ANSWER_BYTES) -> tuple[list[Message], bool]:
+    """Return the first messages, at most `limit` and `most` bytes of JSON but one at least, and whether there are more."""
+    messages: list[Message] = []
+    for row in rows:
+        message = to_message(row)
+        most -= len(msgspec.json.encode(message))
+        if messages and (most < 0 or len(messages) == limit):
+            return messages, True
+        messages.append(message)
+    return messages, False
+
+
+def page_of(
+    db: sqlite3.Connection, channel_id: int, where: str, cursor: int, limit: int, most: int = ANSWER_BYTES
+) -> tuple[list[Message], bool]:
+    """Return the messages nearest to the cursor, and whether there are more."""
     order = "ASC" if where == ">" else "DESC"
     rows = db.execute(
         f"{MESSAGE_ROWS} WHERE m.channel_id = ? AND m.message_id {where} ? AND m.deleted = 0 "
         f"ORDER BY m.message_id {order} LIMIT ?",
         (channel_id, cursor, limit + 1),
-    ).fetchall()
-    return [to_message(row) for row in rows[:limit]], len(rows) > limit
+    )
+    return first_messages(rows, limit, most) if limit else ([], rows.fetchone() is not None)
 
 
 def page(db: sqlite3.Connection, args: PageArgs) -> Messages:
@@ -2546,8 +2665,8 @@ def page(db: sqlite3.Connection, args: PageArgs) -> Messages:
     if args.after is not None:
         return Messages(*page_of(db, args.channel_id, ">", args.after, args.limit))
     if args.around is not None:  # half of it up to the message, half after it; more where either side has more
-        newer, more_newer = page_of(db, args.channel_id, ">", args.around, args.limit // 2)
-        older, more_older = page_of(db, args.channel_id, "<=", args.around, args.limit - len(newer))
+        newer, more_newer = page_of(db, args.channel_id, ">", args.around, args.limit // 2, ANSWER_BYTES // 2)
+        older, more_older = page_of(db, args.channel_id, "<=", args.around, args.limit - len(newer), ANSWER_BYTES // 2)
         return Messages(older[::-1] + newer, more_newer or more_older)
     before = args.before if args.before is not None else 2**63 - 1
     older, more = page_of(db, args.channel_id, "<", before, args.limit)
@@ -2581,33 +2700,47 @@ class Pages:
 
 
 def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection[int], viewer: int) -> Changes:
-    """Return what came after a number, so that a client that was away ends equal to one that was not; everything on `reset`."""
+    """Return what came after a number, so that a client that was away ends equal to one that was not; everything on `reset`.
+
+    At most `limit` messages and `ANSWER_BYTES`, but one change at least. A list is in the answer that passes its number.
+    """
     seq, channels_seq, members_seq, name_seq, name = db.execute(
         "SELECT seq, channels_seq, members_seq, name_seq, name FROM servers WHERE server_id = ?", (args.server_id,)
     ).fetchone()
     gap = "SELECT 1 FROM gaps WHERE server_id = ? AND after_seq < ? AND ? < until_seq"
     reset = args.after > seq or db.execute(gap, (args.server_id, args.after, args.after)).fetchone() is not None
-    if reset:
-        args = msgspec.structs.replace(args, after=0)
-    rows = db.execute(
-        MESSAGE_ROWS
-        + """JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id
-             WHERE m.server_id = ? AND m.seq > ? ORDER BY m.seq LIMIT ?""",
-        (args.server_id, args.after, args.limit + 1),
-    ).fetchall()
-    has_more = len(rows) > args.limit
-    rows = rows[: args.limit]
-    return Changes(
-        rows[-1][6] if has_more else seq,
-        has_more,
-        [to_message(row) for row in rows if not row[12]],
-        [Deletion(row[0], row[1], row[6]) for row in rows if row[12]],
-        channels_of(db, args.server_id) if channels_seq > args.after else UNSET,
-        members_of(db, args.server_id, present, viewer) if members_seq > args.after else UNSET,
-        name if reset or name_seq > args.after else UNSET,
-        reset,
-        former_members_of(db, args.server_id) if members_seq > args.after else [],
+    after = 0 if reset else args.after
+    rows = db.execute(CHANGED_ROWS, (args.server_id, after, args.limit + 1))
+    read: dict[str, Callable[[], dict[str, Any]]] = {
+        "channels": lambda: {"channels": channels_of(db, args.server_id)},
+        "members": lambda: {
+            "members": members_of(db, args.server_id, present, viewer),
+            "former": former_members_of(db, args.server_id),
+        },
+        "name": lambda: {"name": name},
+    }
+    lists = sorted(
+        (number, key) for key, number in zip(read, (channels_seq, members_seq, name_seq), strict=True) if number > after
     )
+    changes = Changes(after, False, [], [], reset=reset, name=name if reset else UNSET)
+    size = taken = 0
+    for number, change in heapq.merge(((row[6], row) for row in rows), lists, key=operator.itemgetter(0)):
+        is_list = isinstance(change, str)
+        value: Any
+        value = read[change]() if is_list else Deletion(change[0], change[1], change[6]) if change[12] else to_message(change)
+        size += len(msgspec.json.encode(value))
+        if (size > ANSWER_BYTES and changes.seq > after) or (not is_list and taken == args.limit):
+            changes.has_more = True
+            return changes
+        if is_list:
+            for field, listed in value.items():
+                setattr(changes, field, listed)
+        else:
+            (changes.deleted if change[12] else changes.messages).append(value)
+            taken += 1
+        changes.seq = number
+    changes.seq = seq
+    return changes
 
 
 def read_states(db: sqlite3.Connection, user_id: int) -> list[ReadState]:
@@ -2686,8 +2819,8 @@ def search(db: sqlite3.Connection, args: SearchArgs) -> Messages:
         "author_id": args.author_id,
     }
     narrow = "".join(f"AND m.{field} = :{field} " for field in ("channel_id", "author_id") if values[field] is not None)
-    rows = db.execute(FOUND_ROWS + narrow + "ORDER BY f.rowid DESC LIMIT :limit", values).fetchall()
-    return Messages([to_message(row) for row in rows[: args.limit]], len(rows) > args.limit)
+    rows = db.execute(FOUND_ROWS + narrow + "ORDER BY f.rowid DESC LIMIT :limit", values)
+    return Messages(*first_messages(rows, args.limit))
 
 
 def purge_tokens(db: sqlite3.Connection, now: float) -> Done[None]:
@@ -3617,9 +3750,16 @@ def remove_message(at: Scope, args: MessageArgs) -> Done[None]:
     return Done(None, [Emit("message:deleted", at.server_id, MessageDeleted(at.channel_id, args.message_id, seq))])
 
 
-def reaction_notice(at: Scope, event: str, args: ReactionArgs) -> Emit:
-    seq = touch_message(at.db, at.server_id, args.message_id)
-    changed = ReactionChanged(at.channel_id, args.message_id, at.me.user_id, at.me.username, args.emoji, seq, name=at.me.name)
+def same_reactions(at: Scope, emoji: str) -> list[Reaction]:
+    """Return the reactions on the message that are this emoji, with or without the variation selector."""
+    bare = emoji.replace(VARIATION, "")
+    return [reaction for reaction in the_message(at).reactions if reaction.emoji.replace(VARIATION, "") == bare]
+
+
+def reaction_notice(at: Scope, event: str, emoji: str) -> Emit:
+    message_id = the_message(at).message_id
+    seq = touch_message(at.db, at.server_id, message_id)
+    changed = ReactionChanged(at.channel_id, message_id, at.me.user_id, at.me.username, emoji, seq, name=at.me.name)
     return Emit(event, at.server_id, changed)
 
 
@@ -3629,11 +3769,14 @@ def reaction_notice(at: Scope, event: str, args: ReactionArgs) -> Emit:
 )  # fmt: skip
 def add_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
     """React to a message; nothing happens where I did so already."""
-    emojis = {reaction.emoji for reaction in the_message(at).reactions} | {args.emoji}
-    if len(emojis) > REACTIONS_MAX:
+    same = same_reactions(at, args.emoji)
+    if not same and len({reaction.emoji.replace(VARIATION, "") for reaction in the_message(at).reactions}) >= REACTIONS_MAX:
         raise refusal("TOO_MANY_REACTIONS", n=REACTIONS_MAX)
-    added = insert_reaction(at.db, args.message_id, args.emoji, at.me.user_id)
-    return Done(None, [reaction_notice(at, "reaction:add", args)] if added else [], not added)
+    if any(at.me.user_id in reaction.user_ids for reaction in same):
+        return Done(None, repeat=True)
+    emoji = same[0].emoji if same else args.emoji
+    insert_reaction(at.db, args.message_id, emoji, at.me.user_id)
+    return Done(None, [reaction_notice(at, "reaction:add", emoji)])
 
 
 @operation(
@@ -3642,8 +3785,10 @@ def add_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
 )  # fmt: skip
 def remove_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
     """Take my reaction back; nothing happens where there is none."""
-    removed = drop_reaction(at.db, args.message_id, args.emoji, at.me.user_id)
-    return Done(None, [reaction_notice(at, "reaction:remove", args)] if removed else [], not removed)
+    mine = [reaction.emoji for reaction in same_reactions(at, args.emoji) if at.me.user_id in reaction.user_ids]
+    for emoji in mine:
+        drop_reaction(at.db, args.message_id, emoji, at.me.user_id)
+    return Done(None, [reaction_notice(at, "reaction:remove", emoji) for emoji in mine], not mine)
 
 
 @operation("read", "GET /users/me/reads", Who.USER, long=True)
@@ -3652,7 +3797,7 @@ def list_reads(at: Scope, args: Nothing) -> Done[ReadStates]:
     return Done(ReadStates(read_states(at.db, at.me.user_id)))
 
 
-@operation("read", "GET /channels/{channel_id}/read", Who.MEMBER, long=True)
+@operation("read", "GET /channels/{channel_id}/read", Who.MEMBER)
 def get_read(at: Scope, args: ChannelArgs) -> Done[ReadState]:
     """How far I have read a channel, and what is unread: messages of others, and those that name me, counted to 1,000."""
     return Done(read_state(at.db, at.me.user_id, at.channel_id))
@@ -4792,6 +4937,13 @@ class Caller(NamedTuple):
     me: Standing | None
     address: str
     connection: Connection | None = None
+    request: web.Request | None = None
+
+    def gone(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        if self.request is not None:
+            return self.request.transport is None or self.request.transport.is_closing()
+        return self.connection is not None and self.connection.closed
 
 
 class Chat:
@@ -4833,8 +4985,13 @@ class Chat:
         return answer
 
     async def ask_long(self, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
-        """Ask what may take longer."""
-        return await self.store.read(self.allowed, Who.MEMBER, caller.me, args, question)
+        """Ask what may take seconds, in the caller's turn."""
+        return await self.read_long(caller, self.allowed, Who.MEMBER, caller.me, args, question)
+
+    async def read_long(self, caller: Caller, question: Question[R], *args: Any) -> R:
+        """Read in the caller's turn, while the caller waits for it."""
+        user = caller.me.user_id if caller.me is not None else caller.address
+        return await self.store.read_long(user, caller.gone, question, *args)
 
     def check(self, caller: Caller, args: Args) -> None:
         """Refuse who is no member."""
@@ -5388,7 +5545,7 @@ async def carry_through(chat: Chat, op: Operation, me: Standing, caller: Caller,
     if op.kind == "read" and not op.long:
         return chat.store.peek(job)
     async with asyncio.timeout(DEADLINE):
-        done: Done[Any] = await (op.run(chat, caller, args) if op.kind == "live" else chat.store.read(job))
+        done: Done[Any] = await (op.run(chat, caller, args) if op.kind == "live" else chat.read_long(caller, job))
     return done
 
 
@@ -5502,7 +5659,7 @@ class Route:
                 raise refusal("TOKEN_INVALID")
             me = self.chat.recognise(token.strip())
             self.chat.limiter.take("request", me.user_id)
-        return await perform(self.chat, self.op, Caller(me, address), await self.read_args(request))
+        return await perform(self.chat, self.op, Caller(me, address, request=request), await self.read_args(request))
 
     async def read_args(self, request: web.Request) -> Any:
         """Path, query and body as the operation's arguments; each in its place, and nothing else."""

@@ -34,7 +34,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, NamedTuple
@@ -1557,6 +1557,158 @@ async def test_changes_come_in_pages(scene: Scene) -> None:
     assert after == seq + 8
 
 
+ANSWER_MAX = 512 * 1024  # bytes
+
+
+async def test_answers_are_bounded_in_bytes(scene: Scene) -> None:
+    server, start = scene.server, (await scene.ana.ok("GET", f"{scene.server}/changes"))["seq"]
+    posted = await asyncio.gather(*(scene.ana.post(scene.place.channel_id, f"wide {'😀' * 3995}") for _ in range(70)))
+    ids = sorted(message["message_id"] for message in posted)
+    pages = f"/channels/{scene.place.channel_id}/messages?limit=100"
+    walks: list[tuple[str, int, Callable[[Any], int]]] = [  # a path, and the cursor of the next page
+        (f"{server}/changes?after=", start, lambda page: page["seq"]),
+        (f"{pages}&after=", ids[0] - 1, lambda page: page["messages"][-1]["message_id"]),
+        (f"{pages}&before=", ids[-1] + 1, lambda page: page["messages"][0]["message_id"]),
+        (f"{server}/search?q=wide&limit=100&before=", ids[-1] + 1, lambda page: page["messages"][-1]["message_id"]),
+    ]
+    for path, cursor, following in walks:
+        read, more = [], True
+        while more:
+            page = await scene.ana.ok("GET", f"{path}{cursor}")
+            assert len(json.dumps(page, ensure_ascii=False, separators=(",", ":")).encode()) <= ANSWER_MAX, path
+            assert len(page["messages"]) > 20 or not page["has_more"]
+            read += [message["message_id"] for message in page["messages"]]
+            cursor, more = following(page), page["has_more"]
+        assert len(read) == len(set(read)), path
+        assert sorted(set(read) & set(ids)) == ids, path
+    around = await scene.ana.ok("GET", f"{pages}&around={ids[35]}")
+    assert ids[35] in [message["message_id"] for message in around["messages"]]
+    assert around["has_more"]
+    ack = await scene.away.ok("join_server", {"server_id": scene.place.server_id, "after": start})
+    assert ack["changes"]["has_more"]
+    for answer in (around, ack):
+        assert len(json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()) <= ANSWER_MAX
+
+
+async def test_a_list_of_members_is_in_the_changes_once_however_long(scene: Scene) -> None:
+    """Ten thousand people have joined in between: their list is larger than an answer, and comes once."""
+    server_id, start = scene.place.server_id, (await scene.ana.ok("GET", f"{scene.server}/changes"))["seq"]
+
+    def crowd(db: sqlite3.Connection) -> chatrtc.Done[None]:
+        for number in range(10_000):
+            user_id = chatrtc.insert_user(db, f"pupil{number}", None, "2026-01-01T00:00:00Z")
+            chatrtc.add_member(db, server_id, user_id, "member", "2026-01-01T00:00:00Z")
+        return chatrtc.Done(None)
+
+    before = await asyncio.gather(*(scene.ana.post(scene.place.channel_id, "x" * 4000) for _ in range(60)))
+    await scene.world.chat.chat.store.write(crowd, long=True)
+    await asyncio.gather(*(scene.ana.post(scene.place.channel_id, "x" * 4000) for _ in range(90)))
+    after, more, lists = start, True, []
+    messages: list[Any] = []
+    while more:
+        page = await scene.ana.ok("GET", f"{scene.server}/changes?after={after}")
+        size = len(json.dumps(page, separators=(",", ":")))
+        assert size <= ANSWER_MAX or (page["messages"], page["deleted"]) == ([], []), "a list larger than an answer comes alone"
+        if "members" in page:
+            lists.append(page["members"])
+            assert {message["message_id"] for message in before} <= {message["message_id"] for message in messages}
+        messages += page["messages"]
+        assert page["seq"] > after
+        after, more = page["seq"], page["has_more"]
+    assert lists == [(await scene.ana.ok("GET", f"{scene.server}/members"))["members"]]
+    assert len(messages) == 150
+
+
+FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+async def test_long_reads_of_one_user_keep_nobody_else_waiting(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatrtc, "LONG_SECONDS", 1.0)
+    monkeypatch.setattr(chatrtc, "TURN_SECONDS", 2.5)
+    store, begun = scene.world.chat.chat.store, Counter[object]()
+
+    def endless(db: sqlite3.Connection, user: object) -> Any:
+        begun[user] += 1
+        return db.execute(FOREVER).fetchall()
+
+    greedy = [asyncio.ensure_future(store.read_long("eve", lambda: False, endless, "eve")) for _ in range(100)]
+    await until(lambda: begun["eve"] == chatrtc.LONG_READS_PER_USER)
+    for person in (scene.ana, scene.ben):
+        await person.ok("GET", f"{scene.server}/search?q=before")
+        await person.ok("GET", f"{scene.server}/changes")
+        await person.ok("GET", "/users/me/reads")
+    assert (await scene.world.call("GET", "/healthz")).status == 200
+    assert begun["eve"] == chatrtc.LONG_READS_PER_USER, "the others had no need to wait for any of them"
+    outcomes = Counter(error.reason for error in await asyncio.gather(*greedy, return_exceptions=True))
+    assert outcomes["TOO_OFTEN"] >= 100 - chatrtc.LONG_READS_WAITING
+    assert set(outcomes) == {"TOO_OFTEN", "TOO_SLOW"}
+    assert outcomes["TOO_SLOW"] >= chatrtc.LONG_READS_PER_USER
+    await scene.ana.ok("GET", f"{scene.server}/search?q=before")
+
+
+async def test_a_long_read_ends_with_its_caller(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a socket that closes, by a task that is cancelled: what it held is free soon after."""
+    monkeypatch.setattr(chatrtc, "LONG_SECONDS", 600)
+    store, ended = scene.world.chat.chat.store, Counter[str]()
+
+    def endless(db: sqlite3.Connection, how: str) -> Any:
+        try:
+            return db.execute(FOREVER).fetchall()
+        finally:
+            ended[how] += 1
+
+    gone: list[int] = []
+    reads = [asyncio.ensure_future(store.read_long(how, lambda: bool(gone), endless, how)) for how in ("gone", "cancelled")]
+    await asyncio.sleep(0)
+    reads[1].cancel()
+    await until(lambda: ended["cancelled"] == 1)
+    assert not ended["gone"]
+    gone.append(1)
+    await until(lambda: ended["gone"] == 1)
+    outcomes = await asyncio.gather(*reads, return_exceptions=True)
+    assert isinstance(outcomes[0], chatrtc.ChatError)
+    assert outcomes[0].reason == "TOO_SLOW"
+    for _ in range(chatrtc.LONG_READERS + 1):
+        await scene.ana.ok("GET", f"{scene.server}/changes")
+
+
+def wordy(db: sqlite3.Connection, place: Place, author_id: int, count: int) -> chatrtc.Done[None]:
+    """Fill a channel with messages of many words that begin with each letter, and index them."""
+    dice, at = random.Random(1), "2026-01-01T00:00:00Z"
+    words = ["".join(dice.choices("etaoinshrdlu", k=dice.randint(2, 9))) for _ in range(20_000)]
+    row = "INSERT INTO messages (server_id, channel_id, author_id, content, created_at, seq) VALUES (?, ?, ?, ?, ?, ?)"
+    last = chatrtc.last_seq(db, place.server_id)
+    many = ((*place, author_id, " ".join(dice.choices(words, k=15)), at, last + n) for n in range(1, count + 1))
+    db.executemany(row, many)
+    db.execute("UPDATE servers SET seq = seq + ? WHERE server_id = ?", (count, place.server_id))
+    while chatrtc.index_messages(db).answer < chatrtc.search_state(db)[0]:
+        pass
+    return chatrtc.Done(None)
+
+
+@pytest.mark.soak
+async def test_a_hundred_searches_of_half_a_million_messages_hold_nobody_up(scene: Scene) -> None:
+    await scene.world.chat.chat.store.write(lambda db: wordy(db, scene.place, scene.ana.user_id, 500_000), long=True)
+    eve = await scene.world.person("eve")
+    invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
+    await eve.ok("POST", f"/invites/{invite['code']}")
+    heavy = "e t a o i n s h r d l u"
+    searches = [asyncio.ensure_future(eve.call("GET", f"{scene.server}/search?q={heavy}")) for _ in range(100)]
+    searches += [asyncio.ensure_future(eve.call("GET", f"/channels/{scene.place.channel_id}/read")) for _ in range(200)]
+    times = []
+    while not all(search.done() for search in searches):
+        for path in ("/healthz", f"{scene.server}/search?q=eta", f"/channels/{scene.place.channel_id}/read", "/users/me/reads"):
+            start = time.monotonic()
+            reply = await scene.ben.call("GET", path)
+            times.append(time.monotonic() - start)
+            assert reply.status == 200, (path, reply)
+        await scene.post()
+    statuses = Counter(search.result().status for search in searches)
+    assert max(times) < 3, (statuses, max(times))
+    assert statuses[200] >= 200
+    assert set(statuses) <= {200, 429, 503}
+
+
 async def test_nothing_falls_between_the_ack_of_joining_and_the_events(scene: Scene) -> None:
     start = (await scene.ana.ok("GET", f"{scene.server}/changes"))["seq"]
     posting = asyncio.gather(*(scene.post() for _ in range(300)))
@@ -2956,6 +3108,84 @@ def test_every_operation_has_its_row() -> None:
     assert set(ROWS) == set(chatrtc.OPERATIONS)
 
 
+PASSING = {  # events that tell of nothing durable, so that a client which missed one asks for nothing
+    "channel:read": "read marks are of one user; a client that comes back asks for them",
+    "mention": "carries the message, whose number it has",
+    "user:typing": "presence", "typing_stop": "presence", "user:connected": "presence", "user:disconnected": "presence",
+    "user:status": "presence", "voice:join": "presence", "voice:leave": "presence", "voice:signal": "presence",
+    "server:deleted": "the sequence ends with its server", "error": "an answer",
+}  # fmt: skip
+BY_THE_DOOR = {  # operations that change something under no limit but that of requests and events
+    "set_status": "a change of one row", "logout": "ends with its token", "mark_read": "a change of one row",
+    "rename_server": "admins", "delete_server": "the owner", "set_role": "the owner", "ban": "admins", "unban": "admins",
+    "edit_channel": "admins", "delete_channel": "admins", "remove_member": "who left needs an invite to come back",
+    "remove_message": "posting is limited",
+    "change_password": "limits itself", "register": "limits itself", "register_guest": "limits itself",
+    "login": "limits itself",
+    "search_messages": "changes nothing", "check_health": "changes nothing", "get_configuration": "changes nothing",
+    "authenticate": "changes nothing", "heartbeat": "changes nothing", "join_server": "presence", "leave_server": "presence",
+    "voice_join": "presence", "voice_leave": "presence",
+}  # fmt: skip
+
+
+def has_seq(event: str) -> bool:
+    return "seq" in chatrtc.EVENTS[event].payload.__struct_fields__ and event != "mention"
+
+
+def test_an_event_carries_seq_unless_nothing_durable_happened() -> None:
+    for event in chatrtc.EVENTS:
+        assert has_seq(event) != (event in PASSING), (
+            f"{event}: if it tells of a durable change, take a number by next_seq() in the transaction and carry it as `seq`; "
+            "if not, put it into PASSING with the reason"
+        )
+
+
+def test_every_operation_that_changes_something_is_limited() -> None:
+    for op in chatrtc.OPERATIONS.values():
+        assert op.kind == "read" or bool(op.limit) != (op.name in BY_THE_DOOR), (
+            f"{op.name}: declare a `limit` of LIMITS; if that of all requests is enough, add it to BY_THE_DOOR with the reason"
+        )
+    assert set(BY_THE_DOOR) <= set(chatrtc.OPERATIONS)
+
+
+async def test_a_durable_operation_takes_a_number_and_its_event_carries_it(world: World) -> None:
+    matrix, chat = await Matrix(world).open(), world.chat.chat
+    told: list[chatrtc.Emit] = []
+    carry_out = chat.store._publish
+
+    def listen(effects: Sequence[chatrtc.Effect]) -> None:
+        told.extend(effect for effect in effects if isinstance(effect, chatrtc.Emit) and has_seq(effect.event))
+        carry_out(effects)
+
+    chat.store._publish = listen
+
+    def last(server_id: int) -> int:
+        return chat.store.peek(chatrtc.last_seq, server_id)
+
+    for op in chatrtc.OPERATIONS.values():
+        if op.kind != "write" or op.path is None:
+            continue
+        row, durable = ROWS[op.name], {event for event in op.emits if has_seq(event)}
+        callers = [(caller, whose) for caller in ("outsider", "owner", "member") for whose in ("other's", "own", "")]
+        caller, whose = next(one for one in callers if one[1] in row.whose and not expectation(row, *one))
+        stage = await matrix.stage(op, caller, whose)
+        newest = chat.store.peek(lambda db: int(db.execute("SELECT max(server_id) FROM servers").fetchone()[0]))
+        if op.name == "remove_reaction":
+            await by_rest(world, stage.token, chatrtc.OPERATIONS["add_reaction"], stage.args)
+        before = last(newest)
+        told.clear()
+        reply = await by_rest(world, stage.token, op, stage.args)
+        assert reply.status < 300, (op.name, reply)
+        if op.name in ("delete_server", "create_server"):
+            continue  # the sequence ends, or begins
+        numbers = [emit.payload.seq for emit in told]  # type: ignore[attr-defined]
+        assert {emit.event for emit in told} <= durable, op.name
+        assert numbers == list(range(before + 1, last(newest) + 1)), (
+            f"{op.name}: take each number by next_seq() in its transaction, and carry it as `seq` of one event"
+        )
+        assert bool(numbers) == bool(durable), f"{op.name} emits {durable}, and should take a number"
+
+
 def cells(door: str) -> list[tuple[chatrtc.Operation, str, str]]:
     return [
         (op, caller, whose)
@@ -3148,12 +3378,30 @@ async def test_reactions_are_idempotent(scene: Scene) -> None:
     await scene.here.hears_not("reaction:remove")
 
 
+async def test_an_emoji_with_and_without_its_variation_selector_is_one_reaction(scene: Scene) -> None:
+    ana, ben = scene.ana, scene.ben
+    for first, second in (("\u2764\ufe0f", "\u2764"), ("\u2764", "\u2764\ufe0f"), ("🏳\ufe0f\u200d🌈", "🏳\u200d🌈")):
+        path = f"/messages/{(await scene.post())['message_id']}"
+        await ana.ok("PUT", f"{path}/reactions/{first}")
+        assert (await scene.here.hears("reaction:add"))["emoji"] == first
+        await ana.ok("PUT", f"{path}/reactions/{second}")  # changes nothing
+        await ben.ok("PUT", f"{path}/reactions/{second}")
+        assert (await scene.here.hears("reaction:add"))["emoji"] == first, "the form that is on the message"
+        both = [{"emoji": first, "user_ids": [ana.user_id, ben.user_id]}]
+        assert (await ana.ok("GET", path))["reactions"] == both
+        for person in (ana, ben):
+            await person.ok("DELETE", f"{path}/reactions/{second}")
+            assert (await scene.here.hears("reaction:remove"))["emoji"] == first
+        assert "reactions" not in await ana.ok("GET", path)
+
+
 async def test_a_message_holds_so_many_different_reactions(scene: Scene) -> None:
     path = f"/messages/{(await scene.post())['message_id']}/reactions"
     for number in range(chatrtc.REACTIONS_MAX):
         await scene.ana.ok("PUT", f"{path}/e{number}")
     assert (await scene.ana.call("PUT", f"{path}/one-more")).code == "CONFLICT"
     assert (await scene.ben.call("PUT", f"{path}/e0")).status == 204, "one of them is no other"
+    assert (await scene.ben.call("PUT", f"{path}/e1\ufe0f")).status == 204, "nor one with a variation selector"
 
 
 async def test_what_is_unread_is_what_others_wrote_since(scene: Scene) -> None:
