@@ -8783,8 +8783,8 @@ async def test_signed_in_person_follows_an_invite(two: Any, rest: Rest) -> None:
     await maya_api.call("DELETE", f"/messages/{doomed['message_id']}")
     club, _ = await maya_api.found("Robotics club")
     code = await maya_api.bring(club)
+    await jonas.goto("about:blank")
     await jonas.goto(f"{jonas.url}/#/invite/{code}")
-    await jonas.reload()
     await expect(jonas.locator("#ask")).to_contain_text("Join Robotics club?")
     await jonas.click("#ask .main")
     await expect(jonas.locator("#server")).to_contain_text("Robotics club")
@@ -9002,6 +9002,245 @@ async def answers(url: str) -> bool:
             return reply.status == 200
     except aiohttp.ClientError:
         return False
+
+
+# Reading
+
+
+BADGE = '#text-channels [data-id="%d"] .badge'
+LEAVE = "document.hasFocus = () => false; dispatchEvent(new Event('blur'))"
+RETURN = "document.hasFocus = () => true; dispatchEvent(new Event('focus'))"
+
+
+async def unread_of(who: Rest, channel_id: int) -> int:
+    state = await who.call("GET", f"/channels/{channel_id}/read")
+    return int(state["unread"])
+
+
+async def test_read_is_what_was_on_screen(two: Any) -> None:
+    """300 unread messages: the line and the button show where they begin, and scrolling marks them as read bit by bit."""
+    maya, jonas, maya_api, jonas_api, server_id, channel_id = two
+    other = (await maya_api.call("POST", f"/servers/{server_id}/channels", {"name": "homework"}))["channel_id"]
+    await maya.write("seen by both")
+    await jonas.sees("seen by both")
+    await eventually(lambda: none_unread(jonas_api, channel_id), "the first message is read")
+    await jonas.click('[data-do="openChannel"] >> text=homework')
+    for start in range(0, 300, 50):
+        await asyncio.gather(*(maya_api.say(channel_id, f"number {start + one};") for one in range(50)))
+    await expect(jonas.locator(BADGE % channel_id)).to_have_text("99")
+    await jonas.click('[data-do="openChannel"] >> text=general')
+    await expect(jonas.locator("#log .fresh")).to_be_in_viewport()
+    await expect(jonas.locator("#unread")).to_contain_text("new messages since")
+    await expect(jonas.row("seen by both")).to_be_in_viewport()
+    await jonas.shot("unread")
+    first = await jonas.locator("#log .fresh + .row").inner_text()
+    await asyncio.sleep(0.6)
+    assert 250 < await unread_of(jonas_api, channel_id) < 300
+    for _ in range(3):
+        before = await unread_of(jonas_api, channel_id)
+        await jonas.evaluate("document.querySelector('#log').scrollBy(0, 500)")
+        await eventually(lambda before=before: fewer_unread(jonas_api, channel_id, before), "what was on screen is read")
+    await jonas.click('#unread [data-do="toUnread"]')
+    await expect(jonas.locator("#log .fresh")).to_be_in_viewport()
+    assert await jonas.locator("#log .fresh + .row").inner_text() == first, "the line stays where it was"
+    await jonas.click('#unread [data-do="markAll"]')
+    await expect(jonas.locator("#unread")).to_be_hidden()
+    await eventually(lambda: none_unread(jonas_api, channel_id), "all are marked as read")
+    await jonas.keyboard.press("Escape")
+    await expect(jonas.locator("#log .row").last).to_be_in_viewport()
+    await jonas.click('[data-do="openChannel"] >> text=homework')
+    await maya_api.say(other, "in homework")
+    await jonas.sees("in homework")
+    assert await unread_of(jonas_api, channel_id) == 0
+
+
+async def none_unread(who: Rest, channel_id: int) -> bool:
+    return await unread_of(who, channel_id) == 0
+
+
+async def fewer_unread(who: Rest, channel_id: int, before: int) -> bool:
+    return await unread_of(who, channel_id) < before
+
+
+async def test_unread_on_two_devices_and_set_back(two: Any, tab: Any) -> None:
+    maya, jonas, maya_api, jonas_api, server_id, channel_id = two
+    await maya_api.call("POST", f"/servers/{server_id}/channels", {"name": "homework"})
+    phone = await tab(jonas_api)
+    for one in (jonas, phone):
+        await one.click('[data-do="openChannel"] >> text=homework')
+    for text in ("first;", "second @Jonas;", "third;"):
+        await maya.write(text)
+    for one in (jonas, phone):
+        await expect(one.page).to_have_title(re.compile(r"^\(3\)"))
+        await expect(one.locator(BADGE % channel_id)).to_have_class(re.compile("hot"))
+    await phone.click('[data-do="openChannel"] >> text=general')
+    for one in (jonas, phone):
+        await expect(one.locator(BADGE % channel_id)).to_be_hidden()
+    await phone.tool("second", "unread")
+    for one in (jonas, phone):
+        await expect(one.page).to_have_title(re.compile(r"^\(2\)"))
+    await expect(phone.locator("#log .fresh + .row")).to_contain_text("second")
+    second = await maya_api.call("GET", f"/channels/{channel_id}/messages?limit=2")
+    await maya_api.call("PATCH", f"/messages/{second['messages'][0]['message_id']}", {"content": "second, for nobody;"})
+    await expect(jonas.locator(BADGE % channel_id)).not_to_have_class(re.compile("hot"))
+    await expect(phone.row("for nobody")).not_to_have_class(re.compile("named"))
+    await maya_api.call("DELETE", f"/messages/{second['messages'][1]['message_id']}")
+    for one in (jonas, phone):
+        await expect(one.page).to_have_title(re.compile(r"^\(1\)"))
+    await phone.write("my own answer")
+    for one in (jonas, phone):
+        await expect(one.page).to_have_title(re.compile(r"^\w"))
+
+
+async def test_line_where_one_left_the_tab(two: Any) -> None:
+    maya, jonas, _, jonas_api, _, channel_id = two
+    await jonas.evaluate(
+        "window.titles = []; new MutationObserver(() => titles.push(document.title))"
+        ".observe(document.querySelector('title'), {childList: true})"
+    )
+    await maya.write("while he looks")
+    await jonas.sees("while he looks")
+    await eventually(lambda: none_unread(jonas_api, channel_id), "it is read")
+    assert [one for one in await jonas.evaluate("titles") if one.startswith("(")] == [], "the title does not flash"
+    await jonas.evaluate(LEAVE)
+    for number in range(40):
+        await maya.write(f"while he is away {number};")
+    await expect(jonas.page).to_have_title(re.compile(r"^\(40\)"))
+    await expect(jonas.locator("#log .fresh")).to_be_in_viewport()
+    await jonas.evaluate(RETURN)
+    await expect(jonas.page).not_to_have_title(re.compile(r"^\(40\)"))
+    await expect(jonas.locator("#log .fresh + .row")).to_contain_text("away 0;")
+    await jonas.click("#newest")
+    await expect(jonas.page).to_have_title(re.compile(r"^general"))
+    await maya.write("and on")
+    await jonas.sees("and on")
+    await expect(jonas.locator("#log .fresh + .row")).to_contain_text("away 0;")
+
+
+# Writing
+
+
+async def test_enter_that_ends_a_composition_sends_nothing(two: Any) -> None:
+    maya, jonas, _, _, _, _ = two
+    await maya.fill("#text", "にほん")
+    for init in ({"keyCode": 229}, {"isComposing": True}):
+        await maya.evaluate(
+            "init => document.querySelector('#text').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, ...init}))",
+            init,
+        )
+    await expect(maya.locator("#text")).to_have_value("にほん")
+    await expect(maya.locator("#log .row")).to_have_count(0)
+    await maya.press("#text", "Enter")
+    await jonas.sees("にほん")
+
+
+async def test_nothing_typed_is_lost(two: Any) -> None:
+    maya, jonas, maya_api, jonas_api, server_id, channel_id = two
+    refusal = json.dumps({"error": "Not today", "code": "FORBIDDEN"})
+    maya.tolerate = "Failed to load|ERR_"
+    await maya.page.route("**/messages", lambda route: route.fulfill(status=403, content_type="application/json", body=refusal))
+    await maya.write("refused text")
+    await expect(maya.row("refused text").locator(".fate")).to_contain_text("Not sent")
+    await maya.page.unroute("**/messages")
+    await maya.fill("#text", "a draft")
+    await maya.row("refused text").get_by_role("button", name="Edit").click()
+    await expect(maya.locator("#text")).to_have_value("a draft\nrefused text")
+    await maya.fill("#text", "")
+    # a slow save: the composer is free at once, and stays so
+    await maya.write("to be changed")
+    row = await maya.sees("to be changed")
+    held = asyncio.Event()
+
+    async def hold(route: Any) -> None:
+        if route.request.method == "PATCH":
+            await held.wait()
+        await route.continue_()
+
+    await maya.page.route("**/messages/*", hold)
+    await maya.fill("#text", "typed before")
+    await maya.tool("to be changed", "edit")
+    await maya.write("has been changed")
+    await expect(maya.row("has been changed")).to_have_class(re.compile("waiting"))
+    await expect(maya.locator("#text")).to_have_value("typed before")
+    await maya.fill("#text", "typed meanwhile")
+    held.set()
+    await jonas.sees("has been changed")
+    await maya.sees("has been changed")
+    await expect(maya.locator("#text")).to_have_value("typed meanwhile")
+    await expect(maya.locator("#about")).to_be_hidden()
+    # an edit that is left for a reply is kept for later, and so is the draft
+    await maya.tool("has been changed", "edit")
+    await maya.fill("#text", "half an edit")
+    await maya.tool("has been changed", "reply")
+    await expect(maya.locator("#text")).to_have_value("typed meanwhile")
+    await maya.tool("has been changed", "edit")
+    await expect(maya.locator("#text")).to_have_value("half an edit")
+    await maya.press("#text", "Escape")
+    await expect(maya.locator("#text")).to_have_value("typed meanwhile")
+    assert await row.count() == 0
+
+
+async def test_text_for_a_deleted_channel_is_shown(url: str, rest: Rest, tab: Any) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    proxy = await Proxy(host, int(port)).mend()
+    maya_api, jonas_api = await rest.register("Maya"), await rest.register("Jonas")
+    server_id, _ = await maya_api.found()
+    await maya_api.bring(server_id, jonas_api)
+    doomed = (await maya_api.call("POST", f"/servers/{server_id}/channels", {"name": "doomed"}))["channel_id"]
+    jonas = await tab(jonas_api, at=f"http://127.0.0.1:{proxy.port}")
+    jonas.tolerate = "ERR_|WebSocket|Failed to load"
+    await jonas.click('[data-do="openChannel"] >> text=doomed')
+    await proxy.cut()
+    await expect(jonas.locator("#offline")).to_be_visible()
+    await jonas.write("written offline")
+    await expect(jonas.row("written offline")).to_have_class(re.compile("waiting"))
+    await maya_api.call("DELETE", f"/channels/{doomed}")
+    await proxy.mend()
+    lost = jonas.locator("#orphans .orphan")
+    await expect(lost).to_contain_text("written offline", timeout=30000)
+    await jonas.shot("orphan")
+    await jonas.reload()
+    await expect(lost).to_contain_text("written offline")
+    await lost.get_by_role("button", name="Discard").click()
+    await expect(lost).to_have_count(0)
+    await proxy.cut()
+
+
+async def test_unknown_channels_and_a_silent_server_are_said(rest: Rest, tab: Any) -> None:
+    maya_api = await rest.register("Maya")
+    _, channel_id = await maya_api.found()
+    maya = await tab(maya_api)
+    maya.tolerate = "Failed to load|ERR_"
+    await maya.goto(f"{maya.url}/#/channel/999")
+    await expect(maya.locator("#notice")).to_contain_text("This channel is not here")
+    await expect(maya.locator("#log")).to_be_hidden()
+    await maya.reload()
+    await expect(maya.locator("#notice")).to_contain_text("not a member of its server")
+    await maya.click("#notice .button")
+    await expect(maya.locator("#room-name")).to_have_text("general")
+    await maya.write("for a reply")
+    await maya.sees("for a reply")
+    doomed = await maya_api.say(channel_id, "soon gone")
+    await maya.tool("soon gone", "reply")
+    await maya.fill("#text", "an answer")
+    await maya_api.call("DELETE", f"/messages/{doomed['message_id']}")
+    await expect(maya.row("soon gone")).to_have_count(0)
+    await expect(maya.locator("#about")).to_contain_text("Message deleted")
+    await maya.page.route("**/users/me", lambda route: route.abort())
+    await maya.reload()
+    await expect(maya.locator("#notice")).to_contain_text("The server does not answer")
+    await maya.shot("late")
+    await maya.page.unroute("**/users/me")
+    await expect(maya.locator("#room-name")).to_have_text("general")
+
+
+def test_the_page_handles_every_event() -> None:
+    """The page's table of handlers has each event of the server's table."""
+    page = (HERE / "chatrtc.html").read_text()
+    table = re.search(r"\nconst on = \{\n(.*?)\n\};\n", page, re.DOTALL)
+    assert table is not None
+    handled = set(re.findall(r'^  "([\w:]+)"', table[1], re.MULTILINE))
+    assert set(chatrtc.EVENTS) <= handled
 
 
 # Hostile text
