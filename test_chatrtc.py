@@ -9135,7 +9135,7 @@ async def test_enter_that_ends_a_composition_sends_nothing(two: Any) -> None:
 
 
 async def test_nothing_typed_is_lost(two: Any) -> None:
-    maya, jonas, maya_api, jonas_api, server_id, channel_id = two
+    maya, jonas, _maya_api, _jonas_api, _server_id, _channel_id = two
     refusal = json.dumps({"error": "Not today", "code": "FORBIDDEN"})
     maya.tolerate = "Failed to load|ERR_"
     await maya.page.route("**/messages", lambda route: route.fulfill(status=403, content_type="application/json", body=refusal))
