@@ -9125,7 +9125,8 @@ async def test_enter_that_ends_a_composition_sends_nothing(two: Any) -> None:
     await maya.fill("#text", "にほん")
     for init in ({"keyCode": 229}, {"isComposing": True}):
         await maya.evaluate(
-            "init => document.querySelector('#text').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, ...init}))",
+            """init => document.querySelector('#text').dispatchEvent(
+                new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, ...init}))""",
             init,
         )
     await expect(maya.locator("#text")).to_have_value("にほん")
