@@ -3854,6 +3854,14 @@ def connected(request: web.BaseRequest) -> bool:
     return request.transport is not None and not request.transport.is_closing()
 
 
+def drop_frames(error: BaseException | None) -> None:
+    """Drop the stack frames of an exception that somebody keeps. A frame that holds who keeps it would make a reference cycle,
+    which only a full garbage collection frees."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
+
+
 def abort(link: asyncio.Transport) -> None:
     """Close at once; the kernel throws away what it holds for a client that does not read, which it would keep offering."""
     with contextlib.suppress(OSError, ValueError):  # it may be closed already
@@ -4481,8 +4489,8 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
                 self.links.discard(link)
         if self.rules.fast and session.upgraded and session.closed and link is not None:
             link.close()  # the close frame is out; aiohttp would send another
-        else:
-            await socket.close()
+        await socket.close()
+        drop_frames(socket.exception())
         return socket
 
     async def _serve(self, session: Session, socket: web.WebSocketResponse, *, upgrade: bool) -> None:
@@ -5699,6 +5707,7 @@ def make_guard(settings: Settings, ours: Collection[object]) -> Callable[..., Aw
         except web.HTTPException as error:
             code = {413: "TOO_LARGE", 404: "NOT_FOUND", 405: "NOT_FOUND"}.get(error.status, "BAD_REQUEST")
             response = refuse(refusal("NO_ROUTE") if code == "NOT_FOUND" else ChatError(code))
+            drop_frames(error)  # the request keeps it
         if "Origin" in request.headers:
             response.headers.update(cors_headers(request, allowed))
         return response
@@ -6227,10 +6236,11 @@ def announce(settings: Settings, address: tuple[str, int], tls: bool) -> None:
 
 
 def spare_collector() -> None:
-    """What is there by now stays: leave it out of garbage collection, and collect less often. A post costs 10 % less so."""
+    """Exclude what has been loaded by now from garbage collection, and collect less often: a post costs 10 % less. Connections
+    are freed without a collection; what libraries leave in cycles goes with the second generation, at most 500,000 objects."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 50, 100)
+    gc.set_threshold(50_000, 10, 10)
 
 
 async def serve_until_stopped(settings: dict[str, Any]) -> None:

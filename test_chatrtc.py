@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import zipfile
 import zlib
@@ -6762,6 +6763,7 @@ class Wire:
         self.closed: float | None = None  # when the server closed, as far as was read
         self.data = b""
         self.task: asyncio.Task[None] | None = None
+        self.path = ""  # of its polls, where it polls
 
     @classmethod
     async def reach(cls, url: str, window: int | None = None) -> Wire:
@@ -6787,17 +6789,41 @@ class Wire:
         assert b'"success":true' in answer, answer
         return wire
 
-    async def upgrade(self) -> None:
+    async def upgrade(self, sid: str = "") -> None:
+        """Become a WebSocket: of a new session or, with `sid=...`, of one that polls."""
         await self.send(
-            b"GET /socket.io/?EIO=4&transport=websocket HTTP/1.1\r\nHost: here\r\nConnection: Upgrade\r\n"
-            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
+            f"GET /socket.io/?EIO=4&transport=websocket&{sid} HTTP/1.1\r\nHost: here\r\nConnection: Upgrade\r\n"
+            "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n".encode()
         )
         while b"\r\n\r\n" not in self.data:
             await self.receive()
         head, _, self.data = self.data.partition(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 101"):
             raise ConnectionError(head)
-        assert (await self.frame()).startswith(b"0")
+        if not sid:
+            assert (await self.frame()).startswith(b"0")
+
+    async def request(self, method: str, path: str, body: bytes = b"", headers: str = "") -> tuple[int, bytes]:
+        """Ask by HTTP; the status and the body of the answer."""
+        head = f"{method} {path} HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
+        await self.send(head.encode() + body)
+        while b"\r\n\r\n" not in self.data:
+            await self.receive()
+        about, _, self.data = self.data.partition(b"\r\n\r\n")
+        length = int(about.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        while len(self.data) < length:
+            await self.receive()
+        body, self.data = self.data[:length], self.data[length:]
+        return int(about.split()[1]), body
+
+    async def until_closed(self) -> None:
+        """Read until the server has closed the connection."""
+        with contextlib.suppress(OSError):
+            while True:
+                await self.receive()
+                self.data = b""
+        self.connection.close()
 
     async def send(self, data: bytes) -> None:
         async with asyncio.timeout(PATIENCE):
@@ -7373,6 +7399,238 @@ async def test_slow_clients_are_dropped_and_nobody_notices(launch: Launch, tmp_p
     )
     assert largest - size <= (size - start) + (count << 20)
     assert p99[1] <= 1.5 * p99[0] + 0.02
+
+
+# 5b. A connection leaves nothing behind, whichever way it ends.
+
+
+async def polling(person: Person, place: Place) -> Wire:
+    """A client by long polling, joined to the server; its `path` is that of its polls."""
+    wire = await Wire.reach(person.world.url)
+    _, body = await wire.request("GET", POLLING)
+    wire.path = f"{POLLING}&sid={json.loads(body[1:])['sid']}"
+    for packet in (
+        "40" + json.dumps({"token": person.token}),
+        '420["join_server",' + json.dumps({"server_id": place.server_id}) + "]",
+    ):
+        await wire.request("POST", wire.path, packet.encode())
+        await wire.request("GET", wire.path)
+    return wire
+
+
+async def opened(person: Person, *packets: str) -> Wire:
+    """A WebSocket that has sent these packets."""
+    wire = await Wire.reach(person.world.url)
+    await wire.upgrade()
+    for packet in packets:
+        await wire.say(packet)
+    return wire
+
+
+async def closes(person: Person, place: Place) -> None:
+    wire = await Wire.join(person, place)
+    await wire.say('421["typing_start",' + json.dumps({"channel_id": place.channel_id}) + "]")
+    await wire.send(b"\x88\x82" + bytes(4) + b"\x03\xe8")
+    await wire.until_closed()
+
+
+async def resets(person: Person, place: Place) -> None:
+    (await Wire.join(person, place)).reset()
+
+
+async def dies(person: Person, place: Place) -> None:
+    (await Wire.join(person, place)).connection.close()
+
+
+async def die_together(person: Person, place: Place) -> None:
+    """While each is still told that the others go."""
+    for wire in await asyncio.gather(*(Wire.join(person, place) for _ in range(10))):
+        wire.reset()
+
+
+async def says_goodbye(person: Person, place: Place) -> None:
+    wire = await Wire.join(person, place)
+    await wire.say("41")
+    await wire.say("1")
+    await wire.until_closed()
+
+
+async def never_connects(person: Person, place: Place) -> None:
+    await (await opened(person)).until_closed()
+
+
+async def never_authenticates(person: Person, place: Place) -> None:
+    await (await opened(person, "40")).until_closed()
+
+
+async def is_refused(person: Person, place: Place) -> None:
+    wire = await opened(person, '40{"token":"wrong"}')
+    assert (await wire.frame()).startswith(b"44")
+    wire.connection.close()
+
+
+async def fails(person: Person, place: Place) -> None:
+    wire = await opened(person, "40", '421["authenticate",{"token":"wrong"}]', '422["nothing"]')
+    while not (await wire.frame()).startswith(b"432"):
+        pass
+    wire.connection.close()
+
+
+async def breaks_the_protocol(person: Person, place: Place) -> None:
+    wire = await Wire.join(person, place)
+    await wire.say("9")
+    await wire.until_closed()
+
+
+async def is_of_another_origin(person: Person, place: Place) -> None:
+    wire = await Wire.reach(person.world.url)
+    status, _ = await wire.request("GET", POLLING, headers="Origin: https://evil.example\r\n")
+    assert status == 403
+    wire.connection.close()
+
+
+async def is_cut(person: Person, place: Place) -> None:
+    """Its token ends."""
+    reply = await person.world.call("POST", "/auth/login", {"username": person.name, "password": "correct horse"})
+    wire = await Wire.join(Person(person.world, person.name, person.user_id, reply.body["token"]), place)
+    assert (await person.world.call("POST", "/auth/logout", token=reply.body["token"])).status == 204
+    await wire.until_closed()
+
+
+async def closes_polling(person: Person, place: Place) -> None:
+    wire = await polling(person, place)
+    await wire.request("POST", wire.path, b"1")
+    wire.connection.close()
+
+
+async def stops_polling(person: Person, place: Place) -> None:
+    (await polling(person, place)).connection.close()
+
+
+async def dies_in_a_poll(person: Person, place: Place) -> None:
+    wire = await polling(person, place)
+    await wire.send(request(f"GET {wire.path}"))
+    wire.connection.close()
+
+
+async def upgrades(person: Person, place: Place) -> None:
+    wire = await polling(person, place)
+    socket = await Wire.reach(person.world.url)
+    await socket.upgrade(wire.path.partition("&")[2].partition("&")[2])
+    await socket.say("2probe")
+    assert await socket.frame() == b"3probe"
+    await socket.say("5")
+    await socket.say('421["ping"]')
+    while not (await socket.frame()).startswith(b"431"):
+        pass
+    socket.connection.close()
+    wire.connection.close()
+
+
+async def freezes(person: Person, place: Place) -> None:
+    """It answers no ping."""
+    await (await Wire.join(person, place)).until_closed()
+
+
+ENDINGS: dict[str, Callable[[Person, Place], Awaitable[None]]] = {
+    act.__name__.replace("_", " "): act
+    for act in (
+        closes, resets, dies, die_together, says_goodbye, never_connects, never_authenticates, is_refused, fails,
+        breaks_the_protocol, is_of_another_origin, is_cut, closes_polling, stops_polling, dies_in_a_poll, upgrades, freezes,
+    )
+}  # fmt: skip
+WAITS = {"never connects": 10, "never authenticates": 10, "stops polling": 36, "dies in a poll": 36, "freezes": 36}
+
+
+def is_of_the_server(thing: object) -> bool:
+    """Whether an object belongs to a connection as the server has it."""
+    if isinstance(thing, types.FrameType):
+        return thing.f_code.co_filename.endswith("chatrtc.py") and "test_" not in thing.f_code.co_filename
+    return type(thing).__module__.split(".")[0] in ("chatrtc", "aiohttp", "engineio", "socketio")
+
+
+@contextlib.contextmanager
+def cycles() -> Iterator[list[object]]:
+    """What only a full garbage collection frees of what is done meanwhile."""
+    found: list[object] = []
+    gc.collect()
+    gc.disable()
+    try:
+        yield found
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found += [thing for thing in gc.garbage if is_of_the_server(thing)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_a_connection_leaves_no_cycle(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    monkeypatch.setattr(chatrtc, "LOGIN_SECONDS", 0.2)
+    world = await make_world()
+    engine = world.chat.sio.eio
+    engine.rules.connect_timeout = 0.2
+    if WAITS.get(ending, 0) > 10:
+        engine.rules.ping_interval = engine.rules.ping_timeout = 0.2
+    person = await world.person("ana")
+    place = await world.place(person)
+
+    async def end(times: int) -> None:
+        for _ in range(times):
+            await ENDINGS[ending](person, place)
+        await until(lambda: not (engine.sockets or engine.links or engine.tasks or world.chat.chat.connections))
+        await asyncio.sleep(chatrtc.LINGER + 0.1)  # until then a timer may hold the connection
+        Wire.made.clear()
+
+    await end(1)
+    with cycles() as found:
+        await end(3)
+    assert not found, Counter(type(thing).__name__ for thing in found)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_ten_thousand_connections_leave_no_memory(launch: Launch, tmp_path: Path, ending: str) -> None:
+    """Memory after 10,000 connections that end so is within 8 MiB of that after 2,000."""
+    process = await launch(tmp_path / "chat.db")
+    world = process.world()
+    person = await world.person("ana")
+    place = await world.place(person)
+    at_once = 2000 if ending in WAITS else 2 if ending == "is cut" else 20
+    each, figures = 10 if ending == "die together" else 1, []
+    for goal in (2000, 10_000):
+        done = 0 if goal == 2000 else 2000
+        while done < goal:
+            await asyncio.gather(*(ENDINGS[ending](person, place) for _ in range(max(1, at_once // each))))
+            done += max(each, at_once)
+            Wire.made.clear()
+        await asyncio.sleep(2 + WAITS.get(ending, 0))
+        figures.append(memory(process))
+    print(f"{ending}: {figures[0] / 2**20:.1f} MiB after 2,000, {figures[1] / 2**20:.1f} MiB after 10,000")
+    assert figures[1] - figures[0] <= 8 << 20
+
+
+@pytest.mark.soak
+async def test_coming_and_going_leaves_no_memory(launch: Launch, tmp_path: Path) -> None:
+    """For an hour, or the minutes of CHURN_MINUTES: memory at the end is within 8 MiB of that after a tenth of the time."""
+    minutes = float(os.environ.get("CHURN_MINUTES", "60"))
+    process = await launch(tmp_path / "chat.db")
+    world = process.world()
+    person = await world.person("ana")
+    place = await world.place(person)
+    quick = [ending for ending in ENDINGS if ending not in WAITS and ending != "is cut"]
+    began, count, early = time.monotonic(), 0, 0
+    chance = Random(7)
+    while (passed := time.monotonic() - began) < minutes * 60:
+        if not early and passed > minutes * 6:
+            early = memory(process)
+        await asyncio.gather(*(ENDINGS[chance.choice(quick)](person, place) for _ in range(20)))
+        count += 20
+        Wire.made.clear()
+    print(f"{count} connections in {minutes:.0f} minutes: {early / 2**20:.1f} MiB, then {memory(process) / 2**20:.1f} MiB")
+    assert memory(process) - early <= 8 << 20
 
 
 # 6. Hostile connections do not matter.
