@@ -67,7 +67,6 @@ import typing
 import unicodedata
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
@@ -4531,10 +4530,8 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 # uses of the libraries that is not promised stands in one place here, is checked at the start, and where it is missing
 # delivery falls back to what is promised.
 
-ATTACHMENTS = 4  # to one packet at most
+ATTACHMENTS = 4  # to one event at most; an event with more is refused, its attachments are thrown away
 RESERVED = frozenset(["connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener", "*"])
-
-ack_wanted: ContextVar[bool] = ContextVar("ack_wanted", default=False)  # whether the event in hand is to be acknowledged
 
 
 class StrictJson:
@@ -4556,7 +4553,7 @@ class StrictJson:
 
 
 HEAD = re.compile(
-    r"(?P<type>[0-6])(?:(?P<attachments>[0-9]{1,2})-)?"
+    r"(?P<type>[0-6])(?:(?P<attachments>[0-9]{1,3})-)?"
     r"(?:(?P<namespace>/[^,?]*)(?:\?[^,]*)?(?:,|$))?(?P<id>[0-9]{1,15})?"
 )
 
@@ -4565,6 +4562,8 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
     """A Socket.IO packet that raises ValueError for all that a client must not send."""
 
     json = StrictJson
+    refused: ChatError | None = None  # what is wrong with an event that has too many attachments, or too large ones
+    size = 0  # of the attachments so far
 
     def decode(self, encoded_packet: Packet) -> int:
         head = HEAD.match(encoded_packet) if isinstance(encoded_packet, str) else None
@@ -4584,21 +4583,27 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
     def _judge(self, attachments: int) -> None:
         kind, data = self.packet_type, self.data
         binary = kind in (wire.BINARY_EVENT, wire.BINARY_ACK)
-        fits = 0 < attachments <= ATTACHMENTS if binary else attachments == 0
+        fits = attachments > 0 if binary else attachments == 0
         if kind == wire.CONNECT:
             fits = fits and self.id is None and (data is None or isinstance(data, dict))
         elif kind in (wire.EVENT, wire.BINARY_EVENT):
             fits = fits and isinstance(data, list) and bool(data)
         elif kind in (wire.ACK, wire.BINARY_ACK):  # id 0 is where the library keeps its counter
-            fits = fits and isinstance(data, list) and bool(self.id)
+            fits = fits and isinstance(data, list) and bool(self.id) and attachments <= ATTACHMENTS
         if not fits or kind == wire.CONNECT_ERROR:
             raise ValueError("a packet of a form that no client sends")
+        if attachments > ATTACHMENTS:
+            self.refused = ChatError("BAD_REQUEST", f"An event has at most {ATTACHMENTS} binary attachments.")
 
     def add_attachment(self, attachment: Packet, limit: int = 0) -> bool:
         if not isinstance(attachment, bytes):
             raise ValueError("text where an attachment was due")
-        if limit and sum(map(len, self.attachments)) + len(attachment) > limit:
-            raise ValueError("attachments over the limit")
+        self.size += len(attachment)
+        if limit and self.size > limit and self.refused is None:
+            self.refused = ChatError("TOO_LARGE", f"The attachments of an event have at most {limit} bytes.")
+        if self.refused is not None:
+            self.attachments: list[Any] = [None] * (len(self.attachments) + 1)  # counted, not kept
+            return bool(len(self.attachments) == self.attachment_count)
         try:
             return bool(super().add_attachment(attachment))
         except (LookupError, TypeError, RecursionError):
@@ -4835,7 +4840,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             await self._handle_disconnect(session.sid, namespace, REASON.CLIENT_DISCONNECT)
             self._await_connect(session.sid)
         else:
-            await self._handle_event(session.sid, namespace, packet.id, packet.data)
+            await self._handle_event(session.sid, namespace, packet.id, packet.data, packet.refused)
 
     async def _handle_connect(self, eio_sid: str, namespace: str, data: Any) -> None:
         known = {*self.handlers, *self.namespace_handlers, *self.namespaces}
@@ -4870,20 +4875,39 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             self.eio.journal.say("a disconnect handler failed", exc_info=error)
             await self.manager.disconnect(sid, namespace or "/", ignore_queue=True)
 
-    async def _handle_event(self, eio_sid: str, namespace: str, id: int | None, data: Any) -> None:
+    async def _handle_event(
+        self, eio_sid: str, namespace: str, id: int | None, data: Any, refused: ChatError | None = None
+    ) -> None:
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace)
         if not self.manager.is_connected(sid, namespace):
             return
         event, *args = data
-        ack_wanted.set(id is not None)
-        if isinstance(event, str) and event not in RESERVED:
-            answer = await self._trigger_event(event, namespace, sid, *args)
+        answer = refused or await outcome_of(self._trigger(event, namespace, sid, args))
+        if isinstance(answer, Exception):
+            packet = self._failure(event, namespace, id, answer)
+            drop_frames(answer)
+        elif id is None or answer is self.not_handled:
+            return
         else:
-            answer = await self._trigger_unnamed(event, namespace, sid, args)
-        if id is not None and answer is not self.not_handled:
-            values = [] if answer is None else [answer]
-            values = list(answer) if isinstance(answer, tuple) else values
-            await self._send_packet(eio_sid, StrictPacket(wire.ACK, values, namespace, id))
+            values = list(answer) if isinstance(answer, tuple) else [] if answer is None else [answer]
+            packet = StrictPacket(wire.ACK, values, namespace, id)
+        await self._send_packet(eio_sid, packet)
+
+    def _failure(self, event: Any, namespace: str, id: int | None, error: Exception) -> StrictPacket:
+        """Return the answer to an event that failed: its ack or, if it asked for none, an `error` event. Log a defect."""
+        if not isinstance(error, ChatError):
+            self.eio.journal.say("a handler failed", exc_info=error)
+            error = ChatError("INTERNAL_ERROR")
+        if id is not None:
+            return StrictPacket(wire.ACK, [{"success": False} | error.body()], namespace, id)
+        name = event if isinstance(event, str) else StrictJson.dumps(event)
+        failure = Failure(name[:100], error.sentence, error.code, error.reason, error.field)
+        return StrictPacket(wire.EVENT, ["error", msgspec.to_builtins(failure)], namespace)
+
+    async def _trigger(self, event: Any, namespace: str, sid: str, args: list[Any]) -> Any:
+        if isinstance(event, str) and event not in RESERVED:
+            return await self._trigger_event(event, namespace, sid, *args)
+        return await self._trigger_unnamed(event, namespace, sid, args)
 
     async def _trigger_unnamed(self, event: Any, namespace: str, sid: str, args: list[Any]) -> Any:
         """An event that has no handler of its own, whatever is registered by its name."""
@@ -4920,7 +4944,47 @@ def socket_server(**options: Any) -> SocketServer:
 LOGIN_SECONDS = 10  # for a socket to authenticate
 SESSIONS_KEPT = 10_000
 
-Listener = Callable[[Any], Awaitable[None]]
+LISTENER_EVENTS = 4096  # that may wait for one listener of the program
+
+ListenerCall = Callable[[Any], Awaitable[None]]
+
+
+class Listener:
+    """Calls a coroutine function of the program with each event, in order, on a task of its own: a slow one delays no other.
+    At most LISTENER_EVENTS wait for it; above that the oldest is dropped, and the log says so once a minute."""
+
+    def __init__(self, event: str, call: ListenerCall) -> None:
+        self.event, self.call = event, call
+        self.waiting: deque[View] = deque(maxlen=LISTENER_EVENTS)
+        self.journal = Journal(1)
+        self.task: asyncio.Task[None] | None = None
+
+    def put(self, payload: View) -> None:
+        if len(self.waiting) == LISTENER_EVENTS:
+            self.journal.say(
+                "a listener of %s is too slow: %d events wait, the oldest are dropped", self.event, LISTENER_EVENTS
+            )
+        self.waiting.append(payload)
+        if self.task is None:
+            self.task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while self.waiting:
+            error = await outcome_of(self._hear(self.waiting.popleft()))
+            if isinstance(error, Exception):
+                log.error("a listener failed", exc_info=error)
+        self.task = None
+
+    async def _hear(self, payload: View) -> None:
+        await self.call(msgspec.to_builtins(payload))
+
+    async def close(self) -> None:
+        """Forget what waits, and end the call that is under way."""
+        self.waiting.clear()
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
+            self.task = None
 
 
 class Connection:
@@ -4971,8 +5035,8 @@ class Chat:
         self.connections: dict[str, Connection] = {}
         self.sockets: dict[int, set[str]] = {}  # user -> authenticated sockets
         self.listeners: dict[str, list[Listener]] = {}
+        self.listening = False
         self._sessions: dict[str, Standing] = {}  # token -> who bears it, while it is known to stand
-        self._heard: asyncio.Queue[tuple[Listener, Any]] = asyncio.Queue()
         self._carriers: dict[type[Effect], Callable[..., None]] = {
             Emit: self.tell, OpenChannel: self.open_channel, CloseChannel: self.close_channel, CloseServer: self.close_server,
             Evict: self.evict, Revoke: self.revoke, SetStatus: self.show_status, Rename: self.rename,
@@ -5034,15 +5098,13 @@ class Chat:
         """Send an event to its room, and to the program's own listeners."""
         self.sio.publish(event, payload, f"{room or EVENTS[event].room}:{to}", skip_sid)
         for listener in self.listeners.get(event, ()):
-            self._heard.put_nowait((listener, msgspec.to_builtins(payload)))
+            if self.listening:
+                listener.put(payload)
 
-    async def call_listeners(self) -> None:
-        """Call the program's listeners, one event after another, for ever."""
-        while True:
-            listener, payload = await self._heard.get()
-            error = await outcome_of(listener(payload))
-            if isinstance(error, Exception):
-                log.error("a listener failed", exc_info=error)
+    async def end_listeners(self) -> None:
+        self.listening = False
+        for listener in itertools.chain(*self.listeners.values()):
+            await listener.close()
 
     def of_user(self, user_id: int) -> list[Connection]:
         return [self.connections[sid] for sid in self.sockets.get(user_id, ()) if sid in self.connections]
@@ -5764,13 +5826,11 @@ def bind_sockets(chat: Chat) -> None:
         chat.dismiss(sid)
 
     @sio.on("*")  # type: ignore[untyped-decorator]
-    async def on_event(event: str, sid: str, *payload: Any) -> dict[str, Any] | None:
+    async def on_event(event: str, sid: str, *payload: Any) -> dict[str, Any] | ChatError:
         outcome = await settle(hear(chat, event, sid, payload))
-        if not isinstance(outcome, ChatError):
-            return {"success": True} | (msgspec.to_builtins(outcome.answer) or {} if EVENTS_IN[event].acks else {})
-        if not ack_wanted.get():
-            chat.sio.publish("error", Failure(event[:100], outcome.sentence, outcome.code, outcome.reason, outcome.field), sid)
-        return {"success": False} | outcome.body()
+        if isinstance(outcome, ChatError):
+            return outcome  # the transport answers it
+        return {"success": True} | (msgspec.to_builtins(outcome.answer) or {} if EVENTS_IN[event].acks else {})
 
 
 # Descriptions.
@@ -6089,13 +6149,14 @@ class ChatRTC:
             add("GET", "", add_slash)
             app.add_subapp("/" + prefix.strip("/"), place)
 
-    def on(self, event: str) -> Callable[[Listener], Listener]:
-        """Have a coroutine function called with the payload of each such event, one after another."""
+    def on(self, event: str) -> Callable[[ListenerCall], ListenerCall]:
+        """Call a coroutine function with the payload of each such event, one after another. Other listeners do not wait for
+        it. If it falls 4,096 events behind, the oldest are dropped."""
         if event not in EVENTS:
             raise ValueError(f"There is no event named {event}")
 
-        def remember(listener: Listener) -> Listener:
-            self.chat.listeners.setdefault(event, []).append(listener)
+        def remember(listener: ListenerCall) -> ListenerCall:
+            self.chat.listeners.setdefault(event, []).append(Listener(event, listener))
             return listener
 
         return remember
@@ -6129,7 +6190,8 @@ class ChatRTC:
         except BaseException:
             await chat.store.close()
             raise
-        self._tasks = [asyncio.create_task(work) for work in (chat.call_listeners(), do_chores(chat))]
+        chat.listening = True
+        self._tasks = [asyncio.create_task(work) for work in (do_chores(chat),)]
 
     async def stop(self) -> None:
         """Close the chat: what was accepted is committed."""
@@ -6137,6 +6199,7 @@ class ChatRTC:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        await self.chat.end_listeners()
         self._control.close()
         self.chat.passwords.close()
         await self.chat.store.close()

@@ -4135,7 +4135,7 @@ async def test_json_that_only_python_reads_reaches_the_handler(bare, text):
 BROKEN = [
     "", "0", "2", "5", "6", "7", "abc", "bAQID", "4", "4x", "47", "42", "42{}", "42[]", "42null",
     "42[", '42"x"', "42[" * 3 + "[" * 100000, "43", "43[]", "430[]", "431{}", "44", '44{"a":1}',
-    "40[]", "401", '40"x"', "45-[]", '450-["e"]', '455-["e"]', '459999999999-["x"]', "451-[]",
+    "40[]", "401", '40"x"', "45-[]", '450-["e"]', '465-1["e"]', '459999999999-["x"]', "451-[]",
     "42" + "9" * 5000 + '["echo"]', '42["echo",' + "1" * 10000 + "]", '421-["echo"]', "40",
     b"\x01", "4²", "42٣",
 ]  # fmt: skip
@@ -4167,8 +4167,8 @@ BAD_BINARY = [
     ['451-["echo",{"_placeholder":true,"num":0}]', event("echo")],
     ['451-["echo",{"_placeholder":true,"num":1}]', b"x"],
     ['451-["echo",{"_placeholder":true,"num":"x"}]', b"x"],
-    ['452-["echo",{"_placeholder":true,"num":0}]', b"x" * 100000, b"x" * 100000],
     ['451-["echo",{"_placeholder":true,"num":0}]', "40"],
+    ['455-["echo"]', b"x", "40"],
 ]
 
 
@@ -4181,6 +4181,36 @@ async def test_bad_attachments_end_the_connection(bare, packets):
     await ws.send(*packets)
     assert await ws.closed() and (await bare.next_gone())[0] == ws.sid
     assert await bare.settled()
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "code"), [(5, 1, "BAD_REQUEST"), (200, 9000, "BAD_REQUEST"), (2, 70000, "TOO_LARGE")]
+)
+async def test_attachments_that_are_too_many_or_too_large_are_refused_and_not_kept(bare, count, size, code):
+    ws = await bare.join()
+    places = json.dumps([{"_placeholder": True, "num": number} for number in range(count)])
+    await ws.send(f'45{count}-7["echo",{places}]', *[b"x" * size] * (count - 1))
+    waiting = bare.sio._binary_packet
+    await until(lambda: any(len(packet.attachments) == count - 1 for packet in waiting.values()))
+    (packet,) = waiting.values()
+    assert sum(map(len, filter(None, packet.attachments))) <= 131072
+    answer = await ws.ask(b"x" * size)
+    assert answer.startswith("437[")
+    (ack,) = json.loads(answer[3:])
+    assert set(ack) == {"success", "error", "code"} and (ack["success"], ack["code"]) == (False, code)
+    await ws.send(f'45{count}-["echo",{places}]', *[b"x" * size] * count)
+    name, failure = json.loads((await ws.next())[2:])
+    assert (name, failure["event"], failure["code"]) == ("error", "echo", code)
+    assert await ws.ask(event("echo", 1, ack=8)) == "438[1]"
+
+
+async def test_attachments_that_are_too_many_are_refused_to_those_who_poll(bare):
+    client = await bare.poller()
+    assert (await client.post("\x1e".join(['455-7["echo"]', *["bAQI="] * 5, event("echo", 1, ack=8)])))[0] == 200
+    got: list[str] = []
+    while len(got) < 2:
+        got += (await client.get())[1].split("\x1e")
+    assert json.loads(got[0][3:])[0]["code"] == "BAD_REQUEST" and got[1] == "438[1]"
 
 
 async def test_no_ghosts_after_close_or_second_connect(bare):
@@ -4226,9 +4256,23 @@ async def test_connect_handler_that_fails_ends_the_connection(bare):
 
 async def test_handler_that_fails_harms_nothing_else(bare, caplog):
     ws = await bare.join()
-    await ws.send(*[event("boom", ack=1)] * 100)
+    await ws.send(*[event("boom", ack=1)] * 100, event("boom"))
+    for _ in range(100):
+        (ack,) = json.loads((await ws.next())[3:])
+        assert (ack["success"], ack["code"]) == (False, "INTERNAL_ERROR") and "boom" not in ack["error"]
+    name, failure = json.loads((await ws.next())[2:])
+    assert (name, failure["event"], failure["code"]) == ("error", "boom", "INTERNAL_ERROR")
     assert await ws.ask(event("echo", ack=2)) == "432[]"
     assert 1 <= len(caplog.records) <= 30
+
+
+async def test_a_handler_may_refuse(bare):
+    async def no(sid):
+        raise chatrtc.ChatError("CONFLICT", "Not now.")
+
+    bare.sio.on("no", no)
+    ws = await bare.join()
+    assert await ws.ask(event("no", ack=1)) == '431[{"success":false,"error":"Not now.","code":"CONFLICT"}]'
 
 
 async def test_too_many_frames_end_the_connection():
@@ -4794,6 +4838,49 @@ async def test_a_listener_hears_what_sockets_hear(world: World) -> None:
     assert heard == msgspec.to_builtins(posted) == await asyncio.wait_for(told.get(), PATIENCE)
 
 
+async def test_a_listener_that_sleeps_delays_no_other(world: World) -> None:
+    heard: dict[str, list[str]] = {"slow": [], "quick": []}
+    gate = asyncio.Event()
+
+    @world.chat.on("message:new")
+    async def slow(payload: Any) -> None:
+        heard["slow"].append(payload["content"])
+        await gate.wait()
+
+    @world.chat.on("message:new")
+    async def quick(payload: Any) -> None:
+        heard["quick"].append(payload["content"])
+
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    posted = [(await ana.post(place.channel_id, str(number)))["content"] for number in range(20)]
+    await until(lambda: heard["quick"] == posted)
+    assert heard["slow"] == ["0"]
+    gate.set()
+    await until(lambda: heard["slow"] == posted)
+
+
+async def test_a_listener_that_falls_behind_misses_the_oldest_and_the_log_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(chatrtc, "LISTENER_EVENTS", 4)
+    heard: list[str] = []
+    gate = asyncio.Event()
+
+    @world.chat.on("message:new")
+    async def slow(payload: Any) -> None:
+        heard.append(payload["content"])
+        await gate.wait()
+
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    for number in range(20):
+        await ana.post(place.channel_id, str(number))
+    gate.set()
+    await until(lambda: heard == ["0", "16", "17", "18", "19"])
+    assert ["too slow" in record.message for record in caplog.records] == [True], "one line a minute"
+
+
 # ---- Doors ----------------------------------------------------------------------------------------------------------
 # What comes in: refusals follow from the declarations, field by field, at both doors; and whatever else anybody sends
 # is answered, and breaks nothing.
@@ -5325,9 +5412,15 @@ async def test_a_chat_leaves_no_task_behind(tmp_path: Path) -> None:
     app = web.Application()
     chat = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
     chat.attach(app)
+
+    @chat.on("message:new")
+    async def listen(payload: Any) -> None:
+        await asyncio.Event().wait()
+
     async with running(app) as url:
         world = World(url, aiohttp.ClientSession(), chat)
         ana = await world.person("ana")
+        await ana.post((await world.place(ana)).channel_id)
         await (await world.socket(ana.token)).close()
         await world.close()
         assert len(asyncio.all_tasks() - before) > 1
@@ -5336,8 +5429,8 @@ async def test_a_chat_leaves_no_task_behind(tmp_path: Path) -> None:
         await asyncio.wait(left, timeout=PATIENCE)
     assert [task for task in left if not task.done()] == []
     for thread in threading.enumerate():
-        if thread not in threads:
-            await asyncio.to_thread(thread.join, 1 if "asyncio" not in thread.name else 0)
+        if thread not in threads and "asyncio" not in thread.name:
+            await asyncio.to_thread(thread.join, 1)
     assert [thread for thread in threading.enumerate() if thread not in threads and "asyncio" not in thread.name] == []
 
 
