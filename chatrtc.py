@@ -219,6 +219,9 @@ REASONS = {
     "NO_SERVER": Reason("NOT_FOUND", "There is no such server"),
     "NO_CHANNEL": Reason("NOT_FOUND", "There is no such channel"),
     "NO_MESSAGE": Reason("NOT_FOUND", "There is no such message"),
+    "LINK_UNKNOWN": Reason("NOT_FOUND", "This sign-in code is wrong, used or expired: ask for a new one"),
+    "NOT_A_GUEST": Reason("FORBIDDEN", "This member has a password: sign-in codes are for guests"),
+    "LINK_ELSEWHERE": Reason("FORBIDDEN", "This guest is in a server where you may not do this"),
     "INVITE_UNKNOWN": Reason("NOT_FOUND", "There is no such invite"),
     "INVITE_EXPIRED": Reason("NOT_FOUND", "This invite has expired"),
     "INVITE_SPENT": Reason("NOT_FOUND", "This invite has been used up"),
@@ -706,6 +709,16 @@ class MemberArgs(ServerArgs):
     user_id: Id
 
 
+class BanArgs(MemberArgs):
+    revoke_invite: bool = False  # the invite by which the member came
+    delete_messages: bool = False
+
+
+class BansArgs(ServerArgs):
+    after: Seq = 0  # a user id
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 1000
+
+
 class RoleArgs(MemberArgs):
     role: Role
 
@@ -866,6 +879,16 @@ class Ban(ServerUser):
 
 class Bans(View):
     bans: list[Ban]
+    has_more: bool = False
+
+
+class Link(View):
+    code: str
+    expires_at: str
+
+
+class Removed(View):
+    removed: int
 
 
 class Invite(View):
@@ -2067,6 +2090,10 @@ ANSWER_BYTES = 448 * 1024  # of messages and lists in one answer, in JSON: with 
 VARIATION = "\ufe0f"  # asks for the coloured form of an emoji: with and without it, a reaction is the same
 REACTIONS_MAX = 50  # different ones on one message
 FORMER_MAX = 1000  # former members of a server that are listed
+SERVERS_MAX = 100  # of one owner
+CHANNELS_MAX = 500  # in one server
+INVITES_MAX = 200  # in one server
+EXPEL_STEP = 50  # guests that are removed in one transaction
 INDEX_STEP = 500  # messages that search learns of in one transaction
 PURGE_STEP = 200  # messages of one author that are deleted in one transaction
 PURGE_SCAN = 5000  # messages that are looked at for it
@@ -2248,6 +2275,29 @@ def server_view(db: sqlite3.Connection, server_id: int, user_id: int) -> Server:
     return Server(server_id, name, owner_id, created_at, role, channels_of(db, server_id))
 
 
+def servers_of(db: sqlite3.Connection, user_id: int) -> list[Server]:
+    """Return a member's servers with their channels, in two queries however many there are."""
+    rows = db.execute(
+        """SELECT s.server_id, s.name, o.user_id, s.created_at, m.role
+           FROM members m JOIN servers s ON s.server_id = m.server_id
+           LEFT JOIN members o ON o.server_id = s.server_id AND o.role = 'owner'
+           WHERE m.user_id = ? ORDER BY s.server_id""",
+        (user_id,),
+    )
+    servers = {server_id: Server(server_id, name, owner, at, role, []) for server_id, name, owner, at, role in rows}
+    mine = "WHERE server_id IN (SELECT server_id FROM members WHERE user_id = ?) ORDER BY channel_id"
+    for row in db.execute(CHANNEL_ROWS + mine, (user_id,)):
+        servers[row[0]].channels.append(Channel(*row))
+    return list(servers.values())
+
+
+def check_owned(db: sqlite3.Connection, user_id: int) -> None:
+    """Raise CONFLICT if the account owns as many servers as it may."""
+    (owned,) = db.execute("SELECT count(*) FROM members WHERE user_id = ? AND role = 'owner'", (user_id,)).fetchone()
+    if owned >= SERVERS_MAX:
+        raise refusal("TOO_MANY", n=SERVERS_MAX)
+
+
 def channel_view(db: sqlite3.Connection, channel_id: int) -> Channel:
     return Channel(*db.execute(CHANNEL_ROWS + "WHERE channel_id = ?", (channel_id,)).fetchone())
 
@@ -2285,11 +2335,6 @@ def role_of(db: sqlite3.Connection, server_id: int, user_id: int) -> Role | None
     return row[0] if row else None
 
 
-def username_of(db: sqlite3.Connection, user_id: int) -> str | None:
-    row = db.execute("SELECT username FROM users WHERE user_id = ? AND deleted = 0", (user_id,)).fetchone()
-    return row[0] if row else None
-
-
 def facts_of(db: sqlite3.Connection, user_id: int) -> dict[str, Any]:
     """Return what events about a member say of the account: `username`, `name` and `guest`."""
     query = "SELECT username, name, password IS NULL AND deleted = 0 FROM users WHERE user_id = ?"
@@ -2305,13 +2350,64 @@ def is_banned(db: sqlite3.Connection, server_id: int, user_id: int) -> bool:
     return bool(db.execute("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?", (server_id, user_id)).fetchone())
 
 
-def bans_of(db: sqlite3.Connection, server_id: int) -> list[Ban]:
+def bans_of(db: sqlite3.Connection, args: BansArgs) -> Bans:
     rows = db.execute(
         """SELECT b.server_id, b.user_id, u.username, b.banned_by, b.banned_at, u.name
-           FROM bans b JOIN users u ON u.user_id = b.user_id WHERE b.server_id = ? ORDER BY b.user_id""",
-        (server_id,),
+           FROM bans b JOIN users u ON u.user_id = b.user_id
+           WHERE b.server_id = ? AND b.user_id > ? ORDER BY b.user_id LIMIT ?""",
+        (args.server_id, args.after, args.limit + 1),
+    ).fetchall()
+    return Bans([Ban(*row[:5], name=row[5]) for row in rows[: args.limit]], len(rows) > args.limit)
+
+
+def has_left(db: sqlite3.Connection, server_id: int, user_id: int) -> bool:
+    """Return whether an account that is not deleted was a member and is not one now."""
+    query = """SELECT 1 FROM former_members f JOIN users u ON u.user_id = f.user_id
+               WHERE f.server_id = ? AND f.user_id = ? AND u.deleted = 0"""
+    return db.execute(query, (server_id, user_id)).fetchone() is not None
+
+
+def is_out_of_reach(db: sqlite3.Connection, user_id: int, admin_id: int) -> bool:
+    """Return whether the user is in a server where that admin could not remove them."""
+    query = """SELECT 1 FROM members t WHERE t.user_id = ? AND NOT EXISTS (
+                   SELECT 1 FROM members m WHERE m.server_id = t.server_id AND m.user_id = ?
+                   AND (m.role = 'owner' OR (m.role = 'admin' AND t.role = 'member')))"""
+    return db.execute(query, (user_id, admin_id)).fetchone() is not None
+
+
+def guests_below(db: sqlite3.Connection, server_id: int, role: Role | None) -> list[int]:
+    """Return the next guests of a lower role."""
+    rows = db.execute(
+        """SELECT m.user_id FROM members m JOIN users u ON u.user_id = m.user_id
+           WHERE m.server_id = ? AND u.password IS NULL AND (m.role = 'member' OR (m.role = 'admin' AND ? = 'owner'))
+           ORDER BY m.user_id LIMIT ?""",
+        (server_id, role, EXPEL_STEP),
     )
-    return [Ban(*row[:5], name=row[5]) for row in rows]
+    return [user_id for (user_id,) in rows]
+
+
+def insert_link(db: sqlite3.Connection, user_id: int, code: str, expires: float) -> None:
+    """Store a sign-in code for a guest; older ones of theirs are no longer valid."""
+    db.execute("DELETE FROM links WHERE user_id = ?", (user_id,))
+    db.execute("INSERT INTO links VALUES (?, ?, ?)", (hashlib.sha256(code.encode()).digest(), user_id, expires))
+
+
+def guest_of_link(db: sqlite3.Connection, code: str, now: float) -> Standing:
+    """Return the guest whom a sign-in code is for. Raises NOT_FOUND."""
+    row = db.execute(
+        """SELECT u.user_id, u.username, u.status, u.generation, u.name FROM links l JOIN users u ON u.user_id = l.user_id
+           WHERE l.digest = ? AND l.expires_at > ? AND u.password IS NULL AND u.deleted = 0""",
+        (hashlib.sha256(code.encode()).digest(), now),
+    ).fetchone()
+    if row is None:
+        raise refusal("LINK_UNKNOWN", field="code")
+    return Standing(*row)
+
+
+def take_link(db: sqlite3.Connection, code: str, now: float) -> Standing:
+    guest = guest_of_link(db, code, now)
+    db.execute("DELETE FROM links WHERE user_id = ?", (guest.user_id,))
+    return guest
 
 
 def insert_ban(db: sqlite3.Connection, server_id: int, user_id: int, banned_by: int, now: str) -> None:
@@ -2321,6 +2417,16 @@ def insert_ban(db: sqlite3.Connection, server_id: int, user_id: int, banned_by: 
 def drop_ban(db: sqlite3.Connection, server_id: int, user_id: int) -> bool:
     """Whether there was one."""
     return db.execute("DELETE FROM bans WHERE server_id = ? AND user_id = ?", (server_id, user_id)).rowcount > 0
+
+
+def make_room_for_invite(db: sqlite3.Connection, server_id: int, now: str) -> None:
+    """If the server has as many invites as it may, delete the oldest that is no longer valid. Raises CONFLICT."""
+    (count,) = db.execute("SELECT count(*) FROM invites WHERE server_id = ?", (server_id,)).fetchone()
+    oldest = """DELETE FROM invites WHERE rowid = (
+                    SELECT rowid FROM invites WHERE server_id = ? AND (uses >= max_uses OR expires_at <= ?)
+                    ORDER BY rowid LIMIT 1)"""
+    if count >= INVITES_MAX and db.execute(oldest, (server_id, now)).rowcount == 0:
+        raise refusal("TOO_MANY", n=INVITES_MAX)
 
 
 def insert_invite(db: sqlite3.Connection, invite: Invite, created_by: int) -> None:
@@ -2350,12 +2456,16 @@ def invite_preview(db: sqlite3.Connection, invite: Invite) -> InvitePreview:
 
 
 def open_invite(db: sqlite3.Connection, code: str, now: str) -> Invite:
-    """The invite. Raises NOT_FOUND where it is not there, expired, or used up."""
-    valid = "(max_uses IS NULL OR uses < max_uses) AND (expires_at IS NULL OR expires_at > ?)"
-    row = db.execute(INVITE + "WHERE code = ? AND " + valid, (code, now)).fetchone()
+    """Return the invite. Raises NOT_FOUND if there is none, or it has expired or been used up."""
+    row = db.execute(INVITE + "WHERE code = ?", (code,)).fetchone()
     if row is None:
-        raise refusal("INVITE_UNKNOWN")
-    return Invite(*row)
+        raise refusal("INVITE_UNKNOWN", field="code")
+    invite = Invite(*row)
+    if invite.expires_at is not None and invite.expires_at <= now:
+        raise refusal("INVITE_EXPIRED", field="code")
+    if invite.max_uses is not None and invite.uses >= invite.max_uses:
+        raise refusal("INVITE_SPENT", field="code")
+    return invite
 
 
 def count_use(db: sqlite3.Connection, code: str) -> None:
@@ -2364,6 +2474,16 @@ def count_use(db: sqlite3.Connection, code: str) -> None:
 
 def drop_invite(db: sqlite3.Connection, code: str) -> None:
     db.execute("DELETE FROM invites WHERE code = ?", (code,))
+
+
+def drop_invite_of(db: sqlite3.Connection, server_id: int, user_id: int) -> None:
+    """Delete the invite by which a current or former member came, if it is known."""
+    db.execute(
+        """DELETE FROM invites WHERE server_id = :server AND code IN (
+               SELECT invited_by FROM members WHERE server_id = :server AND user_id = :user
+               UNION ALL SELECT invited_by FROM former_members WHERE server_id = :server AND user_id = :user)""",
+        {"server": server_id, "user": user_id},
+    )
 
 
 def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str, code: str | None = None) -> int:
@@ -2404,7 +2524,10 @@ def heir_of(db: sqlite3.Connection, server_id: int) -> int | None:
 
 
 def add_channel(db: sqlite3.Connection, server_id: int, name: str, kind: ChannelKind, topic: str) -> tuple[Channel, int]:
-    """The new channel and the number of that change. Raises CONFLICT where the server has one of that name."""
+    """Return the new channel and the number of that change. Raises CONFLICT if the name is taken or there are too many."""
+    (count,) = db.execute("SELECT count(*) FROM channels WHERE server_id = ?", (server_id,)).fetchone()
+    if count >= CHANNELS_MAX:
+        raise refusal("TOO_MANY", n=CHANNELS_MAX)
     row = db.execute(
         """INSERT INTO channels (server_id, name, name_key, kind, topic) VALUES (?, ?, ?, ?, ?)
            ON CONFLICT (server_id, name_key) DO NOTHING RETURNING server_id, channel_id, name, kind, topic""",
@@ -2823,7 +2946,9 @@ def search(db: sqlite3.Connection, args: SearchArgs) -> Messages:
 
 
 def purge_tokens(db: sqlite3.Connection, now: float) -> Done[None]:
+    """Delete revoked tokens and sign-in codes that have expired."""
     db.execute("DELETE FROM revoked_tokens WHERE expires_at < ?", (now,))
+    db.execute("DELETE FROM links WHERE expires_at < ?", (now,))
     return Done(None)
 
 
@@ -3190,7 +3315,7 @@ LIMITS = {
 SOCKETS_PER_USER = 20
 BUCKETS_KEPT = 20_000  # of each limit: some 4 MiB
 OTHERS = object()  # whose bucket is shared by those who find their limit's table full
-GUESSES = {"INVITE_UNKNOWN"}  # the reasons by which a code is counted as a guess
+GUESSES = {"INVITE_UNKNOWN", "LINK_UNKNOWN"}  # the reasons by which a code is counted as a guess
 LimitOf = tuple[str, object]  # a limit, and whose
 
 
@@ -3283,6 +3408,7 @@ class Scope:
     clock: float  # Unix seconds
     presence: Presence
     pages: Pages
+    settings: Settings
     server_id: int = 0
     channel_id: int = 0
     role: Role | None = None  # the caller's, in that server
@@ -3302,13 +3428,16 @@ class Who(enum.Enum):
 
     ANYONE = "anyone, without a token"
     USER = "anyone with a token"
+    CREATOR = "anyone with a token, as `--create-servers` allows"
     MEMBER = "members"
     ADMIN = "admins and the owner"
+    HOST = "admins and the owner; with `--registration invite` no guests, unless they can create servers"
     OWNER = "the owner"
     AUTHOR = "its author"
     AUTHOR_OR_ADMIN = "its author, admins and the owner"
     SELF_OR_ABOVE = "oneself (but the owner), and admins for those of a lower role"
-    ABOVE = "admins and the owner, for those of a lower role"
+    ABOVE = "admins and the owner, for members of a lower role and for those who left"
+    HOST_OF_GUEST = "admins and the owner, for guests of a lower role"
 
 
 def permits(who: Who, at: Scope) -> bool:
@@ -3316,7 +3445,7 @@ def permits(who: Who, at: Scope) -> bool:
     rank = RANK[at.role]
     mine = at.message is not None and at.message.author_id == at.me.user_id
     match who:
-        case Who.ADMIN:
+        case Who.ADMIN | Who.HOST:
             return rank >= RANK["admin"]
         case Who.OWNER:
             return rank >= RANK["owner"]
@@ -3324,7 +3453,7 @@ def permits(who: Who, at: Scope) -> bool:
             return mine
         case Who.AUTHOR_OR_ADMIN:
             return mine or rank >= RANK["admin"]
-        case Who.ABOVE | Who.SELF_OR_ABOVE:
+        case Who.ABOVE | Who.SELF_OR_ABOVE | Who.HOST_OF_GUEST:
             return rank >= RANK["admin"] and rank > RANK[at.target]
     return True
 
@@ -3353,10 +3482,42 @@ def find_place(at: Scope, args: Args) -> bool:
 
 
 def find_target(at: Scope, who: Who, user_id: int) -> None:
-    """The member or, for a ban, the user that the arguments name. Raises NOT_FOUND."""
+    """Find the role of the member that the arguments name; for a ban, it may be a former member. Raises NOT_FOUND: an account
+    that was never a member looks like one that does not exist."""
     at.target = role_of(at.db, at.server_id, user_id)
-    if at.target is None and (who is not Who.ABOVE or username_of(at.db, user_id) is None):
+    if at.target is None and not (who is Who.ABOVE and has_left(at.db, at.server_id, user_id)):
         raise refusal("NO_MEMBER" if who is not Who.ABOVE else "NO_USER")
+
+
+def is_guest(at: Scope, user_id: int) -> bool:
+    return bool(facts_of(at.db, user_id)["guest"])
+
+
+def check_creator(at: Scope) -> None:
+    """Raise FORBIDDEN unless the caller may create servers. The program's own calls always may."""
+    may = at.settings.create_servers
+    if may == "everyone" or not at.me.digest:
+        return
+    if may == "nobody":
+        raise refusal("CREATE_SERVERS_OFF")
+    if is_guest(at, at.me.user_id):
+        raise refusal("NOT_FOR_GUESTS")
+
+
+def check_host(at: Scope) -> None:
+    """Raise FORBIDDEN if only invited people come in and the caller is a guest, who may not let others in."""
+    closed = at.settings.registration == "invite" and at.settings.create_servers != "everyone"
+    if closed and at.me.digest and is_guest(at, at.me.user_id):
+        raise refusal("NOT_FOR_GUESTS")
+
+
+def check_guest(at: Scope, user_id: int) -> None:
+    """Raise FORBIDDEN unless that is a guest whom the caller could remove from each of their servers: who signs in as them is
+    in all of these."""
+    if not is_guest(at, user_id):
+        raise refusal("NOT_A_GUEST")
+    if is_out_of_reach(at.db, user_id, at.me.user_id):
+        raise refusal("LINK_ELSEWHERE")
 
 
 def authorize(who: Who, at: Scope, args: Args) -> None:
@@ -3364,7 +3525,9 @@ def authorize(who: Who, at: Scope, args: Args) -> None:
     if who is Who.ANYONE:
         return
     there = find_place(at, args)
-    if who is Who.USER:
+    if who is Who.CREATOR:
+        check_creator(at)
+    if who in (Who.USER, Who.CREATOR):
         return
     if not there:
         raise refusal(f"NO_{key_of(type(args)).removesuffix('_id').upper()}")
@@ -3379,6 +3542,10 @@ def authorize(who: Who, at: Scope, args: Args) -> None:
             return
     if not permits(who, at):
         raise refusal("ROLE_TOO_LOW", who=who.value)
+    if who in (Who.HOST, Who.HOST_OF_GUEST):
+        check_host(at)
+    if who is Who.HOST_OF_GUEST:
+        check_guest(at, user_id or 0)
 
 
 # ---- Operations ----------------------------------------------------------------------------------------------------
@@ -3492,16 +3659,16 @@ def logout(at: Scope, args: Nothing) -> Done[None]:
     return Done(None, [Revoke(at.me.user_id, at.me.digest)])
 
 
-@operation("read", "GET /servers", Who.USER)
+@operation("read", "GET /servers", Who.USER, long=True)
 def list_servers(at: Scope, args: Nothing) -> Done[Servers]:
     """The servers that I am a member of."""
-    server_ids = member_servers(at.db, at.me.user_id)
-    return Done(Servers([server_view(at.db, server_id, at.me.user_id) for server_id in server_ids]))
+    return Done(Servers(servers_of(at.db, at.me.user_id)))
 
 
-@operation("write", "POST /servers", Who.USER, status=201, limit="post")
+@operation("write", "POST /servers", Who.CREATOR, status=201, limit="post")
 def create_server(at: Scope, args: NameArgs) -> Done[Server]:
     """Create a server, with the channel `general`; its creator owns it."""
+    check_owned(at.db, at.me.user_id)
     server_id = insert_server(at.db, args.name, at.now)
     add_member(at.db, server_id, at.me.user_id, "owner", at.now)
     add_channel(at.db, server_id, "general", "text", "")
@@ -3547,6 +3714,7 @@ def set_role(at: Scope, args: RoleArgs) -> Done[Member]:
         raise refusal("OWNER_STAYS")
     changed = {args.user_id: args.role}
     if args.role == "owner" and at.target != "owner":
+        check_owned(at.db, args.user_id)
         changed = {at.me.user_id: "admin", args.user_id: "owner"}
     effects = [give_role(at.db, at.server_id, user_id, role) for user_id, role in changed.items()]
     members = members_of(at.db, at.server_id, at.here(), at.me.user_id)
@@ -3567,17 +3735,36 @@ def remove_member(at: Scope, args: MemberArgs) -> Done[None]:
     return Done(None, expel(at.db, at.server_id, args.user_id))
 
 
-@operation("read", "GET /servers/{server_id}/bans", Who.ADMIN)
-def list_bans(at: Scope, args: ServerArgs) -> Done[Bans]:
-    """Who is banned."""
-    return Done(Bans(bans_of(at.db, at.server_id)))
+LINK_SECONDS = 900  # that a sign-in code is valid
 
 
-@operation("write", "PUT /servers/{server_id}/bans/{user_id}", Who.ABOVE, emits=["member:left"], status=204, frees=True)
-def ban(at: Scope, args: MemberArgs) -> Done[None]:
-    """Ban somebody, member or not yet; a member is removed."""
+@operation("write", "POST /servers/{server_id}/members/{user_id}/link", Who.HOST_OF_GUEST, status=201, limit="post")
+def create_link(at: Scope, args: MemberArgs) -> Done[Link]:
+    """Make a code with which a guest can sign in again, once, within 15 minutes."""
+    code, expires = new_code(), at.clock + LINK_SECONDS
+    insert_link(at.db, args.user_id, code, expires)
+    return Done(Link(code, utc(expires)))
+
+
+@operation("read", "GET /servers/{server_id}/bans", Who.ADMIN, long=True)
+def list_bans(at: Scope, args: BansArgs) -> Done[Bans]:
+    """Who is banned, by user id."""
+    return Done(bans_of(at.db, args))
+
+
+@operation(
+    "write", "PUT /servers/{server_id}/bans/{user_id}", Who.ABOVE, emits=["member:left", "message:deleted"], status=204,
+    limit="post", long=True, frees=True,
+)  # fmt: skip
+def ban(at: Scope, args: BanArgs) -> Done[None]:
+    """Ban a current or former member; optionally delete their messages, and the invite by which they came."""
+    if args.revoke_invite:
+        drop_invite_of(at.db, at.server_id, args.user_id)
     insert_ban(at.db, at.server_id, args.user_id, at.me.user_id, at.now)
-    return Done(None, expel(at.db, at.server_id, args.user_id) if at.target else [])
+    effects = expel(at.db, at.server_id, args.user_id) if at.target else []
+    if args.delete_messages:
+        effects += purge_messages_of(at.db, at.server_id, args.user_id)
+    return Done(None, effects)
 
 
 @operation("write", "DELETE /servers/{server_id}/bans/{user_id}", Who.ABOVE, status=204, frees=True)
@@ -3588,11 +3775,12 @@ def unban(at: Scope, args: MemberArgs) -> Done[None]:
     return Done(None)
 
 
-@operation("write", "POST /servers/{server_id}/invites", Who.ADMIN, status=201, limit="post")
+@operation("write", "POST /servers/{server_id}/invites", Who.HOST, status=201, limit="post")
 def create_invite(at: Scope, args: NewInvite) -> Done[Invite]:
     """Make an invite: for `max_uses` people, for `expires_in` seconds, or without such a limit."""
     expires_at = utc(at.clock + args.expires_in) if args.expires_in is not None else None
-    invite = Invite(secrets.token_urlsafe(16), at.server_id, args.max_uses, 0, expires_at)
+    make_room_for_invite(at.db, at.server_id, at.now)
+    invite = Invite(new_code(), at.server_id, args.max_uses, 0, expires_at)
     insert_invite(at.db, invite, at.me.user_id)
     return Done(invite)
 
@@ -3634,7 +3822,7 @@ def revoke_invite(at: Scope, args: CodeArgs) -> Done[None]:
     """Take an invite back (admins and the owner of its server)."""
     server_id = invited_to(at.db, args.code)
     if server_id is None:
-        raise refusal("INVITE_UNKNOWN")
+        raise refusal("INVITE_UNKNOWN", field="code")
     authorize(Who.ADMIN, at, ServerArgs(server_id=server_id))
     drop_invite(at.db, args.code)
     return Done(None)
@@ -5047,7 +5235,7 @@ class Chat:
 
     def allowed(self, db: sqlite3.Connection, who: Who, me: Standing, args: Args, question: Callable[[Scope, Any], R]) -> R:
         """What the question gives in the transaction that is open, if they may: now, or not at all."""
-        at = Scope(db, me, time.time(), self.presence, self.pages)
+        at = Scope(db, me, time.time(), self.presence, self.pages, self.settings)
         authorize(who, at, args)
         return question(at, args)
 
@@ -5351,6 +5539,32 @@ async def is_password(chat: Chat, caller: Caller, username: str, user_id: int, p
             if not right:
                 failed()
     return right
+
+
+@operation("live", "POST /auth/link", Who.ANYONE)
+async def use_link(chat: Chat, caller: Caller, args: CodeArgs) -> Done[Account]:
+    """Sign in as a guest with a code that an admin made, once."""
+    clock = time.time()
+    with chat.limiter.guess("invite", caller.address):
+        chat.store.peek(guest_of_link, args.code, clock)  # a wrong code costs no write
+        me = (await chat.store.write(lambda db: Done(take_link(db, args.code, clock)))).answer
+    return Done(chat.keys.issue(me.user_id, me.username, me.generation, clock, me.name))
+
+
+def expel_guests(at: Scope, args: ServerArgs) -> Done[int]:
+    guests = guests_below(at.db, at.server_id, at.role)
+    return Done(len(guests), [effect for user_id in guests for effect in expel(at.db, at.server_id, user_id)])
+
+
+@operation("live", "DELETE /servers/{server_id}/guests", Who.ADMIN, emits=["member:left"], limit="post")
+async def remove_guests(chat: Chat, caller: Caller, args: ServerArgs) -> Done[Removed]:
+    """Remove all guests of a lower role."""
+    removed, step = 0, EXPEL_STEP
+    job = functools.partial(chat.allowed, who=Who.ADMIN, me=caller.me or Standing(0, ""), args=args, question=expel_guests)
+    while step == EXPEL_STEP:  # in steps, so that others are served in between
+        step = (await chat.store.write(job, frees=True)).answer
+        removed += step
+    return Done(Removed(removed))
 
 
 @operation("live", "POST /auth/login", Who.ANYONE)

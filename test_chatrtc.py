@@ -1116,6 +1116,27 @@ async def by_going(at: Scene) -> dict[str, Any]:
     return {"server_id": at.place.server_id, "user_id": at.cy.user_id, "username": "cy"}
 
 
+@story("member:left", {*PLACE_KEYS, "seq", "guest"})
+async def by_removing_guests(at: Scene) -> dict[str, Any]:
+    invite = await at.ana.ok("POST", f"{at.server}/invites", {})
+    reply = await at.world.call("POST", "/auth/guest", {"username": "eve", "code": invite["code"]})
+    assert await at.ana.ok("DELETE", f"{at.server}/guests") == {"removed": 1}
+    return {"server_id": at.place.server_id, "user_id": reply.body["user_id"], "username": "eve", "guest": True}
+
+
+@story("member:updated", {*PLACE_KEYS, "name", "role", "seq"})
+async def by_a_new_name(at: Scene) -> dict[str, Any]:
+    await at.ana.ok("PATCH", "/users/me", {"name": "Ana Lima"})
+    return {"server_id": at.place.server_id, "user_id": at.ana.user_id, "username": "ana", "name": "Ana Lima"}
+
+
+@story("message:deleted", {"channel_id", "message_id", "seq"})
+async def by_banning_its_author(at: Scene) -> dict[str, Any]:
+    message = await at.cy.post(at.place.channel_id)
+    await at.ana.ok("PUT", f"{at.server}/bans/{at.cy.user_id}", {"delete_messages": True})
+    return {"channel_id": at.place.channel_id, "message_id": message["message_id"]}
+
+
 CHANNEL_KEYS = {"server_id", "channel_id", "name", "seq"}
 
 
@@ -2916,7 +2937,10 @@ ROWS = {
     "leave_server": Row("server", "member"),
     "set_role": Row("member", "nobody", "owner", STRANGER | {("admin", "another server's"): "FORBIDDEN NOT_FOUND"}),
     "remove_member": Row("member", "member", "admin", STRANGER | {("owner", "own"): "FORBIDDEN"}),
-    "ban": Row("member", "nobody", "admin", {(caller, "another server's"): "" for caller in ("admin", "owner")}),
+    "ban": Row("member", "nobody", "admin", STRANGER),
+    "create_link": Row("member", "nobody", "admin", STRANGER),
+    "use_link": Row("", "open"),
+    "remove_guests": Row("server", "admin"),
     "unban": Row("member", "nobody", "admin", STRANGER),
     "get_invite": Row("invite", "open"),
     "accept_invite": Row("invite", "user", but={("banned", "own"): "FORBIDDEN"}),
@@ -3034,6 +3058,8 @@ class Matrix:
         if thing:
             key = {"invite": "code", "member": "user_id"}.get(thing, f"{thing}_id")
             ids[key] = await self.thing(op, thing, whose, ids[key], owner, other, place, channel_id, message)
+        if op.name == "use_link":
+            ids["code"] = (await chat.create_link(**place, user_id=other.user_id)).code
         if op.name == "unban" and whose == "other's":
             await chat.ban(**place, user_id=ids["user_id"])
         return Stage(None if caller == "anonymous" else me.token, self.arguments(op, ids, me), server.server_id)
@@ -3201,7 +3227,8 @@ def cells(door: str) -> list[tuple[chatrtc.Operation, str, str]]:
 
 
 @pytest.mark.parametrize("door", ["rest", "socket"])
-async def test_who_may_do_what(world: World, door: str) -> None:
+async def test_who_may_do_what(make_world: MakeWorld, door: str) -> None:
+    world = await make_world(create_servers="everyone")  # all are guests there
     matrix, gate = await Matrix(world).open(), asyncio.Semaphore(24)
     wrong: list[str] = []
     outcomes: set[tuple[str, str]] = set()
@@ -3652,8 +3679,241 @@ async def test_bans(scene: Scene) -> None:
     assert (await scene.ana.call("DELETE", f"{server}/bans/{cy.user_id}")).status == 204
     assert await scene.ana.ok("GET", f"{server}/bans") == {"bans": []}
     assert (await cy.call("POST", f"/invites/{invite['code']}")).status == 201
-    assert (await scene.ana.call("PUT", f"{server}/bans/{scene.dee.user_id}")).status == 204, "who is no member yet"
-    assert (await scene.dee.call("POST", f"/invites/{invite['code']}")).code == "FORBIDDEN"
+    assert (await scene.ana.call("DELETE", f"{server}/members/{cy.user_id}")).status == 204
+    assert (await scene.ana.call("PUT", f"{server}/bans/{cy.user_id}")).status == 204, "a former member"
+    assert (await cy.call("POST", f"/invites/{invite['code']}")).body["reason"] == "BANNED"
+    strangers = [await scene.ana.call("PUT", f"{server}/bans/{user_id}") for user_id in (scene.dee.user_id, 10**9)]
+    assert [reply.status for reply in strangers] == [404, 404]
+    assert strangers[0].body == strangers[1].body, "an account that was never here looks like none"
+    assert [ban["user_id"] for ban in (await scene.ana.ok("GET", f"{server}/bans"))["bans"]] == [cy.user_id]
+
+
+async def test_bans_come_in_pages(scene: Scene) -> None:
+    for person in (scene.ben, scene.cy):
+        await scene.ana.ok("PUT", f"{scene.server}/bans/{person.user_id}")
+    page = await scene.ana.ok("GET", f"{scene.server}/bans?limit=1")
+    assert ([ban["username"] for ban in page["bans"]], page["has_more"]) == (["ben"], True)
+    page = await scene.ana.ok("GET", f"{scene.server}/bans?limit=1&after={scene.ben.user_id}")
+    assert ([ban["username"] for ban in page["bans"]], "has_more" in page) == (["cy"], False)
+
+
+async def guest(scene: Scene, code: str, name: str = "Zoe") -> Person:
+    """Somebody who came in by an invite, without a password."""
+    reply = await scene.world.call("POST", "/auth/guest", {"name": name, "code": code})
+    assert reply.status == 201, reply
+    return Person(scene.world, reply.body["username"], reply.body["user_id"], reply.body["token"])
+
+
+async def test_a_ban_can_take_the_invite_and_the_messages_with_it(scene: Scene) -> None:
+    server, channel_id = scene.server, scene.place.channel_id
+    invite, other = [await scene.ana.ok("POST", f"{server}/invites", {}) for _ in range(2)]
+    zoe = await guest(scene, invite["code"])
+    posted = [(await zoe.post(channel_id, f"spam {number}"))["message_id"] for number in range(5)]
+    kept = await scene.post()
+    await zoe.ok("DELETE", f"{server}/members/{zoe.user_id}")  # who left in time is banned all the same
+    ban = {"revoke_invite": True, "delete_messages": True}
+    assert (await scene.ana.call("PUT", f"{server}/bans/{zoe.user_id}", ban)).status == 204
+    deleted = [(await scene.here.hears("message:deleted"))["message_id"] for _ in posted]
+    assert sorted(deleted) == posted
+    page = await scene.ana.ok("GET", f"/channels/{channel_id}/messages")
+    assert [message["message_id"] for message in page["messages"]][-1] == kept["message_id"]
+    assert not {message["author_id"] for message in page["messages"]} & {zoe.user_id}
+    again = await scene.world.call("POST", "/auth/guest", {"name": "Zoe", "code": invite["code"]})
+    assert (again.code, again.body["reason"]) == ("NOT_FOUND", "INVITE_UNKNOWN")
+    await guest(scene, other["code"])
+    assert (await scene.ana.call("PUT", f"{server}/bans/{scene.ben.user_id}", {"colour": 1})).code == "BAD_REQUEST"
+
+
+async def test_members_tell_admins_alone_by_which_invite_they_came(scene: Scene) -> None:
+    invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
+    zoe = await guest(scene, invite["code"], "Zoe Ray")
+    joined = await scene.here.hears("member:joined")
+    facts = {
+        "server_id": scene.place.server_id,
+        "user_id": zoe.user_id,
+        "username": "Zoe.Ray",
+        "name": "Zoe Ray",
+        "guest": True,
+    }
+    assert joined == facts | {"seq": joined["seq"]}
+    for path in (f"{scene.server}/members", f"{scene.server}/changes"):
+        for person, seen in ((scene.ana, {"invited_by": invite["code"]}), (scene.ben, {})):
+            members = (await person.ok("GET", path))["members"]
+            (member,) = [member for member in members if member["user_id"] == zoe.user_id]
+            hidden = {"role": "member", "status": "online", "joined_at": member["joined_at"], "connected": False}
+            assert member == facts | hidden | seen
+    assert (await zoe.ok("GET", "/users/me"))["guest"] is True
+    account = await zoe.ok("POST", "/auth/password", {"new_password": "correct horse"})
+    told = await scene.here.hears("member:updated")
+    assert ("guest" in told, told["role"], told["name"]) == (False, "member", "Zoe Ray")
+    zoe.token = account["token"]
+    assert "guest" not in await zoe.ok("GET", "/users/me")
+
+
+async def test_a_guest_comes_back_by_a_link(scene: Scene) -> None:
+    server, world = scene.server, scene.world
+    invite = await scene.ana.ok("POST", f"{server}/invites", {})
+    zoe = await guest(scene, invite["code"], "Zoe Ray")
+    path = f"{server}/members/{zoe.user_id}/link"
+    await zoe.ok("POST", "/auth/logout")
+    first, second = await scene.ana.ok("POST", path), await scene.ana.ok("POST", path)
+    assert set(second) == {"code", "expires_at"}
+    assert re.fullmatch(r"[A-HJ-NP-Z2-9]{5}-[A-HJ-NP-Z2-9]{5}", second["code"])
+    refused = await world.call("POST", "/auth/link", {"code": first["code"]})
+    assert (refused.code, refused.body["reason"], refused.body["field"]) == ("NOT_FOUND", "LINK_UNKNOWN", "code"), "it ended"
+    replies = await asyncio.gather(
+        *(world.call("POST", "/auth/link", {"code": f" {second['code'].lower()}"}) for _ in range(3))
+    )
+    assert sorted(reply.status for reply in replies) == [200, 404, 404], "once"
+    account = next(reply.body for reply in replies if reply.status == 200)
+    assert (account["user_id"], account["username"], account["name"]) == (zoe.user_id, "Zoe.Ray", "Zoe Ray")
+    zoe.token = account["token"]
+    await zoe.ok("GET", server)
+    store = world.chat.chat.store
+    late = await scene.ana.ok("POST", path)
+    assert not store.peek(lambda db: db.execute("SELECT 1 FROM links WHERE hex(digest) LIKE ?", (late["code"],)).fetchall())
+    await store.write(lambda db: chatrtc.Done(db.execute("UPDATE links SET expires_at = ?", (time.time() - 1,)).rowcount))
+    assert (await world.call("POST", "/auth/link", {"code": late["code"]})).code == "NOT_FOUND"
+    await store.write(lambda db: chatrtc.purge_tokens(db, time.time()))
+    assert store.peek(lambda db: db.execute("SELECT count(*) FROM links").fetchone()) == (0,)
+    last = await scene.ana.ok("POST", path)
+    await zoe.ok("POST", "/auth/password", {"new_password": "correct horse"})
+    assert (await world.call("POST", "/auth/link", {"code": last["code"]})).code == "NOT_FOUND"
+    assert (await scene.ana.call("POST", path)).body["reason"] == "NOT_A_GUEST"
+
+
+async def test_a_link_does_not_lead_into_other_servers(scene: Scene) -> None:
+    invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
+    zoe = await guest(scene, invite["code"])
+    other = await scene.world.place(scene.dee, zoe)
+    path = f"{scene.server}/members/{zoe.user_id}/link"
+    assert (await scene.ana.call("POST", path)).body["reason"] == "LINK_ELSEWHERE"
+    await zoe.ok("DELETE", f"/servers/{other.server_id}/members/{zoe.user_id}")
+    assert (await scene.ana.call("POST", path)).status == 201
+
+
+async def test_all_guests_are_removed_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatrtc, "EXPEL_STEP", 2)
+    invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
+    guests = [await guest(scene, invite["code"]) for _ in range(5)]
+    socket = await guests[1].socket(scene.place.server_id)
+    await scene.ana.ok("PATCH", f"{scene.server}/members/{scene.ben.user_id}", {"role": "admin"})
+    await scene.ana.ok("PATCH", f"{scene.server}/members/{guests[0].user_id}", {"role": "admin"})
+    assert await scene.ben.ok("DELETE", f"{scene.server}/guests") == {"removed": 4}
+    left = [await scene.here.hears("member:left") for _ in range(4)]
+    assert [one["user_id"] for one in left] == [one.user_id for one in guests[1:]]
+    await socket.hears("member:left", user_id=guests[1].user_id)
+    await scene.post()
+    await scene.here.hears("message:new")
+    await socket.hears_not("message:new")
+    assert await scene.ana.ok("DELETE", f"{scene.server}/guests") == {"removed": 1}
+    members = (await scene.ana.ok("GET", f"{scene.server}/members"))["members"]
+    assert [member["username"] for member in members] == ["ana", "ben", "cy"]
+
+
+async def test_an_invite_is_ten_characters_however_they_are_typed(scene: Scene) -> None:
+    invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
+    code = invite["code"]
+    assert re.fullmatch(r"[A-HJ-NP-Z2-9]{5}-[A-HJ-NP-Z2-9]{5}", code)
+    for typed in (code, code.lower(), code.replace("-", ""), f" {code.replace('-', '').lower()} ", code.replace("-", " ")):
+        preview = await scene.world.call("GET", f"/invites/{quote(typed)}")
+        assert (preview.status, preview.body["code"]) == (200, code), typed
+        assert (await scene.world.call("GET", f"/invites/{quote(typed)}.svg")).status == 200, typed
+        assert (await scene.cy.call("POST", f"/invites/{quote(typed)}")).status == 200, typed
+        account = await scene.world.call("POST", "/auth/guest", {"name": "Zoe", "code": typed})
+        assert account.status == 201, typed
+    old = "aB3-_" * 4 + "xy"
+    change = "UPDATE invites SET code = ? WHERE code <> ?"  # as one of the first version
+    await scene.world.chat.chat.store.write(lambda db: chatrtc.Done(db.execute(change, (old, code)).rowcount))
+    assert (await scene.world.call("GET", f"/invites/{old}")).body["code"] == old
+    assert (await scene.world.call("GET", f"/invites/{old.lower()}")).body["reason"] == "INVITE_UNKNOWN"
+    assert (await scene.ana.call("DELETE", f"/invites/{code.lower()}")).status == 204
+    assert (await scene.world.call("GET", f"/invites/{code}")).body["reason"] == "INVITE_UNKNOWN"
+
+
+async def test_who_may_create_servers(make_world: MakeWorld, tmp_path: Path) -> None:
+    for setting, registration, account, guests, host in (
+        ("everyone", "open", "", "", ""),
+        ("accounts", "open", "", "NOT_FOR_GUESTS", ""),
+        ("nobody", "open", "CREATE_SERVERS_OFF", "CREATE_SERVERS_OFF", ""),
+        ("everyone", "invite", "", "", ""),
+        ("accounts", "invite", "", "NOT_FOR_GUESTS", "NOT_FOR_GUESTS"),
+        ("nobody", "invite", "CREATE_SERVERS_OFF", "CREATE_SERVERS_OFF", "NOT_FOR_GUESTS"),
+    ):
+        options = {"create_servers": setting, "registration": registration}
+        world = await make_world(database=str(tmp_path / f"{setting}-{registration}.db"), **options)
+        store = world.chat.chat.store
+        owner = (
+            await store.write(lambda db: chatrtc.Done(chatrtc.insert_user(db, "ana", None, "2026-01-01T00:00:00Z")))
+        ).answer
+        server = await world.chat.create_server(author_id=owner, name="class")  # the program always may
+        place = {"author_id": owner, "server_id": server.server_id}
+        code = (await world.chat.create_invite(**place)).code
+        ids, tokens = [], []
+        for path, body in (("register", {"password": "correct horse"}), ("guest", {}), ("guest", {})):
+            reply = await world.call("POST", f"/auth/{path}", {"name": "Zoe", "code": code} | body)
+            ids.append(reply.body["user_id"])
+            tokens.append(reply.body["token"])
+
+        async def reason(path: str, token: str, body: Any = None, world: World = world) -> str:
+            reply = await world.call("POST", path, body or {}, token=token)
+            return str(reply.body["reason"]) if reply.status >= 400 else ""
+
+        for number, expected in ((0, account), (1, guests)):
+            await world.chat.set_role(**place, user_id=ids[number], role="admin")
+            assert await reason("/servers", tokens[number], {"name": "mine"}) == expected, (options, number)
+        for number, expected in ((0, ""), (1, host)):
+            for path in ("invites", f"members/{ids[2]}/link"):
+                assert await reason(f"/servers/{server.server_id}/{path}", tokens[number]) == expected, (options, number, path)
+
+
+async def test_there_is_a_most_of_servers_channels_and_invites(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    ana, ben, server = scene.ana, scene.ben, scene.server
+    for name, most in (("SERVERS_MAX", 3), ("CHANNELS_MAX", 3), ("INVITES_MAX", 4)):
+        monkeypatch.setattr(chatrtc, name, most)
+
+    async def refused(person: Person, method: str, path: str, body: Any) -> None:
+        reply = await person.call(method, path, body)
+        assert (reply.code, reply.body["reason"]) == ("CONFLICT", "TOO_MANY"), path
+
+    for name in ("two", "three"):
+        await ana.ok("POST", "/servers", {"name": name})
+        await ana.ok("POST", f"{server}/channels", {"name": name})
+        await ben.ok("POST", "/servers", {"name": name})
+    await ben.ok("POST", "/servers", {"name": "one"})
+    await refused(ana, "POST", "/servers", {"name": "four"})
+    await refused(ana, "PATCH", f"{server}/members/{ben.user_id}", {"role": "owner"})
+    await refused(ana, "POST", f"{server}/channels", {"name": "four"})
+    listed = (await ana.ok("GET", "/servers"))["servers"]
+    assert listed == [await ana.ok("GET", f"/servers/{one['server_id']}") for one in listed]
+    assert [len(one["channels"]) for one in listed] == [3, 1, 1]
+    first = (await ana.ok("GET", f"{server}/invites"))["invites"]
+    spent = await ana.ok("POST", f"{server}/invites", {"max_uses": 1})
+    live = [await ana.ok("POST", f"{server}/invites", {}) for _ in range(2)]
+    await refused(ana, "POST", f"{server}/invites", {})
+    await scene.dee.ok("POST", f"/invites/{spent['code']}")
+    assert (await scene.world.call("GET", f"/invites/{spent['code']}")).body["reason"] == "INVITE_SPENT"
+    new = await ana.ok("POST", f"{server}/invites", {})
+    listed = (await ana.ok("GET", f"{server}/invites"))["invites"]
+    assert [one["code"] for one in listed] == [one["code"] for one in [*first, *live, new]], "the spent one made room"
+    await refused(ana, "POST", f"{server}/invites", {})
+
+
+async def test_lists_take_one_query_each(scene: Scene) -> None:
+    """However many servers and channels there are."""
+    asked: list[str] = []
+
+    def count(number: int) -> int:
+        with contextlib.closing(chatrtc.connect_reader(scene.world.chat.chat.store.path)) as db:
+            asked.clear()
+            db.set_trace_callback(asked.append)
+            assert len(chatrtc.servers_of(db, scene.dee.user_id)) == number
+        return len(asked)
+
+    few = count(1)
+    for number in range(5):
+        await scene.dee.ok("POST", "/servers", {"name": f"s{number}"})
+    assert few == count(6) == 2
 
 
 async def test_an_invite_whose_link_is_too_long_has_no_qr_code(scene: Scene) -> None:
@@ -3680,14 +3940,15 @@ async def test_invites_end_by_use_and_by_time(scene: Scene) -> None:
     assert (joined.status, joined.body["server_id"], joined.body["role"]) == (201, scene.place.server_id, "member")
     assert (await scene.dee.call("POST", f"/invites/{once['code']}")).status == 200
     eve = await scene.world.person("eve")
-    assert (await eve.call("POST", f"/invites/{once['code']}")).code == "NOT_FOUND"
+    assert (await eve.call("POST", f"/invites/{once['code']}")).body["reason"] == "INVITE_SPENT"
     assert (await scene.world.call("GET", f"/invites/{once['code']}")).code == "NOT_FOUND"
     listed = (await scene.ana.ok("GET", f"{server}/invites"))["invites"]
     assert [invite["uses"] for invite in listed if invite["code"] == once["code"]] == [1]
     async with asyncio.timeout(PATIENCE):  # until its second is over
         while (await scene.world.call("GET", f"/invites/{brief['code']}")).status == 200:
             await scene.here.ok("ping")
-    assert (await eve.call("POST", f"/invites/{brief['code']}")).code == "NOT_FOUND"
+    assert (await eve.call("POST", f"/invites/{brief['code']}")).body["reason"] == "INVITE_EXPIRED"
+    assert (await scene.cy.call("POST", f"/invites/{brief['code']}")).status == 200, "a member may follow it"
     revoked = await scene.ana.ok("POST", f"{server}/invites", {})
     assert (await scene.ana.call("DELETE", f"/invites/{revoked['code']}")).status == 204
     assert (await eve.call("POST", f"/invites/{revoked['code']}")).code == "NOT_FOUND"
