@@ -785,7 +785,9 @@ class ReadArgs(ChannelArgs):
 
 
 class SearchArgs(ServerArgs):
-    q: Annotated[str, Meta(min_length=1, max_length=200, pattern=SHOWN)]
+    q: Annotated[
+        str, Meta(min_length=1, max_length=200, pattern=f"^\\s*[^\\s{CONTROLS}]{TEXT}")
+    ]  # what is invisible finds nothing
     channel_id: Id | None = None
     author_id: Id | None = None
     before: Id | None = None
