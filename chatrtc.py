@@ -40,6 +40,7 @@ import enum
 import fcntl
 import functools
 import gc
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -70,7 +71,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 import aiohttp
@@ -103,7 +103,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on; 0 picks a free one and prints it.")] = 3000
     database: Annotated[str, Meta(min_length=1, description="The SQLite file that keeps everything.")] = "chatrtc.db"
     secret: Annotated[
-        str | None, Meta(description="Key that signs tokens, 32 bytes or more; else made once and kept beside the database.")
+        str | None,
+        Meta(
+            description="Key that signs tokens, 32 bytes or more; by default made once and kept next to the database. "
+            "Others on this machine can see it in `ps`: use the variable CHATRTC_SECRET instead."
+        ),
     ] = None
     token_ttl: Annotated[int, Meta(ge=1, le=10**9, description="Seconds for which a token stands.")] = 30 * 86400
     cors_origin: Annotated[
@@ -137,7 +141,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = None
     trusted_proxy: Annotated[
         tuple[str, ...],
-        Meta(description="Address or network of a proxy whose X-Forwarded-For, -Proto and -Host are believed; repeatable."),
+        Meta(description="Address or network of a proxy (or 'unix') whose X-Forwarded headers are believed; repeatable."),
     ] = ()
     disk_reserve: Annotated[
         int, Meta(ge=0, le=10**9, description="Free disk space in MiB below which the server refuses writes.")
@@ -249,11 +253,11 @@ REASONS = {
     "BODY_LONG": Reason("TOO_LARGE", "A body has at most {n} bytes"),
     "BODY_BROKEN": Reason("BAD_REQUEST", "The body did not arrive whole, or not in time"),
     "ORIGIN": Reason("FORBIDDEN", "Pages of this origin may not use this server"),
+    "HOST": Reason("FORBIDDEN", "This server does not answer to the name in this address (see --public-url)"),
     "NO_EVENT": Reason("NOT_FOUND", "There is no such event"),
     "ONE_OBJECT": Reason("BAD_REQUEST", "An event carries one object"),
     "NO_ROUTE": Reason("NOT_FOUND", "There is no such route"),
     "NO_ACCOUNT": Reason("NOT_FOUND", "There is no account named {name}"),
-    "ADDRESS_LONG": Reason("TOO_LARGE", "The address of this server is too long for a QR code"),
     "NO_AUTHOR": Reason("UNAUTHORIZED", "author_id is missing: the user who performs the action"),
 }
 
@@ -1001,6 +1005,9 @@ class Configuration(View):
     registration: str
     guests: bool
     version: str
+    create_servers: str
+    public_url: str | UnsetType = UNSET  # the address that people open, if it is set
+    lan_url: str | UnsetType = UNSET  # the address for others on the network, if the server listens beyond this machine
 
 
 T = TypeVar("T")
@@ -3394,6 +3401,45 @@ class Limiter:
                 self.count(*limit, times=-1)
 
 
+REFUSED = {"WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code"}
+ADDRESSES_LOGGED = 30  # each minute; the others share a line
+
+
+class Refusals:
+    """Logs refused logins, codes and limits: the first at once, then one line a minute for each address."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Counter[str]] = {}  # address -> what was refused since its last line
+        self._since = time.monotonic()
+
+    def note(self, address: str, error: ChatError) -> None:
+        what = REFUSED.get(error.reason or "") or ("limit" if error.code == "RATE_LIMITED" else "")
+        if not what:
+            return
+        self.flush()
+        if address not in self._counts and len(self._counts) >= ADDRESSES_LOGGED:
+            address = "other addresses"
+        first = address not in self._counts
+        self._counts.setdefault(address, Counter())[what] += 1
+        if first:
+            self._write(address)
+
+    def flush(self, now: bool = False) -> None:
+        """Write what was counted, if a minute has passed or `now`."""
+        if time.monotonic() - self._since < 60 and not now:
+            return
+        self._since = time.monotonic()
+        for address, counts in list(self._counts.items()):
+            if counts:
+                self._write(address)
+            else:
+                del self._counts[address]
+
+    def _write(self, address: str) -> None:
+        counts, self._counts[address] = self._counts[address], Counter()
+        log.warning("Refused for %s: %s", address, ", ".join(f"{what} ({times})" for what, times in counts.items()))
+
+
 # ---- Policy --------------------------------------------------------------------------------------------------------
 # Who may do what, decided here alone, inside the transaction that does it. An operation names one `Who`; what it is about is
 # found from its arguments. A thing that is not there is NOT_FOUND; one of a server that the caller is no member of, FORBIDDEN.
@@ -4021,6 +4067,7 @@ LINGER = 0.7  # seconds for the farewell to be read before the connection is abo
 
 OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = "0123456"
 REASON = engineio.AsyncServer.reason
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Packet = str | bytes  # one encoded Engine.IO packet: text with its type digit, or an attachment
 
 
@@ -4193,12 +4240,15 @@ class Rules:
     """What a server allows its clients."""
 
     origins: Collection[str] = ()  # whose pages may connect, beside our own
+    proxies: Sequence[Network | None] = ()  # whose X-Forwarded headers are believed; None: whoever connects by a Unix socket
+    hosts: Collection[str] | None = None  # names that a server on loopback has besides those of loopback; None: any name
     ping_interval: float = 20  # seconds
     ping_timeout: float = 15  # seconds to answer a ping
     max_payload: int = 131072  # bytes in a packet, or in one POST
     connect_timeout: float = 10  # seconds to enter a namespace
     max_sessions: int = 20000
-    max_sessions_per_address: int = 1000
+    max_sessions_per_address: int = 4000  # a school's 1,000 pupils, with two devices of two tabs each
+    max_anonymous_per_address: int | None = None  # besides, sessions whose user is not known yet; None: they count as any
     frames_per_second: float | None = 100  # from one client, in the long run; at once four times that; None: as many as come
     fast: bool = True  # frames of our own making, as long as the libraries have what that needs
 
@@ -4447,19 +4497,155 @@ POST_PACKETS = 256
 POST_SECONDS = 10.0
 
 
-def origin_allowed(request: web.BaseRequest, allowed: Collection[str]) -> bool:
-    origin = request.headers.get("Origin")
-    if origin is None or origin in allowed or "*" in allowed:
+HEADERS = {  # of every answer
+    "Server": "ChatRTC",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+ANONYMOUS_PART = 4  # at most one of so many sessions is of a user who is not known yet
+HOPS_MAX = 32  # proxies that X-Forwarded-For may name
+PORTS = {"http": 80, "https": 443}
+HOST_MAX = 262  # characters of a name with its port
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?", re.ASCII)
+ORIGIN = re.compile(rf"(https?)://{HOST.pattern}", re.ASCII)
+
+
+# Where a request comes from, and by which name.
+
+
+@functools.lru_cache(4096)
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the address in `text`, with or without a port or a zone, or None. An IPv4 address within IPv6 is IPv4."""
+    text = text.strip()
+    if found := re.fullmatch(r"\[(.*)\](?::[0-9]+)?|([0-9.]+):[0-9]+", text):
+        text = found[1] or found[2] or ""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def parse_network(text: str) -> Network | None:
+    """Return a network of addresses, or None for `unix`. Raises ValueError."""
+    if text == "unix":
+        return None
+    network = ipaddress.ip_network(text, strict=False)
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    return ipaddress.ip_network(f"{mapped}/{network.prefixlen - 96}") if mapped and network.prefixlen >= 96 else network
+
+
+@functools.lru_cache(4096)
+def address_key(text: str) -> str:
+    """Return what an address is counted and logged as: an IPv6 address by its /64, of which one customer has all."""
+    address = parse_address(text)
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
+    return str(address or "unknown")
+
+
+def is_trusted(peer: str, rules: Rules) -> bool:
+    """Whether the peer is a proxy whose X-Forwarded headers are believed."""
+    if not rules.proxies:
+        return False
+    address = parse_address(peer)
+    return any(not peer if network is None else address is not None and address in network for network in rules.proxies)
+
+
+def client_address(request: web.BaseRequest, rules: Rules) -> str:
+    """Return the client's address: the peer's or, if that is a trusted proxy, the last one in X-Forwarded-For that is not."""
+    address = request.remote or ""
+    if is_trusted(address, rules):
+        hops = ",".join(request.headers.getall("X-Forwarded-For", ())).rsplit(",", HOPS_MAX)
+        for hop in (hop.strip()[:64] for hop in reversed(hops)):
+            if parse_address(hop) is None:
+                break
+            address = hop
+            if not is_trusted(hop, rules):
+                break
+    return address_key(address)
+
+
+def forwarded(request: web.BaseRequest, rules: Rules, what: str) -> str:
+    """Return what a trusted proxy says in X-Forwarded-`what`, or nothing."""
+    if not is_trusted(request.remote or "", rules):
+        return ""
+    return request.headers.getall(f"X-Forwarded-{what}", [""])[-1].rpartition(",")[2].strip()
+
+
+@functools.lru_cache(1024)
+def parse_host(text: str) -> tuple[str, int | None] | None:
+    """Return the name and the port of a Host header; None if it is malformed."""
+    found = HOST.fullmatch(text.lower()) if len(text) < HOST_MAX else None
+    return (found[1], int(found[2]) if found[2] else None) if found else None
+
+
+@functools.lru_cache(1024)
+def parse_origin(text: str) -> tuple[str, str, int] | None:
+    """Return the scheme, name and port of an http or https origin; None if it is none."""
+    found = ORIGIN.fullmatch(text.lower()) if len(text) < HOST_MAX else None
+    return (found[1], found[2], int(found[3] or PORTS[found[1]])) if found else None
+
+
+def request_scheme(request: web.BaseRequest, rules: Rules) -> str:
+    """Return http or https, or nothing if a proxy that is not trusted may have changed it."""
+    said = forwarded(request, rules, "Proto").lower().replace("ws", "http")
+    return said if said in PORTS else "https" if request.secure else ""
+
+
+def request_host(request: web.BaseRequest, rules: Rules) -> tuple[str, int | None] | None:
+    """Return the name and port by which the client addressed this server."""
+    return parse_host(forwarded(request, rules, "Host")[:HOST_MAX]) or parse_host(request.headers.get("Host", "")[:HOST_MAX])
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host name or address means the machine itself."""
+    name = name.strip("[]").rstrip(".").lower()
+    address = parse_address(name)
+    return name == "localhost" or name.endswith(".localhost") or (address is not None and address.is_loopback)
+
+
+def host_allowed(request: web.BaseRequest, rules: Rules) -> bool:
+    """Whether this server goes by the name in the Host header.
+
+    The page of another site can point its own name at 127.0.0.1, and then reach a server that listens there (DNS rebinding).
+    """
+    said = request.headers.get("Host")
+    if rules.hosts is None or not said or is_trusted(request.remote or "", rules):
         return True
-    with contextlib.suppress(ValueError):
-        host = urlsplit(origin).netloc
-        return bool(host) and host.lower() == request.host.lower()
-    return False
+    host = parse_host(said[:HOST_MAX])
+    if host is not None and (host[0] in rules.hosts or is_loopback(host[0])):
+        return True
+    here = request.transport.get_extra_info("sockname") if request.transport else None
+    return not (isinstance(here, tuple) and is_loopback(here[0]))
 
 
-def cors_headers(request: web.BaseRequest, allowed: Collection[str]) -> dict[str, str]:
+def origin_allowed(request: web.BaseRequest, rules: Rules) -> bool:
+    """Whether the page that sent the request, if one did, is our own or one of those allowed."""
+    text = request.headers.get("Origin")
+    if text is None or "*" in rules.origins:
+        return True
+    origin, host, scheme = parse_origin(text[:HOST_MAX]), request_host(request, rules), request_scheme(request, rules)
+    if origin is None:
+        return False
+    if origin in map(parse_origin, rules.origins):
+        return True
+    return host is not None and origin == (scheme or origin[0], host[0], host[1] or PORTS[scheme or origin[0]])
+
+
+def check_request(request: web.BaseRequest, rules: Rules) -> None:
+    """Raise FORBIDDEN if the request is for another server, or from a page that may not use this one."""
+    if not host_allowed(request, rules):
+        raise refusal("HOST")
+    if not origin_allowed(request, rules):
+        raise refusal("ORIGIN")
+
+
+def cors_headers(request: web.BaseRequest, rules: Rules) -> dict[str, str]:
     origin = request.headers.get("Origin")
-    if origin is None or not origin_allowed(request, allowed):
+    if origin is None or not origin_allowed(request, rules):
         return {}
     headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
     headers["Access-Control-Expose-Headers"] = "Retry-After, Idempotent-Replayed"
@@ -4492,9 +4678,13 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.sockets: dict[str, Session] = {}
         self.parting: dict[str, Session] = {}  # ended, with a last poll to be answered
         self.per_address: Counter[str] = Counter()
+        # Sessions whose user is not known yet, oldest first: of all, and by address. They have a share of their own.
+        self.anonymous: OrderedDict[str, Session] = OrderedDict()
+        self.anonymous_at: dict[str, OrderedDict[str, Session]] = {}
         self.links: set[asyncio.Transport] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.flusher, self.journal, self.draining = Flusher(), Journal(), False
+        self.refusals = Refusals()
 
     # What the Socket.IO server and its users call
 
@@ -4533,25 +4723,49 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.per_address[session.address] -= 1
         if not self.per_address[session.address]:
             del self.per_address[session.address]
+        self.vouch(session.sid)
         if session.outbox and not session.polled():
             self.parting[session.sid] = session
             session.loop.call_later(LINGER, self.parting.pop, session.sid, None)
         self.spawn(self._trigger_event("disconnect", session.sid, reason, run_async=False))
 
     def _admit(self, address: str) -> None:
-        if self.draining or len(self.sockets) >= self.rules.max_sessions:
+        """Raise UNAVAILABLE or RATE_LIMITED if there is no place for one more session.
+
+        Signed-in sessions have the places of `Rules`. Anonymous ones, which anybody can open, have a share besides; if it is
+        full, the one that has taken longest to sign in makes room, so that whoever signs in at once gets in.
+        """
+        if self.draining or len(self.sockets) - len(self.anonymous) >= self.rules.max_sessions:
             raise ChatError("UNAVAILABLE", "The server takes no more connections.")
-        if self.per_address[address] >= self.rules.max_sessions_per_address:
+        anonymous: dict[str, Session] = self.anonymous_at.get(address, OrderedDict())
+        if self.per_address[address] - len(anonymous) >= self.rules.max_sessions_per_address:
             raise ChatError("RATE_LIMITED", "Too many connections from your address.", RETRY_SECONDS)
+        if self.rules.max_anonymous_per_address is None:
+            return
+        if len(anonymous) >= self.rules.max_anonymous_per_address:
+            next(iter(anonymous.values())).end(REASON.SERVER_DISCONNECT, farewell=None)
+        elif len(self.anonymous) >= self.rules.max_sessions // ANONYMOUS_PART:
+            next(iter(self.anonymous.values())).end(REASON.SERVER_DISCONNECT, farewell=None)
+
+    def vouch(self, sid: str) -> None:
+        """The session's user is known now, or it has ended."""
+        session = self.anonymous.pop(sid, None)
+        if session is not None:
+            del self.anonymous_at[session.address][sid]
+            if not self.anonymous_at[session.address]:
+                del self.anonymous_at[session.address]
 
     async def _open(self, request: web.Request, transport: str) -> Session:
-        address = request.remote or ""
+        address = client_address(request, self.rules)
         self._admit(address)
         sid = self.generate_id()
         on_message = functools.partial(self._trigger_event, "message", run_async=False)
         session = Session(sid, address, self.rules, self.flusher, on_message, self._end)
         self.sockets[sid] = session
         self.per_address[address] += 1
+        if self.rules.max_anonymous_per_address is not None:
+            self.anonymous[sid] = session
+            self.anonymous_at.setdefault(address, OrderedDict())[sid] = session
         upgrade = self.allow_upgrades and transport == "polling" and "websocket" in self.transports
         hello = {
             "sid": sid,
@@ -4579,14 +4793,14 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
     async def handle_request(self, request: web.Request) -> web.StreamResponse:
         try:
-            if not origin_allowed(request, self.rules.origins):
-                raise ChatError("FORBIDDEN", "This origin may not connect.")
+            check_request(request, self.rules)
             answer = await self._answer(request)
         except ChatError as no:
+            self.refusals.note(client_address(request, self.rules), no)
             headers = {"Retry-After": str(RETRY_SECONDS)} if no.retry_after else {}
             answer = web.json_response(no.body(), status=no.status, headers=headers)
         if not answer.prepared:
-            answer.headers.update(cors_headers(request, self.rules.origins))
+            answer.headers.update(HEADERS | cors_headers(request, self.rules))
         return answer
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
@@ -4662,6 +4876,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         # Uncompressed: deflating costs each connection 200 KiB and its share of a core.
         size = self.rules.max_payload + 1
         socket = web.WebSocketResponse(timeout=LINGER, autoclose=False, autoping=False, compress=False, max_msg_size=size)
+        socket.headers.update(HEADERS)
         try:
             await socket.prepare(request)
         except web.HTTPException:
@@ -4956,6 +5171,10 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     def leave(self, sid: str, room: str) -> None:
         self.manager.basic_leave_room(sid, "/", room)
 
+    def vouch(self, sid: str) -> None:
+        """The user of this client is known: it has a place among the signed-in ones."""
+        self.eio.vouch(self.manager.eio_sid_from_sid(sid, "/") or "")
+
     def members(self, room: str) -> list[str]:
         return [sid for sid, _ in self.manager.get_participants("/", room)]
 
@@ -5216,12 +5435,14 @@ class Chat:
         self.sio = sio
         self.keys = Keys(secrets.token_hex() if settings.secret is None else settings.secret, settings.token_ttl)
         self.store = Store(Path(settings.database), self.carry_out, settings.disk_reserve << 20)
+        self.drawing = asyncio.Lock()  # of QR codes
         self.passwords = Passwords(bounded=not settings.no_rate_limit)
         self.limiter = Limiter(enabled=not settings.no_rate_limit)
         self.presence = Presence()
         self.pages = Pages()
         self.typists = Typists()
         self.voices = Voices()
+        self.own_url = self.lan_url = ""  # where it listens, and how others on the network reach it; set by `serve`
         self.connections: dict[str, Connection] = {}
         self.sockets: dict[int, set[str]] = {}  # user -> authenticated sockets
         self.listeners: dict[str, list[Listener]] = {}
@@ -5378,6 +5599,7 @@ class Chat:
             self.presence.hidden.add(me.user_id)
         sids.add(connection.sid)
         connection.me = me
+        self.sio.vouch(connection.sid)
         connection.until(me.expires - time.time(), functools.partial(self.close, connection))
         self.sio.enter(connection.sid, f"user:{me.user_id}")
 
@@ -5632,7 +5854,9 @@ async def check_health(chat: Chat, caller: Caller, args: Nothing) -> Done[Health
 async def get_configuration(chat: Chat, caller: Caller, args: Nothing) -> Done[Configuration]:
     """What a page has to know before anybody signed in."""
     settings = chat.settings
-    return Done(Configuration(settings.registration, not settings.no_guests and settings.registration != "closed", __version__))
+    guests = not settings.no_guests and settings.registration != "closed"
+    public, lan = settings.public_url or UNSET, chat.lan_url or UNSET
+    return Done(Configuration(settings.registration, guests, __version__, settings.create_servers, public, lan))
 
 
 def bearer(caller: Caller) -> tuple[Connection, Standing]:
@@ -5802,13 +6026,9 @@ async def voice_signal(chat: Chat, caller: Caller, args: SignalArgs) -> Done[Non
 
 BODY_MAX = 256 * 1024
 BODY_SECONDS = 10
-HEADERS = {
-    "Server": "ChatRTC",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-}
+
+
+LOGGED = {"ban", "unban", "set_role", "change_password", "delete_server"}  # operations of which the log has a line each
 
 
 async def settle(work: Awaitable[Done[Any]]) -> Done[Any] | ChatError:
@@ -5845,7 +6065,11 @@ async def perform(chat: Chat, op: Operation, caller: Caller, args: Any) -> Done[
             with chat.limiter.guess(op.limit, whose):
                 return await carry_through(chat, op, me, caller, args)
         chat.limiter.take(op.limit, whose)
-    return await carry_through(chat, op, me, caller, args)
+    done = await carry_through(chat, op, me, caller, args)
+    if op.name in LOGGED:
+        named = {name: getattr(args, name) for name in ("server_id", "user_id", "role") if hasattr(args, name)}
+        log.info("%s by user %d from %s %s", op.name, me.user_id, caller.address, named or "")
+    return done
 
 
 # REST.
@@ -5931,13 +6155,14 @@ class Route:
     async def __call__(self, request: web.Request) -> web.Response:
         outcome = await settle(self.answer(request))
         if isinstance(outcome, ChatError):
+            self.chat.sio.eio.refusals.note(client_address(request, self.chat.sio.eio.rules), outcome)
             return refuse(outcome)
         status = self.op.repeat_status if outcome.repeat else self.op.status
         headers = {"Idempotent-Replayed": "true"} if outcome.repeat else None
         return respond(None if status == 204 else outcome.answer, status, headers)
 
     async def answer(self, request: web.Request) -> Done[Any]:
-        address = request.remote or ""
+        address = client_address(request, self.chat.sio.eio.rules)
         me = None
         if self.op.who is not Who.ANYONE:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -5967,9 +6192,8 @@ class Route:
         return read_args(self.op.args, given)
 
 
-def make_guard(settings: Settings, ours: Collection[object]) -> Callable[..., Awaitable[web.StreamResponse]]:
-    """What stands before our handlers: the check of the origin, and our kind of answer where the router has none."""
-    allowed = frozenset(settings.cors_origin)
+def make_guard(rules: Rules, ours: Collection[object]) -> Callable[..., Awaitable[web.StreamResponse]]:
+    """Return the middleware of our handlers: it checks host and origin, and answers in our way if the router has no route."""
 
     @web.middleware
     async def guard(
@@ -5977,17 +6201,18 @@ def make_guard(settings: Settings, ours: Collection[object]) -> Callable[..., Aw
     ) -> web.StreamResponse:
         if request.match_info.http_exception is None and request.match_info.handler not in ours:
             return await handler(request)  # the sockets', which has a check of its own, or one of the application we are in
-        if not origin_allowed(request, allowed):
-            return refuse(refusal("ORIGIN"))
         try:
+            check_request(request, rules)
             asked = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
             response = respond(None, 204) if asked else await handler(request)
+        except ChatError as error:
+            return refuse(error)
         except web.HTTPException as error:
             code = {413: "TOO_LARGE", 404: "NOT_FOUND", 405: "NOT_FOUND"}.get(error.status, "BAD_REQUEST")
             response = refuse(refusal("NO_ROUTE") if code == "NOT_FOUND" else ChatError(code))
             drop_frames(error)  # the request keeps it
         if "Origin" in request.headers:
-            response.headers.update(cors_headers(request, allowed))
+            response.headers.update(cors_headers(request, rules))
         return response
 
     return guard
@@ -6034,6 +6259,7 @@ def bind_sockets(chat: Chat) -> None:
             return
         outcome = await settle(greet(chat, connection, auth))
         if isinstance(outcome, ChatError):
+            chat.sio.eio.refusals.note(connection.address, outcome)
             chat.dismiss(sid)
             raise socketio.exceptions.ConnectionRefusedError(outcome.sentence, outcome.body())
 
@@ -6045,6 +6271,8 @@ def bind_sockets(chat: Chat) -> None:
     async def on_event(event: str, sid: str, *payload: Any) -> dict[str, Any] | ChatError:
         outcome = await settle(hear(chat, event, sid, payload))
         if isinstance(outcome, ChatError):
+            if (connection := chat.connections.get(sid)) is not None:
+                chat.sio.eio.refusals.note(connection.address, outcome)
             return outcome  # the transport answers it
         return {"success": True} | (msgspec.to_builtins(outcome.answer) or {} if EVENTS_IN[event].acks else {})
 
@@ -6170,9 +6398,12 @@ def asyncapi() -> dict[str, Any]:
 
 CHORES_EVERY = 0.5  # seconds
 TOKENS_EVERY = 7200  # chores
-LINK_MAX = 1000  # characters of an invite's link
+PICTURES_KEPT = 64  # QR codes, of some 20 KiB
 SEARCH_LAG = 50_000  # messages: some 2 seconds of catching up for the first search
 KEEPALIVE = 20.0
+PATH = re.compile(r"(/[\w.~!$&'()*+,;=:@%/-]*)?", re.ASCII)
+PUBLIC_URL = re.compile(rf"(?i:{ORIGIN.pattern}){PATH.pattern}", re.ASCII)
+PUBLIC_URL_MAX = 300
 
 
 def add_user(db: sqlite3.Connection, username: str, password: str) -> Done[int]:
@@ -6224,6 +6455,21 @@ def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -
 ADMIN: dict[str, Callable[..., Done[Any]]] = {run.__name__: run for run in (add_user, set_password, delete_user)}
 
 
+def check_addresses(settings: Settings) -> None:
+    """Raise StartError if an origin, a proxy or the public URL cannot be what it should be."""
+    for origin in settings.cors_origin:
+        if origin != "*" and parse_origin(origin) is None:
+            raise StartError(f"--cors-origin {origin}: an origin is http:// or https:// and a name, without a path")
+    for proxy in settings.trusted_proxy:
+        try:
+            parse_network(proxy)
+        except ValueError:
+            raise StartError(f"--trusted-proxy {proxy}: neither an address nor a network nor 'unix'") from None
+    url = settings.public_url
+    if url is not None and not (len(url) <= PUBLIC_URL_MAX and PUBLIC_URL.fullmatch(url)):
+        raise StartError(f"--public-url {url}: needs http:// or https://, a name and perhaps a path, without '?' or '#'")
+
+
 def read_settings(given: dict[str, Any]) -> Settings:
     """Settings of what was given. Raises StartError in one line."""
     try:
@@ -6234,9 +6480,30 @@ def read_settings(given: dict[str, Any]) -> Settings:
         raise StartError("--tls-cert and --tls-key go together")
     if settings.tls_self_signed and settings.tls_cert is not None:
         raise StartError("--tls-self-signed makes a certificate; --tls-cert brings one")
+    check_addresses(settings)
     if settings.lan and settings.host == Settings().host:
         settings = msgspec.structs.replace(settings, host="0.0.0.0")
     return settings
+
+
+def listens_on_loopback(settings: Settings) -> bool:
+    """Whether the server is, as far as its settings tell, for this machine only; a name may turn out to be."""
+    return is_loopback(settings.host) or (bool(settings.host) and parse_address(settings.host) is None)
+
+
+def rules_of(settings: Settings) -> dict[str, Any]:
+    """Return what the settings say about sockets and requests, as options of `socket_server`."""
+    origins = [*settings.cors_origin, *(["/".join(settings.public_url.split("/")[:3])] if settings.public_url else [])]
+    names = {parsed[1] for origin in origins if (parsed := parse_origin(origin))} | {settings.host.lower()}
+    rules: dict[str, Any] = {
+        "origins": origins,
+        "proxies": tuple(map(parse_network, settings.trusted_proxy)),
+        "hosts": names if listens_on_loopback(settings) else None,
+        "max_anonymous_per_address": 500,  # a school that comes back after a restart: they sign in within a second
+    }
+    if settings.no_rate_limit:
+        rules |= {"max_sessions_per_address": 10**6, "max_anonymous_per_address": None, "frames_per_second": None}
+    return rules
 
 
 def qr_code(link: str) -> Any:
@@ -6246,21 +6513,44 @@ def qr_code(link: str) -> Any:
     return segno.make(link, micro=False)
 
 
-async def draw_invite(chat: Chat, request: web.Request) -> Done[bytes]:
-    args = CodeArgs(code=request.match_info["code"])
-    await perform(chat, OPERATIONS["get_invite"], Caller(None, request.remote or ""), args)
-    link = f"{request.scheme}://{request.host}{request.path.partition('/invites/')[0]}/#/invite/{args.code}"
-    if len(link) > LINK_MAX:
-        raise refusal("ADDRESS_LONG")
+@functools.lru_cache(PICTURES_KEPT)
+def draw(link: str) -> bytes:
     picture = io.BytesIO()
     qr_code(link).save(picture, kind="svg", scale=8, border=2, light="#fff")
-    return Done(picture.getvalue())
+    return picture.getvalue()
+
+
+def public_address(chat: Chat, request: web.Request) -> str:
+    """Return the address under which people reach this chat, for a request to it.
+
+    In this order: --public-url, what a trusted proxy says, the address that the server listens on, and the name in the request.
+    """
+    rules, mount = chat.sio.eio.rules, request.path.partition("/invites/")[0]
+    if chat.settings.public_url is not None:
+        return chat.settings.public_url.rstrip("/")
+    said, scheme = parse_host(forwarded(request, rules, "Host")[:HOST_MAX]), request_scheme(request, rules) or "http"
+    before = forwarded(request, rules, "Prefix").rstrip("/")
+    before = before if len(before) <= PUBLIC_URL_MAX and PATH.fullmatch(before) else ""
+    host = said or request_host(request, rules)
+    if said is None and chat.own_url:
+        return chat.own_url + mount
+    if host is None or (said is None and chat.lan_url and is_loopback(host[0])):
+        return (chat.lan_url or "http://localhost") + mount
+    return f"{scheme}://{host[0]}{f':{host[1]}' if host[1] else ''}{before}{mount}"
+
+
+async def draw_invite(chat: Chat, request: web.Request) -> Done[bytes]:
+    args, caller = read_args(CodeArgs, dict(request.match_info)), Caller(None, client_address(request, chat.sio.eio.rules))
+    invite = await perform(chat, OPERATIONS["get_invite"], caller, args)
+    async with chat.drawing:  # one at a time: it is 10 ms of work that holds up the event loop's thread
+        return Done(await asyncio.to_thread(draw, f"{public_address(chat, request)}/#/invite/{invite.answer.code}"))
 
 
 async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
     """The QR code of an invite's link, for a camera."""
     outcome = await settle(draw_invite(chat, request))
     if isinstance(outcome, ChatError):
+        chat.sio.eio.refusals.note(client_address(request, chat.sio.eio.rules), outcome)
         return refuse(outcome)
     return web.Response(body=outcome.answer, headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
@@ -6284,6 +6574,7 @@ async def chores_of_now(chat: Chat, with_tokens: bool) -> Done[None]:
 async def do_chores(chat: Chat) -> None:
     """Do what can wait, for ever: forget revoked tokens that have expired, delete messages in steps, index messages."""
     for turn in itertools.count():
+        chat.sio.eio.refusals.flush()
         await settle(chores_of_now(chat, with_tokens=turn % TOKENS_EVERY == 0))
         await asyncio.sleep(CHORES_EVERY)
 
@@ -6293,9 +6584,30 @@ async def add_slash(request: web.Request) -> web.Response:
     return respond(None, 308, {"Location": request.path.rpartition("/")[2] + "/"})
 
 
-async def send_still(body: bytes, headers: dict[str, str], request: web.Request) -> web.Response:
-    """Something that does not change while the server runs."""
-    return web.Response(body=body, headers=HEADERS | headers)
+def takes_gzip(request: web.Request) -> bool:
+    """Whether the client accepts gzip (RFC 9110, 12.5.3)."""
+    for choice in request.headers.get("Accept-Encoding", "").lower().split(","):
+        name, _, weight = choice.replace(" ", "").partition(";q=")
+        if name == "gzip":
+            return not re.fullmatch(r"0(\.0*)?", weight)
+    return False
+
+
+class Still:
+    """Sends something that does not change while the server runs: compressed once, and only to clients that have it not."""
+
+    def __init__(self, body: bytes, headers: dict[str, str]) -> None:
+        tag = hashlib.sha256(body).hexdigest()[:24]
+        self.headers = HEADERS | {"Cache-Control": "no-cache", "Vary": "Accept-Encoding"} | headers
+        self.plain = (body, {"ETag": f'"{tag}"'})
+        self.packed = (gzip.compress(body, mtime=0), {"ETag": f'"{tag}-gzip"', "Content-Encoding": "gzip"})
+
+    async def __call__(self, request: web.Request) -> web.Response:
+        body, more = self.packed if takes_gzip(request) else self.plain
+        known = request.headers.get("If-None-Match", "")
+        if known.strip() == "*" or {self.plain[1]["ETag"], self.packed[1]["ETag"]} & set(re.findall(r'"[^"]*"', known)):
+            return web.Response(status=304, headers=self.headers | {"ETag": more["ETag"]})
+        return web.Response(body=body, headers=self.headers | more)
 
 
 def page_with_headers() -> tuple[bytes, dict[str, str]]:
@@ -6312,7 +6624,40 @@ def page_with_headers() -> tuple[bytes, dict[str, str]]:
         "frame-ancestors 'none'"
     )
     kind = "text/html; charset=utf-8"
-    return page, {"Content-Security-Policy": policy, "Cache-Control": "no-cache", "Content-Type": kind}
+    return page, {"Content-Security-Policy": policy, "Content-Type": kind}
+
+
+class Handler(web.RequestHandler):
+    """Answers what is not HTTP in the same form as all else, and adds our headers to what aiohttp itself answers."""
+
+    def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        if not resp.prepared and "Server" not in resp.headers:
+            resp.headers.update(HEADERS)
+        return super().finish_response(request, resp, start_time)
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        super().handle_error(request, status, exc, message)  # logs it
+        code = {413: "TOO_LARGE", 500: "INTERNAL_ERROR"}.get(status, "BAD_REQUEST")
+        answer = refuse(ChatError(code, status=status))
+        answer.force_close()
+        return answer
+
+
+class HandlerServer(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return Handler(self, loop=self._loop, **self._kwargs)
+
+
+class Runner(web.AppRunner):
+    """Runs an application that is nobody else's."""
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return HandlerServer(made.request_handler, request_factory=made.request_factory, loop=made._loop, **self._kwargs)
 
 
 class ChatRTC:
@@ -6328,8 +6673,7 @@ class ChatRTC:
 
     def __init__(self, **settings: Any) -> None:
         self.settings = read_settings(settings)
-        lifted = {"max_sessions_per_address": 10**6, "frames_per_second": None} if self.settings.no_rate_limit else {}
-        self.sio = socket_server(origins=self.settings.cors_origin, **lifted)
+        self.sio = socket_server(**rules_of(self.settings))
         self.chat = Chat(self.settings, self.sio)
         self._tasks: list[asyncio.Task[None]] = []
         self._control = contextlib.ExitStack()  # the socket for the command line, while it is open
@@ -6339,7 +6683,7 @@ class ChatRTC:
         """Mount REST, Socket.IO and the page under `prefix`; the app's start-up and clean-up open and close the chat."""
         place = web.Application() if prefix.strip("/") else app
         ours: set[Any] = set()
-        place.middlewares.append(make_guard(self.settings, ours))
+        place.middlewares.append(make_guard(self.sio.eio.rules, ours))
 
         def add(method: str, path: str, handler: Any) -> None:
             ours.add(handler)
@@ -6355,12 +6699,11 @@ class ChatRTC:
                 add(op.method, path, Route(self.chat, op).__call__)
         for path, text in (("/openapi.json", openapi), ("/asyncapi.json", asyncapi)):
             body = msgspec.json.encode(text())
-            add("GET", path, functools.partial(send_still, body, {"Content-Type": "application/json"}))
-        add("GET", "/", functools.partial(send_still, *page_with_headers()))
+            add("GET", path, Still(body, {"Content-Type": "application/json"}).__call__)
+        add("GET", "/", Still(*page_with_headers()).__call__)
         self.sio.attach(place)
-        place.on_startup.append(lambda app: self.start())
+        place.cleanup_ctx.append(self._run)
         place.on_shutdown.append(lambda app: self.sio.drain())
-        place.on_cleanup.append(lambda app: self.stop())
         if place is not app:
             add("GET", "", add_slash)
             app.add_subapp("/" + prefix.strip("/"), place)
@@ -6395,6 +6738,14 @@ class ChatRTC:
         done = await perform(self.chat, op, Caller(me, "program"), read_args(op.args, args))
         return done.answer
 
+    async def _run(self, app: web.Application) -> AsyncIterator[None]:
+        """Open the chat for as long as the application runs, also if one of its own start-up hooks fails."""
+        await self.start()
+        try:
+            yield
+        finally:
+            await self.stop()
+
     async def start(self) -> None:
         """Open the chat. Raises StartError."""
         chat = self.chat
@@ -6417,6 +6768,7 @@ class ChatRTC:
         self._tasks.clear()
         await self.chat.end_listeners()
         self._control.close()
+        self.sio.eio.refusals.flush(now=True)
         self.chat.passwords.close()
         await self.chat.store.close()
 
@@ -6435,6 +6787,7 @@ class ChatRTC:
                 self.chat.store.write(lambda db: ADMIN[name](db, *args), long=True, frees=name == "delete_user")
             )
             reply = outcome.body() if isinstance(outcome, ChatError) else {"answer": outcome.answer}
+            log.info("%s on the command line for %a: %s", name, args[0] if args else "", reply.get("code", "done"))
             writer.write(json.dumps(reply).encode() + b"\n")
             await writer.drain()
         except (ValueError, OSError) as error:
@@ -6499,18 +6852,33 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def announce(settings: Settings, address: tuple[str, int], tls: bool) -> None:
-    """Say where the server answers, for this machine and for others."""
-    host, port = address
-    scheme = "https" if tls else "http"
+def note_address(chat: Chat, address: tuple[str, int], tls: bool) -> None:
+    """Remember where the server listens, and how others on the network reach it."""
+    (host, port), scheme = address, "https" if tls else "http"
+    if is_loopback(host):
+        return
+    if parse_address(host) in (ipaddress.IPv4Address(0), ipaddress.IPv6Address(0)):
+        chat.lan_url = f"{scheme}://{lan_address()}:{port}"
+    else:
+        chat.own_url = chat.lan_url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def announce(chat: Chat, address: tuple[str, int], tls: bool) -> None:
+    """Print where the server answers, for this machine and for others."""
+    (host, port), settings, scheme = address, chat.settings, "https" if tls else "http"
     click.echo(f"ChatRTC listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
-    link = f"{scheme}://{lan_address()}:{port}"
-    if ipaddress.ip_address(host).is_loopback:
-        if sys.stdout.isatty():  # for a person; a program reads the one line above
+    if settings.public_url is not None:
+        click.echo(f"People open {settings.public_url}")
+    if is_loopback(host):
+        if sys.stdout.isatty() and settings.public_url is None:  # for a person; a program reads the one line above
+            link = f"{scheme}://{lan_address()}:{port}"
             click.echo(f"Only this machine can reach it; with --lan others on your network can, at {link}")
     elif settings.lan:
+        link = settings.public_url or chat.lan_url
         click.echo(f"Others on your network: {link}")
         qr_code(link).terminal(compact=True, border=2)
+    if not is_loopback(host) and not tls and not settings.trusted_proxy:
+        click.echo("Passwords cross the network unencrypted: add --tls-self-signed to serve https.")
     sys.stdout.flush()
 
 
@@ -6531,7 +6899,7 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
     app = web.Application()
     chat.attach(app)
     context = tls_context(chat.settings)
-    runner = web.AppRunner(
+    runner = Runner(
         app, access_log=None, keepalive_timeout=KEEPALIVE, shutdown_timeout=3, auto_decompress=False, handler_cancellation=False
     )
     await runner.setup()
@@ -6542,7 +6910,8 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
         except OSError as error:
             why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
             raise StartError(f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {why}") from None
-        announce(chat.settings, runner.addresses[0][:2], context is not None)
+        note_address(chat.chat, runner.addresses[0][:2], context is not None)
+        announce(chat.chat, runner.addresses[0][:2], context is not None)
         spare_collector()
         await stopped.wait()
     finally:
@@ -6638,21 +7007,21 @@ LOG_LINES = 60  # a minute
 
 
 class Bounded(logging.Filter):
-    """Keeps clients from filling the log: nothing on broken HTTP, which could hold a token; of the rest, so much a minute."""
+    """Keeps clients from filling the log: so many lines a minute of a level, none on broken HTTP, which may hold a token."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._since, self._count = time.monotonic(), 0
+        self._since, self._counts = time.monotonic(), Counter[int]()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and isinstance(record.exc_info[1], aiohttp.http_exceptions.HttpProcessingError):
             return False
         if time.monotonic() - self._since > 60:
-            self._since, self._count = time.monotonic(), 0
-        self._count += 1
-        if self._count == LOG_LINES:
+            self._since, self._counts = time.monotonic(), Counter()
+        self._counts[record.levelno] += 1
+        if self._counts[record.levelno] == LOG_LINES:
             record.msg, record.args, record.exc_info = "So much for this minute; the rest is left out", (), None
-        return self._count <= LOG_LINES
+        return self._counts[record.levelno] <= LOG_LINES
 
 
 def index_all(db: sqlite3.Connection) -> None:
@@ -6680,6 +7049,7 @@ def migrate_file(path: Path) -> None:
 def serve(**settings: Any) -> None:
     """Run the server until Ctrl-C or SIGTERM."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log.setLevel(logging.INFO)  # what admins and the command line do
     for handler in logging.getLogger().handlers:
         handler.addFilter(Bounded())
     migrate_file(Path(read_settings(settings).database))

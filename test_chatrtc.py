@@ -686,13 +686,26 @@ def test_settings_have_one_list() -> None:
 
 
 def test_a_setting_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    for wrong in (
+    wrongs: tuple[dict[str, Any], ...] = (
         {"port": "3000"}, {"port": 65536}, {"token_ttl": 0}, {"registration": "maybe"}, {"nonsense": 1},
         {"database": ""}, {"tls_cert": "cert.pem"}, {"secret": "short"}, {"secret": ""}, {"secret": "é" * 15},
-    ):  # fmt: skip
+        *({"cors_origin": [origin]} for origin in (
+            "https://x/", "x.example", "ftp://x", "https://x/path", "https://x?", "https://a b", "null", "",
+            "https://x:99999999", "https://bücher.example", "https://u@x",
+        )),
+        *({"trusted_proxy": [proxy]} for proxy in ("", "proxy", "10.0.0.0/33", "10.0.0.1:80", "::1/200")),
+        *({"public_url": url} for url in (
+            "", "chat.example", "ftp://x", "https://x?a=b", "https://x/#a", "https://x y", "https://u@x",
+            "https://x/" + "y" * 999,
+        )),
+    )  # fmt: skip
+    for wrong in wrongs:
         with pytest.raises(chatrtc.StartError):
             chatrtc.ChatRTC(**({"database": str(tmp_path / "chat.db")} | wrong))
-    chatrtc.ChatRTC(database=str(tmp_path / "chat.db"), secret="é" * 16, port=0)
+    chatrtc.ChatRTC(
+        database=str(tmp_path / "chat.db"), secret="é" * 16, port=0, cors_origin=["*", "HTTPS://X:443", "http://[::1]:5"],
+        trusted_proxy=["10.0.0.1", "10.0.0.1/8", "::1", "::ffff:10.0.0.1", "unix"], public_url="https://X.example:8443/chat/",
+    )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
 
@@ -3917,13 +3930,6 @@ async def test_lists_take_one_query_each(scene: Scene) -> None:
     assert few == count(6) == 2
 
 
-async def test_an_invite_whose_link_is_too_long_has_no_qr_code(scene: Scene) -> None:
-    invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
-    path = f"/invites/{invite['code']}.svg"
-    assert (await scene.world.call("GET", path)).headers["Content-Type"] == "image/svg+xml"
-    assert (await scene.world.call("GET", path, headers={"Host": "h" * 4000})).code == "TOO_LARGE"
-
-
 async def test_a_path_that_ends_like_that_of_the_sockets_is_guarded_like_any(world: World) -> None:
     for path in ("/nothing/socket.io", "/nothing/socket.io/"):
         assert (await world.call("GET", path)).code == "NOT_FOUND"
@@ -4629,6 +4635,130 @@ async def test_http_errors_are_json(bare):
             assert response.status == 400 and set(await response.json()) == {"error", "code"}
     async with bare.http.get("/chat/socket.io?EIO=4&transport=polling") as response:
         assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("told", "address"),
+    {
+        "": "127.0.0.1", "203.0.113.9": "203.0.113.9", "198.51.100.1, 203.0.113.9": "203.0.113.9",
+        "203.0.113.9, 10.1.2.3": "203.0.113.9", "10.1.2.3, 10.1.2.4": "10.1.2.3", "garbage": "127.0.0.1",
+        "203.0.113.9, garbage": "127.0.0.1", "203.0.113.9,,": "127.0.0.1", " 203.0.113.9:4711 ": "203.0.113.9",
+        "2001:db8:1:2:3:4:5:6": "2001:db8:1:2::/64", "[2001:db8:1:2::9]:443": "2001:db8:1:2::/64", "fe80::1%eth0": "fe80::/64",
+        "::ffff:203.0.113.9": "203.0.113.9", "::ffff:10.0.0.1": "10.0.0.1", "unknown": "127.0.0.1", "9" * 4000: "127.0.0.1",
+        "203.0.113.9," + ",".join(["10.0.0.1"] * 40): "10.0.0.1", "1.2.3.4\t": "1.2.3.4", "\"1.2.3.4\"": "127.0.0.1",
+    }.items(),
+)  # fmt: skip
+async def test_a_trusted_proxy_tells_the_address_of_a_client(told: str, address: str):
+    async with Bare(proxies=[chatrtc.parse_network("127.0.0.1"), chatrtc.parse_network("10.0.0.0/8")]) as bare:
+        ws = await bare.ws(headers={"X-Forwarded-For": told})
+        await ws.next()
+        await ws.ask("40")
+        assert list(bare.sio.eio.per_address) == [address]
+    async with Bare(proxies=[chatrtc.parse_network("10.0.0.0/8"), None]) as bare:
+        await (await bare.ws(headers={"X-Forwarded-For": told})).next()
+        assert list(bare.sio.eio.per_address) == ["127.0.0.1"], "nobody else is believed"
+
+
+async def test_several_headers_are_one_list():
+    async with Bare(proxies=[chatrtc.parse_network("127.0.0.1")]) as bare:
+        headers = [("X-Forwarded-For", "198.51.100.1"), ("X-Forwarded-For", "203.0.113.9")]
+        await (await bare.ws(headers=headers)).next()
+        assert list(bare.sio.eio.per_address) == ["203.0.113.9"]
+
+
+async def test_sessions_that_have_not_signed_in_take_nobody_elses_place(make_world: MakeWorld) -> None:
+    world = await make_world(no_rate_limit=False)
+    engine, (ana, ben) = world.chat.sio.eio, await world.people("ana", "ben")
+    engine.rules.max_sessions_per_address, engine.rules.max_anonymous_per_address = 2, 3
+    first = await ana.socket(transports=["websocket"])
+    crowd = [await world.socket(transports=["websocket"]) for _ in range(9)]
+    second = await ben.socket(transports=["websocket"])
+    for socket in crowd[:6]:
+        await asyncio.wait_for(socket.closed.wait(), PATIENCE)
+    await first.ok("ping")
+    await second.ok("ping")
+    assert len(engine.anonymous) <= 3
+    with pytest.raises(socketio.exceptions.ConnectionError):
+        await ben.socket(transports=["websocket"])
+    engine.rules.max_sessions_per_address, engine.rules.max_sessions = 9, 4 * 2
+    for address in ("127.0.0.2", "127.0.0.3", "127.0.0.4"):
+        url = f"{world.url}/socket.io/?EIO=4&transport=polling"
+        async with world.at(address) as elsewhere, elsewhere.session.get(url) as response:
+            assert response.status == 200
+    assert len(engine.anonymous) == 2, "one in four places, of all addresses together"
+    await first.ok("ping")
+
+
+HOSTS = {
+    "127.0.0.1:9": True, "localhost:3000": True, "LOCALHOST": True, "chat.localhost": True, "localhost.": True,
+    "[::1]:80": True, "127.8.9.1": True, "chat.example": True, "cors.example:8080": True, "evil.example": False,
+    "evil.example:80": False,
+    "localhost.evil.example": False, "127.0.0.1.evil.example": False, "192.0.2.1": False, "[2001:db8::1]": False,
+    "h" * 900: False, "::1": False, "a b": False, "localhost:80:80": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("host", "allowed"), HOSTS.items())
+async def test_a_server_on_loopback_answers_to_its_own_names(make_world: MakeWorld, host: str, allowed: bool) -> None:
+    """Another name that a page points to 127.0.0.1 reaches nothing."""
+    world = await make_world(public_url="https://Chat.example/x", cors_origin=["https://cors.example"])
+    reply = await world.call("GET", "/healthz", headers={"Host": host})
+    assert (reply.status, reply.body.get("reason")) == ((200, None) if allowed else (403, "HOST"))
+    sockets = f"{world.url}/socket.io/?EIO=4&transport="
+    async with world.session.get(sockets + "polling", headers={"Host": host}) as response:
+        assert response.status == (200 if allowed else 403)
+    if not allowed:
+        with pytest.raises(aiohttp.WSServerHandshakeError):
+            await world.session.ws_connect(sockets + "websocket", headers={"Host": host})
+
+
+async def test_any_name_will_do_for_a_server_that_is_not_on_loopback(make_world: MakeWorld, tmp_path: Path) -> None:
+    for name, value in {"host": "0.0.0.0", "lan": True, "trusted_proxy": ["127.0.0.1"]}.items():
+        world = await make_world(database=str(tmp_path / f"{name}.db"), **{name: value})
+        assert (await world.call("GET", "/healthz", headers={"Host": "chat.example"})).status == 200
+
+
+ORIGINS = [  # the origin, the name that was asked for, what a proxy says, whether it may
+    ("http://x.example:3000", "x.example:3000", {}, True),
+    ("HTTP://X.example:3000", "x.EXAMPLE:3000", {}, True),
+    ("https://x.example", "x.example:443", {}, True),
+    ("https://x.example", "x.example", {}, True),
+    ("http://x.example:80", "x.example", {}, True),
+    ("https://x.example", "x.example:80", {}, False),
+    ("https://x.example:444", "x.example", {}, False),
+    ("javascript://127.0.0.1", "127.0.0.1", {}, False),
+    ("ftp://x.example", "x.example", {}, False),
+    ("null", "x.example", {}, False),
+    ("", "x.example", {}, False),
+    ("https://", "x.example", {}, False),
+    ("x.example", "x.example", {}, False),
+    ("https://x.example/", "x.example", {}, False),
+    ("https://x.example, https://x.example", "x.example", {}, False),
+    ("https://u@x.example", "x.example", {}, False),
+    ("https://ok.example:443", "x.example", {}, True),
+    ("https://ok.example", "x.example", {}, True),
+    ("http://ok.example", "x.example", {}, False),
+    ("https://x.example", "x.example", {"Proto": "https"}, True),
+    ("https://x.example", "x.example", {"Proto": "wss"}, True),
+    ("http://x.example", "x.example", {"Proto": "https"}, False),
+    ("https://x.example", "x.example", {"Proto": "http"}, False),
+    ("https://y.example", "127.0.0.1:3000", {"Proto": "https", "Host": "y.example"}, True),
+    ("https://y.example", "127.0.0.1:3000", {"Host": "evil.example, y.example"}, True),
+    ("https://y.example", "y.example", {"Proto": "nonsense", "Host": "non sense"}, True),
+]
+
+
+@pytest.mark.parametrize("number", range(len(ORIGINS)))
+async def test_pages_of_other_origins_are_refused(make_world: MakeWorld, number: int) -> None:
+    origin, host, told, allowed = ORIGINS[number]
+    trust = {"trusted_proxy": ["127.0.0.0/8"]} if told else {"host": "0.0.0.0"}
+    world = await make_world(cors_origin=["https://OK.example"], **trust)
+    headers = {"Origin": origin, "Host": host} | {f"X-Forwarded-{name}": value for name, value in told.items()}
+    reply = await world.call("GET", "/healthz", headers=headers)
+    assert (reply.status, reply.body.get("reason")) == ((200, None) if allowed else (403, "ORIGIN"))
+    assert reply.headers.get("Access-Control-Allow-Origin") == (origin if allowed else None)
+    async with world.session.get(f"{world.url}/socket.io/?EIO=4&transport=polling", headers=headers) as response:
+        assert response.status == (200 if allowed else 403)
 
 
 async def test_origins():
@@ -5537,6 +5667,155 @@ async def running(app: web.Application) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
+async def test_every_answer_has_our_headers(tmp_path: Path) -> None:
+    process = await Process.start(tmp_path / "chat.db")
+    head, upgrade = b" HTTP/1.1\r\nHost: localhost\r\n", b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+    key = b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+    asked = {
+        b"GET /healthz" + head: 200, b"GET /nothing" + head: 404, b"PUT /healthz" + head: 404,
+        b"GET /socket.io/?EIO=4&transport=polling" + head: 200, b"GET /socket.io/?EIO=3" + head: 400,
+        b"OPTIONS /socket.io/" + head: 204, b"GET /socket.io/?EIO=4&transport=websocket" + head + upgrade + key: 101,
+        b"GET /socket.io/?EIO=4&transport=websocket" + head + upgrade: 400, b"nonsense\r\n": 400,
+        b"GET /healthz" + head + b"Host: twice\r\n": 400, b"GET /" + b"x" * 9000 + head: 400, b"GET /healthz HTTP/9\r\n": 400,
+        b"GET /healthz" + head + b"Expect: nonsense\r\n": 417, b"GET /healthz" + head + b"X: " + b"y" * 9000 + b"\r\n": 400,
+        b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n": 403, b"GET /" + head: 200, b"GET /openapi.json" + head: 200,
+    }  # fmt: skip
+    for request, status in asked.items():
+        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(process.url).port)
+        writer.write(request + b"\r\n")
+        async with asyncio.timeout(PATIENCE):
+            answer = (await reader.readuntil(b"\r\n\r\n")).decode()
+        writer.close()
+        assert int(answer.split()[1]) == status, (request[:80], answer)
+        assert re.findall(r"(?im)^(server|x-content-type-options): *(.*?)\r$", answer) != [], answer
+        assert "\r\nServer: ChatRTC\r\n" in answer, (request[:80], answer)
+        assert "aiohttp" not in answer, answer
+    assert (await process.stop())[0] == 0
+
+
+async def test_the_page_is_sent_once_and_small(world: World) -> None:
+    whole = len(chatrtc.asset("chatrtc.html"))
+    for path in ("/", "/openapi.json", "/asyncapi.json"):
+        tags = set()
+        for accepted, packed in {
+            "gzip": True, "deflate, gzip;q=0.5": True, "GZIP": True, "": False, "br": False,
+            "gzip;q=0": False, "gzip; q=0.00": False,
+        }.items():  # fmt: skip
+            async with world.session.get(world.url + path, headers={"Accept-Encoding": accepted}, compress=None) as response:
+                assert (response.headers.get("Content-Encoding") == "gzip") is packed, accepted
+                assert "Accept-Encoding" in response.headers["Vary"]
+                assert response.headers["Cache-Control"] == "no-cache"
+                assert int(response.headers["Content-Length"]) < whole / 2 or not packed
+                body, tag, policy = await response.read(), response.headers["ETag"], response.headers["Content-Security-Policy"]
+                assert body == chatrtc.asset("chatrtc.html") or path != "/"
+                tags.add(tag)
+        assert len(tags) == 2
+        for known in (tag, f"W/{tag}", f'"x", {tag}', "*"):
+            reply = await world.call("GET", path, headers={"If-None-Match": known, "Accept-Encoding": ""})
+            assert (reply.status, reply.body, reply.headers["ETag"]) == (304, b"", tag)
+            assert reply.headers["Content-Security-Policy"] == policy
+        assert (await world.call("GET", path, headers={"If-None-Match": '"x"'})).status == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "headers", "link"),
+    [
+        ({}, {"Host": "localhost:3000"}, "http://localhost:3000"),
+        ({"public_url": "https://chat.example/x/"}, {"Host": "localhost"}, "https://chat.example/x"),
+        ({"host": "0.0.0.0"}, {"Host": "chat.example:81"}, "http://chat.example:81"),
+        ({"host": "0.0.0.0"}, {"Host": "h" * 900}, "http://localhost"),
+        ({"host": "0.0.0.0"}, {"Host": "chat.example", "X-Forwarded-Host": "evil.example"}, "http://chat.example"),
+        (
+            {"trusted_proxy": ["127.0.0.1"]},
+            {"X-Forwarded-Host": "chat.example", "X-Forwarded-Proto": "https", "X-Forwarded-Prefix": "/x"},
+            "https://chat.example/x",
+        ),
+        ({"trusted_proxy": ["127.0.0.1"]}, {"Host": "chat.example", "X-Forwarded-Prefix": '/../"<'}, "http://chat.example"),
+    ],
+)
+async def test_the_code_of_an_invite_leads_to_the_public_address(
+    make_world: MakeWorld, settings: dict[str, Any], headers: dict[str, str], link: str
+) -> None:
+    world = await make_world(**settings)
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    code = (await ana.ok("POST", f"/servers/{place.server_id}/invites", {}))["code"]
+    reply = await world.call("GET", f"/invites/{code}.svg", headers=headers)
+    assert reply.headers["Content-Type"] == "image/svg+xml"
+    assert reply.body == chatrtc.draw(f"{link}/#/invite/{code}")
+    assert (await world.call("GET", "/config")).body.get("public_url") == settings.get("public_url")
+
+
+FAILING_HOST = """
+import sys
+from aiohttp import web
+import chatrtc
+
+async def fail(app):
+    raise RuntimeError("the host's own error")
+
+app = web.Application()
+chatrtc.ChatRTC(database=sys.argv[1]).attach(app, prefix=sys.argv[2])
+app.on_startup.append(fail)
+web.run_app(app, port=0)
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "/chat"])
+async def test_an_application_that_cannot_start_ends(tmp_path: Path, prefix: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", FAILING_HOST, str(tmp_path / "chat.db"), prefix, cwd=HERE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(3 * PATIENCE):
+            _, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 1
+    assert errors.decode().rstrip().endswith("RuntimeError: the host's own error")
+    lock = chatrtc.Lock(tmp_path / "chat.db")
+    assert lock.take()
+    lock.close()
+
+
+async def test_the_log_tells_of_refusals_and_of_what_admins_do(tmp_path: Path) -> None:
+    process = await Process.start(tmp_path / "chat.db", "--trusted-proxy", "127.0.0.1")
+    async with process.world() as world:
+        ana, ben = await world.people("ana", "ben")
+        place = await world.place(ana, ben)
+        for address in ("203.0.113.5", "2001:db8::5", "evil %n <b>"):
+            headers = {"X-Forwarded-For": address}
+            body = {"username": "ana", "password": "a wrong one"}
+            for _ in range(7):
+                await world.call("POST", "/auth/login", body, headers=headers)
+                await world.call("GET", "/invites/wrong", headers=headers)
+        member = f"/servers/{place.server_id}/members/{ben.user_id}"
+        await ana.ok("PATCH", member, {"role": "admin"})
+        await ana.ok("PUT", f"/servers/{place.server_id}/bans/{ben.user_id}")
+        await ana.ok("DELETE", f"/servers/{place.server_id}/bans/{ben.user_id}")
+        await ana.ok("DELETE", f"/servers/{place.server_id}")
+        words = {"old_password": "correct horse", "new_password": "battery staple"}
+        assert (await ben.call("POST", "/auth/password", words)).status == 200
+        await done("user", "delete", "ben", "--yes", "--database", str(tmp_path / "chat.db"))
+    status, log = await process.stop()
+    assert status == 0
+    for address in ("203.0.113.5", "2001:db8::/64", "127.0.0.1"):
+        lines = [line for line in log.splitlines() if f"Refused for {address}: " in line]
+        assert len(lines) == 2, "one at once, one for the rest of the minute"
+        times = Counter[str]()
+        for what, number in re.findall(r"(wrong password|unknown code|limit) \((\d+)\)", " ".join(lines)):
+            times[what] += int(number)
+        assert times == {"wrong password": 5, "unknown code": 7, "limit": 2}
+    for act in (
+        "set_role by user 1", "ban by user 1", "unban by user 1", "delete_server by user 1", "change_password by user 2",
+        "delete_user on the command line for 'ben'",
+    ):  # fmt: skip
+        assert log.count(f" {act}") == 1, log
+    assert not re.search(r"horse|staple|wrong one|eyJ|\x1b", log)
+    assert set(chatrtc.OPERATIONS) >= chatrtc.LOGGED
+
+
 async def test_a_chat_lives_under_a_prefix(tmp_path: Path) -> None:
     async def own(request: web.Request) -> web.Response:
         return web.Response(text="mine")
@@ -5810,6 +6089,13 @@ async def test_the_local_network_is_told_with_a_code(tmp_path: Path) -> None:
         line = (await process.process.stdout.readline()).decode()
         assert line.startswith("Others on your network: http://")
         assert "█" in (await process.process.stdout.readline()).decode()
+        async with asyncio.timeout(PATIENCE):
+            while "--tls-self-signed" not in (await process.process.stdout.readline()).decode():
+                assert not process.process.stdout.at_eof()
+        async with process.world() as world:
+            config = (await world.call("GET", "/config")).body
+        assert urlsplit(config["lan_url"]).port == urlsplit(process.url).port
+        assert config["create_servers"] == "accounts"
     finally:
         assert (await process.stop())[0] == 0
 
