@@ -37,6 +37,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import enum
+import errno
 import fcntl
 import functools
 import gc
@@ -60,9 +61,9 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import sys
-import tempfile
 import time
 import typing
 import unicodedata
@@ -1379,6 +1380,54 @@ def one_line(path: Path) -> Iterator[None]:
         ) from None
 
 
+def open_private(path: Path, flags: int) -> int:
+    """Open a file that is for its owner alone. Raises StartError if it is a symbolic link or no regular file: somebody else may
+    have put it there."""
+    with one_line(path):
+        try:
+            file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO):
+                raise
+        else:
+            if stat.S_ISREG(os.fstat(file).st_mode):
+                return file
+            os.close(file)
+    raise StartError(f"{path} is not a regular file: move it away")
+
+
+def match_owner(file: int, database: Path) -> None:
+    """Give a file that root makes to the owner of the database, or of its folder, so that their server can open it."""
+    if os.geteuid() == 0:
+        owner = os.stat(database if database.exists() else database.parent)
+        os.fchown(file, owner.st_uid, owner.st_gid)
+
+
+def write_private(path: Path, data: bytes, database: Path) -> None:
+    """Write a file that its owner alone can read, whole and synced, or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)  # nobody may have it open already
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "wb") as file:
+        match_owner(file.fileno(), database)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(part, path)
+    sync_folder(path.parent)
+
+
+def read_private(path: Path, database: Path) -> bytes:
+    """Return what a file holds that others must not read. Raises StartError if they can, or if it is somebody else's."""
+    with open(open_private(path, os.O_RDONLY), "rb") as file:
+        found = os.fstat(file.fileno())
+        owners = {os.geteuid(), os.stat(database).st_uid if os.geteuid() == 0 and database.exists() else 0}
+        if found.st_uid not in owners:
+            raise StartError(f"{path} belongs to another user: move it away to have one made")
+        if found.st_mode & 0o077:
+            raise StartError(f"Other users can read {path}: run `chmod 600 {path}`, or move it away to have a new one made")
+        return file.read()
+
+
 def format_of(db: sqlite3.Connection) -> int:
     """Return the number of a database's format; 0 if it is new."""
     return int(db.execute("PRAGMA user_version").fetchone()[0])
@@ -1514,8 +1563,11 @@ def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
         version = inspect_file(path)
         if version and not may_migrate:
             require_newest(version, path)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        sync_folder(path.parent)
+        if not path.exists():
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            match_owner(file, path.parent)
+            os.close(file)
+            sync_folder(path.parent)
         if copied:
             adopt_backup(path)
         db = connect_writer(path)
@@ -1531,7 +1583,8 @@ class Lock:
     """The right to write a database, held by one process; says where to reach that process."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve().with_name(path.resolve().name + ".lock")
+        self.database = path.resolve()
+        self.path = self.database.with_name(self.database.name + ".lock")
         self._file: int | None = None
 
     def take(self) -> bool:
@@ -1540,29 +1593,19 @@ class Lock:
             raise StartError("The database is a file; ':memory:' would keep nothing")
         if not self.path.parent.is_dir():
             raise StartError(f"The directory {self.path.parent} does not exist")
-        with one_line(self.path):
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = open_private(self.path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(file)
             return False
         self._file = file
-        self._clear(Path(self.ask()))
+        with one_line(self.path):
+            if stat.S_IMODE(os.fstat(file).st_mode) != 0o600:
+                os.fchmod(file, 0o600)  # for the token that is written to it
+            match_owner(file, self.database)
         self.tell("")
         return True
-
-    def _clear(self, left: Path) -> None:
-        """Take a killed server's socket away; a copy of this file may name one that lives."""
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as control:
-            if not left.is_socket():
-                return
-            control.settimeout(0.2)
-            try:
-                control.connect(str(left))
-            except ConnectionRefusedError:
-                left.unlink()
-                left.parent.rmdir()
 
     def tell(self, address: str) -> None:
         """Leave an address for whoever finds the lock taken."""
@@ -1571,7 +1614,9 @@ class Lock:
         os.pwrite(self._file, address.encode(), 0)
 
     def ask(self) -> str:
-        return self.path.read_text(errors="replace").strip()
+        """Return what the process that holds the lock has left."""
+        with open(open_private(self.path, os.O_RDONLY), errors="replace") as file:
+            return file.read(200).strip()
 
     def close(self) -> None:
         """Give the right back."""
@@ -1616,6 +1661,11 @@ def replace_database(path: Path, part: Path) -> Path | None:
     Whenever this is cut off, either the old database stands, or a copy beside a -wal, which `inspect_file` knows.
     """
     kept = None
+    with part.open("rb") as file:
+        if path.exists():
+            os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+        match_owner(file.fileno(), path)
+        os.fsync(file)
     if path.exists():
         kept = path.with_name(f"{path.name}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
         for suffix in ("", "-wal"):
@@ -3233,20 +3283,10 @@ class Passwords:
 def make_secret(database: Path) -> str:
     """The secret kept beside the database, made at the first start, readable by its owner alone."""
     path = database.with_name(database.name + ".secret")
-    try:
-        if not path.exists():
-            part = path.with_name(path.name + ".part")
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write(secrets.token_hex(SECRET_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(part, path)
-            sync_folder(path.parent)
-        secret = path.read_text().strip()
-    except OSError as error:
-        raise StartError(f"Cannot open {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        secret = ""
+    with one_line(path):
+        if not os.path.lexists(path):
+            write_private(path, secrets.token_hex(SECRET_BYTES).encode(), database)
+    secret = read_private(path, database).decode(errors="ignore").strip()
     if len(secret.encode()) < SECRET_BYTES:
         raise StartError(f"{path} holds no secret of {SECRET_BYTES} bytes; move it away to have one made (all tokens then end)")
     return secret
@@ -6397,6 +6437,7 @@ def asyncapi() -> dict[str, Any]:
 # Starting, stopping and embedding: an aiohttp application's start-up opens a chat and its clean-up closes it.
 
 CHORES_EVERY = 0.5  # seconds
+CONTROL_SECONDS = 5.0  # for a command to arrive
 TOKENS_EVERY = 7200  # chores
 PICTURES_KEPT = 64  # QR codes, of some 20 KiB
 SEARCH_LAG = 50_000  # messages: some 2 seconds of catching up for the first search
@@ -6773,24 +6814,28 @@ class ChatRTC:
         await self.chat.store.close()
 
     async def _listen_for_admin(self) -> None:
-        """Let the command line of the same user have its writes done by us, who hold the lock, over a private socket."""
-        address = self._control.enter_context(tempfile.TemporaryDirectory(prefix="chatrtc-")) + "/control"
-        server = await asyncio.start_unix_server(self._serve_admin, address)
+        """Let the command line have its writes done by this process, which holds the lock. The file of the lock, for its owner
+        alone, has the port and a token."""
+        token = secrets.token_hex(16)
+        server = await asyncio.start_server(functools.partial(self._serve_admin, token), "127.0.0.1", 0)
         self._control.callback(server.close)
-        self.chat.store.lock.tell(address)
+        self.chat.store.lock.tell(f"{server.sockets[0].getsockname()[1]} {token}")
 
-    async def _serve_admin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One line of JSON in, [name, arguments]; one out."""
+    async def _serve_admin(self, token: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one line, the token and [name, arguments] as JSON, with one line of JSON."""
         try:
-            name, args = json.loads(await reader.readline())
-            outcome = await settle(
-                self.chat.store.write(lambda db: ADMIN[name](db, *args), long=True, frees=name == "delete_user")
-            )
+            async with asyncio.timeout(CONTROL_SECONDS):
+                given, _, call = (await reader.readline()).partition(b" ")
+            if not hmac.compare_digest(given, token.encode()):
+                raise ValueError("wrong token")
+            name, args = json.loads(call)
+            job = self.chat.store.write(lambda db: ADMIN[name](db, *args), long=True, frees=name == "delete_user")
+            outcome = await settle(job)
             reply = outcome.body() if isinstance(outcome, ChatError) else {"answer": outcome.answer}
             log.info("%s on the command line for %a: %s", name, args[0] if args else "", reply.get("code", "done"))
             writer.write(json.dumps(reply).encode() + b"\n")
             await writer.drain()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, TimeoutError) as error:
             log.warning("a command could not be read: %s", error)
         finally:
             writer.close()
@@ -6815,12 +6860,11 @@ def self_signed(database: Path) -> str:
     addresses = sorted({"127.0.0.1", "::1", lan_address()})
     path = database.with_name(f"{database.name}.tls.pem")
     now = datetime.datetime.now(datetime.UTC)
-    if path.exists():
-        cert = x509.load_pem_x509_certificate(path.read_bytes())
+    if os.path.lexists(path):
+        cert = x509.load_pem_x509_certificate(read_private(path, database))
         named = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.IPAddress)
         if cert.not_valid_after_utc > now and {str(address) for address in named} >= set(addresses):
             return str(path)
-        path.unlink()
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ChatRTC")])
     names = [x509.DNSName("localhost"), *(x509.IPAddress(ipaddress.ip_address(address)) for address in addresses)]
@@ -6834,8 +6878,7 @@ def self_signed(database: Path) -> str:
     )
     pem = serialization.Encoding.PEM
     secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(secret + cert.public_bytes(pem))
+    write_private(path, secret + cert.public_bytes(pem), database)
     return str(path)
 
 
@@ -6893,7 +6936,8 @@ def spare_collector() -> None:
 async def serve_until_stopped(settings: dict[str, Any]) -> None:
     """Run a server until SIGTERM, SIGINT or SIGHUP, which from now on end it cleanly. Raises StartError."""
     stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # nohup ignores it
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     chat = ChatRTC(**settings)
     app = web.Application()
@@ -7075,13 +7119,13 @@ def reading(database: str, *, any_format: bool = False) -> Iterator[sqlite3.Conn
 
 
 def ask_server(address: str, name: str, args: Sequence[Any]) -> Any:
+    """Have the server that left its port and token in the lock's file do something to the database."""
     try:
-        with socket.socket(socket.AF_UNIX) as control, control.makefile("rwb") as line:
-            control.settimeout(15)
-            control.connect(address)
-            line.write(json.dumps([name, args]).encode() + b"\n")
+        port, token = address.split()
+        with socket.create_connection(("127.0.0.1", int(port)), 15) as control, control.makefile("rwb") as line:
+            line.write(f"{token} {json.dumps([name, args])}\n".encode())
             line.flush()
-            reply = json.loads(line.readline())
+            reply = json.loads(line.readline(1 << 16))
     except (OSError, ValueError) as error:
         raise StartError(f"The server that holds the database does not answer: {error}") from None
     if "code" in reply:

@@ -6314,26 +6314,134 @@ async def test_a_bad_variable_is_refused_like_a_bad_option(tmp_path: Path) -> No
     refused(await command("serve", env={"CHATRTC_SECRET": "short"}, cwd=tmp_path), "32 bytes")
 
 
-async def test_what_a_killed_server_left_is_cleared_away_by_the_next(tmp_path: Path) -> None:
-    killed = await Process.start(tmp_path / "chat.db")
-    address = Path((tmp_path / "chat.db.lock").read_text())
-    killed.process.kill()
-    await killed.process.wait()
-    assert address.is_socket()
-    process = await Process.start(tmp_path / "chat.db")
+async def test_the_command_line_reaches_a_server_without_temporary_folders(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 40)
+    folder.mkdir()
+    nowhere = {"TMPDIR": str(tmp_path / ("missing" * 20))}
+    database = ("--database", str(folder / "chat.db"))
+    killed = await Process.start(folder / "chat.db")
+    await killed.stop(signal.SIGKILL)
+    process = await Process.start(folder / "chat.db", env=nowhere)
     try:
-        assert not address.parent.exists()
-        (tmp_path / "other.txt").write_text("mine")
-        for found in ((tmp_path / "chat.db.lock").read_text(), str(tmp_path / "other.txt"), "", "\xff"):
-            (tmp_path / "copy.db.lock").write_text(found)  # as a copy of the folder would have it, or anything else
-            lock = chatrtc.Lock(tmp_path / "copy.db")
-            assert lock.take()
-            lock.close()
-        assert (tmp_path / "other.txt").read_text() == "mine"
-        done = await command("user", "add", "ana", "--database", str(tmp_path / "chat.db"), stdin="correct horse\n")
-        assert done.status == 0  # the living server's socket is where it was
+        assert "has the id 1" in await done("user", "add", "ana", *database, stdin="correct horse\n", env=nowhere)
+        port, token = (folder / "chat.db.lock").read_text().split()
+        for line in (b"", b"wrong []\n", b"\n", token[:-1].encode() + b" []\n", b"x" * 200_000, b"[" * 60_000 + b"\n",
+                     f"{token} [[\n".encode(), f"{token} {'[' * 9000}\n".encode(), b"GET / HTTP/1.1\r\n\r\n"):  # fmt: skip
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+            writer.write(line)
+            with contextlib.suppress(OSError):
+                writer.write_eof()
+                assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
+            writer.close()
+        assert (await done("user", "list", *database)).count("\n") == 1
     finally:
-        assert (await process.stop())[0] == 0
+        status, log = await process.stop()
+    assert (status, "Traceback" in log) == (0, False), log
+
+
+async def test_a_command_has_to_arrive_in_time(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatrtc, "CONTROL_SECONDS", 0.1)
+    port, _ = (tmp_path / "chat.db.lock").read_text().split()
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+    assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
+    writer.close()
+
+
+async def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    process = await Process.start(tmp_path / "chat.db", prefix=(tool("nohup"),))
+    process.process.send_signal(signal.SIGHUP)
+    async with process.world() as world:
+        assert (await world.call("GET", "/healthz")).status == 200
+    assert process.process.returncode is None
+    assert (await process.stop())[0] == 0
+
+
+OTHER_OWNER = 12345  # the id of a user and a group that own nothing
+
+
+def squat(folder: Path, name: str, kind: str) -> Path:
+    """Put something in the place of a file of the server's; the file that it leads to."""
+    path, target = folder / name, folder / "target"
+    target.write_text("t" * 64)
+    target.chmod(0o600)
+    match kind:
+        case "a link":
+            path.symlink_to(target)
+        case "a pipe":
+            os.mkfifo(path, 0o600)
+        case "a stranger's":
+            path.write_text("s" * 64)
+            path.chmod(0o600)
+            os.chown(path, OTHER_OWNER, OTHER_OWNER)
+        case mode:
+            path.write_text("s" * 64)
+            path.chmod(int(mode, 8))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "word"),
+    [
+        *((".secret", mode, "chmod 600") for mode in ("644", "640", "604", "620", "601")),
+        (".secret", "a stranger's", "another user"),
+        (".tls.pem", "a stranger's", "another user"),
+        (".tls.pem", "644", "chmod 600"),
+        *((end, kind, "not a regular file") for end in (".secret", ".lock", ".tls.pem") for kind in ("a link", "a pipe")),
+    ],
+)
+async def test_a_file_that_others_could_read_or_have_put_there_is_refused(
+    tmp_path: Path, name: str, kind: str, word: str
+) -> None:
+    if kind == "a stranger's" and os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    database = ("--database", str(tmp_path / "chat.db"))
+    target = squat(tmp_path, f"chat.db{name}", kind)
+    refused(await command("serve", "--port", "0", "--tls-self-signed", *database), word)
+    assert target.read_text() == "t" * 64
+
+
+@pytest.mark.parametrize("kind", ["a link", "a pipe", "666", "a stranger's"])
+@pytest.mark.parametrize("name", ["chat.db.secret.part", "copy.part"])
+async def test_an_unfinished_file_of_somebody_else_is_not_used(tmp_path: Path, name: str, kind: str) -> None:
+    if kind == "a stranger's" and os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    database = ("--database", str(tmp_path / "chat.db"))
+    target = squat(tmp_path, name, kind)
+    with contextlib.ExitStack() as stack:
+        if kind != "a pipe":
+            held = stack.enter_context((tmp_path / name).open("rb"))  # a squatter would keep it open
+        await done("user", "add", "ana", *database, stdin="correct horse\n")
+        await done("token", "ana", *database)
+        await done("backup", str(tmp_path / "copy"), *database)
+        assert kind == "a pipe" or held.read(64) in (b"s" * 64, b"t" * 64)
+    assert target.read_text() == "t" * 64
+    assert set(modes_of(tmp_path).values()) == {"0o600"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+async def test_what_root_does_leaves_the_files_to_their_owner(tmp_path: Path, filled: dict[str, bytes]) -> None:
+    folder, backup = tmp_path / "data", tmp_path / "copy"
+    folder.mkdir()
+    os.chown(folder, OTHER_OWNER, OTHER_OWNER)
+    database = ("--database", str(folder / "chat.db"))
+    await done("user", "add", "ana", *database, stdin="correct horse\n")
+    await done("token", "ana", *database)
+    await done("backup", str(backup), *database)
+    (folder / "chat.db").chmod(0o640)
+    os.chown(folder, 0, 0)
+    await done("restore", str(backup), *database)
+    assert (folder / "chat.db").stat().st_mode & 0o777 == 0o640
+
+    def owners() -> set[tuple[int, int]]:
+        return {(file.stat().st_uid, file.stat().st_gid) for file in folder.iterdir()}
+
+    assert owners() == {(OTHER_OWNER, OTHER_OWNER)}
+    for file in folder.iterdir():
+        file.unlink()
+    os.chown(folder, OTHER_OWNER, OTHER_OWNER)  # and where nothing was, the folder tells
+    await done("restore", str(backup), *database)
+    await done("token", "ana", *database)
+    assert owners() == {(OTHER_OWNER, OTHER_OWNER)}
 
 
 @pytest.mark.parametrize("content", [b"short", b"\xff" * 64], ids=["short", "no text"])
