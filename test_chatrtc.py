@@ -10251,6 +10251,216 @@ def test_the_page_handles_every_event() -> None:
     assert set(chatrtc.EVENTS) <= handled
 
 
+async def test_search_marks_what_it_found(two: Any) -> None:
+    _, jonas, maya_api, jonas_api, server_id, channel_id = two
+    lab = (await maya_api.call("POST", f"/servers/{server_id}/channels", {"name": "lab notes"}))["channel_id"]
+    texts = {
+        "病院": "今日の病院は機能していない",
+        "สอบ": "วันนี้มีสอบคณิตศาสตร์",
+        "home": f"{'a long beginning ' * 60}then Homework at last{' and so on' * 40}",
+        "strasse": "die Straße",
+        '"white mouse"': "a white mouse, not a mouse that is white",
+        "eleve": "l'Élève",
+    }
+    for text in texts.values():
+        await maya_api.say(channel_id, text)
+    await jonas_api.say(lab, "homework from Jonas")
+    marks = {"home": ["Home", "home"], "strasse": ["Straße"], '"white mouse"': ["white mouse"], "eleve": ["Élève"]}
+
+    async def ask(q: str, hits: int) -> bool:
+        await jonas.fill("#q", q)
+        await jonas.press("#q", "Enter")
+        await expect(jonas.locator("#found > *").first).not_to_have_text("Searching…")
+        return bool(await jonas.locator(".hit").count() == hits)
+
+    for q in texts:
+        await eventually(lambda q=q: ask(q, len(marks.get(q, [q]))), f"search finds {q}")
+        found = await jonas.locator(".hit mark").all_inner_texts()
+        assert sorted(found) == sorted(marks.get(q, [q]))
+        for mark in await jonas.locator(".hit mark").all():
+            hit = mark.locator("xpath=ancestor::p")
+            box, edge = await mark.bounding_box(), await hit.bounding_box()
+            assert box["y"] + box["height"] <= edge["y"] + edge["height"] + 1, "the mark is inside the excerpt"
+    for q in ("home from:jonas", 'home in:"lab notes"', "from:@Jonas home"):
+        assert await ask(q, 1)
+        await expect(jonas.locator(".hit")).to_contain_text("from Jonas")
+    await ask("home from:nobody", 0)
+    await expect(jonas.locator("#found")).to_have_text("Nobody here is called “nobody”.")
+    await ask("home in:nowhere", 0)
+    await expect(jonas.locator("#found")).to_have_text("No channel is called “nowhere”.")
+    await jonas.fill("#q", "from:")
+    assert "from:Maya " in await jonas.locator("#q-names option").evaluate_all("all => all.map((one) => one.value)")
+    jonas.tolerate = "Failed to load|ERR_"
+    await jonas.page.route("**/search?*", lambda route: route.abort())
+    await ask("mouse", 0)
+    await expect(jonas.locator("#found")).to_contain_text("The server does not answer.")
+    await jonas.page.unroute("**/search?*")
+    await jonas.click("#found .button")
+    await expect(jonas.locator(".hit mark").first).to_have_text("mouse")
+
+
+# Connections
+
+
+async def test_a_reconnect_asks_little(url: str, rest: Rest, tab: Any) -> None:
+    """15 servers cost no request each, and a newcomer redraws no message."""
+    host, port = url.removeprefix("http://").split(":")
+    proxy = await Proxy(host, int(port)).mend()
+    maya_api, jonas_api = await rest.register("Maya"), await rest.register("Jonas")
+    servers = [await maya_api.found(f"Class {number}") for number in range(15)]
+    await maya_api.bring(servers[14][0], jonas_api)
+    for text in ("hello", "to @nobody", "and so on"):
+        await maya_api.say(servers[0][1], text)
+    maya = await tab(maya_api, at=f"http://127.0.0.1:{proxy.port}")
+    maya.tolerate = "ERR_|WebSocket|Failed to load"
+    await maya.sees("and so on")
+    await expect(maya.locator("#people")).to_contain_text("Maya")
+    asked: list[str] = []
+    maya.page.on("request", lambda request: asked.append(request.url) if "/socket.io/" not in request.url else None)
+    await proxy.cut()
+    await expect(maya.locator("#offline")).to_be_visible()
+    asked.clear()
+    await jonas_api.say(servers[14][1], "while away")
+    await proxy.mend()
+    await expect(maya.locator("#offline")).to_be_hidden(timeout=30000)
+    await expect(maya.locator("#rail .badge:not([hidden])")).to_have_count(1)
+    await eventually(lambda: settled(maya, asked), "no more requests")
+    assert len(asked) <= 6, asked
+    await maya.evaluate("for (const row of document.querySelectorAll('#log .row')) row.known = true")
+    await maya_api.bring(servers[0][0], jonas_api)
+    await expect(maya.locator("#people")).to_contain_text("Jonas")
+    await jonas_api.say(servers[0][1], "here I am")
+    await maya.sees("here I am")
+    assert await maya.evaluate("[...document.querySelectorAll('#log .row')].map((row) => Boolean(row.known))") == [
+        True, False, True, False,
+    ]  # fmt: skip
+    await proxy.cut()
+
+
+async def settled(tab: Tab, asked: list[str]) -> bool:
+    before = len(asked)
+    await tab.page.wait_for_timeout(700)
+    return len(asked) == before
+
+
+async def test_page_reads_again_after_a_restore(tmp_path: Path, tab: Any, unused_tcp_port: int) -> None:
+    """A page that holds messages which the restored database never had discards its copy and reads again."""
+    database = ("--database", str(tmp_path / "restored.db"))
+    address = ("--port", str(unused_tcp_port), "--no-rate-limit")
+    process = await Process.start(tmp_path / "restored.db", *address)
+    async with aiohttp.ClientSession() as http:
+        rest = Rest(process.url, http)
+        maya_api = await rest.register("Maya")
+        _, channel_id = await maya_api.found()
+        await maya_api.say(channel_id, "kept;")
+        gone = await maya_api.say(channel_id, "deleted after the backup;")
+        await done("backup", str(tmp_path / "copy"), *database)
+        maya = await tab(maya_api, at=process.url)
+        maya.tolerate = "ERR_|WebSocket|Failed to load"
+        await maya.sees("kept;")
+        await maya_api.say(channel_id, "lost;")
+        await maya_api.call("DELETE", f"/messages/{gone['message_id']}")
+        await maya.sees("lost;")
+        await process.stop()
+        await done("restore", str(tmp_path / "copy"), *database)
+        process = await Process.start(tmp_path / "restored.db", *address)
+        await expect(maya.locator("#offline")).to_be_hidden(timeout=30000)
+        await expect(maya.locator("#log .row .said")).to_have_text(["kept;", "deleted after the backup;"])
+        await maya.write("after the restore")
+        await maya.sees("after the restore")
+        await maya.page.close()
+    await process.stop()
+
+
+# Firefox
+
+
+class Firefox:
+    """Firefox itself, driven by WebDriver BiDi: a person in front of the page."""
+
+    def __init__(self, ws: aiohttp.ClientWebSocketResponse) -> None:
+        self.ws, self.number, self.context = ws, 0, ""
+
+    async def ask(self, method: str, **params: Any) -> Any:
+        self.number += 1
+        await self.ws.send_json({"id": self.number, "method": method, "params": params})
+        while True:
+            answer = await self.ws.receive_json(timeout=60)
+            if answer.get("id") == self.number:
+                assert answer["type"] == "success", answer
+                return answer["result"]
+
+    async def evaluate(self, expression: str) -> Any:
+        target = {"context": self.context}
+        found = await self.ask("script.evaluate", expression=expression, target=target, awaitPromise=True)
+        assert found["type"] == "success", found
+        return found["result"].get("value")
+
+    async def open(self, url: str) -> None:
+        await self.ask("browsingContext.navigate", context=self.context, url=url, wait="complete")
+
+    async def sees(self, text: str, selector: str = "body") -> None:
+        script = (
+            f"[...document.querySelectorAll({json.dumps(selector)})].some((one) => one.innerText.includes({json.dumps(text)}))"
+        )
+        await eventually(lambda: self.evaluate(script), f"Firefox shows {text!r} in {selector}", 30)
+
+    async def type(self, selector: str, text: str) -> None:
+        await self.evaluate(f"document.querySelector({json.dumps(selector)}).focus()")
+        keys = [{"type": kind, "value": key} for key in text.replace("\n", "\ue007") for kind in ("keyDown", "keyUp")]
+        await self.ask("input.performActions", context=self.context, actions=[{"type": "key", "id": "keys", "actions": keys}])
+
+
+FIREFOX = os.environ.get("FIREFOX", "/usr/bin/firefox-esr")
+
+
+@pytest.fixture
+async def firefox(tmp_path: Path) -> AsyncIterator[Firefox]:
+    (tmp_path / "home").mkdir()
+    process = await asyncio.create_subprocess_exec(
+        *(FIREFOX, "--headless", "--no-remote", "--remote-debugging-port", "0", "--profile", str(tmp_path / "home")),
+        env=os.environ | {"HOME": str(tmp_path / "home"), "MOZ_DISABLE_CONTENT_SANDBOX": "1"},
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(90):
+            while not (found := re.search(r"BiDi listening on (ws://\S+)", line := (await process.stderr.readline()).decode())):
+                assert line, "Firefox did not start"
+        drain = asyncio.create_task(process.stderr.read())
+        async with aiohttp.ClientSession() as http, http.ws_connect(found[1] + "/session", max_msg_size=0) as ws:
+            one = Firefox(ws)
+            await one.ask("session.new", capabilities={})
+            one.context = (await one.ask("browsingContext.getTree"))["contexts"][0]["context"]
+            yield one
+            await one.ask("browser.close")
+        await asyncio.wait_for(process.wait(), 30)
+        await drain
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+@pytest.mark.skipif(not Path(FIREFOX).exists(), reason="needs firefox-esr")
+async def test_firefox_guest_joins_and_both_talk(rest: Rest, tab: Any, firefox: Firefox) -> None:
+    maya_api = await rest.register("Maya")
+    server_id, _ = await maya_api.found()
+    code = await maya_api.bring(server_id)
+    maya = await tab(maya_api)
+    await maya.write("before he came: **bold** and `code`")
+    await firefox.open(f"{rest.url}/#/invite/{code}")
+    await firefox.sees("Biology 3B", "#invited")
+    await firefox.type("#username", "Jonas\n")
+    await firefox.sees("bold", "#log .said strong")
+    await firefox.sees("code", "#log .said code")
+    await firefox.type("#text", "hello from *Firefox*\n")
+    await expect((await maya.sees("hello from Firefox")).locator("em")).to_have_text("Firefox")
+    await maya.write("welcome, @Jonas, to this room")
+    await firefox.sees("@Jonas", "#log .row.named .at")
+    assert await firefox.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
 # Hostile text
 
 RUN = "window.__xss=1"
