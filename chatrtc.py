@@ -447,11 +447,14 @@ def handle_keys(run: str) -> list[str]:
     ]
 
 
-def closing_ticks(line: str, at: int, length: int) -> int:
-    """Return where the run of so many backticks ends that closes inline code, or 0."""
+def closing_ticks(line: str, at: int, length: int, unclosed: set[int]) -> int:
+    """Return where the run of so many backticks ends that closes inline code, or 0. `unclosed` has the lengths that fail."""
+    if length in unclosed:
+        return 0
     for run in TICKS.finditer(line, at):
         if run.end() - run.start() == length:
             return run.end()
+    unclosed.add(length)
     return 0
 
 
@@ -483,7 +486,7 @@ def plain_url_end(text: str, start: int, at: int) -> int:
 
 def at_signs(text: str, tokens: re.Pattern[str]) -> Iterator[str]:
     """The text after each `@` that may begin a mention, in a text without code blocks."""
-    at = 0
+    at, unclosed = 0, set[int]()
     while found := tokens.search(text, at):
         start, at = found.span()
         if text[start] == "@":
@@ -493,7 +496,7 @@ def at_signs(text: str, tokens: re.Pattern[str]) -> Iterator[str]:
         elif text[start] == "\\":
             at += (at - start) % 2 and text[at : at + 1] in ("`", "[", "@")
         elif text[start] == "`":
-            at = closing_ticks(text, at, at - start) or at
+            at = closing_ticks(text, at, at - start, unclosed) or at
         elif text[start] != "[":
             at = plain_url_end(text, start, at) or at
         elif (end := url_end(text, found.end("scheme"))) < len(text) and text[end] == ")":
@@ -503,12 +506,12 @@ def at_signs(text: str, tokens: re.Pattern[str]) -> Iterator[str]:
 
 def fences(line: str) -> Iterator[tuple[int, int]]:
     """Where the line may open a code block: runs of three backticks or more that do not close on it, with their ends."""
-    at = 0
+    at, unclosed = 0, set[int]()
     while "```" in line and (found := ESCAPED_TICKS.search(line, at)):
         start, at = found.span()
         if line[start] == "\\":
             at += (at - start) % 2 and line[at : at + 1] == "`"
-        elif end := closing_ticks(line, at, at - start):
+        elif end := closing_ticks(line, at, at - start, unclosed):
             at = end
         elif at - start >= 3:
             yield start, at

@@ -9554,7 +9554,7 @@ async def test_markdown_is_shown_as_the_table_says(rest: Rest, tab: Any) -> None
         dict(zip(MARKDOWN_CASES, await shown(maya, maya_api, channel_id, list(MARKDOWN_CASES)), strict=True)) == MARKDOWN_CASES
     )
     blocks = "document.querySelectorAll('.said > *, .said li, .said pre, .said blockquote > *')"
-    odd = f"[...{blocks}].filter((node) => !node.matches('.code, [dir=auto]')).length"
+    odd = f"[...{blocks}].filter((node) => !node.matches('.code, [dir]')).length"
     assert await maya.evaluate(odd) == 0
 
 
@@ -9568,6 +9568,155 @@ async def test_a_chip_is_where_the_server_counts_a_mention(rest: Rest, tab: Any)
     for text, drawn in zip(texts, await shown(page, ana, channel_id, texts), strict=True):
         chips = {chatrtc.fold(chip) for chip in re.findall("<at>@(.*?)</at>", drawn)}
         assert chips == {chatrtc.fold(name) for name in MENTION_CASES[text].split()}, (text, drawn)
+
+
+PIECES = [
+    "😂",
+    "👨‍👩‍👧",
+    "\u0301",
+    "a\u0301",
+    "ﷲ",
+    "田",
+    "a",
+    "0",
+    " ",
+    "*",
+    "**",
+    "***",
+    "*a",
+    "a*",
+    "_",
+    "_a_",
+    "~~",
+    "`",
+    "``",
+    "```",
+    "a`",
+]
+PIECES += [
+    "[",
+    "]",
+    "(",
+    ")",
+    "[a](",
+    "[a](https://b.example",
+    "](https://b.example)",
+    "@",
+    "@a",
+    "@田",
+    "@ana ",
+    ".",
+    "a.",
+    "-",
+    "'\"",
+]
+PIECES += [
+    ">",
+    "> ",
+    "\n",
+    "\n- ",
+    "\n  1. ",
+    "\n> ",
+    "\n```",
+    "\\",
+    "\\*",
+    "\\`",
+    "https://",
+    "https://a.example/(",
+    "www.",
+    "a@b.",
+]
+
+
+def worst_texts() -> list[str]:
+    """200 texts of 4,000 characters: each piece repeated, several pieces repeated, and pieces in any order."""
+    pick, texts = Random(9), []
+    for number in range(200):
+        unit = PIECES[number] if number < len(PIECES) else "".join(pick.choices(PIECES, k=pick.randint(2, 6)))
+        text = "".join(pick.choices(PIECES, k=4000)) if number >= 150 else pick.choice(PIECES) + unit * 4000
+        tail = pick.choice([" that was so funny", "x", "*", "`", ")", "@ana"])
+        texts.append(text[: 4000 - len(tail)] + tail)
+    return texts
+
+
+LETTERS = """(id) => {
+    const said = document.querySelector(`#log .row[data-id="${id}"] .said`).cloneNode(true);
+    for (const node of said.querySelectorAll("button, bdi")) node.remove();
+    for (const link of said.querySelectorAll("a")) {  // of [label](address) the address is not shown
+        const typed = link.getAttribute("href"), text = link.textContent;
+        if (![text, `https://${text}`, `mailto:${text}`].includes(typed)) link.append(typed);
+    }
+    return (said.textContent.match(/[\\p{L}\\p{So}]/gu) ?? []).join("");
+}"""
+
+
+async def test_no_text_holds_up_the_page_and_none_is_lost(rest: Rest, tab: Any) -> None:
+    maya_api = await rest.register("Maya")
+    _, channel_id = await maya_api.found()
+    maya = await tab(maya_api)
+    async with asyncio.timeout(300):
+        for text in worst_texts():
+            message_id = (await maya_api.say(channel_id, text))["message_id"]
+            await expect(maya.locator(f'#log .row[data-id="{message_id}"]')).to_have_count(1)
+            letters = "".join(
+                char for char in text if unicodedata.category(char)[0] == "L" or unicodedata.category(char) == "So"
+            )
+            assert await maya.evaluate(LETTERS, message_id) == letters, text[:80]
+
+
+@pytest.mark.soak
+async def test_no_text_takes_the_page_fifty_milliseconds(rest: Rest, tab: Any) -> None:
+    """Processor time of the page's thread for one message: script, style and layout."""
+    maya_api = await rest.register("Maya")
+    costs: list[tuple[float, str]] = []
+    for number, text in enumerate(worst_texts()):
+        if number % 20 == 0:
+            _, channel_id = await maya_api.found(f"Class {number}")
+            maya = await tab(maya_api)
+            await maya.goto(f"{maya.url}/#/channel/{channel_id}")
+            cdp = await maya.context.new_cdp_session(maya.page)
+            await cdp.send("Performance.enable", {"timeDomain": "threadTicks"})
+        before = await page_time(cdp)
+        message_id = (await maya_api.say(channel_id, text))["message_id"]
+        await expect(maya.locator(f'#log .row[data-id="{message_id}"]')).to_have_count(1)
+        costs.append(((await page_time(cdp) - before) * 1000, text[:40]))
+    costs.sort(reverse=True)
+    print(f"\nthe most expensive texts, ms: {costs[:5]}")
+    assert costs[0][0] < 50
+
+
+async def page_time(cdp: Any) -> float:
+    """Seconds that the page's thread has spent on script, style and layout."""
+    metrics = {one["name"]: one["value"] for one in (await cdp.send("Performance.getMetrics"))["metrics"]}
+    return float(metrics["ScriptDuration"] + metrics["LayoutDuration"] + metrics["RecalcStyleDuration"])
+
+
+async def test_a_name_is_completed_by_handle_or_name_in_any_case_without_accents(two: Any) -> None:
+    maya, _, _, jonas_api, _, _ = two
+    await jonas_api.call("PATCH", "/users/me", {"name": "José Ángel"})
+    for typed in ("@jo", "(@JOSE", "hi @angel", "@sé"):
+        await maya.fill("#text", "")
+        await maya.locator("#text").press_sequentially(typed)
+        await expect(maya.locator("#names li")).to_contain_text(["José Ángel@Jonas"])
+    await maya.press("#text", "Enter")
+    await expect(maya.locator("#text")).to_have_value("@Jonas ")
+    for typed in ("me@jo", "@jo nas", "@nobody"):
+        await maya.fill("#text", "")
+        await maya.locator("#text").press_sequentially(typed)
+        await expect(maya.locator("#names")).to_be_hidden()
+
+
+async def test_each_block_has_its_own_direction(rest: Rest, tab: Any) -> None:
+    maya_api = await rest.register("Maya")
+    _, channel_id = await maya_api.found()
+    maya = await tab(maya_api)
+    await shown(maya, maya_api, channel_id, ["hello\n\nمحمد\n\n> سلم\n\n- شكر\n- ok\n\n```\nשלם\n```\n\nhello\nمحمد بكم"])
+    blocks = "[...document.querySelectorAll('.said :is(p, blockquote, ul, li, pre)')]"
+    found = await maya.evaluate(f"{blocks}.map((node) => `${{node.localName}} ${{getComputedStyle(node).direction}}`)")
+    assert found == ["p ltr", "p rtl", "blockquote rtl", "p rtl", "ul rtl", "li rtl", "li ltr", "pre rtl", "p ltr"]
+    last = """() => { const range = document.createRange(), text = [...document.querySelectorAll(".said p")].pop();
+        range.selectNodeContents(text); const lines = [...range.getClientRects()]; return lines.pop().left - lines[0].left; }"""
+    assert await maya.evaluate(last) > 100  # the Arabic line of a paragraph that begins in English is on the right
 
 
 async def test_cut_network_loses_nothing_and_doubles_nothing(url: str, rest: Rest, tab: Any) -> None:
