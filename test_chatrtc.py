@@ -9175,6 +9175,147 @@ async def test_no_secret_is_in_a_file_mode_or_a_log(launch: Launch, tmp_path: Pa
     assert b"ana" in stored  # the control
 
 
+# One hostile client against a server whose limits are on, while a class signs in, opens an invite, posts and searches.
+
+
+class Hostile(NamedTuple):
+    """What the hostile client has: an account of its own with a server, an invite of the class, and names to try."""
+
+    world: World
+    me: Person
+    place: Place
+    code: str
+    turn: Iterator[int]
+
+
+async def draw_for_any_host(hostile: Hostile) -> None:
+    await hostile.world.call("GET", f"/invites/{hostile.code}.svg", headers={"Host": "h" * 900})
+
+
+async def guess_codes(hostile: Hostile) -> None:
+    await hostile.world.call("GET", f"/invites/wrong-{next(hostile.turn)}")
+
+
+async def guess_passwords(hostile: Hostile) -> None:
+    await hostile.world.sign_in(f"pupil-{next(hostile.turn) % 20}", "a wrong one")
+
+
+async def sign_in_rightly(hostile: Hostile) -> None:
+    await hostile.world.sign_in(hostile.me.name)
+
+
+async def guess_under_fresh_names(hostile: Hostile) -> None:
+    await hostile.world.sign_in(f"nobody-{next(hostile.turn)}", "a wrong one")
+
+
+async def open_sockets(hostile: Hostile) -> None:
+    async with hostile.world.session.ws_connect(f"{hostile.world.url}/socket.io/?EIO=4&transport=websocket") as wire:
+        await wire.receive(timeout=PATIENCE)
+        await asyncio.sleep(0.5)
+
+
+async def register_many(hostile: Hostile) -> None:
+    body = {"username": f"guest-{next(hostile.turn)}", "code": hostile.code}
+    await hostile.world.call("POST", "/auth/guest", body)
+
+
+async def ask_and_not_read(hostile: Hostile) -> None:
+    url = f"{hostile.world.url}/servers/{hostile.place.server_id}/changes?after=0"
+    async with hostile.world.session.get(url, headers={"Authorization": f"Bearer {hostile.me.token}"}):
+        await asyncio.sleep(0.5)
+
+
+async def search_much(hostile: Hostile) -> None:
+    await hostile.me.call("GET", f"/servers/{hostile.place.server_id}/search?q=xx")
+
+
+async def post_much(hostile: Hostile) -> None:
+    body = {"channel_id": hostile.place.channel_id, "content": ("@" + "\ufdf2" * 10 + "." * 50) * 65}
+    await hostile.me.call("POST", "/messages", body)
+
+
+async def create_servers(hostile: Hostile) -> None:
+    await hostile.me.call("POST", "/servers", {"name": "x"})
+    await hostile.me.call("GET", "/servers")
+
+
+ATTACKS = (
+    draw_for_any_host, guess_codes, guess_passwords, sign_in_rightly, guess_under_fresh_names, open_sockets, register_many,
+    ask_and_not_read, search_much, post_much, create_servers,
+)  # fmt: skip
+
+
+def from_address(url: str, address: str, told: str) -> World:
+    """A client at that loopback address, that says (as a proxy would) whom it speaks for."""
+    connector = aiohttp.TCPConnector(local_addr=(address, 0), limit=0)
+    return World(url, aiohttp.ClientSession(connector=connector, headers={"X-Forwarded-For": told}))
+
+
+async def be_a_pupil(url: str, name: str, number: int, code: str) -> None:
+    """Sign in, open an invite, post and search. Only signing in may need another try, on a machine with other work."""
+    async with from_address(url, "127.0.0.1", f"198.51.100.{number}") as world:
+        for _ in range(3):
+            signed_in = await world.sign_in(name)
+            if signed_in.status != 503:
+                break
+        assert signed_in.status == 200, signed_in
+        me = Person(world, name, signed_in.body["user_id"], signed_in.body["token"])
+        assert (await world.call("GET", f"/invites/{code}")).status == 200
+        joined = await me.call("POST", f"/invites/{code}")
+        assert joined.status in (200, 201), joined
+        await me.post(joined.body["channels"][0]["channel_id"], f"good morning from {name}")
+        found = await me.ok("GET", f"/servers/{joined.body['server_id']}/search?q=morning")
+        assert len(found["messages"]) >= 1, found
+
+
+async def watch_health(url: str, slowest: list[float]) -> None:
+    async with from_address(url, "127.0.0.1", "198.51.100.250") as world:
+        while True:
+            began = time.monotonic()
+            with contextlib.suppress(*GONE):  # a kept connection may be closed by the server as it is used again
+                assert (await world.call("GET", "/healthz")).status == 200
+            slowest[0] = max(slowest[0], time.monotonic() - began)
+            await asyncio.sleep(0.25)
+
+
+async def attack_until(end: float, attack: Callable[[Hostile], Awaitable[None]], hostile: Hostile) -> None:
+    while time.monotonic() < end:
+        with contextlib.suppress(*GONE):
+            await attack(hostile)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("address", ["127.0.0.2", "127.0.0.1"], ids=["from another address", "behind the same proxy"])
+async def test_one_hostile_client_stops_nobody(
+    launch: Launch, tmp_path: Path, attack: Callable[[Hostile], Awaitable[None]], address: str
+) -> None:
+    process = await launch(tmp_path / "chat.db", "--trusted-proxy", "127.0.0.1", limits=True)
+    near = from_address(process.url, "127.0.0.1", "198.51.100.251")
+    async with near as world, from_address(process.url, address, "203.0.113.66") as far:
+        teacher, me = await world.person("teacher"), await far.person("mallory")
+        code = (await teacher.ok("POST", f"/servers/{(await world.place(teacher)).server_id}/invites", {}))["code"]
+        names = [f"pupil-{number}" for number in range(20)]
+        await world.people(*names)
+        hostile = Hostile(far, me, await far.place(me), code, itertools.count())
+        before, slowest = memory(process), [0.0]
+        health = asyncio.create_task(watch_health(process.url, slowest))
+        end = time.monotonic() + 20
+        attackers = [asyncio.create_task(attack_until(end, attack, hostile)) for _ in range(20)]
+        await asyncio.sleep(3)
+        pupils = await asyncio.gather(
+            *(be_a_pupil(process.url, name, number, code) for number, name in enumerate(names)), return_exceptions=True
+        )
+        await asyncio.gather(*attackers)
+        grown = memory(process) - before
+        print(f"{attack.__name__} from {address}: health within {slowest[0]:.2f} s, memory {grown / 2**20:+.0f} MiB")
+        assert [outcome for outcome in pupils if outcome is not None] == []
+        assert not health.done(), health
+        health.cancel()
+        assert slowest[0] < 1
+        assert grown < 128 << 20
+
+
 # ---- Page -----------------------------------------------------------------------------------------------------------
 # The page in a real browser: people side by side, a network that breaks, hostile text, sound, and what axe says.
 
