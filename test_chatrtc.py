@@ -9982,9 +9982,9 @@ async def test_a_message_that_fails_to_draw_takes_no_other_with_it(rest: Rest, t
 
 
 def test_the_page_uses_only_what_supported_browsers_have() -> None:
-    """No newer method; newer CSS functions only where they have a substitute."""
+    """No look-behind, no newer method; newer CSS functions only where they have a substitute."""
     page = (HERE / "chatrtc.html").read_text()
-    newer = (".findLast", ".toSorted", "canParse", "AbortSignal.", ".roundRect", ":has(", "groupBy(")
+    newer = ("(?<!", "(?<=", ".findLast", ".toSorted", "canParse", "AbortSignal.", ".roundRect", ":has(", "groupBy(")
     assert [one for one in newer if one in page] == []
     for found in re.finditer(r"[\w-]+: [^;{}]*\d[ds]vh[^;]*;", page):
         assert re.search(r"\dvh[^;]*; *$", page[: found.start()]), f"no substitute: {found[0]}"
@@ -10410,6 +10410,41 @@ async def test_line_where_one_left_the_tab(two: Any) -> None:
     await maya.write("and on")
     await jonas.sees("and on")
     await expect(jonas.locator("#log .fresh + .row")).to_contain_text("away 0;")
+
+
+async def test_days_reactions_and_times_of_rows(rest: Rest, tab: Any) -> None:
+    """Days go by the calendar, also where the clock was set back; who left keeps a name; a time is in the margin."""
+    maya_api, jonas_api = await rest.register("Maya"), await rest.register("Jonas")
+    server_id, channel_id = await maya_api.found()
+    await maya_api.bring(server_id, jonas_api)
+    rows = [await maya_api.say(channel_id, f"row {number}") for number in range(5)]
+    jonas_id = jonas_api.account["user_id"]
+    await jonas_api.call("DELETE", f"/servers/{server_id}/members/{jonas_id}")
+    days = (
+        "2026-03-28T12:00:00Z",
+        "2026-03-29T12:00:00Z",
+        "2026-03-28T13:00:00Z",
+        "2026-03-29T21:00:00Z",
+        "2026-03-29T21:01:00Z",
+    )
+    for row, day in zip(rows, days, strict=True):
+        row["created_at"] = day
+    reactions = [("\u2764", [jonas_id]), ("\u2764\ufe0f", [jonas_id, maya_api.account["user_id"]])]
+    rows[0]["reactions"] = [{"emoji": emoji, "user_ids": user_ids} for emoji, user_ids in reactions]
+    maya = await tab(timezone_id="Europe/Paris")
+    await maya.page.route("**/messages?*", lambda route: route.fulfill(json={"messages": rows, "has_more": False}))
+    await maya.page.clock.set_fixed_time("2026-03-29T22:30:00Z")  # half past midnight, after a day of 23 hours
+    await maya.enter(maya_api)
+    saturday = "Saturday 28 March"
+    await expect(maya.locator("#log .day")).to_have_text([saturday, "Yesterday", saturday, "Yesterday"])
+    await expect(maya.locator("#log > *").last).to_contain_text("row 4")
+    await expect(maya.row("row 0").locator(".reactions button")).to_have_text("\u2764\ufe0f 2")
+    await expect(maya.row("row 0").locator(".reactions button")).to_have_attribute("title", "Jonas, Maya")
+    await maya.row("row 4").hover()
+    time_box = await maya.row("row 4").locator("> time").bounding_box()
+    text_box = await maya.row("row 4").locator(".said").bounding_box()
+    await expect(maya.row("row 4").locator("> time")).to_be_visible()
+    assert time_box["x"] + time_box["width"] <= text_box["x"]
 
 
 # Writing
