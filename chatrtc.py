@@ -1293,6 +1293,7 @@ MIGRATIONS = (
     CREATE VIRTUAL TABLE messages_fts USING fts5 (
         content, server_id, content = '', tokenize = "unicode61 remove_diacritics 2 categories 'L* M* N* Co'"
     );
+    ALTER TABLE search ADD COLUMN stale INTEGER NOT NULL DEFAULT 0;
     UPDATE search SET indexed_id = 0;
     """,
 )
@@ -1312,7 +1313,14 @@ COMPLAIN_EVERY = 60  # seconds between two lines in the log on writes that fail
 DEADLINE = 8.0  # seconds for any call; shorter than the ping timeout
 THOROUGH_MAX = 64 * 1024 * 1024  # up to this size a start checks what each index holds as well, which is a second
 MAGIC = b"SQLite format 3\0"
-PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "trusted_schema": 0, "cell_size_check": 1}
+PRAGMAS = {
+    "journal_mode": "wal",
+    "synchronous": 2,
+    "foreign_keys": 1,
+    "trusted_schema": 0,
+    "cell_size_check": 1,
+    "secure_delete": 1,
+}
 
 R = TypeVar("R")
 Question = Callable[..., R]
@@ -1718,6 +1726,11 @@ def commit(db: sqlite3.Connection) -> None:
         undo(db)
 
 
+def empty_wal(db: sqlite3.Connection) -> Done[bool]:
+    """Move the -wal into the database and empty it, outside a transaction; return whether no reader prevented it."""
+    return Done(not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
+
+
 def in_transaction(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatError]:
     outcomes = begin(db, jobs)
     commit(db)
@@ -2018,6 +2031,8 @@ class Store:
             self._writer = await aiosqlite.Connection(functools.partial(connect_writer, self.path), 64)
             self._doubtful = False
         jobs = [entry.job for entry in batch]
+        if jobs == [empty_wal]:
+            return [await on_thread(self._writer, empty_wal)]
         if batch[0].long:
             outcomes = await on_thread(self._writer, begin, jobs)
         else:
@@ -2719,7 +2734,23 @@ def unindex(db: sqlite3.Connection, where: str, *values: int) -> bool:
     rows = db.execute(INDEXED + where, values).fetchall()
     forget = "INSERT INTO messages_fts (messages_fts, rowid, content, server_id) VALUES ('delete', ?, ?, ?)"
     db.executemany(forget, [(message_id, search_text(content), server_id) for message_id, content, server_id in rows])
+    db.execute("UPDATE search SET stale = 1")
     return bool(rows)
+
+
+def has_stale_texts(db: sqlite3.Connection) -> bool:
+    """Return whether deleted or changed texts may still be in the search index or in the -wal."""
+    return bool(db.execute("SELECT stale FROM search").fetchone()[0])
+
+
+def merge_index(db: sqlite3.Connection) -> Done[bool]:
+    """Merge the search index by one step; once it is whole, it has no word of a deleted text. Return whether it is."""
+    changes = db.total_changes
+    db.execute("INSERT INTO messages_fts (messages_fts, rank) VALUES ('merge', -500)")  # pages
+    whole = db.total_changes - changes < 2  # SQLite's way of saying that there was nothing to do
+    if whole:
+        db.execute("UPDATE search SET stale = 0")
+    return Done(whole)
 
 
 def update_message(db: sqlite3.Connection, server_id: int, message: Message, content: str, now: str) -> None:
@@ -3756,13 +3787,19 @@ def list_servers(at: Scope, args: Nothing) -> Done[Servers]:
     return Done(Servers(servers_of(at.db, at.me.user_id)))
 
 
+def make_server(db: sqlite3.Connection, name: str, owner_id: int, now: str) -> int:
+    """Create a server with the channel `general` and return its id."""
+    server_id = insert_server(db, name, now)
+    add_member(db, server_id, owner_id, "owner", now)
+    add_channel(db, server_id, "general", "text", "")
+    return server_id
+
+
 @operation("write", "POST /servers", Who.CREATOR, status=201, limit="post")
 def create_server(at: Scope, args: NameArgs) -> Done[Server]:
     """Create a server, with the channel `general`; its creator owns it."""
     check_owned(at.db, at.me.user_id)
-    server_id = insert_server(at.db, args.name, at.now)
-    add_member(at.db, server_id, at.me.user_id, "owner", at.now)
-    add_channel(at.db, server_id, "general", "text", "")
+    server_id = make_server(at.db, args.name, at.me.user_id, at.now)
     return Done(server_view(at.db, server_id, at.me.user_id))
 
 
@@ -5489,6 +5526,7 @@ class Chat:
         self.connections: dict[str, Connection] = {}
         self.sockets: dict[int, set[str]] = {}  # user -> authenticated sockets
         self.listeners: dict[str, list[Listener]] = {}
+        self.erase_after = 0.0  # see `erase_texts`
         self.listening = False
         self._sessions: dict[str, Standing] = {}  # token -> who bears it, while it is known to stand
         self._carriers: dict[type[Effect], Callable[..., None]] = {
@@ -6495,8 +6533,14 @@ def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -
     return Done(user_id, [*effects, Revoke(user_id)])
 
 
+def add_server(db: sqlite3.Connection, name: str, owner: str) -> Done[int]:
+    """Create a server for an account and return its id. Raises BAD_REQUEST, NOT_FOUND."""
+    args = read_args(NameArgs, {"name": name})
+    return Done(make_server(db, args.name, need_account(db, owner).user_id, utc(time.time())))
+
+
 # What the command line may have done to the database.
-ADMIN: dict[str, Callable[..., Done[Any]]] = {run.__name__: run for run in (add_user, set_password, delete_user)}
+ADMIN: dict[str, Callable[..., Done[Any]]] = {run.__name__: run for run in (add_user, set_password, delete_user, add_server)}
 
 
 def check_addresses(settings: Settings) -> None:
@@ -6599,6 +6643,19 @@ async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
     return web.Response(body=outcome.answer, headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
 
+async def erase_texts(chat: Chat) -> None:
+    """Remove deleted texts from the search index and from the -wal, if there are any. The next time comes after twenty times as
+    long as this took, as a large index is written anew each time."""
+    began = time.monotonic()
+    if began < chat.erase_after or not chat.store.peek(has_stale_texts):
+        return
+    while not chat.store.busy() and not (await chat.store.write(merge_index, long=True, frees=True)).answer:
+        pass
+    if not chat.store.busy():
+        await chat.store.write(empty_wal, long=True, frees=True)
+    chat.erase_after = time.monotonic() + 20 * (time.monotonic() - began)
+
+
 async def chores_of_now(chat: Chat, with_tokens: bool) -> Done[None]:
     """Do what waits, in steps, as long as nobody else writes. Meanwhile, deleting goes on by one step, and search may lag only
     so far behind."""
@@ -6612,6 +6669,8 @@ async def chores_of_now(chat: Chat, with_tokens: bool) -> Done[None]:
     newest, known = chat.store.peek(search_state)
     while known < newest and (not chat.store.busy() or newest - known > SEARCH_LAG):
         known = (await chat.store.write(index_messages, long=True)).answer
+    if not chat.store.busy():
+        await erase_texts(chat)
     return Done(None)
 
 
@@ -7210,6 +7269,21 @@ def user_delete(username: str, messages: bool, database: str) -> None:
     click.echo(f"{username} is deleted")
 
 
+@main.group()
+def server() -> None:
+    """Manage servers, also while the server program runs."""
+
+
+@server.command("add")
+@click.argument("name")
+@click.option("--owner", required=True, metavar="USERNAME", help="The account that owns it.", show_envvar=True)
+@options("database")
+def server_add(name: str, owner: str, database: str) -> None:
+    """Create a server (a community) with the channel general."""
+    server_id = administer(database, "add_server", name, owner)
+    click.echo(f"{name} has the id {server_id}")
+
+
 @main.command()
 @click.argument("username")
 @options("database", "secret", "token_ttl")
@@ -7312,18 +7386,51 @@ def check(database: str) -> None:
     click.echo("sound: {} users, {} servers, {} messages".format(*counts))
 
 
-def write_html(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:
-    output.write(
-        '<!doctype html><meta charset="utf-8"><title>ChatRTC</title><style>body{font:16px/1.5 sans-serif;margin:2em auto;'
-    )
-    output.write("max-width:45em}time{color:#666;font-size:.8em}p{white-space:pre-wrap;margin:.3em 0}</style>\n")
-    for kind, thing in things:
-        thing = {key: html.escape(str(value)) for key, value in thing.items()}
+EXPORT_STYLE = (
+    "body{font:16px/1.5 sans-serif;margin:2em auto;max-width:45em}time,small{color:#666;font-size:.8em}small{display:block}"
+    "p{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}"
+)
+EXPORT_QUOTED = 1000  # messages back to which a reply shows the beginning of its original
+
+
+class HtmlExport:
+    """Writes messages as HTML, with what they answer and who reacted; all text of people is escaped."""
+
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}  # by user id
+        self.quotes: dict[int, str] = {}  # by message id
+
+    def message(self, told: dict[str, Any]) -> str:
+        name = told.get("author_name") or told["author_username"]
+        self.names[told["author_id"]] = name
+        self.quotes[told["message_id"]] = f"{name}: {told['content'][:100]}"
+        if len(self.quotes) > EXPORT_QUOTED:
+            del self.quotes[next(iter(self.quotes))]
+        lines = [f"<p id=m{told['message_id']}>"]
+        if original := told.get("reply_to"):
+            quote = html.escape(self.quotes.get(original, "an earlier message").replace("\n", " "))
+            lines.append(f'<small>In reply to <a href="#m{original}">{quote}</a></small>')
+        edited = " <small style=display:inline>(edited)</small>" if told.get("edited_at") else ""
+        lines.append(f"<b>{html.escape(name)}</b> <time>{told['created_at']}</time>{edited}\n{html.escape(told['content'])}")
+        for reaction in told.get("reactions", ()):
+            names = ", ".join(self.names.get(user_id, f"#{user_id}") for user_id in reaction["user_ids"])
+            lines.append(f"<small>{html.escape(reaction['emoji'])} {html.escape(names)}</small>")
+        return "".join(lines) + "</p>\n"
+
+    def write(self, kind: str, told: dict[str, Any]) -> str:
         if kind == "message":
-            output.write("<p><b>{author_username}</b> <time>{created_at}</time>\n{content}</p>\n".format(**thing))
-        elif kind in ("server", "channel"):
-            tag = "h1" if kind == "server" else "h2"
-            output.write(f"<{tag}>{thing['name']}</{tag}>\n")
+            return self.message(told)
+        if kind == "member":
+            self.names[told["user_id"]] = told.get("name") or told["username"]
+            return ""
+        tag = "h1" if kind == "server" else "h2"
+        return f"<{tag}>{html.escape(told['name'])}</{tag}>\n"
+
+
+def write_html(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:
+    page = HtmlExport()
+    output.write(f'<!doctype html><meta charset="utf-8"><title>ChatRTC</title><style>{EXPORT_STYLE}</style>\n')
+    output.writelines(page.write(kind, told) for kind, told in things)
 
 
 def write_jsonl(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:

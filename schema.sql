@@ -164,8 +164,11 @@ CREATE INDEX reads_by_channel ON reads (channel_id);
 -- spaces split into characters), so the program computes what goes in and what comes out. The server's id is a word of its own,
 -- so that a search walks that server alone. Indexing a message costs twice what storing it does, so it is done later, many at
 -- once, up to `indexed_id`; a change of what is indexed already changes the index with it.
-CREATE TABLE search (indexed_id INTEGER NOT NULL) STRICT;
-INSERT INTO search VALUES (0);
+CREATE TABLE search (
+    indexed_id INTEGER NOT NULL,
+    stale      INTEGER NOT NULL DEFAULT 0          -- 1: deleted texts may still be in the index or in the -wal
+) STRICT;
+INSERT INTO search (indexed_id) VALUES (0);
 CREATE VIRTUAL TABLE messages_fts USING fts5 (
     content, server_id, content = '', tokenize = "unicode61 remove_diacritics 2 categories 'L* M* N* Co'"
 );

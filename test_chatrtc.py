@@ -6752,6 +6752,71 @@ async def test_export_writes_what_there_is(world: World, tmp_path: Path) -> None
     refused(await command("export", "--output", "/dev/full", *database), "No space left")
 
 
+async def test_an_exported_page_shows_replies_reactions_and_edits(world: World, tmp_path: Path) -> None:
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    first = await ana.post(place.channel_id, "<i>first</i>\nline")
+    answer = await ben.post(place.channel_id, "answer", reply_to=first["message_id"])
+    await ben.ok("PATCH", f"/messages/{answer['message_id']}", {"content": "better <b>"})
+    for person in (ana, ben):
+        await person.ok("PUT", f"/messages/{first['message_id']}/reactions/<3")
+    database = ("--database", str(tmp_path / "chat.db"))
+    page = await done("export", "--format", "html", *database)
+    assert '<small>In reply to <a href="#m1">ana: &lt;i&gt;first&lt;/i&gt; line</a></small>' in page
+    assert "(edited)</small>\nbetter &lt;b&gt;</p>" in page
+    assert page.count("(edited)") == 1
+    assert "<small>&lt;3 ana, ben</small>" in page
+    assert not re.search(r"<(i|script|3)\b", page)
+
+
+async def test_servers_are_added_while_the_server_runs(world: World, tmp_path: Path) -> None:
+    database = ("--database", str(tmp_path / "chat.db"))
+    ana = await world.person("ana")
+    assert await done("server", "add", "Our class", "--owner", "ANA", *database) == "Our class has the id 1\n"
+    (server,) = (await ana.ok("GET", "/servers"))["servers"]
+    assert (server["name"], server["role"], server["channels"][0]["name"]) == ("Our class", "owner", "general")
+    refused(await command("server", "add", "x", "--owner", "nobody", *database), "nobody")
+    refused(await command("server", "add", "", "--owner", "ana", *database), "name")
+    refused(await command("server", "add", "x", *database), "--owner")
+
+
+async def test_an_account_is_deleted_with_its_messages(scene: Scene, tmp_path: Path) -> None:
+    posted = [await scene.ben.post(scene.place.channel_id, str(number)) for number in range(3)]
+    database = ("--database", str(tmp_path / "chat.db"))
+    await done("user", "delete", "ben", "--yes", "--messages", *database)
+    for message in reversed(posted):
+        assert (await scene.mine.hears("message:deleted"))["message_id"] == message["message_id"]
+    history = await whole_history(scene.ana, scene.place.channel_id)
+    assert [message["content"] for message in history] == ["before"]
+
+
+async def test_a_deleted_text_is_in_no_file(make_world: MakeWorld, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    world = await make_world(database=str(tmp_path / "data" / "chat.db"))
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    secret = [f"{word}{number}" for word in ("zirkonium", "quetzal", "xylophon") for number in range(40)]
+    kept = await ana.post(place.channel_id, "stays here")
+    posted = [await ana.post(place.channel_id, f"{word} and others") for word in secret]
+    found = await ana.ok("GET", f"/servers/{place.server_id}/search?q={secret[0]}")  # so they are indexed
+    assert len(found["messages"]) == 1
+    assert b"zirkonium" in contents_of(tmp_path / "data")
+    for message in posted[:80]:
+        await ana.ok("DELETE", f"/messages/{message['message_id']}")
+    for message in posted[80:]:
+        await ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": "changed"})
+
+    def left() -> bool:
+        stored = contents_of(tmp_path / "data")
+        return any(word in stored for word in (b"zirkonium", b"quetzal", b"xylophon"))
+
+    await until(lambda: not left())
+    assert (tmp_path / "data" / "chat.db-wal").stat().st_size == 0
+    found = await ana.ok("GET", f"/servers/{place.server_id}/search?q=stays")
+    assert [message["message_id"] for message in found["messages"]] == [kept["message_id"]]
+    assert len((await ana.ok("GET", f"/servers/{place.server_id}/search?q=changed"))["messages"]) > 0
+
+
 async def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
     lax = ("sh", "-c", 'umask 000; exec "$0" "$@"')
     process = await Process.start(tmp_path / "chat.db", prefix=lax)
