@@ -10202,6 +10202,85 @@ async def test_a_new_name_shows_at_once(two: Any) -> None:
     await expect(maya.row("who am I?").locator(".who")).to_have_text("Jonas")
 
 
+@pytest.fixture
+async def class_of_guests(rest: Rest, tab: Any) -> tuple[Tab, Tab, Rest, int, str]:
+    """Maya, who owns the server, and Léo, a guest who typed the code of its invite."""
+    maya_api = await rest.register("Maya")
+    server_id, _ = await maya_api.found()
+    code = await maya_api.bring(server_id)
+    leo = await tab()
+    leo.tolerate = "404"
+    await leo.goto(leo.url + "/")
+    await leo.click('#swap [data-mode="code"]')
+    await leo.fill("#code", "not-a-code")
+    await leo.press("#code", "Enter")
+    await expect(leo.locator("#code-bad")).to_contain_text("Nothing was found for this code")
+    await leo.fill("#code", f" {code.lower().replace('-', ' ')} ")
+    await leo.press("#code", "Enter")
+    await expect(leo.locator("#invited strong")).to_have_text("Biology 3B")
+    await expect(leo.locator("#username")).to_be_focused()
+    await leo.fill("#username", "Léo Martin")
+    await leo.press("#username", "Enter")
+    await expect(leo.locator("#room-name")).to_have_text("general")
+    return await tab(maya_api), leo, maya_api, server_id, code
+
+
+async def test_guest_comes_back_on_another_device(class_of_guests: Any, tab: Any) -> None:
+    """A guest who signed out is warned, and comes back by a link or a code from an admin; then all guests are removed."""
+    maya, leo, _, _, _ = class_of_guests
+    await leo.write("good evening")
+    await leo.click('[data-do="settings"]')
+    await leo.click('#preferences [data-do="signOut"]')
+    await expect(leo.locator("#ask")).to_contain_text("you will need a sign-in link from an admin")
+    await leo.click("#ask .main")
+    await expect(leo.locator("#door-title")).to_have_text("Sign in")
+    await expect(maya.locator('.person[aria-label="Léo Martin guest, Offline"]')).to_be_visible()
+    for typed in (False, True):
+        await maya.click(".person >> text=Léo Martin")
+        await maya.click("#menu >> text=Sign-in link")
+        await expect(maya.locator("#invite")).to_contain_text("Sign-in link for Léo Martin")
+        await expect(maya.locator("#invite-code")).to_have_text(re.compile(r"^\w{5}-\w{5}$"))
+        await expect(maya.locator("#invite-list")).to_be_hidden()
+        await eventually(lambda: maya.evaluate("document.querySelector('#qr').naturalWidth > 0"), "the QR code")
+        code = await maya.locator("#invite-code").inner_text()
+        link = await maya.locator("#invite-link").input_value()
+        assert link == f"{maya.url}/#/link/{code}"
+        phone = await tab()
+        phone.tolerate = "404"
+        if typed:
+            await phone.goto(phone.url + "/")
+            await phone.click('#swap [data-mode="code"]')
+            await phone.fill("#code", code.lower())
+        else:
+            await phone.goto(link)
+            await expect(phone.locator("#door-title")).to_have_text("Welcome back")
+        await phone.click("#enter")
+        await expect(phone.locator("#my-status b")).to_have_text("Léo Martin")
+        await phone.sees("good evening")
+        await maya.keyboard.press("Escape")
+    await maya.click("#server")
+    await maya.click("#menu >> text=Remove all guests")
+    await maya.click("#ask .main")
+    await expect(maya.locator("#toasts")).to_have_text("1 guest removed")
+    await expect(phone.locator("#empty")).to_be_visible()
+    await expect(phone.locator('#empty [data-do="createServer"]')).to_be_hidden()
+
+
+async def test_ban_takes_the_invite_and_the_messages_along(class_of_guests: Any) -> None:
+    maya, leo, maya_api, server_id, _ = class_of_guests
+    await leo.write("spam")
+    await maya.sees("spam")
+    await maya.click(".person >> text=Léo Martin")
+    await maya.click("#menu >> text=Ban")
+    await maya.get_by_label("Also revoke the invite they used").check()
+    await maya.get_by_label("Also delete their messages").check()
+    await maya.click("#ask .main")
+    await expect(leo.locator("#toasts")).to_contain_text("no longer in Biology 3B")
+    await expect(maya.row("spam")).to_have_count(0)
+    assert (await maya_api.call("GET", f"/servers/{server_id}/invites"))["invites"] == []
+    assert len((await maya_api.call("GET", f"/servers/{server_id}/bans"))["bans"]) == 1
+
+
 async def test_invites_are_shown_again_and_revoked(rest: Rest, tab: Any) -> None:
     maya_api, jonas_api = await rest.register("Maya"), await rest.register("Jonas")
     server_id, _ = await maya_api.found()
