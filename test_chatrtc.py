@@ -9540,10 +9540,10 @@ class Proxy:
             writer.close()
 
 
-@pytest.fixture
-async def url(tmp_path: Path) -> AsyncIterator[str]:
-    """A server of its own for each test, as a process."""
-    command = [PYTHON, SERVER, "serve", "--port", "0", "--database", str(tmp_path / "chat.db"), "--no-rate-limit"]
+@contextlib.asynccontextmanager
+async def page_server(database: Path, *options: str) -> AsyncIterator[str]:
+    """Run a server as a process and yield its address."""
+    command = [PYTHON, SERVER, "serve", "--port", "0", "--database", str(database), "--no-rate-limit", *options]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     async with asyncio.timeout(20):
         while not (found := re.search(r"listening on (http://\S+)", line := (await process.stdout.readline()).decode())):
@@ -9551,6 +9551,13 @@ async def url(tmp_path: Path) -> AsyncIterator[str]:
     yield found[1]
     process.send_signal(signal.SIGTERM)
     assert await process.wait() == 0
+
+
+@pytest.fixture
+async def url(tmp_path: Path) -> AsyncIterator[str]:
+    """A server of its own for each test, as a process."""
+    async with page_server(tmp_path / "chat.db") as address:
+        yield address
 
 
 @pytest.fixture
@@ -10308,6 +10315,17 @@ async def test_invites_are_shown_again_and_revoked(rest: Rest, tab: Any) -> None
     await expect(maya.locator("#shared")).to_be_hidden()
     left = (await maya_api.call("GET", f"/servers/{server_id}/invites"))["invites"]
     assert [one["code"] for one in left] == [spent]
+
+
+async def test_invites_lead_to_the_public_address(tmp_path: Path, tab: Any) -> None:
+    async with page_server(tmp_path / "public.db", "--public-url", "https://chat.example.org/") as address:
+        maya = await tab(at=address)
+        await maya.found_class()
+        await maya.click("#server")
+        await maya.click("#menu >> text=Invite people")
+        await expect(maya.locator("#invite-link")).to_have_value(re.compile("^https://chat.example.org/#/invite/"))
+        await expect(maya.locator("#invite-warning")).to_be_hidden()
+        await maya.page.close()
 
 
 async def test_refusals_are_told_in_french(rest: Rest, tab: Any) -> None:
