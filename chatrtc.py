@@ -64,6 +64,7 @@ import ssl
 import stat
 import struct
 import sys
+import termios
 import time
 import typing
 import unicodedata
@@ -4141,6 +4142,9 @@ BACKLOG_BYTES = 1 << 20  # what may wait for one client before it is given up
 BACKLOG_PACKETS = 1000
 POLL_PACKETS = 16  # more in one answer, the Python client does not take
 BATCH_BYTES = 1 << 18  # what is joined into one write at most
+UNREAD_BYTES = 16 << 20  # what may wait for all clients together
+UNREAD_SECONDS = 20.0  # after which a client that takes nothing of what waits for it is given up
+WATCHED_BYTES = 1 << 14  # less than this the kernel takes at once
 LANE_LENGTH = 64
 RETRY_SECONDS = 10  # for who sends too much, or has too many sessions
 LINGER = 0.7  # seconds for the farewell to be read before the connection is aborted
@@ -4178,12 +4182,97 @@ def drop_frames(error: BaseException | None) -> None:
         error = error.__context__
 
 
-def abort(link: asyncio.Transport) -> None:
+def abort(link: asyncio.Transport | Session) -> None:
     """Close at once; the kernel throws away what it holds for a client that does not read, which it would keep offering."""
     with contextlib.suppress(OSError, ValueError):  # it may be closed already
         if (pipe := link.get_extra_info("socket")) is not None:
             pipe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     link.abort()
+
+
+def in_kernel(client: asyncio.Transport | Session) -> int:
+    """Return how many bytes the kernel still holds for a client, if the system tells."""
+    pipe: Any = client.get_extra_info("socket")
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return int(struct.unpack("i", fcntl.ioctl(pipe.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0])
+    return 0
+
+
+class Unread:
+    """Gives up clients that do not read: those that take nothing of what waits for them for 20 s and, while more than 16 MiB
+    wait for all clients together, those that have taken nothing for the longest time."""
+
+    def __init__(self) -> None:
+        # Each client, with the bytes held for it here, those that wait here and in the kernel, and when it last took some.
+        self.waiting: dict[asyncio.Transport | Session, tuple[int, int, float]] = {}
+        self.total = 0
+        self.timer: asyncio.TimerHandle | None = None
+
+    def watch(self, client: asyncio.Transport | Session, written: int = 0) -> None:
+        """Watch a client for as long as something waits for it. `written`: bytes that stay in memory until the last is sent."""
+        waits, loop = client.get_write_buffer_size(), asyncio.get_running_loop()
+        if not waits:
+            return
+        if self.timer is None:
+            self.timer = loop.call_later(1.0, self._sweep)
+        before, left, since = self.waiting.get(client) or (0, waits + in_kernel(client), loop.time())
+        size = max(before, waits, written)
+        self.waiting[client] = (size, max(left, waits), since)
+        self.total += size - before
+        if self.total > UNREAD_BYTES:
+            self._look()
+            for client in sorted(self.waiting, key=lambda one: self.waiting[one][2]):
+                if self.total > UNREAD_BYTES:
+                    self._give_up(client)
+
+    def _look(self) -> None:
+        """Bring the sizes up to date."""
+        now, waiting = asyncio.get_running_loop().time(), self.waiting
+        self.waiting = {
+            client: (size, left := waits + in_kernel(client), now if left < before else since)
+            for client, (size, before, since) in waiting.items()
+            if not client.is_closing() and (waits := client.get_write_buffer_size())
+        }
+        self.total = sum(size for size, _, _ in self.waiting.values())
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._look()
+        for client, (_, _, since) in list(self.waiting.items()):
+            if loop.time() - since >= UNREAD_SECONDS:
+                self._give_up(client)
+        self.timer = loop.call_later(1.0, self._sweep) if self.waiting else None
+
+    def _give_up(self, client: asyncio.Transport | Session) -> None:
+        self.total -= self.waiting.pop(client)[0]
+        abort(client)
+
+    async def room(self, request: web.Request) -> None:
+        """Wait until the client has read most of the answers to its earlier requests, or is given up."""
+        link = request.transport
+        if link is not None and link.get_write_buffer_size():
+            self.watch(link)
+            with contextlib.suppress(ConnectionError):
+                await request.writer.drain()
+
+
+class Answer(web.Response):
+    """A response that drops its body once it is written, and whose client is watched while it does not read."""
+
+    unread: Unread | None = None
+    link: asyncio.Transport | None = None
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        self.link = request.transport
+        return await super().prepare(request)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        size = self.content_length or 0
+        if self.link is not None and self.unread is not None and size > WATCHED_BYTES:
+            # Look once it is written: aiohttp waits in there for the client to read.
+            asyncio.get_running_loop().call_soon(self.unread.watch, self.link, size)
+        await super().write_eof(data)
+        self.link = self.body = None  # aiohttp keeps the response until the next request
 
 
 # Frames and fan-out: encoding, and when to write.
@@ -4346,11 +4435,12 @@ class Session:
         address: str,
         rules: Rules,
         flusher: Flusher,
+        unread: Unread,
         on_message: Callable[[str, Packet], Awaitable[None]],
         on_end: Callable[[Session, str], None],
     ) -> None:
         self.sid, self.address, self.rules, self.flusher = sid, address, rules, flusher
-        self.on_message, self.on_end = on_message, on_end
+        self.unread, self.on_message, self.on_end = unread, on_message, on_end
         self.session: dict[str, Any] = {}
         self.closed = self.upgraded = self.upgrading = self.posting = False
         self.link: asyncio.Transport | None = None  # TCP of the WebSocket, also of one on trial
@@ -4413,11 +4503,13 @@ class Session:
     def _write(self, data: bytes) -> None:
         if self.link is None or self.link.is_closing():
             return
-        if self.link.get_write_buffer_size() > BACKLOG_BYTES:
+        if (waiting := self.link.get_write_buffer_size()) > BACKLOG_BYTES:
             abort(self.link)
             self.end(REASON.TRANSPORT_ERROR)
         else:
             self.link.write(data)
+            if waiting or len(data) > WATCHED_BYTES:
+                self.unread.watch(self.link, len(data))
 
     def keep(self, packet: Packet) -> None:
         self.outbox.append(packet)
@@ -4429,6 +4521,22 @@ class Session:
             self.end(REASON.TRANSPORT_ERROR, farewell=None)
         else:
             self.wake()
+            if self.backlog > WATCHED_BYTES:
+                self.unread.watch(self)
+
+    # What `Unread` asks of a transport, here of the session of a client that polls.
+
+    def get_write_buffer_size(self) -> int:
+        return self.backlog
+
+    def get_extra_info(self, name: str) -> None:
+        return None
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def abort(self) -> None:
+        self.end(REASON.TRANSPORT_ERROR, farewell=None)
 
     def wake(self) -> None:
         if self.news is not None and not self.news.done():
@@ -4763,7 +4871,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.anonymous_at: dict[str, OrderedDict[str, Session]] = {}
         self.links: set[asyncio.Transport] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.flusher, self.journal, self.draining = Flusher(), Journal(), False
+        self.flusher, self.unread, self.journal, self.draining = Flusher(), Unread(), Journal(), False
         self.refusals = Refusals()
 
     # What the Socket.IO server and its users call
@@ -4840,7 +4948,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self._admit(address)
         sid = self.generate_id()
         on_message = functools.partial(self._trigger_event, "message", run_async=False)
-        session = Session(sid, address, self.rules, self.flusher, on_message, self._end)
+        session = Session(sid, address, self.rules, self.flusher, self.unread, on_message, self._end)
         self.sockets[sid] = session
         self.per_address[address] += 1
         if self.rules.max_anonymous_per_address is not None:
@@ -4874,6 +4982,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     async def handle_request(self, request: web.Request) -> web.StreamResponse:
         try:
             check_request(request, self.rules)
+            await self.unread.room(request)
             answer = await self._answer(request)
         except ChatError as no:
             self.refusals.note(client_address(request, self.rules), no)
@@ -4898,7 +5007,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             return await self._websocket(request, sid)
         if sid is None:
             session = await self._open(request, transport)
-            return web.Response(text=encode_payload(session.empty()))
+            return self._payload(session.empty())
         session = self.parting.pop(sid) if method == "GET" and sid in self.parting else self._find(sid)
         if session.upgraded:
             raise ChatError("BAD_REQUEST", "The session uses a WebSocket.")
@@ -4914,7 +5023,12 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         packets = await session.take(request)
         if not packets:
             raise ChatError("BAD_REQUEST", "The session has ended.")
-        return web.Response(text=encode_payload(packets))
+        return self._payload(packets)
+
+    def _payload(self, packets: list[Packet]) -> web.Response:
+        answer = Answer(text=encode_payload(packets))
+        answer.unread = self.unread
+        return answer
 
     async def _post(self, session: Session, request: web.Request) -> web.StreamResponse:
         try:
@@ -6176,7 +6290,7 @@ def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None)
     fields = (PLAIN if body is None else JSON).copy()
     if headers:
         fields.update(headers)
-    return web.Response(body=None if body is None else msgspec.json.encode(body), status=status, headers=fields)
+    return Answer(body=None if body is None else msgspec.json.encode(body), status=status, headers=fields)
 
 
 async def read_body(request: web.Request) -> bytes:
@@ -6273,7 +6387,7 @@ class Route:
         return read_args(self.op.args, given)
 
 
-def make_guard(rules: Rules, ours: Collection[object]) -> Callable[..., Awaitable[web.StreamResponse]]:
+def make_guard(rules: Rules, ours: Collection[object], unread: Unread) -> Callable[..., Awaitable[web.StreamResponse]]:
     """Return the middleware of our handlers: it checks host and origin, and answers in our way if the router has no route."""
 
     @web.middleware
@@ -6285,6 +6399,7 @@ def make_guard(rules: Rules, ours: Collection[object]) -> Callable[..., Awaitabl
         try:
             check_request(request, rules)
             asked = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+            await unread.room(request)
             response = respond(None, 204) if asked else await handler(request)
         except ChatError as error:
             return refuse(error)
@@ -6294,6 +6409,8 @@ def make_guard(rules: Rules, ours: Collection[object]) -> Callable[..., Awaitabl
             drop_frames(error)  # the request keeps it
         if "Origin" in request.headers:
             response.headers.update(cors_headers(request, rules))
+        if isinstance(response, Answer):
+            response.unread = unread
         return response
 
     return guard
@@ -6640,7 +6757,7 @@ async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
     if isinstance(outcome, ChatError):
         chat.sio.eio.refusals.note(client_address(request, chat.sio.eio.rules), outcome)
         return refuse(outcome)
-    return web.Response(body=outcome.answer, headers=HEADERS | {"Content-Type": "image/svg+xml"})
+    return Answer(body=outcome.answer, headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
 
 async def erase_texts(chat: Chat) -> None:
@@ -6710,7 +6827,7 @@ class Still:
         known = request.headers.get("If-None-Match", "")
         if known.strip() == "*" or {self.plain[1]["ETag"], self.packed[1]["ETag"]} & set(re.findall(r'"[^"]*"', known)):
             return web.Response(status=304, headers=self.headers | {"ETag": more["ETag"]})
-        return web.Response(body=body, headers=self.headers | more)
+        return Answer(body=body, headers=self.headers | more)
 
 
 def page_with_headers() -> tuple[bytes, dict[str, str]]:
@@ -6786,7 +6903,7 @@ class ChatRTC:
         """Mount REST, Socket.IO and the page under `prefix`; the app's start-up and clean-up open and close the chat."""
         place = web.Application() if prefix.strip("/") else app
         ours: set[Any] = set()
-        place.middlewares.append(make_guard(self.sio.eio.rules, ours))
+        place.middlewares.append(make_guard(self.sio.eio.rules, ours, self.sio.eio.unread))
 
         def add(method: str, path: str, handler: Any) -> None:
             ours.add(handler)
