@@ -10,6 +10,7 @@ The file is read from top to bottom, in rooms; each uses only the rooms above it
     Errors        what can go wrong, and how it is said
     Payloads      the shapes of everything that comes in and goes out
     Events        what the server tells of its own accord, and to whom
+    Text          the mentions in a message's text
     Store         the SQLite file: one writer, some readers, migrations
     Questions     the SQL: one function a question
     Presence      who is here, who types, who talks: in memory alone
@@ -400,167 +401,6 @@ def is_username(name: str) -> bool:
         return False
     fits = all(in_username(text[at]) or is_joiner(text, at) for text in (name, plain) for at in range(len(text)))
     return fits and not has_heaps(plain) and is_of_one_script(plain)
-
-
-# The text of a message, as far as mentions need it: where its code, links and addresses are. The page reads text by the same
-# rules (its section Text); tables of cases in the tests check both. No pattern here backtracks.
-MENTIONS_MAX = 50  # in one message
-MENTION_KEYS_MAX = 500  # handles that are looked up for one message
-# Scripts written without spaces (Thai, Lao, Burmese, Khmer, Han, Kana): a handle may begin and end anywhere. Hangul appends
-# particles to names, so there a handle may end anywhere.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\ua9e0-\ua9ff\uaa60-\uaa7f\u2e80-\u312f\u3190-\u9fff"
-UNSPACED += "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
-HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc"
-UNSPACED_CHAR, HANGUL_CHAR = re.compile(f"[{UNSPACED}]"), re.compile(f"[{HANGUL}]")
-NOT_IN_URL = r"\x00-\x20\x7f-\xa0\"<>\\`\u060c\u061b\u061f\u0964\u0965\u1680\u2000-\u200f\u2014\u2018-\u201f\u2026-\u202f"
-NOT_IN_URL += (
-    r"\u205f-\u206f\u3000-\u3003\u3008-\u301f\ufeff\uff01\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f\uff3b\uff3d\uff5b-\uff65"
-)
-URL_PART = re.compile(rf"[()[\]{{}}]|[^{NOT_IN_URL}()[\]{{}}]+")
-RUN = re.compile(r"[^\s!-,/:-@\[-^`{-~]{2,100}")
-LABEL = r"\[(?=(?P<label>[^\[\]\n]{1,300})\]\((?P<scheme>https?://|mailto:))"
-TOKEN = re.compile(rf"\\+|`+|@|https?://|www\.|{LABEL}", re.IGNORECASE | re.ASCII)
-AT_SIGN = re.compile("@")
-TICKS, ESCAPED_TICKS = re.compile(r"`+"), re.compile(r"\\+|`+")
-QUOTED = re.compile(r" {0,3}>(?:[ \t]|$)")
-
-
-@functools.lru_cache(8192)
-def char_kind(char: str) -> str:
-    """Return what a character is to a handle: "free" (of a script with free ends), "word", "joint" or "" (none of its own)."""
-    if char in ("", ".", "-", "\u200c", "\u200d"):
-        return char and "joint"
-    varies_emoji = "\ufe00" <= char <= "\ufe0f" or char == "\u20e3"
-    if char != "_" and (unicodedata.category(char)[0] not in "LNM" or varies_emoji):
-        return ""
-    return "free" if UNSPACED_CHAR.match(char) else "hangul" if HANGUL_CHAR.match(char) else "word"
-
-
-def handle_keys(run: str) -> list[str]:
-    """Return the folded handles that the text after an `@` may begin with, shortest first."""
-    folded = fold(run)[:33]
-    kinds = [*map(char_kind, folded), ""]
-    length = min(kinds.index(""), 32)
-    return [
-        folded[:end]
-        for end in range(2, length + 1)
-        if kinds[end] != "word" or kinds[end - 1] == "free" or kinds[end - 1] == "hangul"
-    ]
-
-
-def closing_ticks(line: str, at: int, length: int, unclosed: set[int]) -> int:
-    """Return where the run of so many backticks ends that closes inline code, or 0. `unclosed` has the lengths that fail."""
-    if length in unclosed:
-        return 0
-    for run in TICKS.finditer(line, at):
-        if run.end() - run.start() == length:
-            return run.end()
-    unclosed.add(length)
-    return 0
-
-
-def url_end(text: str, at: int) -> int:
-    """Return where the URL ends: before a character that no URL has, or a bracket that it did not open."""
-    opened = {")": 0, "]": 0, "}": 0}
-    while part := URL_PART.match(text, at):
-        char = part[0]
-        if char in opened:
-            if not opened[char]:
-                break
-            opened[char] -= 1
-        elif char in "([{":
-            opened[{"(": ")", "[": "]", "{": "}"}[char]] += 1
-        at = part.end()
-    return at
-
-
-def plain_url_end(text: str, start: int, at: int) -> int:
-    """Return where the URL ends whose `https://` or `www.` is text[start:at], or 0 if there is none."""
-    before = text[start - 1 : start]
-    joined = (before != "_" and char_kind(before) in ("word", "hangul")) or (
-        text[at - 1] == "." and before and before in "@.-/"
-    )
-    if joined or not text[at : at + 1].isalnum():
-        return 0
-    return at + len(text[at : url_end(text, at)].rstrip(".,;:!?'*_~([{"))
-
-
-def at_signs(text: str, tokens: re.Pattern[str]) -> Iterator[str]:
-    """The text after each `@` that may begin a mention, in a text without code blocks."""
-    at, unclosed = 0, set[int]()
-    while found := tokens.search(text, at):
-        start, at = found.span()
-        if text[start] == "@":
-            before = text[start - 1 : start]
-            if char_kind(before) not in ("word", "hangul") and before not in (".", "-", "/") and (run := RUN.match(text, at)):
-                yield run[0]
-        elif text[start] == "\\":
-            at += (at - start) % 2 and text[at : at + 1] in ("`", "[", "@")
-        elif text[start] == "`":
-            at = closing_ticks(text, at, at - start, unclosed) or at
-        elif text[start] != "[":
-            at = plain_url_end(text, start, at) or at
-        elif (end := url_end(text, found.end("scheme"))) < len(text) and text[end] == ")":
-            yield from at_signs(found["label"], tokens)
-            at = end + 1
-
-
-def fences(line: str) -> Iterator[tuple[int, int]]:
-    """Where the line may open a code block: runs of three backticks or more that do not close on it, with their ends."""
-    at, unclosed = 0, set[int]()
-    while "```" in line and (found := ESCAPED_TICKS.search(line, at)):
-        start, at = found.span()
-        if line[start] == "\\":
-            at += (at - start) % 2 and line[at : at + 1] == "`"
-        elif end := closing_ticks(line, at, at - start, unclosed):
-            at = end
-        elif at - start >= 3:
-            yield start, at
-
-
-def fence_end(lines: list[str], number: int, at: int, length: int) -> tuple[int, int] | None:
-    """Return the line, and the place in it, where the code block ends that is opened before `at` in this line."""
-    for index in range(number, len(lines)):
-        for run in TICKS.finditer(lines[index], at if index == number else 0):
-            if run.end() - run.start() >= length:
-                return index, run.end()
-    return None
-
-
-def text_lines(lines: list[str], depth: int = 0) -> Iterator[str]:
-    """The lines of a message outside its code blocks. A block opened in a quote ends with the quote."""
-    number = 0
-    while number < len(lines):
-        line, quoted = lines[number], []
-        while depth < 3 and number < len(lines) and (mark := QUOTED.match(lines[number])):
-            quoted.append(lines[number][mark.end() :])
-            number += 1
-        if quoted:
-            yield from text_lines(quoted, depth + 1)
-            continue
-        number += 1
-        for start, at in fences(line):
-            end = fence_end(lines, number - 1, at, at - start)
-            if end or not line[:start].strip():  # after other text only a block that is closed
-                line, number = line[:start], end[0] if end else len(lines)
-                if end:
-                    lines[number] = lines[number][end[1] :]
-                break
-        yield line
-
-
-def mention_runs(content: str) -> list[list[str]]:
-    """Return the folded handles that may be meant after each `@` that may begin a mention. Equal texts count once."""
-    marked = any(mark in content for mark in ("`", "[", "\\", "://")) or "www." in content.lower()
-    lines = text_lines(content.split("\n")) if "`" in content else [content]
-    texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line, TOKEN if marked else AT_SIGN))
-    runs, left = [], MENTION_KEYS_MAX
-    for text in itertools.islice(texts, MENTIONS_MAX):
-        runs.append(handle_keys(text))
-        left -= len(runs[-1])
-        if left <= 0:
-            break
-    return runs
 
 
 def shorten(name: str, length: int) -> str:
@@ -1244,6 +1084,168 @@ class Done(NamedTuple, Generic[T]):
     answer: T
     effects: Sequence[Effect] = ()
     repeat: bool = False
+
+
+# ---- Text ----------------------------------------------------------------------------------------------------------
+# The text of a message, as far as mentions need it: where its code, links and addresses are. The page reads text by the same
+# rules (its section Text); tables of cases in the tests check both. No pattern here backtracks.
+MENTIONS_MAX = 50  # in one message
+MENTION_KEYS_MAX = 500  # handles that are looked up for one message
+# Scripts written without spaces (Thai, Lao, Burmese, Khmer, Han, Kana): a handle may begin and end anywhere. Hangul appends
+# particles to names, so there a handle may end anywhere.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\ua9e0-\ua9ff\uaa60-\uaa7f\u2e80-\u312f\u3190-\u9fff"
+UNSPACED += "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc"
+UNSPACED_CHAR, HANGUL_CHAR = re.compile(f"[{UNSPACED}]"), re.compile(f"[{HANGUL}]")
+NOT_IN_URL = r"\x00-\x20\x7f-\xa0\"<>\\`\u060c\u061b\u061f\u0964\u0965\u1680\u2000-\u200f\u2014\u2018-\u201f\u2026-\u202f"
+NOT_IN_URL += (
+    r"\u205f-\u206f\u3000-\u3003\u3008-\u301f\ufeff\uff01\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f\uff3b\uff3d\uff5b-\uff65"
+)
+URL_PART = re.compile(rf"[()[\]{{}}]|[^{NOT_IN_URL}()[\]{{}}]+")
+RUN = re.compile(r"[^\s!-,/:-@\[-^`{-~]{2,100}")
+LABEL = r"\[(?=(?P<label>[^\[\]\n]{1,300})\]\((?P<scheme>https?://|mailto:))"
+TOKEN = re.compile(rf"\\+|`+|@|https?://|www\.|{LABEL}", re.IGNORECASE | re.ASCII)
+AT_SIGN = re.compile("@")
+TICKS, ESCAPED_TICKS = re.compile(r"`+"), re.compile(r"\\+|`+")
+QUOTED = re.compile(r" {0,3}>(?:[ \t]|$)")
+
+
+@functools.lru_cache(8192)
+def char_kind(char: str) -> str:
+    """Return what a character is to a handle: "free" (of a script with free ends), "word", "joint" or "" (none of its own)."""
+    if char in ("", ".", "-", "\u200c", "\u200d"):
+        return char and "joint"
+    varies_emoji = "\ufe00" <= char <= "\ufe0f" or char == "\u20e3"
+    if char != "_" and (unicodedata.category(char)[0] not in "LNM" or varies_emoji):
+        return ""
+    return "free" if UNSPACED_CHAR.match(char) else "hangul" if HANGUL_CHAR.match(char) else "word"
+
+
+def handle_keys(run: str) -> list[str]:
+    """Return the folded handles that the text after an `@` may begin with, shortest first."""
+    folded = fold(run)[:33]
+    kinds = [*map(char_kind, folded), ""]
+    length = min(kinds.index(""), 32)
+    return [
+        folded[:end]
+        for end in range(2, length + 1)
+        if kinds[end] != "word" or kinds[end - 1] == "free" or kinds[end - 1] == "hangul"
+    ]
+
+
+def closing_ticks(line: str, at: int, length: int, unclosed: set[int]) -> int:
+    """Return where the run of so many backticks ends that closes inline code, or 0. `unclosed` has the lengths that fail."""
+    if length in unclosed:
+        return 0
+    for run in TICKS.finditer(line, at):
+        if run.end() - run.start() == length:
+            return run.end()
+    unclosed.add(length)
+    return 0
+
+
+def url_end(text: str, at: int) -> int:
+    """Return where the URL ends: before a character that no URL has, or a bracket that it did not open."""
+    opened = {")": 0, "]": 0, "}": 0}
+    while part := URL_PART.match(text, at):
+        char = part[0]
+        if char in opened:
+            if not opened[char]:
+                break
+            opened[char] -= 1
+        elif char in "([{":
+            opened[{"(": ")", "[": "]", "{": "}"}[char]] += 1
+        at = part.end()
+    return at
+
+
+def plain_url_end(text: str, start: int, at: int) -> int:
+    """Return where the URL ends whose `https://` or `www.` is text[start:at], or 0 if there is none."""
+    before = text[start - 1 : start]
+    joined = (before != "_" and char_kind(before) in ("word", "hangul")) or (
+        text[at - 1] == "." and before and before in "@.-/"
+    )
+    if joined or not text[at : at + 1].isalnum():
+        return 0
+    return at + len(text[at : url_end(text, at)].rstrip(".,;:!?'*_~([{"))
+
+
+def at_signs(text: str, tokens: re.Pattern[str]) -> Iterator[str]:
+    """The text after each `@` that may begin a mention, in a text without code blocks."""
+    at, unclosed = 0, set[int]()
+    while found := tokens.search(text, at):
+        start, at = found.span()
+        if text[start] == "@":
+            before = text[start - 1 : start]
+            if char_kind(before) not in ("word", "hangul") and before not in (".", "-", "/") and (run := RUN.match(text, at)):
+                yield run[0]
+        elif text[start] == "\\":
+            at += (at - start) % 2 and text[at : at + 1] in ("`", "[", "@")
+        elif text[start] == "`":
+            at = closing_ticks(text, at, at - start, unclosed) or at
+        elif text[start] != "[":
+            at = plain_url_end(text, start, at) or at
+        elif (end := url_end(text, found.end("scheme"))) < len(text) and text[end] == ")":
+            yield from at_signs(found["label"], tokens)
+            at = end + 1
+
+
+def fences(line: str) -> Iterator[tuple[int, int]]:
+    """Where the line may open a code block: runs of three backticks or more that do not close on it, with their ends."""
+    at, unclosed = 0, set[int]()
+    while "```" in line and (found := ESCAPED_TICKS.search(line, at)):
+        start, at = found.span()
+        if line[start] == "\\":
+            at += (at - start) % 2 and line[at : at + 1] == "`"
+        elif end := closing_ticks(line, at, at - start, unclosed):
+            at = end
+        elif at - start >= 3:
+            yield start, at
+
+
+def fence_end(lines: list[str], number: int, at: int, length: int) -> tuple[int, int] | None:
+    """Return the line, and the place in it, where the code block ends that is opened before `at` in this line."""
+    for index in range(number, len(lines)):
+        for run in TICKS.finditer(lines[index], at if index == number else 0):
+            if run.end() - run.start() >= length:
+                return index, run.end()
+    return None
+
+
+def text_lines(lines: list[str], depth: int = 0) -> Iterator[str]:
+    """The lines of a message outside its code blocks. A block opened in a quote ends with the quote."""
+    number = 0
+    while number < len(lines):
+        line, quoted = lines[number], []
+        while depth < 3 and number < len(lines) and (mark := QUOTED.match(lines[number])):
+            quoted.append(lines[number][mark.end() :])
+            number += 1
+        if quoted:
+            yield from text_lines(quoted, depth + 1)
+            continue
+        number += 1
+        for start, at in fences(line):
+            end = fence_end(lines, number - 1, at, at - start)
+            if end or not line[:start].strip():  # after other text only a block that is closed
+                line, number = line[:start], end[0] if end else len(lines)
+                if end:
+                    lines[number] = lines[number][end[1] :]
+                break
+        yield line
+
+
+def mention_runs(content: str) -> list[list[str]]:
+    """Return the folded handles that may be meant after each `@` that may begin a mention. Equal texts count once."""
+    marked = any(mark in content for mark in ("`", "[", "\\", "://")) or "www." in content.lower()
+    lines = text_lines(content.split("\n")) if "`" in content else [content]
+    texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line, TOKEN if marked else AT_SIGN))
+    runs, left = [], MENTION_KEYS_MAX
+    for text in itertools.islice(texts, MENTIONS_MAX):
+        runs.append(handle_keys(text))
+        left -= len(runs[-1])
+        if left <= 0:
+            break
+    return runs
 
 
 # ---- Store ---------------------------------------------------------------------------------------------------------
