@@ -7016,7 +7016,7 @@ class ChatRTC:
             log.info("%s on the command line for %a: %s", name, args[0] if args else "", reply.get("code", "done"))
             writer.write(json.dumps(reply).encode() + b"\n")
             await writer.drain()
-        except (ValueError, OSError, TimeoutError) as error:
+        except (ValueError, TypeError, RecursionError, OSError, TimeoutError) as error:
             log.warning("a command could not be read: %s", error)
         finally:
             writer.close()

@@ -6324,7 +6324,8 @@ async def test_the_command_line_reaches_a_server_without_temporary_folders(tmp_p
         assert "has the id 1" in await done("user", "add", "ana", *database, stdin="correct horse\n", env=nowhere)
         port, token = (folder / "chat.db.lock").read_text().split()
         for line in (b"", b"wrong []\n", b"\n", token[:-1].encode() + b" []\n", b"x" * 200_000, b"[" * 60_000 + b"\n",
-                     f"{token} [[\n".encode(), f"{token} {'[' * 9000}\n".encode(), b"GET / HTTP/1.1\r\n\r\n"):  # fmt: skip
+                     f"{token} [[\n".encode(), f"{token} {'[' * 9000}\n".encode(), f"{token} 7\n".encode(),
+                     b"GET / HTTP/1.1\r\n\r\n"):  # fmt: skip
             reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
             writer.write(line)
             with contextlib.suppress(OSError):
