@@ -11845,6 +11845,38 @@ def test_the_readme_names_every_command() -> None:
         assert f"chatrtc {name}" in written or f"chatrtc.py {name}" in written, name
 
 
+def readme_program(marker: str) -> str:
+    """The program of README.md that contains the marker."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
+    return next(block for block in blocks if marker in block)
+
+
+async def test_the_listener_of_the_readme_survives_a_restart(tmp_path: Path) -> None:
+    server = await Process.start(tmp_path / "chat.db")
+    port = urlsplit(server.url).port
+    async with server.world() as world:
+        ana = await world.person("ana")
+        place = await world.place(ana)
+        (tmp_path / "listen.py").write_text(readme_program("sys.argv").replace("http://localhost:3000", server.url), "utf-8")
+        command = (sys.executable, tmp_path / "listen.py", ana.token)
+        listener = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        assert listener.stdout is not None
+        try:
+            for content in ("before", "after"):
+                async with asyncio.timeout(30):
+                    assert b"'success': True" in await listener.stdout.readline()
+                await ana.post(place.channel_id, content)
+                async with asyncio.timeout(30):
+                    assert (await listener.stdout.readline()).decode() == f"ana says: {content}\n"
+                if content == "before":
+                    await server.stop()
+                    server = await Process.start(tmp_path / "chat.db", "--port", str(port))
+        finally:
+            listener.kill()
+            await listener.wait()
+            await server.stop()
+
+
 def test_the_readme_programs_are_programs() -> None:
     written = (HERE / "README.md").read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", written, re.DOTALL)
