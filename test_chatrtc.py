@@ -11848,7 +11848,7 @@ def test_the_readme_names_every_command() -> None:
 def readme_program(marker: str) -> str:
     """The program of README.md that contains the marker."""
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
-    return next(block for block in blocks if marker in block)
+    return str(next(block for block in blocks if marker in block))
 
 
 async def test_the_listener_of_the_readme_survives_a_restart(tmp_path: Path) -> None:
