@@ -4343,21 +4343,19 @@ class Batch:
     to the clients' own lists, and take 0.3.
     """
 
-    __slots__ = ("__weakref__", "data", "fast", "open", "parts", "size", "slow")
+    __slots__ = ("__weakref__", "data", "open", "parts", "polling", "size")
 
     def __init__(self) -> None:
         self.open = True
         self.parts: list[bytes] = []
         self.size = 0
         self.data = b""
-        self.fast = False  # whether anybody waits for what is joined
-        self.slow: list[Session] = []  # clients that have to be told one by one: those that poll
+        self.polling: list[Session] = []  # clients that each event has to be given to, one by one
 
     def add(self, packets: list[Packet], frames: bytes) -> None:
-        if self.fast:
-            self.parts.append(frames)
-            self.size += len(frames)
-        for session in self.slow:
+        self.parts.append(frames)
+        self.size += len(frames)
+        for session in self.polling:
             session.share(packets, frames)
 
     def close(self) -> bytes:
@@ -4421,14 +4419,13 @@ class Rules:
     max_sessions_per_address: int = 4000  # a school's 1,000 pupils, with two devices of two tabs each
     max_anonymous_per_address: int | None = None  # besides, sessions whose user is not known yet; None: they count as any
     frames_per_second: float | None = 100  # from one client, in the long run; at once four times that; None: as many as come
-    fast: bool = True  # frames of our own making, as long as the libraries have what that needs
 
 
 class Session:
     """One client's Engine.IO connection: polling, WebSocket, or on its way from one to the other.
 
-    What is sent waits in `outbox` until a poll or the upgrade takes it. A fast WebSocket has no
-    outbox: frames go to the TCP transport themselves, shared ones through the flusher.
+    What is sent waits in `outbox` until a poll or the upgrade takes it. A WebSocket has no outbox: frames go to the TCP
+    transport themselves, shared ones through the flusher.
     """
 
     def __init__(
@@ -4463,7 +4460,7 @@ class Session:
         """To this client alone: at once, behind all that was sent before."""
         if self.closed:
             return
-        if self.upgraded and self.rules.fast:
+        if self.upgraded:
             self._write(self._unqueue() + frame(packet))
         else:
             self.keep(packet)
@@ -4472,7 +4469,7 @@ class Session:
         """One of many who are sent the same: with the next round."""
         if self.closed:
             return
-        if self.upgraded and self.rules.fast:
+        if self.upgraded:
             self._queue(frames)
         else:
             for packet in packets:
@@ -4480,11 +4477,10 @@ class Session:
 
     def follow(self, batch: Batch) -> None:
         """Be sent, with the next round, all that the batch will hold by then."""
-        if self.upgraded and self.rules.fast:
-            batch.fast = True
+        if self.upgraded:
             self._queue(batch)
         else:
-            batch.slow.append(self)
+            batch.polling.append(self)
 
     def _queue(self, what: Batch | bytes) -> None:
         if not self.frames:
@@ -4550,7 +4546,7 @@ class Session:
         self.backlog = sum(map(len, self.outbox))
         return packets
 
-    async def take(self, poller: web.Request | None = None) -> list[Packet]:
+    async def take(self, poller: web.Request) -> list[Packet]:
         """All that waits, as soon as anything does; nothing if the session ended in silence."""
         while not self.outbox and not self.closed:
             news = self.loop.create_future()
@@ -4560,9 +4556,9 @@ class Session:
             finally:
                 if self.news is news:
                     self.poller = self.news = None
-            if poller is not None and not connected(poller):
+            if not connected(poller):
                 return []  # the client went away: what waits is for its next poll
-        return self.empty(POLL_PACKETS if poller is not None and not self.closed else None)
+        return self.empty(None if self.closed else POLL_PACKETS)
 
     def is_behind(self) -> bool:
         """Return whether a quarter of what may wait for this client does."""
@@ -4641,20 +4637,8 @@ class Session:
     def adopt(self) -> None:
         """From here on the WebSocket is the transport; what waited goes first."""
         self.upgraded, self.upgrading = True, False
-        if self.rules.fast:
-            self.frames.extend(map(frame, self.empty()))
-            self.flush()
-
-    async def write_slowly(self, socket: web.WebSocketResponse) -> None:
-        """The delivery without private knowledge: one send per packet, by aiohttp itself."""
-        with contextlib.suppress(ConnectionError):
-            while packets := await self.take():
-                for packet in packets:
-                    if isinstance(packet, bytes):
-                        await socket.send_bytes(packet)
-                    else:
-                        await socket.send_str(packet)
-            await socket.close()
+        self.frames.extend(map(frame, self.empty()))
+        self.flush()
 
     # The end
 
@@ -4667,7 +4651,7 @@ class Session:
         self.timer.cancel()
         if not self.upgraded:
             self.outbox = [] if farewell is None else [*self.outbox, *farewell]
-        elif self.rules.fast:
+        else:
             self._part(frames)
         if self.link is not None:
             self.loop.call_later(LINGER, abort, self.link)
@@ -5087,7 +5071,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
                 await self.spawn(self._serve(session, socket, upgrade=sid is not None))
             finally:
                 self.links.discard(link)
-        if self.rules.fast and session.upgraded and session.closed and link is not None:
+        if session.upgraded and session.closed and link is not None:
             link.close()  # the close frame is out; aiohttp would send another
         await socket.close()
         drop_frames(socket.exception())
@@ -5098,8 +5082,6 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             if upgrade and not await self._probe(session, socket):
                 return
             session.adopt()
-            if not self.rules.fast:
-                self.spawn(session.write_slowly(socket))
             while (packet := await session.next_frame(socket)) is not None:
                 await session.hear(packet)
         except ChatError as no:
@@ -5128,8 +5110,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
 # ---- Transport -----------------------------------------------------------------------------------------------------
 # Socket.IO on that engine: a socketio.AsyncServer whose clients are heard in order and can harm nobody but themselves. What it
-# uses of the libraries that is not promised stands in one place here, is checked at the start, and where it is missing
-# delivery falls back to what is promised.
+# uses of the libraries that they do not promise is listed here, and checked at the start.
 
 ATTACHMENTS = 4  # to one event at most; an event with more is refused, its attachments are thrown away
 RESERVED = frozenset(["connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener", "*"])
@@ -5252,32 +5233,22 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
         self.server.fan_out(parts, namespace, room, skipped)
 
 
-# Every name of the libraries that is theirs and not promised to us: methods, then fields.
+# Every name of the libraries that is theirs and not promised to us.
 PRIVATE_NAMES: dict[type, str] = {
     engineio.AsyncServer: "_trigger_event _get_socket",
-    socketio.AsyncServer: "_engineio_server_class _handle_eio_connect _handle_eio_message"
-    " _handle_eio_disconnect _handle_connect _handle_disconnect _handle_ack _handle_event"
-    " _trigger_event _send_packet",
-    socketio.AsyncManager: "basic_enter_room basic_leave_room basic_disconnect get_rooms"
-    " get_participants eio_sid_from_sid sid_from_eio_sid is_connected trigger_callback",
+    socketio.AsyncServer: "_engineio_server_class _handle_eio_connect _handle_eio_message _handle_eio_disconnect"
+    " _handle_connect _handle_disconnect _handle_ack _handle_event _trigger_event _send_packet"
+    " eio environ handlers namespace_handlers not_handled _binary_packet",
+    socketio.AsyncManager: "basic_enter_room basic_leave_room basic_disconnect get_rooms get_participants eio_sid_from_sid"
+    " sid_from_eio_sid is_connected trigger_callback rooms callbacks pending_connect pending_disconnect",
     wire.Packet: "decode encode add_attachment",
 }
-PRIVATE_FIELDS = {
-    socketio.AsyncServer: "eio environ handlers namespace_handlers not_handled _binary_packet",
-    socketio.AsyncManager: "rooms callbacks pending_connect pending_disconnect",
-}
-SOCKET_OPTIONS = "compress autoping max_msg_size timeout"
 
 
 def transport_check() -> list[str]:
-    """What we need of the libraries and do not find."""
-    named = [(owner, name) for owner, names in PRIVATE_NAMES.items() for name in names.split()]
-    missing = [f"{o.__name__}.{n}" for o, n in named if not callable(getattr(o, n, None))]
-    for owner, names in PRIVATE_FIELDS.items():
-        fields = vars(owner())
-        missing += [f"{owner.__name__}().{n}" for n in names.split() if n not in fields]
-    options = inspect.signature(web.WebSocketResponse).parameters
-    return missing + [f"WebSocketResponse({n}=)" for n in SOCKET_OPTIONS.split() if n not in options]
+    """Return what we need of the libraries and do not find."""
+    made = [(owner(), name) for owner, names in PRIVATE_NAMES.items() for name in names.split()]
+    return [f"{type(thing).__name__}.{name}" for thing, name in made if not hasattr(thing, name)]
 
 
 class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
@@ -5287,12 +5258,10 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     manager: Any
 
     def __init__(self, rules: Rules, **options: Any) -> None:
-        self.fast = rules.fast
         self.lanes: dict[str, Lane] = {}
         # The newest batch of each room, while a client still waits for it.
         self.batches: WeakValueDictionary[tuple[str, str], Batch] = WeakValueDictionary()
-        if self.fast:
-            options.setdefault("client_manager", RoomManager())
+        options.setdefault("client_manager", RoomManager())
         # `call` insists on async_handlers; the order of events is the lanes' doing.
         options |= {"async_mode": "aiohttp", "async_handlers": True, "serializer": StrictPacket}
         super().__init__(rules=rules, **options)
@@ -5329,7 +5298,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         for sid, eio_sid in self.manager.get_participants(namespace, room):
             if sid not in skipped and (session := sockets.get(eio_sid)) is not None:
                 session.follow(batch)
-        if self.fast and isinstance(room, str) and not any(skipped):
+        if isinstance(room, str) and not any(skipped):
             self.batches[namespace, room] = batch
         return batch
 
@@ -5531,11 +5500,10 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
 
 
 def socket_server(**options: Any) -> SocketServer:
-    """A socketio.AsyncServer with this transport; `options` are those of `Rules`, and AsyncServer's own."""
+    """A socketio.AsyncServer with this transport; `options` are those of `Rules`, and AsyncServer's own. Raises StartError."""
     rules = Rules(**{field.name: options.pop(field.name) for field in fields(Rules) if field.name in options})
-    if rules.fast and (missing := transport_check()):
-        log.warning("slow delivery: the libraries lack %s", ", ".join(missing))
-        rules.fast = False
+    if missing := transport_check():
+        raise StartError(f"The libraries lack what ChatRTC needs of them: {', '.join(missing)}")
     more = options.pop("cors_allowed_origins", None) or ()
     rules.origins = {*rules.origins, *([more] if isinstance(more, str) else more)}
     rules.max_payload = options.pop("max_http_buffer_size", rules.max_payload)

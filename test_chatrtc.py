@@ -14,7 +14,6 @@ import hmac
 import html
 import itertools
 import json
-import logging
 import os
 import random
 import re
@@ -4005,8 +4004,7 @@ async def test_what_a_deleted_server_leaves_is_nothing(scene: Scene) -> None:
 
 
 # ---- Engine and Transport -------------------------------------------------------------------------------------------
-# The bare server, as `socket_server()` gives it, with raw clients: order, bounds, clean ends, and each attack on it. Most of it
-# runs with the fast delivery and with the one that uses only what the libraries promise.
+# The bare server, as `socket_server()` gives it, with raw clients: order, bounds, clean ends, and each attack on it.
 
 
 class Bare:
@@ -4160,9 +4158,9 @@ class Poll:
         return await self.request("POST", data=body, **options)
 
 
-@pytest_asyncio.fixture(params=[True, False], ids=["fast", "stock"])
-async def bare(request):
-    async with Bare(fast=request.param) as bare:
+@pytest_asyncio.fixture
+async def bare():
+    async with Bare() as bare:
         yield bare
 
 
@@ -4240,10 +4238,8 @@ async def test_broadcasts_acks_and_emits_keep_their_order(bare):
     polled: list[str] = []
     while len(polled) < len(expected):
         polled += (await clients[1].get())[1].split("\x1e")
-    if bare.sio.fast:
-        assert heard == expected
-    assert sorted(heard) == sorted(expected)
-    assert [p for p in polled if p != "2"] == expected or not bare.sio.fast
+    assert heard == expected
+    assert [p for p in polled if p != "2"] == expected
 
 
 async def test_a_rooms_batch_keeps_the_order_of_all_that_a_client_is_told(bare):
@@ -5091,11 +5087,11 @@ async def test_the_librarys_own_client(bare, transports):
     assert await bare.settled()
 
 
-def test_the_check_finds_what_is_missing(monkeypatch, caplog):
-    assert chatrtc.transport_check() == [] and chatrtc.socket_server().fast
+async def test_a_server_whose_libraries_lack_something_does_not_start(monkeypatch):
+    assert chatrtc.transport_check() == []
     monkeypatch.setitem(chatrtc.PRIVATE_NAMES, socketio.AsyncServer, "_no_such_name")
-    caplog.set_level(logging.WARNING)
-    assert not chatrtc.socket_server().fast and "_no_such_name" in caplog.text
+    with pytest.raises(chatrtc.StartError, match=r"^.*AsyncServer\._no_such_name$"):
+        chatrtc.socket_server()
 
 
 # ---- Live -----------------------------------------------------------------------------------------------------------
