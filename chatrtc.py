@@ -107,20 +107,12 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     database: Annotated[str, Meta(min_length=1, description="The SQLite file that keeps everything.")] = "chatrtc.db"
     secret: Annotated[
         str | None,
-        Meta(
-            description="Key that signs tokens, 32 bytes or more; by default made once and kept next to the database. "
-            "Others on this machine can see it in `ps`: use the variable CHATRTC_SECRET instead."
-        ),
+        Meta(description="Key to sign tokens (32 bytes or more; by default made and kept). `ps` shows it: set CHATRTC_SECRET."),
     ] = None
-    token_ttl: Annotated[int, Meta(ge=1, le=10**9, description="Seconds for which a token stands.")] = 30 * 86400
-    cors_origin: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="Origin whose pages may use this server, such as https://example.org; repeatable. Its own always may."
-        ),
-    ] = ()
+    token_ttl: Annotated[int, Meta(ge=1, le=10**9, description="Token lifetime in seconds.")] = 30 * 86400
+    cors_origin: Annotated[tuple[str, ...], Meta(description="Also allow pages from this origin (repeatable).")] = ()
     registration: Annotated[
-        Literal["open", "invite", "closed"], Meta(description="Who may make an account: anyone, who has an invite, or nobody.")
+        Literal["open", "invite", "closed"], Meta(description="Who may register: anyone, people with an invite, or nobody.")
     ] = "open"
     no_guests: Annotated[bool, Meta(description="Let nobody in by an invite alone, without a password.")] = False
     create_servers: Annotated[
@@ -128,27 +120,21 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(description="Who may create servers: everyone, accounts with a password, or only the command line."),
     ] = "accounts"
     ice_server: Annotated[
-        tuple[str, ...],
-        Meta(description="STUN or TURN address handed to voice clients, such as stun:example.org:3478; repeatable."),
+        tuple[str, ...], Meta(description="STUN or TURN address for voice, such as stun:example.org:3478 (repeatable).")
     ] = ()
     tls_cert: Annotated[str | None, Meta(description="Certificate file (PEM) to serve https with.")] = None
     tls_key: Annotated[str | None, Meta(description="Key file (PEM) of that certificate.")] = None
     tls_self_signed: Annotated[
-        bool,
-        Meta(description="Serve https with a certificate made for this machine's addresses, and kept (needs chatrtc[tls])."),
+        bool, Meta(description="Serve https with a certificate made for this machine and kept (needs chatrtc[tls]).")
     ] = False
     lan: Annotated[bool, Meta(description="Listen on the local network, and show the address with its QR code.")] = False
     public_url: Annotated[
-        str | None,
-        Meta(description="Address that people open, such as https://chat.example.org; used in invites and QR codes."),
+        str | None, Meta(description="Address that people open, such as https://chat.example.org, for invites and QR codes.")
     ] = None
     trusted_proxy: Annotated[
-        tuple[str, ...],
-        Meta(description="Address or network of a proxy (or 'unix') whose X-Forwarded headers are believed; repeatable."),
+        tuple[str, ...], Meta(description="Address or network of a proxy (or 'unix') to trust for X-Forwarded (repeatable).")
     ] = ()
-    disk_reserve: Annotated[
-        int, Meta(ge=0, le=10**9, description="Free disk space in MiB below which the server refuses writes.")
-    ] = 256
+    disk_reserve: Annotated[int, Meta(ge=0, le=10**9, description="Free disk space in MiB below which writes fail.")] = 256
     voice_max: Annotated[int, Meta(ge=2, le=1000, description="Most people in one voice channel.")] = 12
     no_rate_limit: Annotated[bool, Meta(description="Lift every limit on how often and how many; for benchmarks.")] = False
 
@@ -159,8 +145,7 @@ def setting_names() -> list[tuple[str, msgspec.structs.FieldInfo]]:
 
 
 # ---- Errors --------------------------------------------------------------------------------------------------------
-# What can go wrong, by the codes of the wire contract. Every refusal anywhere is a ChatError; whatever else is raised is a
-# defect, which the one broad `except` of this file catches and Doors turns into INTERNAL_ERROR.
+# What can go wrong. Every refusal is a ChatError; any other exception is a defect, which clients see as INTERNAL_ERROR.
 
 
 class ErrorKind(NamedTuple):
@@ -266,19 +251,13 @@ REASONS = {
 
 
 class ChatError(Exception):
-    """An error that a client is told: a code of `ERRORS`, a sentence for a person and, where there is one, a reason of
+    """An error that a client is told: a code of `ERRORS`, a sentence for a person and, if there is one, a reason of
     `REASONS`, the field to blame, the seconds to wait (RATE_LIMITED), or an HTTP `status` other than the code's."""
 
     def __init__(
-        self,
-        code: str,
-        sentence: str | None = None,
-        retry_after: float | None = None,
-        status: int | None = None,
-        *,
-        reason: str | None = None,
-        field: str | None = None,
-    ) -> None:
+        self, code: str, sentence: str | None = None, retry_after: float | None = None, status: int | None = None, *,
+        reason: str | None = None, field: str | None = None,
+    ) -> None:  # fmt: skip
         self.code = code
         self.sentence = sentence or ERRORS[code].sentence
         self.retry_after = retry_after
@@ -288,14 +267,9 @@ class ChatError(Exception):
         super().__init__(f"{code}: {self.sentence}")
 
     def body(self) -> dict[str, Any]:
-        body: dict[str, Any] = {"error": self.sentence, "code": self.code}
-        if self.reason is not None:
-            body["reason"] = self.reason
-        if self.field is not None:
-            body["field"] = self.field
-        if self.retry_after is not None:
-            body["retry_after"] = max(1, round(self.retry_after + 0.5))
-        return body
+        wait = None if self.retry_after is None else max(1, round(self.retry_after + 0.5))
+        more = {"reason": self.reason, "field": self.field, "retry_after": wait}
+        return {"error": self.sentence, "code": self.code} | {key: value for key, value in more.items() if value is not None}
 
 
 def refusal(reason: str, *, field: str | None = None, retry_after: float | None = None, **values: object) -> ChatError:
@@ -305,7 +279,7 @@ def refusal(reason: str, *, field: str | None = None, retry_after: float | None 
 
 
 async def outcome_of(work: Awaitable[Any]) -> Any:
-    """What comes of it, be it a defect: the one broad `except` of this file."""
+    """Await `work` and return its result or the exception it raised. The only broad `except` in this file."""
     try:
         return await work
     except Exception as error:
@@ -901,16 +875,15 @@ def read_args(kind: type[T], raw: Any) -> T:
 
 
 # ---- Events --------------------------------------------------------------------------------------------------------
-# What the server tells of its own accord: each event's name, its payload and the room it goes to, once. An operation states
-# by name which of them it emits.
+# What the server emits: each event's name, its payload and the room it goes to. An operation lists the events that it emits.
+
+MessageDeleted = Deletion
+Typing = ChannelUser
+PresenceChanged = ServerUser
 
 
 class MentionNotice(Message, kw_only=True):
     server_id: int
-
-
-class MessageDeleted(Deletion):
-    pass
 
 
 class ReactionChanged(Named):
@@ -920,14 +893,6 @@ class ReactionChanged(Named):
     username: str
     emoji: str
     seq: int
-
-
-class Typing(ChannelUser):
-    pass
-
-
-class PresenceChanged(ServerUser):
-    pass
 
 
 class StatusChanged(Identity):
@@ -1017,18 +982,16 @@ EVENTS = {
 }
 
 
-# What an operation asks for beside its answer, carried out by Chat once the transaction has committed.
+# The effects of an operation, carried out by Chat once the transaction has committed.
 
 
 class Emit(NamedTuple):
     event: str
-    to: int  # the id of the server, channel or user whose room hears it
+    to: int  # the id of the server, channel or user whose room receives it
     payload: View
 
 
-class OpenChannel(NamedTuple):
-    """Sockets of the server hear the new channel too."""
-
+class OpenChannel(NamedTuple):  # sockets of the server join the new channel's room
     server_id: int
     channel_id: int
 
@@ -1042,16 +1005,12 @@ class CloseServer(NamedTuple):
     server_id: int
 
 
-class Evict(NamedTuple):
-    """Take the user's sockets out of the server's rooms. The sockets stay, for the user's other servers."""
-
+class Evict(NamedTuple):  # the user's sockets leave the server's rooms, and stay open for the user's other servers
     server_id: int
     user_id: int
 
 
-class Revoke(NamedTuple):
-    """The user's tokens (or the one of that digest) stand no more, and their sockets are closed."""
-
+class Revoke(NamedTuple):  # the user's tokens (or the one of that digest) are no longer valid: their sockets are closed
     user_id: int
     digest: bytes | None = None
 
@@ -1063,9 +1022,7 @@ class SetStatus(NamedTuple):
     server_ids: list[int]
 
 
-class Rename(NamedTuple):
-    """The user's sockets and tokens carry the new display name."""
-
+class Rename(NamedTuple):  # the user's sockets and tokens carry the new display name
     user_id: int
     name: str | None
 
@@ -1079,7 +1036,7 @@ Effect = Emit | OpenChannel | CloseChannel | CloseServer | Evict | Revoke | SetS
 
 
 class Done(NamedTuple, Generic[T]):
-    """What an operation gives: its answer, what is to be carried out, and whether the thing had been done before."""
+    """The result of an operation: its answer, its effects, and whether it only repeats what was done before."""
 
     answer: T
     effects: Sequence[Effect] = ()
