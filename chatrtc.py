@@ -2045,7 +2045,7 @@ class Store:
 
 
 # ---- Questions -----------------------------------------------------------------------------------------------------
-# The SQL: one function a question, on a connection that is in a transaction already. A row becomes a thing of Payloads here.
+# The SQL: a function for each query, called with a connection that is in a transaction. Rows become payloads here.
 
 MESSAGE_FIELDS = """
     SELECT m.channel_id, m.message_id, m.content, m.author_id, u.username, m.created_at, m.seq,
@@ -2137,8 +2137,23 @@ PURGE_SCAN = 5000  # messages that are looked at for it
 ADDRESSES_KEPT = 20  # from which an account signed in
 
 
+def statement(query: str) -> Question[int]:
+    """Return a function of a connection and the values that runs a statement and returns how many rows it changed."""
+    return lambda db, *values: db.execute(query, values).rowcount
+
+
+def first_value(query: str) -> Question[Any]:
+    """Return a function of a connection and the values that returns the first column of the first row, or None."""
+    return lambda db, *values: (db.execute(query, values).fetchone() or (None,))[0]
+
+
+def rows_as(kind: Callable[..., R], query: str) -> Question[list[R]]:
+    """Return a function of a connection and the values that returns all rows as objects of that kind."""
+    return lambda db, *values: [kind(*row) for row in db.execute(query, values)]
+
+
 class Standing(NamedTuple):
-    """An account as a token's bearer has it, and that token (none for a call from the program itself)."""
+    """The account of a token, and that token (none for a call from the program itself)."""
 
     user_id: int
     username: str
@@ -2153,28 +2168,26 @@ class Standing(NamedTuple):
         return Identity(self.user_id, self.username, name=self.name)
 
 
+password_of: Question[str | None] = first_value("SELECT password FROM users WHERE user_id = ?")
+address_seen: Question[float | None] = first_value("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?")
+update_status = statement("UPDATE users SET status = ?2 WHERE user_id = ?1")
+update_display_name = statement("UPDATE users SET name = ?2 WHERE user_id = ?1")
+insert_revoked = statement("INSERT OR IGNORE INTO revoked_tokens VALUES (?, ?)")
+member_servers = rows_as(int, "SELECT server_id FROM members WHERE user_id = ? ORDER BY server_id")
+ACCOUNT = "SELECT u.user_id, u.username, u.status, u.generation, u.name, u.password FROM users u "
+
+
 def standing(db: sqlite3.Connection, user_id: int, digest: bytes) -> Standing | None:
-    """The account, unless it is deleted or that token was revoked."""
-    row = db.execute(
-        """SELECT user_id, username, status, generation, name FROM users
-           WHERE user_id = ? AND deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)""",
-        (user_id, digest),
-    ).fetchone()
-    return Standing(*row) if row else None
+    """Return the account, unless it is deleted or that token was revoked."""
+    valid = "WHERE user_id = ? AND deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)"
+    row = db.execute(ACCOUNT + valid, (user_id, digest)).fetchone()
+    return Standing(*row[:5]) if row else None
 
 
 def account_named(db: sqlite3.Connection, username: str) -> tuple[Standing, str | None] | None:
-    """The account of that name, however it is spelled, and its password's hash."""
-    row = db.execute(
-        "SELECT user_id, username, status, generation, name, password FROM users WHERE username_key = ? AND deleted = 0",
-        (fold(username),),
-    ).fetchone()
+    """Return the account of that name, however it is spelled, and its password's hash."""
+    row = db.execute(ACCOUNT + "WHERE username_key = ? AND deleted = 0", (fold(username),)).fetchone()
     return (Standing(*row[:5]), row[5]) if row else None
-
-
-def password_of(db: sqlite3.Connection, user_id: int) -> str | None:
-    row = db.execute("SELECT password FROM users WHERE user_id = ?", (user_id,)).fetchone()
-    return row[0] if row else None
 
 
 def free_username(db: sqlite3.Connection, name: str) -> str:
@@ -2184,8 +2197,8 @@ def free_username(db: sqlite3.Connection, name: str) -> str:
 
     def taken(number: int) -> bool:
         username = numbered(handle, number)
-        row = db.execute("SELECT 1 FROM users WHERE username_key = ?", (fold(username),)).fetchone()
-        return row is not None or not is_username(username)
+        found = db.execute("SELECT 1 FROM users WHERE username_key = ?", (fold(username),)).fetchone()
+        return found is not None or not is_username(username)
 
     last, free = 0, 1
     while taken(free):
@@ -2197,21 +2210,14 @@ def free_username(db: sqlite3.Connection, name: str) -> str:
 
 
 def insert_user(db: sqlite3.Connection, username: str, password: str | None, now: str, name: str | None = None) -> int:
-    """The new account's id. Raises CONFLICT where the name is taken."""
-    row = db.execute(
-        """INSERT INTO users (username, username_key, password, created_at, name) VALUES (?, ?, ?, ?, ?)
-           ON CONFLICT (username_key) DO NOTHING RETURNING user_id""",
-        (username, fold(username), password, now, None if name == username else name),
-    ).fetchone()
+    """Return the new account's id. Raises CONFLICT if the name is taken."""
+    query = """INSERT INTO users (username, username_key, password, created_at, name) VALUES (?, ?, ?, ?, ?)
+               ON CONFLICT (username_key) DO NOTHING RETURNING user_id"""
+    values = (username, fold(username), password, now, None if name == username else name)
+    row = db.execute(query, values).fetchone()
     if row is None:
         raise refusal("USERNAME_TAKEN", field="username")
     return int(row[0])
-
-
-def address_seen(db: sqlite3.Connection, user_id: int, digest: bytes) -> float | None:
-    """Return when the account last signed in from that address, in Unix seconds."""
-    row = db.execute("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?", (user_id, digest)).fetchone()
-    return row[0] if row else None
 
 
 def remember_address(db: sqlite3.Connection, user_id: int, digest: bytes, clock: float) -> Done[None]:
@@ -2225,17 +2231,11 @@ def remember_address(db: sqlite3.Connection, user_id: int, digest: bytes, clock:
     return Done(None)
 
 
-def update_status(db: sqlite3.Connection, user_id: int, status: Status) -> None:
-    db.execute("UPDATE users SET status = ? WHERE user_id = ?", (status, user_id))
-
-
 def update_password(db: sqlite3.Connection, user_id: int, before: str | None, password: str) -> int:
-    """Set a password; all tokens end. The new generation. Raises CONFLICT where somebody else set one meanwhile."""
-    row = db.execute(
-        """UPDATE users SET password = ?, generation = generation + 1
-           WHERE user_id = ? AND password IS ? AND deleted = 0 RETURNING generation""",
-        (password, user_id, before),
-    ).fetchone()
+    """Set a password and return the new generation: all tokens end. Raises CONFLICT if another was set meanwhile."""
+    query = """UPDATE users SET password = ?, generation = generation + 1
+               WHERE user_id = ? AND password IS ? AND deleted = 0 RETURNING generation"""
+    row = db.execute(query, (password, user_id, before)).fetchone()
     if row is None:
         raise refusal("PASSWORD_CHANGED")
     return int(row[0])
@@ -2247,23 +2247,14 @@ def close_account(db: sqlite3.Connection, user_id: int) -> None:
 
 
 def accounts(db: sqlite3.Connection) -> list[tuple[int, str, str]]:
-    """Id, name and beginning of each account that stands."""
+    """Return the id, username and creation time of each account that is not deleted."""
     return db.execute("SELECT user_id, username, created_at FROM users WHERE deleted = 0 ORDER BY user_id").fetchall()
 
 
-def insert_revoked(db: sqlite3.Connection, digest: bytes, expires: float) -> None:
-    db.execute("INSERT OR IGNORE INTO revoked_tokens VALUES (?, ?)", (digest, expires))
-
-
 def profile(db: sqlite3.Connection, user_id: int) -> Profile:
-    query = "SELECT user_id, username, status, created_at, password IS NULL, name FROM users WHERE user_id = ?"
-    user_id, username, status, created_at, guest, name = db.execute(query, (user_id,)).fetchone()
+    query = "SELECT username, status, created_at, password IS NULL AND deleted = 0, name FROM users WHERE user_id = ?"
+    username, status, created_at, guest, name = db.execute(query, (user_id,)).fetchone()
     return Profile(user_id, username, status, created_at, bool(guest), name=name)
-
-
-def member_servers(db: sqlite3.Connection, user_id: int) -> list[int]:
-    rows = db.execute("SELECT server_id FROM members WHERE user_id = ? ORDER BY server_id", (user_id,))
-    return [server_id for (server_id,) in rows]
 
 
 def last_seq(db: sqlite3.Connection, server_id: int) -> int:
@@ -2276,18 +2267,23 @@ def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
     return last_seq(db, server_id)  # in the place of RETURNING, which costs a post 4 us more
 
 
-def insert_server(db: sqlite3.Connection, name: str, now: str) -> int:
-    row = db.execute("INSERT INTO servers (name, created_at) VALUES (?, ?) RETURNING server_id", (name, now)).fetchone()
-    return int(row[0])
+def server_change(part: str, *queries: str) -> Question[int]:
+    """Return a function of a connection, a server's id and other values that runs statements and returns the change's `seq`."""
+
+    def run(db: sqlite3.Connection, server_id: int, *values: object) -> int:
+        for query in queries:
+            db.execute(query, (server_id, *values))
+        return next_seq(db, server_id, part)
+
+    return run
 
 
-def update_name(db: sqlite3.Connection, server_id: int, name: str) -> int:
-    db.execute("UPDATE servers SET name = ? WHERE server_id = ?", (name, server_id))
-    return next_seq(db, server_id, "name")
-
-
-def drop_server(db: sqlite3.Connection, server_id: int) -> None:
-    db.execute("DELETE FROM servers WHERE server_id = ?", (server_id,))
+insert_server: Question[int] = first_value("INSERT INTO servers (name, created_at) VALUES (?, ?) RETURNING server_id")
+update_name = server_change("name", "UPDATE servers SET name = ?2 WHERE server_id = ?1")
+drop_server = statement("DELETE FROM servers WHERE server_id = ?")
+channels_of = rows_as(Channel, CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id")
+SERVER_ROWS = """SELECT s.server_id, s.name, o.user_id, s.created_at, m.role FROM members m
+    JOIN servers s ON s.server_id = m.server_id LEFT JOIN members o ON o.server_id = s.server_id AND o.role = 'owner' """
 
 
 def place_of(db: sqlite3.Connection, key: str, number: int, me: Standing) -> tuple[int | None, Role | None, str | None] | None:
@@ -2298,29 +2294,15 @@ def place_of(db: sqlite3.Connection, key: str, number: int, me: Standing) -> tup
     return found
 
 
-def channels_of(db: sqlite3.Connection, server_id: int) -> list[Channel]:
-    return [Channel(*row) for row in db.execute(CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id", (server_id,))]
-
-
 def server_view(db: sqlite3.Connection, server_id: int, user_id: int) -> Server:
-    name, owner_id, created_at, role = db.execute(
-        """SELECT s.name, (SELECT user_id FROM members o WHERE o.server_id = s.server_id AND o.role = 'owner'),
-                  s.created_at, m.role
-           FROM servers s JOIN members m ON m.server_id = s.server_id AND m.user_id = ? WHERE s.server_id = ?""",
-        (user_id, server_id),
-    ).fetchone()
+    query = SERVER_ROWS + "WHERE m.server_id = ? AND m.user_id = ?"
+    _, name, owner_id, created_at, role = db.execute(query, (server_id, user_id)).fetchone()
     return Server(server_id, name, owner_id, created_at, role, channels_of(db, server_id))
 
 
 def servers_of(db: sqlite3.Connection, user_id: int) -> list[Server]:
     """Return a member's servers with their channels, in two queries however many there are."""
-    rows = db.execute(
-        """SELECT s.server_id, s.name, o.user_id, s.created_at, m.role
-           FROM members m JOIN servers s ON s.server_id = m.server_id
-           LEFT JOIN members o ON o.server_id = s.server_id AND o.role = 'owner'
-           WHERE m.user_id = ? ORDER BY s.server_id""",
-        (user_id,),
-    )
+    rows = db.execute(SERVER_ROWS + "WHERE m.user_id = ? ORDER BY s.server_id", (user_id,))
     servers = {server_id: Server(server_id, name, owner, at, role, []) for server_id, name, owner, at, role in rows}
     mine = "WHERE server_id IN (SELECT server_id FROM members WHERE user_id = ?) ORDER BY channel_id"
     for row in db.execute(CHANNEL_ROWS + mine, (user_id,)):
@@ -2340,21 +2322,20 @@ def channel_view(db: sqlite3.Connection, channel_id: int) -> Channel:
 
 
 def members_of(db: sqlite3.Connection, server_id: int, present: Collection[int], viewer: int) -> list[Member]:
-    """The members; `present`: ids of those that are here. To others the invisible look like somebody who is not."""
+    """Return the members. `present`: ids of those who are connected. Invisible members look as if they were not."""
     rows = db.execute(
         """SELECT m.user_id, u.username, m.role,
-                  CASE WHEN u.status = 'invisible' AND u.user_id <> :viewer THEN 'online' ELSE u.status END,
-                  m.joined_at, u.password IS NULL AND u.deleted = 0, m.invited_by, u.name,
+                  CASE WHEN u.status = 'invisible' AND u.user_id <> :viewer THEN 'online' ELSE u.status END, m.joined_at,
+                  u.password IS NULL AND u.deleted = 0, CASE WHEN
                   (SELECT role FROM members v WHERE v.server_id = m.server_id AND v.user_id = :viewer) <> 'member'
+                  THEN m.invited_by END, u.name
            FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = :server_id ORDER BY m.user_id""",
         {"viewer": viewer, "server_id": server_id},
     )
-    members = []
-    for user_id, username, role, status, joined_at, guest, invited_by, name, to_admin in rows:
-        member = Member(server_id, user_id, username, role, status, joined_at, user_id in present, bool(guest), name=name)
-        member.invited_by = invited_by if to_admin else None
-        members.append(member)
-    return members
+    return [
+        Member(server_id, user_id, username, role, status, joined_at, user_id in present, bool(guest), invited_by, name=name)
+        for user_id, username, role, status, joined_at, guest, invited_by, name in rows
+    ]
 
 
 def former_members_of(db: sqlite3.Connection, server_id: int) -> list[Identity]:
@@ -2367,24 +2348,37 @@ def former_members_of(db: sqlite3.Connection, server_id: int) -> list[Identity]:
     return [Identity(user_id, username, name=name) for user_id, username, name in reversed(rows)]
 
 
-def role_of(db: sqlite3.Connection, server_id: int, user_id: int) -> Role | None:
-    row = db.execute("SELECT role FROM members WHERE server_id = ? AND user_id = ?", (server_id, user_id)).fetchone()
-    return row[0] if row else None
-
-
 def facts_of(db: sqlite3.Connection, user_id: int) -> dict[str, Any]:
     """Return what events about a member say of the account: `username`, `name` and `guest`."""
-    query = "SELECT username, name, password IS NULL AND deleted = 0 FROM users WHERE user_id = ?"
-    username, name, guest = db.execute(query, (user_id,)).fetchone()
-    return {"username": username, "name": name, "guest": bool(guest)}
+    account = profile(db, user_id)
+    return {"username": account.username, "name": account.name, "guest": account.guest}
 
 
-def update_display_name(db: sqlite3.Connection, user_id: int, name: str | None) -> None:
-    db.execute("UPDATE users SET name = ? WHERE user_id = ?", (name, user_id))
-
-
-def is_banned(db: sqlite3.Connection, server_id: int, user_id: int) -> bool:
-    return bool(db.execute("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?", (server_id, user_id)).fetchone())
+role_of: Question[Role | None] = first_value("SELECT role FROM members WHERE server_id = ? AND user_id = ?")
+update_role = server_change("members", "UPDATE members SET role = ?3 WHERE server_id = ?1 AND user_id = ?2")
+drop_member = server_change(
+    "members",
+    "INSERT INTO former_members SELECT server_id, user_id, invited_by FROM members WHERE server_id = ? AND user_id = ?",
+    "DELETE FROM members WHERE server_id = ? AND user_id = ?",
+)
+# Who comes after the owner: the first admin, else the first member.
+heir_of: Question[int | None] = first_value(
+    "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1"
+)
+# Whether an account that is not deleted was a member and is not one now.
+has_left: Question[int | None] = first_value(
+    """SELECT 1 FROM former_members f JOIN users u ON u.user_id = f.user_id
+       WHERE f.server_id = ? AND f.user_id = ? AND u.deleted = 0"""
+)
+# Whether a user (?1) is in a server where an admin (?2) could not remove them.
+is_out_of_reach: Question[int | None] = first_value(
+    """SELECT 1 FROM members t WHERE t.user_id = ?1 AND NOT EXISTS (
+           SELECT 1 FROM members m WHERE m.server_id = t.server_id AND m.user_id = ?2
+           AND (m.role = 'owner' OR (m.role = 'admin' AND t.role = 'member')))"""
+)
+is_banned: Question[int | None] = first_value("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?")
+insert_ban = statement("INSERT OR IGNORE INTO bans VALUES (?, ?, ?, ?)")
+drop_ban = statement("DELETE FROM bans WHERE server_id = ? AND user_id = ?")
 
 
 def bans_of(db: sqlite3.Connection, args: BansArgs) -> Bans:
@@ -2397,30 +2391,12 @@ def bans_of(db: sqlite3.Connection, args: BansArgs) -> Bans:
     return Bans([Ban(*row[:5], name=row[5]) for row in rows[: args.limit]], len(rows) > args.limit)
 
 
-def has_left(db: sqlite3.Connection, server_id: int, user_id: int) -> bool:
-    """Return whether an account that is not deleted was a member and is not one now."""
-    query = """SELECT 1 FROM former_members f JOIN users u ON u.user_id = f.user_id
-               WHERE f.server_id = ? AND f.user_id = ? AND u.deleted = 0"""
-    return db.execute(query, (server_id, user_id)).fetchone() is not None
-
-
-def is_out_of_reach(db: sqlite3.Connection, user_id: int, admin_id: int) -> bool:
-    """Return whether the user is in a server where that admin could not remove them."""
-    query = """SELECT 1 FROM members t WHERE t.user_id = ? AND NOT EXISTS (
-                   SELECT 1 FROM members m WHERE m.server_id = t.server_id AND m.user_id = ?
-                   AND (m.role = 'owner' OR (m.role = 'admin' AND t.role = 'member')))"""
-    return db.execute(query, (user_id, admin_id)).fetchone() is not None
-
-
 def guests_below(db: sqlite3.Connection, server_id: int, role: Role | None) -> list[int]:
     """Return the next guests of a lower role."""
-    rows = db.execute(
-        """SELECT m.user_id FROM members m JOIN users u ON u.user_id = m.user_id
-           WHERE m.server_id = ? AND u.password IS NULL AND (m.role = 'member' OR (m.role = 'admin' AND ? = 'owner'))
-           ORDER BY m.user_id LIMIT ?""",
-        (server_id, role, EXPEL_STEP),
-    )
-    return [user_id for (user_id,) in rows]
+    query = """SELECT m.user_id FROM members m JOIN users u ON u.user_id = m.user_id
+               WHERE m.server_id = ? AND u.password IS NULL AND (m.role = 'member' OR (m.role = 'admin' AND ? = 'owner'))
+               ORDER BY m.user_id LIMIT ?"""
+    return [user_id for (user_id,) in db.execute(query, (server_id, role, EXPEL_STEP))]
 
 
 def insert_link(db: sqlite3.Connection, user_id: int, code: str, expires: float) -> None:
@@ -2431,29 +2407,18 @@ def insert_link(db: sqlite3.Connection, user_id: int, code: str, expires: float)
 
 def guest_of_link(db: sqlite3.Connection, code: str, now: float) -> Standing:
     """Return the guest whom a sign-in code is for. Raises NOT_FOUND."""
-    row = db.execute(
-        """SELECT u.user_id, u.username, u.status, u.generation, u.name FROM links l JOIN users u ON u.user_id = l.user_id
-           WHERE l.digest = ? AND l.expires_at > ? AND u.password IS NULL AND u.deleted = 0""",
-        (hashlib.sha256(code.encode()).digest(), now),
-    ).fetchone()
+    valid = """JOIN links l ON u.user_id = l.user_id
+               WHERE l.digest = ? AND l.expires_at > ? AND u.password IS NULL AND u.deleted = 0"""
+    row = db.execute(ACCOUNT + valid, (hashlib.sha256(code.encode()).digest(), now)).fetchone()
     if row is None:
         raise refusal("LINK_UNKNOWN", field="code")
-    return Standing(*row)
+    return Standing(*row[:5])
 
 
 def take_link(db: sqlite3.Connection, code: str, now: float) -> Standing:
     guest = guest_of_link(db, code, now)
     db.execute("DELETE FROM links WHERE user_id = ?", (guest.user_id,))
     return guest
-
-
-def insert_ban(db: sqlite3.Connection, server_id: int, user_id: int, banned_by: int, now: str) -> None:
-    db.execute("INSERT OR IGNORE INTO bans VALUES (?, ?, ?, ?)", (server_id, user_id, banned_by, now))
-
-
-def drop_ban(db: sqlite3.Connection, server_id: int, user_id: int) -> bool:
-    """Whether there was one."""
-    return db.execute("DELETE FROM bans WHERE server_id = ? AND user_id = ?", (server_id, user_id)).rowcount > 0
 
 
 def make_room_for_invite(db: sqlite3.Connection, server_id: int, now: str) -> None:
@@ -2466,30 +2431,22 @@ def make_room_for_invite(db: sqlite3.Connection, server_id: int, now: str) -> No
         raise refusal("TOO_MANY", n=INVITES_MAX)
 
 
-def insert_invite(db: sqlite3.Connection, invite: Invite, created_by: int) -> None:
-    db.execute(
-        "INSERT INTO invites (code, server_id, created_by, max_uses, expires_at) VALUES (?, ?, ?, ?, ?)",
-        (invite.code, invite.server_id, created_by, invite.max_uses, invite.expires_at),
-    )
-
-
-def invites_of(db: sqlite3.Connection, server_id: int) -> list[Invite]:
-    return [Invite(*row) for row in db.execute(INVITE + "WHERE server_id = ? ORDER BY rowid", (server_id,))]
-
-
-def invited_to(db: sqlite3.Connection, code: str) -> int | None:
-    """The server that the invite, used up or not, is for."""
-    row = db.execute("SELECT server_id FROM invites WHERE code = ?", (code,)).fetchone()
-    return row[0] if row else None
+invites_of = rows_as(Invite, INVITE + "WHERE server_id = ? ORDER BY rowid")
+insert_invite = statement("INSERT INTO invites (code, server_id, created_by, max_uses, expires_at) VALUES (?, ?, ?, ?, ?)")
+invited_to: Question[int | None] = first_value("SELECT server_id FROM invites WHERE code = ?")  # used up or not
+count_use = statement("UPDATE invites SET uses = uses + 1 WHERE code = ?")
+drop_invite = statement("DELETE FROM invites WHERE code = ?")
+# Deletes the invite by which a current or former member (server, user) came, if it is known.
+drop_invite_of = statement(
+    """DELETE FROM invites WHERE server_id = ?1 AND code IN (
+           SELECT invited_by FROM members WHERE server_id = ?1 AND user_id = ?2
+           UNION ALL SELECT invited_by FROM former_members WHERE server_id = ?1 AND user_id = ?2)"""
+)
 
 
 def invite_preview(db: sqlite3.Connection, invite: Invite) -> InvitePreview:
-    row = db.execute(
-        """SELECT name, (SELECT count(*) FROM members m WHERE m.server_id = s.server_id)
-           FROM servers s WHERE server_id = ?""",
-        (invite.server_id,),
-    ).fetchone()
-    return InvitePreview(invite.code, invite.server_id, *row)
+    query = "SELECT name, (SELECT count(*) FROM members m WHERE m.server_id = s.server_id) FROM servers s WHERE server_id = ?"
+    return InvitePreview(invite.code, invite.server_id, *db.execute(query, (invite.server_id,)).fetchone())
 
 
 def open_invite(db: sqlite3.Connection, code: str, now: str) -> Invite:
@@ -2503,24 +2460,6 @@ def open_invite(db: sqlite3.Connection, code: str, now: str) -> Invite:
     if invite.max_uses is not None and invite.uses >= invite.max_uses:
         raise refusal("INVITE_SPENT", field="code")
     return invite
-
-
-def count_use(db: sqlite3.Connection, code: str) -> None:
-    db.execute("UPDATE invites SET uses = uses + 1 WHERE code = ?", (code,))
-
-
-def drop_invite(db: sqlite3.Connection, code: str) -> None:
-    db.execute("DELETE FROM invites WHERE code = ?", (code,))
-
-
-def drop_invite_of(db: sqlite3.Connection, server_id: int, user_id: int) -> None:
-    """Delete the invite by which a current or former member came, if it is known."""
-    db.execute(
-        """DELETE FROM invites WHERE server_id = :server AND code IN (
-               SELECT invited_by FROM members WHERE server_id = :server AND user_id = :user
-               UNION ALL SELECT invited_by FROM former_members WHERE server_id = :server AND user_id = :user)""",
-        {"server": server_id, "user": user_id},
-    )
 
 
 def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str, code: str | None = None) -> int:
@@ -2537,27 +2476,8 @@ def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role,
     return next_seq(db, server_id, "members")
 
 
-def drop_member(db: sqlite3.Connection, server_id: int, user_id: int) -> int:
-    db.execute(
-        """INSERT INTO former_members SELECT server_id, user_id, invited_by FROM members
-           WHERE server_id = ? AND user_id = ?""",
-        (server_id, user_id),
-    )
-    db.execute("DELETE FROM members WHERE server_id = ? AND user_id = ?", (server_id, user_id))
-    return next_seq(db, server_id, "members")
-
-
-def update_role(db: sqlite3.Connection, server_id: int, user_id: int, role: Role) -> int:
-    db.execute("UPDATE members SET role = ? WHERE server_id = ? AND user_id = ?", (role, server_id, user_id))
-    return next_seq(db, server_id, "members")
-
-
-def heir_of(db: sqlite3.Connection, server_id: int) -> int | None:
-    """Who comes after the owner: the first admin, else the first member."""
-    row = db.execute(
-        "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1", (server_id,)
-    ).fetchone()
-    return row[0] if row else None
+# Takes a channel out of its server; its messages go later (`purge_channels`).
+drop_channel = server_change("channels", "UPDATE channels SET server_id = NULL WHERE server_id = ? AND channel_id = ?")
 
 
 def add_channel(db: sqlite3.Connection, server_id: int, name: str, kind: ChannelKind, topic: str) -> tuple[Channel, int]:
@@ -2576,45 +2496,35 @@ def add_channel(db: sqlite3.Connection, server_id: int, name: str, kind: Channel
 
 
 def update_channel(db: sqlite3.Connection, server_id: int, channel_id: int, name: str, topic: str) -> int:
-    """The number of that change. Raises CONFLICT where another channel has the name."""
-    taken = "SELECT 1 FROM channels WHERE server_id = ? AND name_key = ? AND channel_id <> ?"
-    if db.execute(taken, (server_id, fold(name), channel_id)).fetchone():
+    """Return the number of that change. Raises CONFLICT if another channel has the name."""
+    change = "UPDATE OR IGNORE channels SET name = ?, name_key = ?, topic = ? WHERE channel_id = ?"
+    if not db.execute(change, (name, fold(name), topic, channel_id)).rowcount:
         raise refusal("CHANNEL_TAKEN", field="name")
-    db.execute(
-        "UPDATE channels SET name = ?, name_key = ?, topic = ? WHERE channel_id = ?", (name, fold(name), topic, channel_id)
-    )
-    return next_seq(db, server_id, "channels")
-
-
-def drop_channel(db: sqlite3.Connection, server_id: int, channel_id: int) -> int:
-    """Take the channel out of its server; its messages go later (`purge_channels`)."""
-    db.execute("UPDATE channels SET server_id = NULL WHERE channel_id = ?", (channel_id,))
     return next_seq(db, server_id, "channels")
 
 
 def to_message(row: Sequence[Any]) -> Message:
     message = Message(*row[:10])
     message.author_name = row[13]
-    if row[10] is None:
-        return message
-    emojis: dict[str, list[int]] = {}
-    for emoji, user_id in json.loads(row[10]):
-        emojis.setdefault(emoji, []).append(user_id)
-    reactions = [Reaction(emoji, user_ids) for emoji, user_ids in emojis.items()]
-    return msgspec.structs.replace(message, reactions=reactions, mentions=json.loads(row[11]))
+    if row[10] is not None:
+        emojis: dict[str, list[int]] = {}
+        for emoji, user_id in json.loads(row[10]):
+            emojis.setdefault(emoji, []).append(user_id)
+        message.reactions = [Reaction(emoji, user_ids) for emoji, user_ids in emojis.items()]
+        message.mentions = json.loads(row[11])
+    return message
 
 
 def message_view(db: sqlite3.Connection, message_id: int) -> Message | None:
-    """The message, unless it is deleted or never was."""
+    """Return the message, unless it is deleted or does not exist."""
     row = db.execute(MESSAGE_ROWS + "WHERE m.message_id = ? AND m.deleted = 0", (message_id,)).fetchone()
     return to_message(row) if row else None
 
 
 def posted_before(db: sqlite3.Connection, author_id: int, channel_id: int, nonce: str) -> Message | None:
-    """The message that this nonce stands for. Raises CONFLICT where it was deleted since."""
-    row = db.execute(
-        MESSAGE_ROWS + "WHERE m.author_id = ? AND m.channel_id = ? AND m.nonce = ?", (author_id, channel_id, nonce)
-    ).fetchone()
+    """Return the message that was posted with this nonce. Raises CONFLICT if it was deleted."""
+    posted = "WHERE m.author_id = ? AND m.channel_id = ? AND m.nonce = ?"
+    row = db.execute(MESSAGE_ROWS + posted, (author_id, channel_id, nonce)).fetchone()
     if row is not None and row[12]:
         raise refusal("MESSAGE_DELETED")
     return to_message(row) if row else None
@@ -2635,23 +2545,19 @@ def named_members(db: sqlite3.Connection, server_id: int, content: str) -> list[
     return sorted({user_id for user_id in longest if user_id is not None})
 
 
-def answered_member(db: sqlite3.Connection, server_id: int, message_id: int, author_id: int) -> list[int]:
-    """Return the author of the message that a reply answers, if that is another user and still a member."""
-    rows = db.execute(
-        """SELECT b.user_id FROM messages m JOIN members b ON b.server_id = ? AND b.user_id = m.author_id
-           WHERE m.message_id = ? AND m.author_id != ?""",
-        (server_id, message_id, author_id),
-    )
-    return [user_id for (user_id,) in rows]
+# The author of the message that a reply answers, if that is another user (?3) and still a member (of ?1).
+answered_member = rows_as(
+    int,
+    """SELECT b.user_id FROM messages m JOIN members b ON b.server_id = ?1 AND b.user_id = m.author_id
+       WHERE m.message_id = ?2 AND m.author_id != ?3""",
+)
 
 
 def mentioned(db: sqlite3.Connection, server_id: int, author_id: int, content: str, reply_to: int | None) -> list[int]:
     """Return the members that a message mentions by `@handle` or answers, ascending and at most `MENTIONS_MAX`."""
     named = named_members(db, server_id, content) if "@" in content else []
-    if reply_to is None:
-        return named
-    answered = answered_member(db, server_id, reply_to, author_id)
-    return sorted([*answered, *(user_id for user_id in named if user_id not in answered)][:MENTIONS_MAX])
+    answered = answered_member(db, server_id, reply_to, author_id) if reply_to is not None else []
+    return sorted(list(dict.fromkeys(answered + named))[:MENTIONS_MAX])
 
 
 def set_mentions(db: sqlite3.Connection, message_id: int, channel_id: int, mentions: list[int]) -> None:
@@ -2727,7 +2633,7 @@ def update_message(db: sqlite3.Connection, server_id: int, message: Message, con
 
 
 def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
-    """Wipe the message, keeping its number; returns the number of the change."""
+    """Delete a message, of which the row stays without its text; return the number of the change."""
     unindex(db, "message_id = ?", message_id)
     seq = next_seq(db, server_id)
     db.execute("UPDATE messages SET content = '', deleted = 1, seq = ? WHERE message_id = ?", (seq, message_id))
@@ -2736,27 +2642,23 @@ def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> i
     return seq
 
 
-def deleted_channels(db: sqlite3.Connection) -> bool:
-    return db.execute("SELECT 1 FROM channels WHERE server_id IS NULL LIMIT 1").fetchone() is not None
+deleted_channels = first_value("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1")
 
 
 def purge_channels(db: sqlite3.Connection) -> Done[None]:
-    """Take the next messages out of a deleted channel, or the empty channel away."""
-    row = db.execute("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1").fetchone()
-    if row is None:  # a purge that nobody waited for any more has been done all the same
-        return Done(None)
+    """Delete the next messages of a deleted channel, or the channel if it has none. Nothing happens if there is no such."""
+    channel_id = deleted_channels(db)
     last = "SELECT max(message_id) FROM (SELECT message_id FROM messages WHERE channel_id = ? ORDER BY message_id LIMIT ?)"
-    (until,) = db.execute(last, (row[0], INDEX_STEP)).fetchone()
+    (until,) = db.execute(last, (channel_id, INDEX_STEP)).fetchone()
     if until is None:
-        db.execute("DELETE FROM channels WHERE channel_id = ?", row)
+        db.execute("DELETE FROM channels WHERE channel_id = ?", (channel_id,))
     else:
-        unindex(db, "channel_id = ? AND message_id <= ?", row[0], until)
-        db.execute("DELETE FROM messages WHERE channel_id = ? AND message_id <= ?", (row[0], until))
+        unindex(db, "channel_id = ? AND message_id <= ?", channel_id, until)
+        db.execute("DELETE FROM messages WHERE channel_id = ? AND message_id <= ?", (channel_id, until))
     return Done(None)
 
 
-def pending_purges(db: sqlite3.Connection) -> bool:
-    return db.execute("SELECT 1 FROM purges LIMIT 1").fetchone() is not None
+pending_purges: Question[int | None] = first_value("SELECT 1 FROM purges LIMIT 1")
 
 
 def purge_messages(db: sqlite3.Connection) -> Done[None]:
@@ -2796,18 +2698,14 @@ def purge_messages_of(db: sqlite3.Connection, server_id: int | None, author_id: 
 
 
 def touch_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
-    """Number a change of what hangs on the message."""
+    """Take a number for a change of the message's reactions."""
     seq = next_seq(db, server_id)
     db.execute("UPDATE messages SET seq = ?, extras = 1 WHERE message_id = ?", (seq, message_id))
     return seq
 
 
-def insert_reaction(db: sqlite3.Connection, message_id: int, emoji: str, user_id: int) -> None:
-    db.execute("INSERT INTO reactions VALUES (?, ?, ?)", (message_id, emoji, user_id))
-
-
-def drop_reaction(db: sqlite3.Connection, message_id: int, emoji: str, user_id: int) -> None:
-    db.execute("DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?", (message_id, emoji, user_id))
+insert_reaction = statement("INSERT INTO reactions VALUES (?, ?, ?)")
+drop_reaction = statement("DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?")
 
 
 def first_messages(rows: Iterable[Sequence[Any]], limit: int, most: int = ANSWER_BYTES) -> tuple[list[Message], bool]:
@@ -2885,34 +2783,27 @@ def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection
     gap = "SELECT 1 FROM gaps WHERE server_id = ? AND after_seq < ? AND ? < until_seq"
     reset = args.after > seq or db.execute(gap, (args.server_id, args.after, args.after)).fetchone() is not None
     after = 0 if reset else args.after
-    rows = db.execute(CHANGED_ROWS, (args.server_id, after, args.limit + 1))
-    read: dict[str, Callable[[], dict[str, Any]]] = {
-        "channels": lambda: {"channels": channels_of(db, args.server_id)},
-        "members": lambda: {
-            "members": members_of(db, args.server_id, present, viewer),
-            "former": former_members_of(db, args.server_id),
-        },
-        "name": lambda: {"name": name},
+    members = functools.partial(members_of, db, args.server_id, present, viewer)
+    lists: dict[int, Callable[[], dict[str, Any]]] = {
+        channels_seq: lambda: {"channels": channels_of(db, args.server_id)},
+        members_seq: lambda: {"members": members(), "former": former_members_of(db, args.server_id)},
+        name_seq: lambda: {"name": name},
     }
-    lists = sorted(
-        (number, key) for key, number in zip(read, (channels_seq, members_seq, name_seq), strict=True) if number > after
-    )
+    numbers = [(number, None) for number in sorted(lists) if number > after]
+    rows = ((row[6], row) for row in db.execute(CHANGED_ROWS, (args.server_id, after, args.limit + 1)))
     changes = Changes(after, False, [], [], reset=reset, name=name if reset else UNSET)
-    size = taken = 0
-    for number, change in heapq.merge(((row[6], row) for row in rows), lists, key=operator.itemgetter(0)):
-        is_list = isinstance(change, str)
-        value: Any
-        value = read[change]() if is_list else Deletion(change[0], change[1], change[6]) if change[12] else to_message(change)
+    size = 0
+    for number, row in heapq.merge(rows, numbers, key=operator.itemgetter(0)):
+        value: Any = lists[number]() if row is None else Deletion(row[0], row[1], number) if row[12] else to_message(row)
         size += len(msgspec.json.encode(value))
-        if (size > ANSWER_BYTES and changes.seq > after) or (not is_list and taken == args.limit):
+        is_full = row is not None and len(changes.messages) + len(changes.deleted) == args.limit
+        if is_full or (size > ANSWER_BYTES and changes.seq > after):
             changes.has_more = True
             return changes
-        if is_list:
-            for field, listed in value.items():
-                setattr(changes, field, listed)
+        if row is None:
+            changes = msgspec.structs.replace(changes, **value)
         else:
-            (changes.deleted if change[12] else changes.messages).append(value)
-            taken += 1
+            (changes.deleted if row[12] else changes.messages).append(value)
         changes.seq = number
     changes.seq = seq
     return changes
@@ -2952,13 +2843,13 @@ def update_read(db: sqlite3.Connection, user_id: int, args: ReadArgs) -> ReadSta
 
 
 def search_state(db: sqlite3.Connection) -> tuple[int, int]:
-    """The newest message, and up to which search knows them."""
+    """Return the ids of the newest message and of the last one that is in the search index."""
     newest, known = db.execute("SELECT (SELECT max(message_id) FROM messages), indexed_id FROM search").fetchone()
     return newest or 0, known
 
 
 def index_messages(db: sqlite3.Connection) -> Done[int]:
-    """Teach search the next messages; up to which it knows them now."""
+    """Add the next messages to the search index and return the id of the last one in it."""
     (known,) = db.execute("SELECT indexed_id FROM search").fetchone()
     rows = db.execute(
         "SELECT message_id, content, server_id, deleted FROM messages WHERE message_id > ? ORDER BY message_id LIMIT ?",
@@ -3475,8 +3366,8 @@ class Refusals:
 
 
 # ---- Policy --------------------------------------------------------------------------------------------------------
-# Who may do what, decided here alone, inside the transaction that does it. An operation names one `Who`; what it is about is
-# found from its arguments. A thing that is not there is NOT_FOUND; one of a server that the caller is no member of, FORBIDDEN.
+# Who may do what, decided here alone, in the transaction of the operation. An operation names one `Who`; its arguments name
+# the thing: NOT_FOUND if it does not exist, FORBIDDEN if it is in a server that the caller is not a member of.
 
 RANK: dict[Role | None, int] = {None: 0, "member": 1, "admin": 2, "owner": 3}
 
@@ -3523,32 +3414,26 @@ class Who(enum.Enum):
 
 
 def permits(who: Who, at: Scope) -> bool:
-    """Whether the caller may, being a member."""
+    """Return whether the caller, who is a member, may."""
+    if who is Who.MEMBER:
+        return True
+    if who is Who.OWNER:
+        return at.role == "owner"
+    is_author = at.message is not None and at.message.author_id == at.me.user_id
+    if who is Who.AUTHOR or (who is Who.AUTHOR_OR_ADMIN and is_author):
+        return is_author
     rank = RANK[at.role]
-    mine = at.message is not None and at.message.author_id == at.me.user_id
-    match who:
-        case Who.ADMIN | Who.HOST:
-            return rank >= RANK["admin"]
-        case Who.OWNER:
-            return rank >= RANK["owner"]
-        case Who.AUTHOR:
-            return mine
-        case Who.AUTHOR_OR_ADMIN:
-            return mine or rank >= RANK["admin"]
-        case Who.ABOVE | Who.SELF_OR_ABOVE | Who.HOST_OF_GUEST:
-            return rank >= RANK["admin"] and rank > RANK[at.target]
-    return True
+    return rank >= RANK["admin"] and (who in (Who.ADMIN, Who.HOST) or rank > RANK[at.target])
 
 
 @functools.cache
 def key_of(kind: type[Args]) -> str:
-    """The field by which such arguments name what they are about."""
+    """Return the field by which such arguments name what they are about."""
     return next((key for key in PLACES if key in kind.__struct_fields__), "server_id")
 
 
 def find_place(at: Scope, args: Args) -> bool:
-    """Fill in what the arguments name: server, channel, message, and the caller's role; whether it is there. Raises
-    UNAUTHORIZED."""
+    """Find the server, channel and message that the arguments name, and the caller's role. Return whether they exist."""
     key = key_of(type(args))
     number = getattr(args, key, 0)
     found = place_of(at.db, key, number, at.me)
@@ -3564,51 +3449,39 @@ def find_place(at: Scope, args: Args) -> bool:
 
 
 def find_target(at: Scope, who: Who, user_id: int) -> None:
-    """Find the role of the member that the arguments name; for a ban, it may be a former member. Raises NOT_FOUND: an account
-    that was never a member looks like one that does not exist."""
+    """Find the role of the member, for a ban also of the former member, that the arguments name. Raises NOT_FOUND, which does
+    not say whether the account exists."""
     at.target = role_of(at.db, at.server_id, user_id)
     if at.target is None and not (who is Who.ABOVE and has_left(at.db, at.server_id, user_id)):
         raise refusal("NO_MEMBER" if who is not Who.ABOVE else "NO_USER")
 
 
-def is_guest(at: Scope, user_id: int) -> bool:
-    return bool(facts_of(at.db, user_id)["guest"])
-
-
-def check_creator(at: Scope) -> None:
-    """Raise FORBIDDEN unless the caller may create servers. The program's own calls always may."""
-    may = at.settings.create_servers
+def check_settings(who: Who, at: Scope) -> None:
+    """Raise FORBIDDEN unless the settings allow the caller to create servers or invite people. The program always may."""
+    may, closed = at.settings.create_servers, at.settings.registration == "invite"
     if may == "everyone" or not at.me.digest:
         return
-    if may == "nobody":
+    if who is Who.CREATOR and may == "nobody":
         raise refusal("CREATE_SERVERS_OFF")
-    if is_guest(at, at.me.user_id):
-        raise refusal("NOT_FOR_GUESTS")
-
-
-def check_host(at: Scope) -> None:
-    """Raise FORBIDDEN if only invited people come in and the caller is a guest, who may not let others in."""
-    closed = at.settings.registration == "invite" and at.settings.create_servers != "everyone"
-    if closed and at.me.digest and is_guest(at, at.me.user_id):
+    if (who is Who.CREATOR or closed) and profile(at.db, at.me.user_id).guest:
         raise refusal("NOT_FOR_GUESTS")
 
 
 def check_guest(at: Scope, user_id: int) -> None:
-    """Raise FORBIDDEN unless that is a guest whom the caller could remove from each of their servers: who signs in as them is
-    in all of these."""
-    if not is_guest(at, user_id):
+    """Raise FORBIDDEN unless that is a guest whom the caller could remove from all of their servers, which a link opens."""
+    if not profile(at.db, user_id).guest:
         raise refusal("NOT_A_GUEST")
     if is_out_of_reach(at.db, user_id, at.me.user_id):
         raise refusal("LINK_ELSEWHERE")
 
 
 def authorize(who: Who, at: Scope, args: Args) -> None:
-    """Find what the arguments name and refuse who may not. Raises UNAUTHORIZED, NOT_FOUND or FORBIDDEN."""
+    """Find what the arguments name. Raises UNAUTHORIZED, NOT_FOUND or FORBIDDEN."""
     if who is Who.ANYONE:
         return
     there = find_place(at, args)
     if who is Who.CREATOR:
-        check_creator(at)
+        check_settings(who, at)
     if who in (Who.USER, Who.CREATOR):
         return
     if not there:
@@ -3625,15 +3498,15 @@ def authorize(who: Who, at: Scope, args: Args) -> None:
     if not permits(who, at):
         raise refusal("ROLE_TOO_LOW", who=who.value)
     if who in (Who.HOST, Who.HOST_OF_GUEST):
-        check_host(at)
+        check_settings(who, at)
     if who is Who.HOST_OF_GUEST:
         check_guest(at, user_id or 0)
 
 
 # ---- Operations ----------------------------------------------------------------------------------------------------
-# What can be asked, each declared once: its event, its route, who may, what it emits; its arguments and its answer are the
-# types in its signature, its sentence is its docstring. The doors, the descriptions, the README's tables and the tests come
-# from this table. An operation of this room is a plain function in one transaction: it knows neither HTTP nor sockets.
+# What clients can ask for. Each operation is declared once: its event, its route, who may, what it emits; its arguments and
+# its answer are the types in its signature, its sentence is its docstring. REST, Socket.IO, descriptions, docs and tests follow
+# from it. An operation of this section is a plain function in one transaction: it knows neither HTTP nor sockets.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -3662,7 +3535,7 @@ Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 def operation(kind: Literal["write", "read", "live"], http: str | None, who: Who, **more: Any) -> Callable[[Run], Run]:
-    """Put a function into the table; `more`: what else an Operation has, where it is not the default."""
+    """Add a function to `OPERATIONS`. `more`: other fields of Operation."""
     method, path = http.split() if http else (None, None)
     more = {"repeat_status": more.get("status", 200)} | more
 
@@ -3698,14 +3571,14 @@ def member_notice(db: sqlite3.Connection, server_id: int, user_id: int, seq: int
 
 def change_everywhere(db: sqlite3.Connection, user_id: int) -> list[Effect]:
     """Number a change of the account in each of its servers."""
-    servers = member_servers(db, user_id)
-    return [member_notice(db, server_id, user_id, next_seq(db, server_id, "members")) for server_id in servers]
+    return [member_notice(db, one, user_id, next_seq(db, one, "members")) for one in member_servers(db, user_id)]
 
 
 def change_name(at: Scope, name: str | None) -> list[Effect]:
     name = None if name == at.me.username else name
     if name == at.me.name:
         return []
+    at.me = at.me._replace(name=name)
     update_display_name(at.db, at.me.user_id, name)
     return [Rename(at.me.user_id, name), *change_everywhere(at.db, at.me.user_id)]
 
@@ -3717,7 +3590,6 @@ def change_name(at: Scope, name: str | None) -> list[Effect]:
 def update_profile(at: Scope, args: EditProfile) -> Done[Profile]:
     """Set my status or my display name; `null` removes the name."""
     effects = [] if args.name is UNSET else change_name(at, args.name)
-    at.me = at.me._replace(name=profile(at.db, at.me.user_id).name)
     if args.status is not UNSET:
         effects.append(change_status(at, args.status))
     return Done(profile(at.db, at.me.user_id), effects)
@@ -3728,8 +3600,8 @@ def update_profile(at: Scope, args: EditProfile) -> Done[Profile]:
 )
 def set_status(at: Scope, args: StatusArgs) -> Done[Profile]:
     """Set my status."""
-    change = change_status(at, args.status)
-    return Done(profile(at.db, at.me.user_id), [change])
+    effects = [change_status(at, args.status)]
+    return Done(profile(at.db, at.me.user_id), effects)
 
 
 @operation("write", "POST /auth/logout", Who.USER, status=204, frees=True)
@@ -3791,10 +3663,6 @@ def list_members(at: Scope, args: ServerArgs) -> Done[Members]:
     return Done(Members(members, former_members_of(at.db, at.server_id)))
 
 
-def give_role(db: sqlite3.Connection, server_id: int, user_id: int, role: Role) -> Emit:
-    return member_notice(db, server_id, user_id, update_role(db, server_id, user_id, role))
-
-
 @operation("write", "PATCH /servers/{server_id}/members/{user_id}", Who.OWNER, emits=["member:updated"])
 def set_role(at: Scope, args: RoleArgs) -> Done[Member]:
     """Give a member a role; `owner` hands the server over, and its owner becomes an admin."""
@@ -3804,14 +3672,14 @@ def set_role(at: Scope, args: RoleArgs) -> Done[Member]:
     if args.role == "owner" and at.target != "owner":
         check_owned(at.db, args.user_id)
         changed = {at.me.user_id: "admin", args.user_id: "owner"}
-    effects = [give_role(at.db, at.server_id, user_id, role) for user_id, role in changed.items()]
+    change = functools.partial(update_role, at.db, at.server_id)
+    effects = [member_notice(at.db, at.server_id, user_id, change(user_id, role)) for user_id, role in changed.items()]
     members = members_of(at.db, at.server_id, at.here(), at.me.user_id)
     return Done(next(member for member in members if member.user_id == args.user_id), effects)
 
 
 def expel(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
-    seq = drop_member(db, server_id, user_id)
-    left = MemberChanged(server_id, user_id, seq=seq, **facts_of(db, user_id))
+    left = MemberChanged(server_id, user_id, seq=drop_member(db, server_id, user_id), **facts_of(db, user_id))
     return [Emit("member:left", server_id, left), Evict(server_id, user_id)]
 
 
@@ -3869,7 +3737,7 @@ def create_invite(at: Scope, args: NewInvite) -> Done[Invite]:
     expires_at = utc(at.clock + args.expires_in) if args.expires_in is not None else None
     make_room_for_invite(at.db, at.server_id, at.now)
     invite = Invite(new_code(), at.server_id, args.max_uses, 0, expires_at)
-    insert_invite(at.db, invite, at.me.user_id)
+    insert_invite(at.db, invite.code, at.server_id, at.me.user_id, args.max_uses, expires_at)
     return Done(invite)
 
 
@@ -3939,12 +3807,11 @@ def create_channel(at: Scope, args: NewChannel) -> Done[Channel]:
 @operation("write", "PATCH /channels/{channel_id}", Who.ADMIN, emits=["channel:updated"])
 def edit_channel(at: Scope, args: EditChannel) -> Done[Channel]:
     """Rename a channel, or give it another topic."""
-    old = channel_view(at.db, at.channel_id)
-    name = old.name if args.name is None else args.name
-    topic = old.topic if args.topic is None else args.topic
-    seq = update_channel(at.db, at.server_id, at.channel_id, name, topic)
-    new = channel_view(at.db, at.channel_id)
-    return Done(new, [channel_notice("channel:updated", new, seq)])
+    channel = channel_view(at.db, at.channel_id)
+    channel.name = channel.name if args.name is None else args.name
+    channel.topic = channel.topic if args.topic is None else args.topic
+    seq = update_channel(at.db, at.server_id, at.channel_id, channel.name, channel.topic)
+    return Done(channel, [channel_notice("channel:updated", channel, seq)])
 
 
 @operation("write", "DELETE /channels/{channel_id}", Who.ADMIN, emits=["channel:deleted"], status=204, frees=True)
@@ -3955,29 +3822,23 @@ def delete_channel(at: Scope, args: ChannelArgs) -> Done[None]:
 
 
 def mention_notices(at: Scope, message: Message, known: Collection[int]) -> list[Effect]:
-    """A notice to each member that the message names, but its author and who has had one."""
-    named = [user_id for user_id in message.mentions if user_id != message.author_id and user_id not in known]
-    if not named:
+    """Return a `mention` event for each member that the message names, except its author and those of `known`."""
+    if not message.mentions:
         return []
     notice = MentionNotice(**msgspec.structs.asdict(message), server_id=at.server_id)
-    return [Emit("mention", user_id, notice) for user_id in named]
+    known = {*known, message.author_id}
+    return [Emit("mention", user_id, notice) for user_id in message.mentions if user_id not in known]
 
 
 @operation(
-    "write",
-    "POST /messages",
-    Who.MEMBER,
-    emits=["message:new", "channel:read", "mention", "typing_stop"],
-    status=201,
+    "write", "POST /messages", Who.MEMBER, emits=["message:new", "channel:read", "mention", "typing_stop"], status=201,
     limit="post",
-)
+)  # fmt: skip
 def post_message(at: Scope, args: NewMessage) -> Done[Message]:
     """Post a message, and mark the channel as read. A repeat of a `nonce` by the same author in the same channel gives the
     first message again."""
-    if args.nonce is not None:
-        first = posted_before(at.db, at.me.user_id, args.channel_id, args.nonce)
-        if first is not None:
-            return Done(first, repeat=True)
+    if args.nonce is not None and (first := posted_before(at.db, at.me.user_id, args.channel_id, args.nonce)):
+        return Done(first, repeat=True)
     if args.reply_to is not None:
         original = message_view(at.db, args.reply_to)
         if original is None or original.channel_id != args.channel_id:
@@ -4027,8 +3888,7 @@ def remove_message(at: Scope, args: MessageArgs) -> Done[None]:
 
 def same_reactions(at: Scope, emoji: str) -> list[Reaction]:
     """Return the reactions on the message that are this emoji, with or without the variation selector."""
-    bare = emoji.replace(VARIATION, "")
-    return [reaction for reaction in the_message(at).reactions if reaction.emoji.replace(VARIATION, "") == bare]
+    return [one for one in the_message(at).reactions if one.emoji.replace(VARIATION, "") == emoji.replace(VARIATION, "")]
 
 
 def reaction_notice(at: Scope, event: str, emoji: str) -> Emit:
@@ -6561,7 +6421,7 @@ def bequeath(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effec
     if heir is None:
         drop_server(db, server_id)
         return [CloseServer(server_id)]
-    return [*effects, give_role(db, server_id, heir, "owner")]
+    return [*effects, member_notice(db, server_id, heir, update_role(db, server_id, heir, "owner"))]
 
 
 def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -> Done[int]:
