@@ -8,9 +8,9 @@ The file is read from top to bottom, in rooms; each uses only the rooms above it
 
     Settings      what can be set, once: the command line, the environment and the README follow from it
     Errors        what can go wrong, and how it is said
+    Text          names, mentions and search: what is done with text
     Payloads      the shapes of everything that comes in and goes out
     Events        what the server tells of its own accord, and to whom
-    Text          the mentions in a message's text
     Store         the SQLite file: one writer, some readers, migrations
     Questions     the SQL: one function a question
     Presence      who is here, who types, who talks: in memory alone
@@ -290,10 +290,8 @@ class StartError(Exception):
     """Something that keeps the program from starting, in one line for the person who started it."""
 
 
-# ---- Payloads ------------------------------------------------------------------------------------------------------
-# The shapes of everything that comes in (arguments, unknown fields refused) and goes out (answers). msgspec validates,
-# encodes and describes them; this room knows nothing else. In an answer a field with a default is left out when it has
-# nothing to say, and a field without one is always there.
+# ---- Text ----------------------------------------------------------------------------------------------------------
+# What is done with text: names that are the same, usernames, invite codes, the handles that a message mentions, search.
 
 JOINERS = "\u200c\u200d"  # they shape the letters and emojis around them, and are invisible themselves
 CONTROLS = "\x00-\x1f\x7f-\x9f"
@@ -377,6 +375,154 @@ def is_username(name: str) -> bool:
     return fits and not has_heaps(plain) and is_of_one_script(plain)
 
 
+# The text of a message, as far as mentions need it: where its code, links and addresses are. The page reads text by the same
+# rules (its section Text); tables of cases in the tests check both. No pattern here backtracks.
+MENTIONS_MAX = 50  # in one message
+MENTION_KEYS_MAX = 500  # handles that are looked up for one message
+# Scripts written without spaces (Thai, Lao, Burmese, Khmer, Han, Kana): a handle may begin and end anywhere. Hangul appends
+# particles to names, so there a handle may end anywhere.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\ua9e0-\ua9ff\uaa60-\uaa7f\u2e80-\u312f\u3190-\u9fff"
+UNSPACED += "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc"
+UNSPACED_CHAR, HANGUL_CHAR = re.compile(f"[{UNSPACED}]"), re.compile(f"[{HANGUL}]")
+BESIDE_UNSPACED = re.compile(f"(?=[{UNSPACED}])|(?<=[{UNSPACED}])")
+NOT_IN_URL = r"\x00-\x20\x7f-\xa0\"<>\\`\u060c\u061b\u061f\u0964\u0965\u1680\u2000-\u200f\u2014\u2018-\u201f\u2026-\u202f"
+NOT_IN_URL += (
+    r"\u205f-\u206f\u3000-\u3003\u3008-\u301f\ufeff\uff01\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f\uff3b\uff3d\uff5b-\uff65"
+)
+URL_PART = re.compile(rf"[()[\]{{}}]|[^{NOT_IN_URL}()[\]{{}}]+")
+RUN = re.compile(r"[^\s!-,/:-@\[-^`{-~]{2,100}")
+LABEL = r"\[(?=(?P<label>[^\[\]\n]{1,300})\]\((?P<scheme>https?://|mailto:))"
+TOKEN = re.compile(rf"\\[\\`@\[]|`+|@|https?://|www\.|{LABEL}", re.IGNORECASE | re.ASCII)
+AT_SIGN = re.compile("@")
+TICKS, ESCAPED_TICKS = re.compile(r"`+"), re.compile(r"\\[\\`]|`+")
+QUOTED = re.compile(r" {0,3}>(?:[ \t]|$)")
+
+
+@functools.lru_cache(8192)
+def char_kind(char: str) -> str:
+    """Return what a character is to a handle: "free" (of a script with free ends), "word", "joint" or "" (none of its own)."""
+    if char in ("", ".", "-", "\u200c", "\u200d"):
+        return char and "joint"
+    varies_emoji = "\ufe00" <= char <= "\ufe0f" or char == "\u20e3"
+    if char != "_" and (unicodedata.category(char)[0] not in "LNM" or varies_emoji):
+        return ""
+    return "free" if UNSPACED_CHAR.match(char) else "hangul" if HANGUL_CHAR.match(char) else "word"
+
+
+def handle_keys(run: str) -> list[str]:
+    """Return the folded handles that the text after an `@` may begin with, shortest first."""
+    folded = fold(run)[:33]
+    kinds = [*map(char_kind, folded), ""]
+    length = min(kinds.index(""), 32)
+    may_end = (end for end in range(2, length + 1) if kinds[end] != "word" or kinds[end - 1] in ("free", "hangul"))
+    return [folded[:end] for end in may_end]
+
+
+def closing_ticks(line: str, at: int, length: int, unclosed: set[int]) -> int:
+    """Return where the run of so many backticks ends that closes inline code, or 0. `unclosed` has the lengths that fail."""
+    for run in TICKS.finditer(line, at) if length not in unclosed else ():
+        if len(run[0]) == length:
+            return run.end()
+    unclosed.add(length)
+    return 0
+
+
+def url_end(text: str, at: int) -> int:
+    """Return where the URL ends: before a character that no URL has, or a bracket that it did not open."""
+    opened = Counter[str]()
+    while part := URL_PART.match(text, at):
+        opening = {")": "(", "]": "[", "}": "{"}.get(part[0])
+        if opening and not opened[opening]:
+            break
+        opened[opening or part[0]] += -1 if opening else 1
+        at = part.end()
+    return at
+
+
+def plain_url_end(text: str, start: int, at: int) -> int:
+    """Return where the URL ends whose `https://` or `www.` is text[start:at], or 0 if there is none."""
+    before = text[start - 1 : start]
+    joined = (before != "_" and char_kind(before) in ("word", "hangul")) or (
+        text[at - 1] == "." and before and before in "@.-/"
+    )
+    if joined or not text[at : at + 1].isalnum():
+        return 0
+    return at + len(text[at : url_end(text, at)].rstrip(".,;:!?'*_~([{"))
+
+
+def at_signs(text: str, tokens: re.Pattern[str]) -> Iterator[str]:
+    """Yield the text after each `@` that may begin a mention, in a text without code blocks."""
+    at, unclosed = 0, set[int]()
+    while found := tokens.search(text, at):
+        start, at = found.span()
+        if text[start] == "@":
+            before = text[start - 1 : start]
+            if char_kind(before) not in ("word", "hangul") and before not in (".", "-", "/") and (run := RUN.match(text, at)):
+                yield run[0]
+        elif text[start] == "`":
+            at = closing_ticks(text, at, at - start, unclosed) or at
+        elif text[start] not in "\\[":
+            at = plain_url_end(text, start, at) or at
+        elif text[start] == "[" and text.startswith(")", end := url_end(text, found.end("scheme"))):
+            yield from at_signs(found["label"], tokens)
+            at = end + 1
+
+
+def fences(line: str) -> Iterator[tuple[int, int]]:
+    """Yield where the line may open a code block: runs of three backticks or more that do not close on it, with their ends."""
+    at, unclosed = 0, set[int]()
+    while "```" in line and (found := ESCAPED_TICKS.search(line, at)):
+        start, at = found.span()
+        if line[start] == "`" and (end := closing_ticks(line, at, at - start, unclosed)):
+            at = end
+        elif line[start] == "`" and at - start >= 3:
+            yield start, at
+
+
+def fence_end(lines: list[str], number: int, at: int, length: int) -> tuple[int, int] | None:
+    """Return the line, and the place in it, where the code block ends that is opened before `at` in this line."""
+    for index in range(number, len(lines)):
+        for run in TICKS.finditer(lines[index], at if index == number else 0):
+            if len(run[0]) >= length:
+                return index, run.end()
+    return None
+
+
+def text_lines(lines: list[str], depth: int = 0) -> Iterator[str]:
+    """Yield the lines of a message outside its code blocks. A block opened in a quote ends with the quote."""
+    number = 0
+    while number < len(lines):
+        line, quoted = lines[number], []
+        while depth < 3 and number < len(lines) and (mark := QUOTED.match(lines[number])):
+            quoted.append(lines[number][mark.end() :])
+            number += 1
+        if quoted:
+            yield from text_lines(quoted, depth + 1)
+            continue
+        number += 1
+        for start, at in fences(line):
+            end = fence_end(lines, number - 1, at, at - start)
+            if end or not line[:start].strip():  # after other text only a block that is closed
+                line, number = line[:start], end[0] if end else len(lines)
+                if end:
+                    lines[number] = lines[number][end[1] :]
+                break
+        yield line
+
+
+def mention_runs(content: str) -> list[list[str]]:
+    """Return the folded handles that may be meant after each `@` that may begin a mention. Equal texts count once."""
+    marked = any(mark in content for mark in ("`", "[", "\\", "://")) or "www." in content.lower()
+    lines = text_lines(content.split("\n")) if "`" in content else [content]
+    texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line, TOKEN if marked else AT_SIGN))
+    runs: list[list[str]] = []
+    for text in itertools.islice(texts, MENTIONS_MAX):
+        if sum(map(len, runs)) < MENTION_KEYS_MAX:
+            runs.append(handle_keys(text))
+    return runs
+
+
 def shorten(name: str, length: int) -> str:
     name = name[:length]
     while len(fold(name)) > length:
@@ -400,18 +546,6 @@ def numbered(handle: str, number: int) -> str:
     return shorten(handle, 32 - len(str(number))) + str(number) if number > 1 else handle
 
 
-def blame(reason: str, field: str) -> ValueError:
-    """Return what a check of arguments raises: a reason of `REASONS` and the field, as `explain` reads them."""
-    return ValueError(f"{reason} - at `$.{field}`")
-
-
-def clean_name(name: str) -> str:
-    """Return a display name without the spaces around it. Raises ValueError with the reason NAME_FORM."""
-    if not re.match(NAME, name.strip()):
-        raise blame("NAME_FORM", "name")
-    return name.strip()
-
-
 def clean_code(code: str) -> str:
     """Return an invite or sign-in code as it is stored: ten characters in any case, with or without the dash, or an old one."""
     code = code.strip()
@@ -422,6 +556,55 @@ def clean_code(code: str) -> str:
 def new_code() -> str:
     """Return a random code of 50 bits."""
     return clean_code("".join(secrets.choice(CODE_LETTERS) for _ in range(10)))
+
+
+# What a search ignores: accents of Latin, Greek, Cyrillic, Hebrew and Arabic letters, and characters that cannot be seen.
+ACCENTS = re.compile(
+    "[\u00ad\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670"
+    "\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\u08d3-\u08ff\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f]"
+)
+PLAIN_LETTERS = str.maketrans({"\u0131": "i", "ø": "o", "ł": "l", "đ": "d", "ħ": "h", "æ": "ae", "œ": "oe"})
+QUOTES = str.maketrans(dict.fromkeys("“”„‟«»\uff02", '"'))
+PHRASE = re.compile(r'"([^"]*)"|[^\s"]+')
+SEARCH_MAX = 16_000  # characters of a message that search knows: only ligatures make so many of its 4,000
+
+
+def search_text(text: str) -> str:
+    """Return the text as search knows it: without case and accents, and each character of `UNSPACED` a word of its own."""
+    if text.isascii():
+        return text.lower()
+    letters = ACCENTS.sub("", unicodedata.normalize("NFKD", text)[:SEARCH_MAX]).casefold().translate(PLAIN_LETTERS)
+    return BESIDE_UNSPACED.sub(" ", unicodedata.normalize("NFC", letters))
+
+
+def search_phrases(q: str) -> str:
+    """Return a query of FTS5 for what somebody typed: a phrase for each quoted phrase and for each beginning of a word.
+
+    Each is quoted for FTS5, so that nothing is syntax. One without letters matches nothing alone, and changes nothing else.
+    """
+    phrases: dict[str, None] = {}
+    for found in PHRASE.finditer(q.translate(QUOTES)):
+        text = search_text(found[0] if found[1] is None else found[1]).replace('"', " ").rstrip()
+        whole = found[1] is not None or UNSPACED_CHAR.match(text[-1:])
+        phrases[f'"{text}"' if whole else f'"{text}" *'] = None
+    return " ".join(phrases) or '""'
+
+
+# ---- Payloads ------------------------------------------------------------------------------------------------------
+# The shapes of what comes in (arguments; unknown fields are refused) and of what goes out (answers), which msgspec validates,
+# encodes and describes. In an answer a field with a default is omitted while it has that value.
+
+
+def blame(reason: str, field: str) -> ValueError:
+    """Return what a check of arguments raises: a reason of `REASONS` and the field, as `explain` reads them."""
+    return ValueError(f"{reason} - at `$.{field}`")
+
+
+def clean_name(name: str) -> str:
+    """Return a display name without the spaces around it. Raises ValueError with the reason NAME_FORM."""
+    if not re.match(NAME, name.strip()):
+        raise blame("NAME_FORM", "name")
+    return name.strip()
 
 
 Id = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -435,6 +618,7 @@ Content = Annotated[str, Meta(min_length=1, max_length=4000, pattern=SHOWN)]
 Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=f"^{VISIBLE}[^\\s{CONTROLS}]+$")]
 Nonce = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 Code = Annotated[str, Meta(min_length=1, max_length=64)]
+Query = Annotated[str, Meta(min_length=1, max_length=200, pattern=f"^\\s*[^\\s{CONTROLS}]{TEXT}")]
 Token = Annotated[str, Meta(max_length=4096)]
 PeerId = Annotated[str, Meta(min_length=1, max_length=64)]
 Role = Literal["owner", "admin", "member"]
@@ -458,8 +642,11 @@ class Credentials(Args):
 class NewName(Args):
     username: Username | None = None  # derived from the display name if it is missing
     name: DisplayName | None = None
+    code: Code | None = None
 
     def __post_init__(self) -> None:
+        if self.code is not None:
+            self.code = clean_code(self.code)
         if self.name is not None:
             self.name = clean_name(self.name)
         if self.username is None and self.name is None:
@@ -470,19 +657,10 @@ class NewName(Args):
 
 class NewUser(NewName, kw_only=True):
     password: Password
-    code: Code | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.code = clean_code(self.code) if self.code is not None else None
 
 
 class NewGuest(NewName, kw_only=True):
     code: Code
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.code = clean_code(self.code)
 
 
 class NewPassword(Args):
@@ -558,8 +736,7 @@ class CodeArgs(Args):
         self.code = clean_code(self.code)
 
 
-class NewChannel(ServerArgs):
-    name: Name
+class NewChannel(RenameServer):
     kind: ChannelKind = "text"
     topic: Topic = ""
 
@@ -608,9 +785,7 @@ class ReadArgs(ChannelArgs):
 
 
 class SearchArgs(ServerArgs):
-    q: Annotated[
-        str, Meta(min_length=1, max_length=200, pattern=f"^\\s*[^\\s{CONTROLS}]{TEXT}")
-    ]  # what is invisible finds nothing
+    q: Query
     channel_id: Id | None = None
     author_id: Id | None = None
     before: Id | None = None
@@ -839,6 +1014,7 @@ VALIDATION_REASONS = {  # msgspec's error -> our reason; a group is the field if
     r"Expected `int` >= (?P<n>\d+)": "FIELD_SMALL",
     r"Expected `int` <= (?P<n>\d+)": "FIELD_BIG",
     r"Invalid enum value (?P<n>.*)": "FIELD_CHOICE",
+    r"(?P<n>Expected .*)": "FIELD_TYPE",
     r"Object missing required field `(?P<what>\w+)`": "FIELD_MISSING",
     r"Object contains unknown field `(?P<what>.*)`": "FIELD_UNKNOWN",
 }
@@ -852,16 +1028,13 @@ def explain(complaint: str) -> ChatError:
         return refusal(detail, field=where, what=where)
     for pattern, reason in VALIDATION_REASONS.items():
         if found := re.fullmatch(pattern, detail, re.DOTALL):
-            found_values = found.groupdict()
-            what = found_values.get("what") or where
-            return refusal(reason, field=what, what=what or "The request", n=found_values.get("n"))
-    if detail.startswith("Expected"):
-        return refusal("FIELD_TYPE", field=where, what=where or "The request", n=detail.replace("`", "'"))
+            what, n = found.groupdict().get("what") or where, found.groupdict().get("n") or ""
+            return refusal(reason, field=what, what=what or "The request", n=n.replace("`", "'"))
     return ChatError("BAD_REQUEST", detail.replace("`", "'"), field=where)
 
 
 def read_args(kind: type[T], raw: Any) -> T:
-    """`raw`, an object as JSON gives it, as arguments of that kind; BAD_REQUEST or TOO_LARGE where it does not fit."""
+    """Return arguments of that kind from a value as JSON has it. Raises BAD_REQUEST or TOO_LARGE."""
     try:
         args = msgspec.convert(raw, kind)
         msgspec.json.encode(raw)  # a lone surrogate is no text: neither the database nor a client could hold it
@@ -1041,168 +1214,6 @@ class Done(NamedTuple, Generic[T]):
     answer: T
     effects: Sequence[Effect] = ()
     repeat: bool = False
-
-
-# ---- Text ----------------------------------------------------------------------------------------------------------
-# The text of a message, as far as mentions need it: where its code, links and addresses are. The page reads text by the same
-# rules (its section Text); tables of cases in the tests check both. No pattern here backtracks.
-MENTIONS_MAX = 50  # in one message
-MENTION_KEYS_MAX = 500  # handles that are looked up for one message
-# Scripts written without spaces (Thai, Lao, Burmese, Khmer, Han, Kana): a handle may begin and end anywhere. Hangul appends
-# particles to names, so there a handle may end anywhere.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\ua9e0-\ua9ff\uaa60-\uaa7f\u2e80-\u312f\u3190-\u9fff"
-UNSPACED += "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
-HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc"
-UNSPACED_CHAR, HANGUL_CHAR = re.compile(f"[{UNSPACED}]"), re.compile(f"[{HANGUL}]")
-NOT_IN_URL = r"\x00-\x20\x7f-\xa0\"<>\\`\u060c\u061b\u061f\u0964\u0965\u1680\u2000-\u200f\u2014\u2018-\u201f\u2026-\u202f"
-NOT_IN_URL += (
-    r"\u205f-\u206f\u3000-\u3003\u3008-\u301f\ufeff\uff01\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f\uff3b\uff3d\uff5b-\uff65"
-)
-URL_PART = re.compile(rf"[()[\]{{}}]|[^{NOT_IN_URL}()[\]{{}}]+")
-RUN = re.compile(r"[^\s!-,/:-@\[-^`{-~]{2,100}")
-LABEL = r"\[(?=(?P<label>[^\[\]\n]{1,300})\]\((?P<scheme>https?://|mailto:))"
-TOKEN = re.compile(rf"\\+|`+|@|https?://|www\.|{LABEL}", re.IGNORECASE | re.ASCII)
-AT_SIGN = re.compile("@")
-TICKS, ESCAPED_TICKS = re.compile(r"`+"), re.compile(r"\\+|`+")
-QUOTED = re.compile(r" {0,3}>(?:[ \t]|$)")
-
-
-@functools.lru_cache(8192)
-def char_kind(char: str) -> str:
-    """Return what a character is to a handle: "free" (of a script with free ends), "word", "joint" or "" (none of its own)."""
-    if char in ("", ".", "-", "\u200c", "\u200d"):
-        return char and "joint"
-    varies_emoji = "\ufe00" <= char <= "\ufe0f" or char == "\u20e3"
-    if char != "_" and (unicodedata.category(char)[0] not in "LNM" or varies_emoji):
-        return ""
-    return "free" if UNSPACED_CHAR.match(char) else "hangul" if HANGUL_CHAR.match(char) else "word"
-
-
-def handle_keys(run: str) -> list[str]:
-    """Return the folded handles that the text after an `@` may begin with, shortest first."""
-    folded = fold(run)[:33]
-    kinds = [*map(char_kind, folded), ""]
-    length = min(kinds.index(""), 32)
-    return [
-        folded[:end]
-        for end in range(2, length + 1)
-        if kinds[end] != "word" or kinds[end - 1] == "free" or kinds[end - 1] == "hangul"
-    ]
-
-
-def closing_ticks(line: str, at: int, length: int, unclosed: set[int]) -> int:
-    """Return where the run of so many backticks ends that closes inline code, or 0. `unclosed` has the lengths that fail."""
-    if length in unclosed:
-        return 0
-    for run in TICKS.finditer(line, at):
-        if run.end() - run.start() == length:
-            return run.end()
-    unclosed.add(length)
-    return 0
-
-
-def url_end(text: str, at: int) -> int:
-    """Return where the URL ends: before a character that no URL has, or a bracket that it did not open."""
-    opened = {")": 0, "]": 0, "}": 0}
-    while part := URL_PART.match(text, at):
-        char = part[0]
-        if char in opened:
-            if not opened[char]:
-                break
-            opened[char] -= 1
-        elif char in "([{":
-            opened[{"(": ")", "[": "]", "{": "}"}[char]] += 1
-        at = part.end()
-    return at
-
-
-def plain_url_end(text: str, start: int, at: int) -> int:
-    """Return where the URL ends whose `https://` or `www.` is text[start:at], or 0 if there is none."""
-    before = text[start - 1 : start]
-    joined = (before != "_" and char_kind(before) in ("word", "hangul")) or (
-        text[at - 1] == "." and before and before in "@.-/"
-    )
-    if joined or not text[at : at + 1].isalnum():
-        return 0
-    return at + len(text[at : url_end(text, at)].rstrip(".,;:!?'*_~([{"))
-
-
-def at_signs(text: str, tokens: re.Pattern[str]) -> Iterator[str]:
-    """The text after each `@` that may begin a mention, in a text without code blocks."""
-    at, unclosed = 0, set[int]()
-    while found := tokens.search(text, at):
-        start, at = found.span()
-        if text[start] == "@":
-            before = text[start - 1 : start]
-            if char_kind(before) not in ("word", "hangul") and before not in (".", "-", "/") and (run := RUN.match(text, at)):
-                yield run[0]
-        elif text[start] == "\\":
-            at += (at - start) % 2 and text[at : at + 1] in ("`", "[", "@")
-        elif text[start] == "`":
-            at = closing_ticks(text, at, at - start, unclosed) or at
-        elif text[start] != "[":
-            at = plain_url_end(text, start, at) or at
-        elif (end := url_end(text, found.end("scheme"))) < len(text) and text[end] == ")":
-            yield from at_signs(found["label"], tokens)
-            at = end + 1
-
-
-def fences(line: str) -> Iterator[tuple[int, int]]:
-    """Where the line may open a code block: runs of three backticks or more that do not close on it, with their ends."""
-    at, unclosed = 0, set[int]()
-    while "```" in line and (found := ESCAPED_TICKS.search(line, at)):
-        start, at = found.span()
-        if line[start] == "\\":
-            at += (at - start) % 2 and line[at : at + 1] == "`"
-        elif end := closing_ticks(line, at, at - start, unclosed):
-            at = end
-        elif at - start >= 3:
-            yield start, at
-
-
-def fence_end(lines: list[str], number: int, at: int, length: int) -> tuple[int, int] | None:
-    """Return the line, and the place in it, where the code block ends that is opened before `at` in this line."""
-    for index in range(number, len(lines)):
-        for run in TICKS.finditer(lines[index], at if index == number else 0):
-            if run.end() - run.start() >= length:
-                return index, run.end()
-    return None
-
-
-def text_lines(lines: list[str], depth: int = 0) -> Iterator[str]:
-    """The lines of a message outside its code blocks. A block opened in a quote ends with the quote."""
-    number = 0
-    while number < len(lines):
-        line, quoted = lines[number], []
-        while depth < 3 and number < len(lines) and (mark := QUOTED.match(lines[number])):
-            quoted.append(lines[number][mark.end() :])
-            number += 1
-        if quoted:
-            yield from text_lines(quoted, depth + 1)
-            continue
-        number += 1
-        for start, at in fences(line):
-            end = fence_end(lines, number - 1, at, at - start)
-            if end or not line[:start].strip():  # after other text only a block that is closed
-                line, number = line[:start], end[0] if end else len(lines)
-                if end:
-                    lines[number] = lines[number][end[1] :]
-                break
-        yield line
-
-
-def mention_runs(content: str) -> list[list[str]]:
-    """Return the folded handles that may be meant after each `@` that may begin a mention. Equal texts count once."""
-    marked = any(mark in content for mark in ("`", "[", "\\", "://")) or "www." in content.lower()
-    lines = text_lines(content.split("\n")) if "`" in content else [content]
-    texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line, TOKEN if marked else AT_SIGN))
-    runs, left = [], MENTION_KEYS_MAX
-    for text in itertools.islice(texts, MENTIONS_MAX):
-        runs.append(handle_keys(text))
-        left -= len(runs[-1])
-        if left <= 0:
-            break
-    return runs
 
 
 # ---- Store ---------------------------------------------------------------------------------------------------------
@@ -2081,21 +2092,6 @@ PLACES = {  # a channel that is in no server is deleted
     + "messages x ON x.message_id = ? AND x.deleted = 0 LEFT JOIN channels p ON p.channel_id = x.channel_id"
     + ROLE_THERE,
 }
-# Characters of scripts written without spaces: Thai, Lao, Burmese, Khmer, Kana, Bopomofo and Han.
-SPACELESS = (
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3021-\u3029\u3031-\u3035\u3038-\u303c\u3041-\u312f\u31a0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003fffd]"
-)
-BESIDE_SPACELESS = re.compile(f"(?={SPACELESS})|(?<={SPACELESS})")
-# What a search ignores: accents of Latin, Greek, Cyrillic, Hebrew and Arabic letters, and characters that cannot be seen.
-ACCENTS = re.compile(
-    "[\u00ad\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670"
-    "\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\u08d3-\u08ff\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f]"
-)
-PLAIN_LETTERS = str.maketrans({"\u0131": "i", "ø": "o", "ł": "l", "đ": "d", "ħ": "h", "æ": "ae", "œ": "oe"})
-QUOTES = str.maketrans(dict.fromkeys("“”„‟«»\uff02", '"'))
-PHRASE = re.compile(r'"([^"]*)"|[^\s"]+')
-SEARCH_MAX = 16_000  # characters of a message that search knows: only ligatures make so many of its 4,000
 INDEXED = """SELECT message_id, content, server_id FROM messages
              WHERE deleted = 0 AND message_id <= (SELECT indexed_id FROM search) AND """
 UNREAD_MAX = 1000
@@ -2581,14 +2577,6 @@ def insert_message(db: sqlite3.Connection, server_id: int, author: Standing, arg
     )  # fmt: skip
 
 
-def search_text(text: str) -> str:
-    """Return the text as search knows it: without case and accents, and each character of `SPACELESS` a word of its own."""
-    if text.isascii():
-        return text.lower()
-    letters = ACCENTS.sub("", unicodedata.normalize("NFKD", text)[:SEARCH_MAX]).casefold().translate(PLAIN_LETTERS)
-    return BESIDE_SPACELESS.sub(" ", unicodedata.normalize("NFC", letters))
-
-
 def index_rows(db: sqlite3.Connection, rows: Iterable[tuple[int, str, int]]) -> None:
     """Add messages (id, content and server) to the search index."""
     values = [(message_id, search_text(content), server_id) for message_id, content, server_id in rows]
@@ -2860,19 +2848,6 @@ def index_messages(db: sqlite3.Connection) -> Done[int]:
         known = rows[-1][0]
         db.execute("UPDATE search SET indexed_id = ?", (known,))
     return Done(known)
-
-
-def search_phrases(q: str) -> str:
-    """Return a query of FTS5 for what somebody typed: a phrase for each quoted phrase and for each beginning of a word.
-
-    Each is quoted for FTS5, so that nothing is syntax. One without letters matches nothing alone, and changes nothing else.
-    """
-    phrases: dict[str, None] = {}
-    for found in PHRASE.finditer(q.translate(QUOTES)):
-        text = search_text(found[0] if found[1] is None else found[1]).replace('"', " ").rstrip()
-        whole = found[1] is not None or re.match(SPACELESS, text[-1:])
-        phrases[f'"{text}"' if whole else f'"{text}" *'] = None
-    return " ".join(phrases) or '""'
 
 
 def search(db: sqlite3.Connection, args: SearchArgs) -> Messages:
