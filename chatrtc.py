@@ -1722,31 +1722,35 @@ def is_defect(error: sqlite3.OperationalError) -> bool:
 
 
 class Turns:
-    """Slots for long reads. Each user has so many at a time and a bounded queue, and the users take turns."""
+    """Slots for slow work. Each user (or address) has so many at a time and a bounded queue, and the users take turns."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, each: int) -> None:
         self._free = slots
+        self._each = each
         self._running: Counter[object] = Counter()
         self._queues: dict[object, deque[asyncio.Future[None]]] = {}  # user -> those who wait; the next user first
 
-    async def take(self, user: object) -> None:
-        """Wait for a slot, which is to be given back. Raises RATE_LIMITED if that takes too long, or too many wait already."""
-        queue = self._queues.setdefault(user, deque())
-        if len(queue) >= LONG_READS_WAITING:
+    def waiting(self, user: object) -> int:
+        return sum(not turn.done() for turn in self._queues.get(user, ()))
+
+    def make_room(self, user: object) -> None:
+        """Raise RATE_LIMITED if too many wait already."""
+        if self.waiting(user) >= LONG_READS_WAITING:
             raise refusal("TOO_OFTEN", retry_after=1)
+
+    async def take(self, user: object) -> None:
+        """Wait for a slot, which is to be given back. Raises RATE_LIMITED if too many wait already."""
+        self.make_room(user)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(turn)
+        self._queues.setdefault(user, deque()).append(turn)
         self._pass_on()
         try:
-            async with asyncio.timeout(TURN_SECONDS):
-                await turn
-        except (TimeoutError, asyncio.CancelledError) as error:
-            if turn.done() and not turn.cancelled():
-                self.give_back(user)
-            elif turn in queue:
+            await turn
+        except (asyncio.CancelledError, ChatError):
+            if turn in (queue := self._queues.get(user, deque())):
                 queue.remove(turn)
-            if isinstance(error, TimeoutError):
-                raise refusal("TOO_OFTEN", retry_after=1) from None
+            elif not turn.cancelled() and turn.exception() is None:
+                self.give_back(user)
             raise
 
     def give_back(self, user: object) -> None:
@@ -1758,10 +1762,8 @@ class Turns:
     def _pass_on(self) -> None:
         """Give free slots to those who wait, the user whose turn was longest ago first."""
         for user in list(self._queues) if self._free else ():
-            queue = self._queues.pop(user)
-            while queue and queue[0].done():
-                queue.popleft()
-            if queue and self._running[user] < LONG_READS_PER_USER:
+            queue = deque(turn for turn in self._queues.pop(user) if not turn.done())
+            if queue and self._running[user] < self._each:
                 queue.popleft().set_result(None)
                 self._free -= 1
                 self._running[user] += 1
@@ -1803,7 +1805,7 @@ class Store:
         self._rest = asyncio.Event()  # set while nothing waits to be written
         self._idle: asyncio.LifoQueue[aiosqlite.Connection] = asyncio.LifoQueue()
         self._idle_long: list[aiosqlite.Connection] = []
-        self._turns = Turns(LONG_READERS)
+        self._turns = Turns(LONG_READERS, LONG_READS_PER_USER)
         self._stopping: set[asyncio.Task[None]] = set()
         self._readers: list[aiosqlite.Connection] = []
         self._writer: aiosqlite.Connection | None = None
@@ -1875,7 +1877,11 @@ class Store:
         Raises RATE_LIMITED, UNAVAILABLE.
         """
         loop = asyncio.get_running_loop()
-        await self._turns.take(user)
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                await self._turns.take(user)
+        except TimeoutError:
+            raise refusal("TOO_OFTEN", retry_after=1) from None
         db, deadline = self._idle_long.pop(), loop.time() + LONG_SECONDS
         work = asyncio.ensure_future(on_thread(db, in_snapshot, question, *args))
         try:
@@ -3070,13 +3076,12 @@ def same_password(password: str, stored: str | None) -> bool:
     return secrets.compare_digest(made, stored or DUMMY) and stored is not None
 
 
-class Passwords:
-    """Hashes passwords on a few threads. Each address has a bounded queue of its own, and the addresses take turns."""
+class Passwords(Turns):
+    """Hashes passwords on a few threads. The addresses that sign in take turns."""
 
     def __init__(self, bounded: bool) -> None:
+        super().__init__(HASHERS, HASHERS)
         self._threads = concurrent.futures.ThreadPoolExecutor(HASHERS, thread_name_prefix="chatrtc-scrypt")
-        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # address -> those who wait; the next address first
-        self._free = HASHERS
         self._bounded = bounded
 
     async def hash(self, password: str) -> str:
@@ -3091,50 +3096,22 @@ class Passwords:
     @contextlib.asynccontextmanager
     async def turn(self, address: str) -> AsyncIterator[None]:
         """Wait for a hasher and hold it. Raises RATE_LIMITED if too many wait already."""
-        if self._free:
-            self._free -= 1
-        else:
-            await self._wait(address)
+        await self.take(address)
         try:
             yield
         finally:
-            self._pass_on()
+            self.give_back(address)
 
-    async def _wait(self, address: str) -> None:
-        if self._bounded:
-            self._make_room(address)
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queues.setdefault(address, deque()).append(waiter)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._pass_on()
-            raise
-
-    def _make_room(self, address: str) -> None:
-        """If all queues together are full, the newest of the longest one is refused, so that no address can fill them."""
-        waiting = {one: sum(not waiter.done() for waiter in queue) for one, queue in self._queues.items()}
-        mine = waiting.get(address, 0)
-        if mine >= HASHING_QUEUE_PER_ADDRESS:
+    def make_room(self, user: object) -> None:
+        """If all queues together are full, refuse the newest of the longest one, so that no address can fill them."""
+        waiting = {one: self.waiting(one) for one in self._queues} if self._bounded else {}
+        mine, longest = waiting.get(user, 0), max(waiting, key=lambda one: waiting[one], default=None)
+        is_full = sum(waiting.values()) >= HASHING_QUEUE
+        if mine >= HASHING_QUEUE_PER_ADDRESS or (is_full and waiting[longest] <= mine + 1):
             raise refusal("SIGN_IN_BUSY", retry_after=2)
-        if sum(waiting.values()) >= HASHING_QUEUE:
-            longest = max(waiting, key=lambda one: waiting[one])
-            if waiting[longest] <= mine + 1:
-                raise refusal("SIGN_IN_BUSY", retry_after=2)
-            newest = next(waiter for waiter in reversed(self._queues[longest]) if not waiter.done())
+        if is_full:
+            newest = next(turn for turn in reversed(self._queues[longest]) if not turn.done())
             newest.set_exception(refusal("SIGN_IN_BUSY", retry_after=2))
-
-    def _pass_on(self) -> None:
-        """Give the hasher to the first who waits at the next address."""
-        while self._queues:
-            address = next(iter(self._queues))
-            queue = deque(waiter for waiter in self._queues.pop(address) if not waiter.done())
-            if len(queue) > 1:
-                self._queues[address] = queue  # behind the other addresses
-            if queue:
-                return queue.popleft().set_result(None)
-        self._free += 1
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
