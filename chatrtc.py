@@ -12,7 +12,8 @@ The file is read from top to bottom, in rooms; each uses only the rooms above it
     Payloads      the shapes of everything that comes in and goes out
     Events        what the server tells of its own accord, and to whom
     Store         the SQLite file: one writer, some readers, migrations
-    Questions     the SQL: one function a question
+    Questions     the SQL of accounts, servers and members: one function for each query
+    Message questions  the SQL of messages
     Presence      who is here, who types, who talks: in memory alone
     Keys          passwords and tokens
     Limits        how often somebody may do something
@@ -2064,26 +2065,6 @@ class Store:
 # ---- Questions -----------------------------------------------------------------------------------------------------
 # The SQL: a function for each query, called with a connection that is in a transaction. Rows become payloads here.
 
-MESSAGE_FIELDS = """
-    SELECT m.channel_id, m.message_id, m.content, m.author_id, u.username, m.created_at, m.seq,
-           m.edited_at, m.reply_to, m.nonce,
-           CASE WHEN m.extras THEN
-               (SELECT json_group_array(json_array(r.emoji, r.user_id)) FROM reactions r WHERE r.message_id = m.message_id) END,
-           CASE WHEN m.extras THEN
-               (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted, u.name
-"""
-MESSAGE_ROWS = MESSAGE_FIELDS + "FROM messages m JOIN users u ON u.user_id = m.author_id "
-FOUND_ROWS = (
-    MESSAGE_FIELDS
-    + """FROM messages_fts f CROSS JOIN messages m ON m.message_id = f.rowid
-    JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id
-    JOIN users u ON u.user_id = m.author_id WHERE messages_fts MATCH :match AND f.rowid < :before """
-)
-CHANGED_ROWS = (
-    MESSAGE_ROWS
-    + """JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id
-         WHERE m.server_id = ? AND m.seq > ? ORDER BY m.seq LIMIT ?"""
-)
 INVITE = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
 CHANNEL_ROWS = "SELECT server_id, channel_id, name, kind, topic FROM channels "
 PLACE = "SELECT p.server_id, m.role, u.name FROM users u LEFT JOIN "
@@ -2098,44 +2079,17 @@ PLACES = {  # a channel that is in no server is deleted
     + "messages x ON x.message_id = ? AND x.deleted = 0 LEFT JOIN channels p ON p.channel_id = x.channel_id"
     + ROLE_THERE,
 }
-INDEXED = """SELECT message_id, content, server_id FROM messages
-             WHERE deleted = 0 AND message_id <= (SELECT indexed_id FROM search) AND """
-UNREAD_MAX = 1000
-READS = """  -- each channel of a user, the last message that is read, how many after it are unread, and how many name the user
-    SELECT channel_id, last,
-        (SELECT count(*) FROM (SELECT 1 FROM (
-            SELECT x.author_id FROM messages x WHERE x.channel_id = mine.channel_id AND x.message_id > last AND x.deleted = 0
-            ORDER BY x.message_id DESC LIMIT :steps) WHERE author_id <> :user_id LIMIT :most)),
-        (SELECT count(*) FROM (SELECT 1 FROM (
-            SELECT x.author_id FROM mentions n JOIN messages x ON x.message_id = n.message_id
-            WHERE n.user_id = :user_id AND n.channel_id = mine.channel_id AND n.message_id > last
-            ORDER BY n.message_id DESC LIMIT :steps) WHERE author_id <> :user_id LIMIT :most))
-    FROM (SELECT c.channel_id, c.kind, max(m.read_from, coalesce(r.last_read_id, 0)) AS last
-          FROM members m JOIN channels c ON c.server_id = m.server_id
-          LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE m.user_id = :user_id) AS mine
-"""
-READ_MARK = """
-    SELECT max(m.read_from, coalesce(r.last_read_id, 0)) FROM channels c JOIN members m ON m.server_id = c.server_id
-    LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE c.channel_id = ? AND m.user_id = ?
-"""
-READ_LIMITS = {"most": UNREAD_MAX, "steps": 2 * UNREAD_MAX}  # steps: messages looked at, the user's own included
 NEXT_SEQ = {
     "": "UPDATE servers SET seq = seq + 1 WHERE server_id = ?",
     "channels": "UPDATE servers SET seq = seq + 1, channels_seq = seq + 1 WHERE server_id = ?",
     "members": "UPDATE servers SET seq = seq + 1, members_seq = seq + 1 WHERE server_id = ?",
     "name": "UPDATE servers SET seq = seq + 1, name_seq = seq + 1 WHERE server_id = ?",
 }
-ANSWER_BYTES = 448 * 1024  # of messages and lists in one answer, in JSON: with all else in it, 512 KiB
-VARIATION = "\ufe0f"  # asks for the coloured form of an emoji: with and without it, a reaction is the same
-REACTIONS_MAX = 50  # different ones on one message
 FORMER_MAX = 1000  # former members of a server that are listed
 SERVERS_MAX = 100  # of one owner
 CHANNELS_MAX = 500  # in one server
 INVITES_MAX = 200  # in one server
 EXPEL_STEP = 50  # guests that are removed in one transaction
-INDEX_STEP = 500  # messages that search learns of in one transaction
-PURGE_STEP = 200  # messages of one author that are deleted in one transaction
-PURGE_SCAN = 5000  # messages that are looked at for it
 ADDRESSES_KEPT = 20  # from which an account signed in
 
 
@@ -2505,6 +2459,99 @@ def update_channel(db: sqlite3.Connection, server_id: int, channel_id: int, name
     return next_seq(db, server_id, "channels")
 
 
+def purge_tokens(db: sqlite3.Connection, now: float) -> Done[None]:
+    """Delete revoked tokens and sign-in codes that have expired."""
+    db.execute("DELETE FROM revoked_tokens WHERE expires_at < ?", (now,))
+    db.execute("DELETE FROM links WHERE expires_at < ?", (now,))
+    return Done(None)
+
+
+def probe(db: sqlite3.Connection) -> Done[None]:
+    """Write something, however little; SQLite leaves out what would change nothing."""
+    for step in (1, -1):
+        db.execute("UPDATE search SET indexed_id = indexed_id + ?", (step,))
+    return Done(None)
+
+
+def count_rows(db: sqlite3.Connection) -> list[int]:
+    """How many users, servers and messages there are."""
+    counts = "SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM servers), (SELECT count(*) FROM messages)"
+    return list(db.execute(counts).fetchone())
+
+
+def all_servers(db: sqlite3.Connection) -> list[dict[str, Any]]:
+    rows = db.execute("SELECT server_id, name, created_at, seq FROM servers ORDER BY server_id")
+    return [dict(zip(("server_id", "name", "created_at", "seq"), row, strict=True)) for row in rows]
+
+
+CHECKS = {
+    "a server without an owner": "SELECT server_id FROM servers EXCEPT SELECT server_id FROM members WHERE role = 'owner'",
+    "a number beyond its server's last": """SELECT message_id FROM messages m JOIN servers s ON s.server_id = m.server_id
+                                            WHERE m.seq > s.seq""",
+    "a message whose channel is of another server": """SELECT message_id FROM messages m JOIN channels c
+                                            ON c.channel_id = m.channel_id WHERE c.server_id <> m.server_id""",
+    "a reply across channels": """SELECT m.message_id FROM messages m JOIN messages r ON r.message_id = m.reply_to
+                                  WHERE r.channel_id <> m.channel_id""",
+    "a deleted message with text": "SELECT message_id FROM messages WHERE deleted = 1 AND content <> ''",
+}
+
+
+def find_trouble(db: sqlite3.Connection) -> list[str]:
+    """Return what is wrong with a database, in lines. One of an older format is checked less."""
+    lines = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+    if lines:
+        return lines
+    lines += [f"{row[0]} {row[1]} refers to a missing row of {row[2]}" for row in db.execute("PRAGMA foreign_key_check")]
+    for name, query in CHECKS.items() if format_of(db) == VERSION else ():
+        lines += [f"{name}: {row[0]}" for row in db.execute(query)]
+    return lines
+
+
+# ---- Message questions ---------------------------------------------------------------------------------------------
+# The SQL of messages: posting, editing, deleting, reactions, pages of channels, catching up, read marks and search.
+
+MESSAGE_FIELDS = """
+    SELECT m.channel_id, m.message_id, m.content, m.author_id, u.username, m.created_at, m.seq,
+           m.edited_at, m.reply_to, m.nonce,
+           CASE WHEN m.extras THEN
+               (SELECT json_group_array(json_array(r.emoji, r.user_id)) FROM reactions r WHERE r.message_id = m.message_id) END,
+           CASE WHEN m.extras THEN
+               (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted, u.name
+"""
+MESSAGE_ROWS = MESSAGE_FIELDS + "FROM messages m JOIN users u ON u.user_id = m.author_id "
+NOT_DELETED = "JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id "  # the message's channel
+CHANGED_ROWS = MESSAGE_ROWS + NOT_DELETED + "WHERE m.server_id = ? AND m.seq > ? ORDER BY m.seq LIMIT ?"
+FOUND_ROWS = MESSAGE_FIELDS + "FROM messages_fts f CROSS JOIN messages m ON m.message_id = f.rowid " + NOT_DELETED
+FOUND_ROWS += "JOIN users u ON u.user_id = m.author_id WHERE messages_fts MATCH :match AND f.rowid < :before "
+INDEXED = """SELECT message_id, content, server_id FROM messages
+             WHERE deleted = 0 AND message_id <= (SELECT indexed_id FROM search) AND """
+READS = """  -- each channel of a user, the last message that is read, how many after it are unread, and how many name the user
+    SELECT channel_id, last,
+        (SELECT count(*) FROM (SELECT 1 FROM (
+            SELECT x.author_id FROM messages x WHERE x.channel_id = mine.channel_id AND x.message_id > last AND x.deleted = 0
+            ORDER BY x.message_id DESC LIMIT :steps) WHERE author_id <> :user_id LIMIT :most)),
+        (SELECT count(*) FROM (SELECT 1 FROM (
+            SELECT x.author_id FROM mentions n JOIN messages x ON x.message_id = n.message_id
+            WHERE n.user_id = :user_id AND n.channel_id = mine.channel_id AND n.message_id > last
+            ORDER BY n.message_id DESC LIMIT :steps) WHERE author_id <> :user_id LIMIT :most))
+    FROM (SELECT c.channel_id, c.kind, max(m.read_from, coalesce(r.last_read_id, 0)) AS last
+          FROM members m JOIN channels c ON c.server_id = m.server_id
+          LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE m.user_id = :user_id) AS mine
+"""
+READ_MARK = """
+    SELECT max(m.read_from, coalesce(r.last_read_id, 0)) FROM channels c JOIN members m ON m.server_id = c.server_id
+    LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE c.channel_id = ? AND m.user_id = ?
+"""
+UNREAD_MAX = 1000
+READ_LIMITS = {"most": UNREAD_MAX, "steps": 2 * UNREAD_MAX}  # steps: messages looked at, the user's own included
+ANSWER_BYTES = 448 * 1024  # of messages and lists in one answer, in JSON: with all else in it, 512 KiB
+VARIATION = "\ufe0f"  # asks for the coloured form of an emoji: with and without it, a reaction is the same
+REACTIONS_MAX = 50  # different ones on one message
+INDEX_STEP = 500  # messages that search learns of in one transaction
+PURGE_STEP = 200  # messages of one author that are deleted in one transaction
+PURGE_SCAN = 5000  # messages that are looked at for it
+
+
 def to_message(row: Sequence[Any]) -> Message:
     message = Message(*row[:10])
     message.author_name = row[13]
@@ -2870,59 +2917,10 @@ def search(db: sqlite3.Connection, args: SearchArgs) -> Messages:
     return Messages(*first_messages(rows, args.limit))
 
 
-def purge_tokens(db: sqlite3.Connection, now: float) -> Done[None]:
-    """Delete revoked tokens and sign-in codes that have expired."""
-    db.execute("DELETE FROM revoked_tokens WHERE expires_at < ?", (now,))
-    db.execute("DELETE FROM links WHERE expires_at < ?", (now,))
-    return Done(None)
-
-
-def probe(db: sqlite3.Connection) -> Done[None]:
-    """Write something, however little; SQLite leaves out what would change nothing."""
-    for step in (1, -1):
-        db.execute("UPDATE search SET indexed_id = indexed_id + ?", (step,))
-    return Done(None)
-
-
-def count_rows(db: sqlite3.Connection) -> list[int]:
-    """How many users, servers and messages there are."""
-    counts = "SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM servers), (SELECT count(*) FROM messages)"
-    return list(db.execute(counts).fetchone())
-
-
-def all_servers(db: sqlite3.Connection) -> list[dict[str, Any]]:
-    rows = db.execute("SELECT server_id, name, created_at, seq FROM servers ORDER BY server_id")
-    return [dict(zip(("server_id", "name", "created_at", "seq"), row, strict=True)) for row in rows]
-
-
 def messages_of(db: sqlite3.Connection, channel_id: int) -> Iterator[Message]:
     """All of a channel that stands, oldest first, without holding it in memory."""
     rows = db.execute(MESSAGE_ROWS + "WHERE m.channel_id = ? AND m.deleted = 0 ORDER BY m.message_id", (channel_id,))
     return map(to_message, rows)
-
-
-CHECKS = {
-    "a server without an owner": """SELECT server_id FROM servers
-                                    WHERE server_id NOT IN (SELECT server_id FROM members WHERE role = 'owner')""",
-    "a number beyond its server's last": """SELECT message_id FROM messages m JOIN servers s ON s.server_id = m.server_id
-                                            WHERE m.seq > s.seq""",
-    "a message whose channel is of another server": """SELECT message_id FROM messages m JOIN channels c
-                                            ON c.channel_id = m.channel_id WHERE c.server_id <> m.server_id""",
-    "a reply across channels": """SELECT m.message_id FROM messages m JOIN messages r ON r.message_id = m.reply_to
-                                  WHERE r.channel_id <> m.channel_id""",
-    "a deleted message with text": "SELECT message_id FROM messages WHERE deleted = 1 AND content <> ''",
-}
-
-
-def find_trouble(db: sqlite3.Connection) -> list[str]:
-    """Return what is wrong with a database, in lines. One of an older format is checked less."""
-    lines = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
-    if lines:
-        return lines
-    lines += [f"{row[0]} {row[1]} refers to a missing row of {row[2]}" for row in db.execute("PRAGMA foreign_key_check")]
-    for name, query in CHECKS.items() if format_of(db) == VERSION else ():
-        lines += [f"{name}: {row[0]}" for row in db.execute(query)]
-    return lines
 
 
 # ---- Presence ------------------------------------------------------------------------------------------------------
@@ -2949,10 +2947,8 @@ class Presence:
         """Whether others see the user go."""
         users = self._here.get(server_id, {})
         sids = users.get(user_id, set())
-        if sid not in sids:
-            return False
-        sids.discard(sid)
-        if sids:
+        if sids != {sid}:
+            sids.discard(sid)
             return False
         del users[user_id]
         if not users:
