@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import bisect
 import concurrent.futures
 import contextlib
 import datetime
@@ -360,20 +361,16 @@ def has_heaps(name: str) -> bool:
     return False
 
 
-def is_of_one_script(name: str) -> bool:
-    """Return whether the letters are of one script, or of scripts that are written together, and the digits of one system."""
-    scripts = {script_of(char) for char in name} - {""}
-    zeros = {ord(char) - unicodedata.decimal(char) for char in name if char.isdecimal()}
-    return len(zeros) <= 1 and (len(scripts) <= 1 or any(scripts <= group for group in TOGETHER))
-
-
 def is_username(name: str) -> bool:
-    """Return whether it can be a username: visible letters, digits and marks of one script, `_`, `.` and `-`."""
+    """Return whether it can be a username: visible letters and marks of one script, or of scripts that are written together,
+    digits of one system, `_`, `.` and `-`."""
     plain = unicodedata.normalize("NFKC", name)
-    if not 2 <= len(fold(name)) <= 32 or unicodedata.category(plain[0])[0] == "M":
+    scripts = {script_of(char) for char in plain} - {""}
+    zeros = {ord(char) - unicodedata.decimal(char) for char in plain if char.isdecimal()}
+    if not 2 <= len(fold(name)) <= 32 or unicodedata.category(plain[0])[0] == "M" or len(zeros) > 1:
         return False
     fits = all(in_username(text[at]) or is_joiner(text, at) for text in (name, plain) for at in range(len(text)))
-    return fits and not has_heaps(plain) and is_of_one_script(plain)
+    return fits and not has_heaps(plain) and (len(scripts) <= 1 or any(scripts <= group for group in TOGETHER))
 
 
 # The text of a message, as far as mentions need it: where its code, links and addresses are. The page reads text by the same
@@ -579,10 +576,8 @@ def search_text(text: str) -> str:
 
 
 def search_phrases(q: str) -> str:
-    """Return a query of FTS5 for what somebody typed: a phrase for each quoted phrase and for each beginning of a word.
-
-    Each is quoted for FTS5, so that nothing is syntax. One without letters matches nothing alone, and changes nothing else.
-    """
+    """Return a query of FTS5 for what somebody typed: a phrase, quoted for FTS5, for each quoted phrase and for each beginning
+    of a word. One without letters matches nothing alone, and changes nothing else."""
     phrases: dict[str, None] = {}
     for found in PHRASE.finditer(q.translate(QUOTES)):
         text = search_text(found[0] if found[1] is None else found[1]).replace('"', " ").rstrip()
@@ -2093,9 +2088,9 @@ EXPEL_STEP = 50  # guests that are removed in one transaction
 ADDRESSES_KEPT = 20  # from which an account signed in
 
 
-def statement(query: str) -> Question[int]:
-    """Return a function of a connection and the values that runs a statement and returns how many rows it changed."""
-    return lambda db, *values: db.execute(query, values).rowcount
+def statement(*queries: str) -> Question[int]:
+    """Return a function of a connection and the values that runs statements and returns how many rows they changed."""
+    return lambda db, *values: sum(db.execute(query, values).rowcount for query in queries)
 
 
 def first_value(query: str) -> Question[Any]:
@@ -2126,6 +2121,10 @@ class Standing(NamedTuple):
 
 password_of: Question[str | None] = first_value("SELECT password FROM users WHERE user_id = ?")
 address_seen: Question[float | None] = first_value("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?")
+close_account = statement(
+    "DELETE FROM known_addresses WHERE user_id = ?",
+    "UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?",
+)
 update_status = statement("UPDATE users SET status = ?2 WHERE user_id = ?1")
 update_display_name = statement("UPDATE users SET name = ?2 WHERE user_id = ?1")
 insert_revoked = statement("INSERT OR IGNORE INTO revoked_tokens VALUES (?, ?)")
@@ -2151,18 +2150,13 @@ def free_username(db: sqlite3.Connection, name: str) -> str:
     many people have that name."""
     handle = handle_of(name)
 
-    def taken(number: int) -> bool:
+    def is_free(number: int) -> bool:
         username = numbered(handle, number)
         found = db.execute("SELECT 1 FROM users WHERE username_key = ?", (fold(username),)).fetchone()
-        return found is not None or not is_username(username)
+        return found is None and is_username(username)
 
-    last, free = 0, 1
-    while taken(free):
-        last, free = free, free * 2
-    while free - last > 1:
-        middle = (last + free) // 2
-        last, free = (middle, free) if taken(middle) else (last, middle)
-    return numbered(handle, free)
+    top = next(2**power for power in itertools.count() if is_free(2**power))
+    return numbered(handle, bisect.bisect_left(range(top), True, top // 2 + 1, top, key=is_free))
 
 
 def insert_user(db: sqlite3.Connection, username: str, password: str | None, now: str, name: str | None = None) -> int:
@@ -2197,11 +2191,6 @@ def update_password(db: sqlite3.Connection, user_id: int, before: str | None, pa
     return int(row[0])
 
 
-def close_account(db: sqlite3.Connection, user_id: int) -> None:
-    db.execute("DELETE FROM known_addresses WHERE user_id = ?", (user_id,))
-    db.execute("UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?", (user_id,))
-
-
 def accounts(db: sqlite3.Connection) -> list[tuple[int, str, str]]:
     """Return the id, username and creation time of each account that is not deleted."""
     return db.execute("SELECT user_id, username, created_at FROM users WHERE deleted = 0 ORDER BY user_id").fetchall()
@@ -2213,8 +2202,7 @@ def profile(db: sqlite3.Connection, user_id: int) -> Profile:
     return Profile(user_id, username, status, created_at, bool(guest), name=name)
 
 
-def last_seq(db: sqlite3.Connection, server_id: int) -> int:
-    return int(db.execute("SELECT seq FROM servers WHERE server_id = ?", (server_id,)).fetchone()[0])
+last_seq: Question[int] = first_value("SELECT seq FROM servers WHERE server_id = ?")
 
 
 def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
@@ -2419,12 +2407,9 @@ def open_invite(db: sqlite3.Connection, code: str, now: str) -> Invite:
 
 
 def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str, code: str | None = None) -> int:
-    """Make an account a member, by the invite `code` if there was one. Return the number of that change.
-
-    `read_from` is the newest message of all servers: what was posted before the member joined is not unread.
-    """
+    """Make an account a member, by the invite `code` if there was one. Return the number of that change."""
     db.execute(
-        """INSERT INTO members (server_id, user_id, role, joined_at, invited_by, read_from)
+        """INSERT INTO members (server_id, user_id, role, joined_at, invited_by, read_from)  -- older messages are not unread
            VALUES (?, ?, ?, ?, ?, (SELECT coalesce(max(message_id), 0) FROM messages))""",
         (server_id, user_id, role, now, code),
     )
@@ -2729,10 +2714,8 @@ def purge_messages(db: sqlite3.Connection) -> Done[None]:
 
 
 def purge_messages_of(db: sqlite3.Connection, server_id: int | None, author_id: int) -> list[Effect]:
-    """Delete an author's messages in a server (None: in every server): the newest now, the others in steps, later.
-
-    Returns the effects of what is deleted now. It takes some milliseconds: the operation has to be a `long` one.
-    """
+    """Delete an author's messages in a server (None: in every server): the newest now, the others in steps, later. Return the
+    effects of what is deleted now. It takes some milliseconds: the operation has to be a `long` one."""
     newest = "SELECT ?, ?, coalesce(max(message_id), 0) FROM messages"
     db.execute("INSERT INTO purges (server_id, author_id, last_id) " + newest, (server_id, author_id))
     return list(purge_messages(db).effects)
@@ -2749,49 +2732,45 @@ insert_reaction = statement("INSERT INTO reactions VALUES (?, ?, ?)")
 drop_reaction = statement("DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?")
 
 
-def first_messages(rows: Iterable[Sequence[Any]], limit: int, most: int = ANSWER_BYTES) -> tuple[list[Message], bool]:
-    """Return the first messages, at most `limit` and `most` bytes of JSON but one at least, and whether there are more."""
-    messages: list[Message] = []
+def first_messages(rows: Iterable[Sequence[Any]], limit: int, most: int = ANSWER_BYTES) -> Messages:
+    """Return the first messages, at most `limit` and `most` bytes of JSON but one at least."""
+    found = Messages([], False)
     for row in rows:
         message = to_message(row)
         most -= len(msgspec.json.encode(message))
-        if messages and (most < 0 or len(messages) == limit):
-            return messages, True
-        messages.append(message)
-    return messages, False
+        if limit == 0 or (found.messages and (most < 0 or len(found.messages) == limit)):
+            return Messages(found.messages, True)
+        found.messages.append(message)
+    return found
 
 
-def page_of(
-    db: sqlite3.Connection, channel_id: int, where: str, cursor: int, limit: int, most: int = ANSWER_BYTES
-) -> tuple[list[Message], bool]:
-    """Return the messages nearest to the cursor, and whether there are more."""
+def page_of(db: sqlite3.Connection, args: PageArgs, where: str, cursor: int, limit: int, most: int = ANSWER_BYTES) -> Messages:
+    """Return the messages nearest to the cursor, oldest first."""
     order = "ASC" if where == ">" else "DESC"
     rows = db.execute(
         f"{MESSAGE_ROWS} WHERE m.channel_id = ? AND m.message_id {where} ? AND m.deleted = 0 "
         f"ORDER BY m.message_id {order} LIMIT ?",
-        (channel_id, cursor, limit + 1),
+        (args.channel_id, cursor, limit + 1),
     )
-    return first_messages(rows, limit, most) if limit else ([], rows.fetchone() is not None)
+    found = first_messages(rows, limit, most)
+    found.messages.sort(key=operator.attrgetter("message_id"))
+    return found
 
 
 def page(db: sqlite3.Connection, args: PageArgs) -> Messages:
-    """A page of a channel, oldest first. It costs the same anywhere: an index walk of `limit` steps from the cursor."""
+    """Return a page of a channel, oldest first. It costs the same anywhere: an index walk of `limit` steps from the cursor."""
     if args.after is not None:
-        return Messages(*page_of(db, args.channel_id, ">", args.after, args.limit))
-    if args.around is not None:  # half of it up to the message, half after it; more where either side has more
-        newer, more_newer = page_of(db, args.channel_id, ">", args.around, args.limit // 2, ANSWER_BYTES // 2)
-        older, more_older = page_of(db, args.channel_id, "<=", args.around, args.limit - len(newer), ANSWER_BYTES // 2)
-        return Messages(older[::-1] + newer, more_newer or more_older)
-    before = args.before if args.before is not None else 2**63 - 1
-    older, more = page_of(db, args.channel_id, "<", before, args.limit)
-    return Messages(older[::-1], more)
+        return page_of(db, args, ">", args.after, args.limit)
+    if args.around is None:
+        return page_of(db, args, "<", args.before if args.before is not None else 2**63 - 1, args.limit)
+    newer = page_of(db, args, ">", args.around, args.limit // 2, ANSWER_BYTES // 2)
+    older = page_of(db, args, "<=", args.around, args.limit - len(newer.messages), ANSWER_BYTES // 2)
+    return Messages(older.messages + newer.messages, newer.has_more or older.has_more)
 
 
 class Pages:
-    """Pages asked for of late, each with its server's number of then: while that is the last one, nothing in it has changed.
-
-    A class that opens a channel at once asks for the same page thirty times; reading it costs 120 us, looking it up 5.
-    """
+    """The pages that were asked for last, each with the `seq` of its server then, up to which it is valid. Thirty pupils who
+    open a channel ask for the same page; reading it costs 120 us, looking it up 5."""
 
     KEPT = 256
     TEXT_MAX = 32_768  # characters in a page that is kept: all pages together take 64 MiB at most
@@ -2814,10 +2793,8 @@ class Pages:
 
 
 def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection[int], viewer: int) -> Changes:
-    """Return what came after a number, so that a client that was away ends equal to one that was not; everything on `reset`.
-
-    At most `limit` messages and `ANSWER_BYTES`, but one change at least. A list is in the answer that passes its number.
-    """
+    """Return what came after a number (everything on `reset`): at most `limit` messages and `ANSWER_BYTES`, but one change at
+    least. A list is in the answer that passes its number."""
     seq, channels_seq, members_seq, name_seq, name = db.execute(
         "SELECT seq, channels_seq, members_seq, name_seq, name FROM servers WHERE server_id = ?", (args.server_id,)
     ).fetchone()
@@ -2914,7 +2891,7 @@ def search(db: sqlite3.Connection, args: SearchArgs) -> Messages:
     }
     narrow = "".join(f"AND m.{field} = :{field} " for field in ("channel_id", "author_id") if values[field] is not None)
     rows = db.execute(FOUND_ROWS + narrow + "ORDER BY f.rowid DESC LIMIT :limit", values)
-    return Messages(*first_messages(rows, args.limit))
+    return first_messages(rows, args.limit)
 
 
 def messages_of(db: sqlite3.Connection, channel_id: int) -> Iterator[Message]:
@@ -3211,11 +3188,8 @@ class Limiter:
         return min(limit.burst, bucket[0] + (now - bucket[1]) * limit.per_second)
 
     def _bucket(self, name: str, whose: object) -> object:
-        """Return the key of the bucket that counts for `whose`.
-
-        A bucket that is not full is never forgotten: it may be what stops an attack. If the table is full of such buckets,
-        newcomers share one more: an attacker who filled the table gains nothing, and those who are in it notice nothing.
-        """
+        """Return the key of the bucket that counts for `whose`. A bucket that is not full is never forgotten, as it may be what
+        stops an attack. If the table is full of such buckets, newcomers share one more, and those in it notice nothing."""
         limit, table, now = LIMITS[name], self._tables[name], time.monotonic()
         if whose in table or len(table) < BUCKETS_KEPT:
             return whose
@@ -3258,10 +3232,8 @@ class Limiter:
 
     @contextlib.contextmanager
     def trial(self, limits: Sequence[LimitOf]) -> Iterator[Callable[[], None]]:
-        """Count one try under each limit, and give it back at the end unless the function in the result was called.
-
-        Counting first keeps tries that are under way at once within the limits. Raises RATE_LIMITED.
-        """
+        """Count one try under each limit, and give it back at the end unless the function in the result was called. Counting
+        first keeps tries that are under way at once within the limits. Raises RATE_LIMITED."""
         for limit in limits:
             self.check(*limit)
         for limit in limits:
@@ -3522,30 +3494,24 @@ def change_everywhere(db: sqlite3.Connection, user_id: int) -> list[Effect]:
     return [member_notice(db, one, user_id, next_seq(db, one, "members")) for one in member_servers(db, user_id)]
 
 
-def change_name(at: Scope, name: str | None) -> list[Effect]:
-    name = None if name == at.me.username else name
-    if name == at.me.name:
-        return []
-    at.me = at.me._replace(name=name)
-    update_display_name(at.db, at.me.user_id, name)
-    return [Rename(at.me.user_id, name), *change_everywhere(at.db, at.me.user_id)]
+STATUS_EVENTS = ["user:status", "user:connected", "user:disconnected"]
 
 
-@operation(
-    "write", "PATCH /users/me", Who.USER, limit="post",
-    emits=["member:updated", "user:status", "user:connected", "user:disconnected"],
-)  # fmt: skip
+@operation("write", "PATCH /users/me", Who.USER, limit="post", emits=["member:updated", *STATUS_EVENTS])
 def update_profile(at: Scope, args: EditProfile) -> Done[Profile]:
     """Set my status or my display name; `null` removes the name."""
-    effects = [] if args.name is UNSET else change_name(at, args.name)
+    effects: list[Effect] = []
+    name = at.me.name if args.name is UNSET else None if args.name == at.me.username else args.name
+    if name != at.me.name:
+        at.me = at.me._replace(name=name)
+        update_display_name(at.db, at.me.user_id, name)
+        effects += [Rename(at.me.user_id, name), *change_everywhere(at.db, at.me.user_id)]
     if args.status is not UNSET:
         effects.append(change_status(at, args.status))
     return Done(profile(at.db, at.me.user_id), effects)
 
 
-@operation(
-    "write", None, Who.USER, event="user:status", emits=["user:status", "user:connected", "user:disconnected"], acks=False
-)
+@operation("write", None, Who.USER, event="user:status", emits=STATUS_EVENTS, acks=False)
 def set_status(at: Scope, args: StatusArgs) -> Done[Profile]:
     """Set my status."""
     effects = [change_status(at, args.status)]
