@@ -168,9 +168,7 @@ ERRORS = {
 }
 
 
-class Reason(NamedTuple):
-    """Why a request was refused: finer than the code, stable, and translated by the page."""
-
+class Reason(NamedTuple):  # finer than the code, stable, and translated by the page
     code: str
     sentence: str
 
@@ -3163,9 +3161,7 @@ LIMITS = {
     # One person's slips. Guessing one account's password from one address: 7,200 tries a day.
     "login": Limit(5 / 60, 5, "account and address", "wrong passwords", True),
     # Many addresses that guess one account's password together. Addresses that the account signed in from are exempt.
-    "login_account": Limit(
-        5 / 60, 50, "account", "wrong passwords, from addresses that the account has not signed in from", True
-    ),
+    "login_account": Limit(5 / 60, 50, "account", "wrong passwords, from addresses that the account has not used", True),
     # 1,000 pupils, of whom two in three mistype. Accounts that have signed in from the address are exempt.
     "login_address": Limit(1, 600, "address", "wrong passwords, for accounts that have not signed in from there", True),
     # A code has 50 bits and needs no lock: this bounds the work that guessing makes. Enough for one pupil in four to mistype.
@@ -3181,36 +3177,32 @@ LimitOf = tuple[str, object]  # a limit, and whose
 class Limiter:
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
-        # For each limit: whose -> tokens left, when. The bucket that was looked at least recently comes first.
-        self._tables: dict[str, OrderedDict[object, tuple[float, float]]] = {name: OrderedDict() for name in LIMITS}
+        # For each limit: whose -> when their bucket is full again. The one that was looked at least recently comes first.
+        self._tables: dict[str, OrderedDict[object, float]] = {name: OrderedDict() for name in LIMITS}
 
-    def _level(self, limit: Limit, bucket: tuple[float, float], now: float) -> float:
-        return min(limit.burst, bucket[0] + (now - bucket[1]) * limit.per_second)
-
-    def _bucket(self, name: str, whose: object) -> object:
-        """Return the key of the bucket that counts for `whose`. A bucket that is not full is never forgotten, as it may be what
-        stops an attack. If the table is full of such buckets, newcomers share one more, and those in it notice nothing."""
-        limit, table, now = LIMITS[name], self._tables[name], time.monotonic()
-        if whose in table or len(table) < BUCKETS_KEPT:
-            return whose
-        for _ in range(4):
-            oldest = next(iter(table))
-            if self._level(limit, table[oldest], now) < limit.burst:
+    def _bucket(self, name: str, whose: object, now: float) -> tuple[object, float]:
+        """Return the key of the bucket that counts for `whose`, and when it is full. A bucket that is not full is never
+        forgotten, as it may be what stops an attack. If the table is full of such buckets, newcomers share one more."""
+        table = self._tables[name]
+        for _ in range(4 if whose not in table and len(table) >= BUCKETS_KEPT else 0):
+            oldest, full_at = next(iter(table.items()))
+            if full_at > now:
                 table.move_to_end(oldest)
             else:
                 del table[oldest]
-        return whose if len(table) < BUCKETS_KEPT else OTHERS
+        key = whose if whose in table or len(table) < BUCKETS_KEPT else OTHERS
+        return key, max(now, table.get(key, now))
 
     def count(self, name: str, whose: object, times: int = 1) -> None:
         """Count so many, whether or not the limit allows it. A negative number gives back what was counted."""
-        limit, table, now = LIMITS[name], self._tables[name], time.monotonic()
-        key = self._bucket(name, whose)
-        table[key] = (min(limit.burst, self._level(limit, table.get(key, (limit.burst, now)), now) - times), now)
+        now = time.monotonic()
+        key, full_at = self._bucket(name, whose, now)
+        self._tables[name][key] = max(now, full_at + times / LIMITS[name].per_second)
 
     def check(self, name: str, whose: object) -> None:
         """Raise RATE_LIMITED if one more is one too many."""
-        limit, table, now = LIMITS[name], self._tables[name], time.monotonic()
-        left = self._level(limit, table.get(self._bucket(name, whose), (limit.burst, now)), now)
+        limit, now = LIMITS[name], time.monotonic()
+        left = limit.burst - (self._bucket(name, whose, now)[1] - now) * limit.per_second
         if left < 1 and self._enabled:
             raise refusal("TOO_OFTEN", retry_after=(1 - left) / limit.per_second)
 
@@ -3410,10 +3402,11 @@ def authorize(who: Who, at: Scope, args: Args) -> None:
         raise refusal("NOT_MEMBER")
     user_id = getattr(args, "user_id", None)
     if user_id is not None:
-        if RANK[at.role] < RANK["admin"] and not (who is Who.SELF_OR_ABOVE and user_id == at.me.user_id):
+        is_self = who is Who.SELF_OR_ABOVE and user_id == at.me.user_id
+        if RANK[at.role] < RANK["admin"] and not is_self:
             raise refusal("ROLE_TOO_LOW", who=who.value)
         find_target(at, who, user_id)
-        if who is Who.SELF_OR_ABOVE and user_id == at.me.user_id and at.role != "owner":
+        if is_self and at.role != "owner":
             return
     if not permits(who, at):
         raise refusal("ROLE_TOO_LOW", who=who.value)
