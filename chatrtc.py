@@ -2588,7 +2588,9 @@ answered_member = rows_as(
 def mentioned(db: sqlite3.Connection, server_id: int, author_id: int, content: str, reply_to: int | None) -> list[int]:
     """Return the members that a message mentions by `@handle` or answers, ascending and at most `MENTIONS_MAX`."""
     named = named_members(db, server_id, content) if "@" in content else []
-    answered = answered_member(db, server_id, reply_to, author_id) if reply_to is not None else []
+    if reply_to is None:
+        return named
+    answered = answered_member(db, server_id, reply_to, author_id)
     return sorted(list(dict.fromkeys(answered + named))[:MENTIONS_MAX])
 
 
@@ -2781,8 +2783,9 @@ class Pages:
 
     def get(self, db: sqlite3.Connection, server_id: int, args: PageArgs) -> Messages:
         key, seq = msgspec.structs.astuple(args), last_seq(db, server_id)
-        found = self._pages.pop(key, (-1, None))
-        messages = found[1] if found[0] == seq and found[1] is not None else page(db, args)
+        kept_seq, messages = self._pages.pop(key, (-1, None))
+        if messages is None or kept_seq != seq:
+            messages = page(db, args)
         if sum(len(message.content) for message in messages.messages) <= self.TEXT_MAX:
             self._pages[key] = seq, messages
         if len(self._pages) > self.KEPT:
@@ -2880,27 +2883,23 @@ def index_messages(db: sqlite3.Connection) -> Done[int]:
 
 def search(db: sqlite3.Connection, args: SearchArgs) -> Messages:
     """Return messages that hold every word and phrase, newest first."""
-    values = {
-        "match": f'server_id : "{args.server_id}" AND content : ({search_phrases(args.q)})',
-        "before": args.before if args.before is not None else 2**63 - 1,
-        "limit": args.limit + 1,
-        "channel_id": args.channel_id,
-        "author_id": args.author_id,
-    }
+    match = f'server_id : "{args.server_id}" AND content : ({search_phrases(args.q)})'
+    before = args.before if args.before is not None else 2**63 - 1
+    values = msgspec.structs.asdict(args) | {"match": match, "before": before, "limit": args.limit + 1}
     narrow = "".join(f"AND m.{field} = :{field} " for field in ("channel_id", "author_id") if values[field] is not None)
     rows = db.execute(FOUND_ROWS + narrow + "ORDER BY f.rowid DESC LIMIT :limit", values)
     return first_messages(rows, args.limit)
 
 
 def messages_of(db: sqlite3.Connection, channel_id: int) -> Iterator[Message]:
-    """All of a channel that stands, oldest first, without holding it in memory."""
+    """Return an iterator over all messages of a channel that are not deleted, oldest first."""
     rows = db.execute(MESSAGE_ROWS + "WHERE m.channel_id = ? AND m.deleted = 0 ORDER BY m.message_id", (channel_id,))
     return map(to_message, rows)
 
 
 # ---- Presence ------------------------------------------------------------------------------------------------------
-# Who is here, who types, who talks: in memory alone, changed by plain functions that never wait and that tell what changed.
-# A user is here in a server while one of their sockets is joined to it; the invisible are here for nobody but themselves.
+# Who is connected, types and talks: in memory alone, changed by plain functions that never wait and that return what changed.
+# A user is connected to a server while one of their sockets has joined it; invisible users only for themselves.
 
 TYPING_SECONDS = 3.0
 TYPING_EVERY = 1.0
@@ -2912,14 +2911,14 @@ class Presence:
         self._here: dict[int, dict[int, set[str]]] = {}  # server -> user -> sockets
 
     def join(self, server_id: int, user_id: int, sid: str) -> bool:
-        """Whether others see the user arrive."""
+        """Add a socket and return whether others see the user arrive."""
         sids = self._here.setdefault(server_id, {}).setdefault(user_id, set())
         first = not sids
         sids.add(sid)
         return first and user_id not in self.hidden
 
     def leave(self, server_id: int, user_id: int, sid: str) -> bool:
-        """Whether others see the user go."""
+        """Remove a socket and return whether others see the user go."""
         users = self._here.get(server_id, {})
         sids = users.get(user_id, set())
         if sids != {sid}:
@@ -2931,7 +2930,7 @@ class Presence:
         return user_id not in self.hidden
 
     def visible(self, server_id: int, viewer: int = 0) -> list[int]:
-        """The ids of who is here, ascending, as `viewer` sees it."""
+        """Return the ids of those who are here, ascending, as `viewer` sees it."""
         users = list(self._here.get(server_id, ()))  # a copy in one step: readers' threads ask too
         return sorted(user_id for user_id in users if user_id not in self.hidden or user_id == viewer)
 
@@ -2947,14 +2946,14 @@ class Typist(NamedTuple):
 
 
 class Typists:
-    """Who is typing where. A user is heard at most once a second, and is taken to have stopped after three."""
+    """Who is typing where. A user is reported at most once a second, and counts as having stopped after three."""
 
     def __init__(self) -> None:
         self._typing: dict[tuple[int, int], Typist] = {}  # by channel and user
         self._heard: dict[int, float] = {}  # user -> when they were last heard
 
     def start(self, server_id: int, notice: Typing, sid: str, now: float) -> bool:
-        """Whether others are to hear it."""
+        """Note that the user types and return whether to tell others."""
         channel_id, user_id = notice.channel_id, notice.user_id
         heard = now - self._heard.get(user_id, -TYPING_EVERY) >= TYPING_EVERY
         if heard or self.typing(channel_id, user_id):
@@ -2967,7 +2966,7 @@ class Typists:
         return self._typing.get((channel_id, user_id))
 
     def stop(self, channel_id: int, user_id: int) -> Typist | None:
-        """Who it was, if they were typing."""
+        """Remove and return the typist, if the user was typing."""
         return self._typing.pop((channel_id, user_id), None)
 
     def close(self, *, server_id: int | None = None, channel_id: int | None = None) -> None:
@@ -2979,12 +2978,12 @@ class Typists:
                 typist.notice.name = name
 
     def over(self, now: float) -> list[tuple[int, int]]:
-        """Who has not been heard for too long."""
+        """Return the channels and users of those who stopped without saying so."""
         self._heard = {user_id: at for user_id, at in self._heard.items() if now - at < TYPING_EVERY}
         return [key for key, typist in self._typing.items() if typist.until <= now]
 
     def of(self, sid: str, server_id: int | None = None) -> list[tuple[int, int]]:
-        """Where the socket types (in that server)."""
+        """Return the channels and users of the typists of a socket (in that server)."""
         return [k for k, typist in self._typing.items() if typist.sid == sid and server_id in (None, typist.server_id)]
 
 
@@ -3041,7 +3040,7 @@ DUMMY = f"scrypt${SCRYPT['n']}${SCRYPT['r']}${SCRYPT['p']}${secrets.token_hex(16
 
 
 def same_password(password: str, stored: str | None) -> bool:
-    """Whether it is the password; as slow for an account that has none, or is not there."""
+    """Return whether it is the password. It takes as long for an account that has none or does not exist."""
     _, n, r, p, salt, _ = (stored or DUMMY).split("$")
     made = hash_password(password, bytes.fromhex(salt), int(n), int(r), int(p))
     return secrets.compare_digest(made, stored or DUMMY) and stored is not None
@@ -3089,7 +3088,7 @@ class Passwords(Turns):
 
 
 def make_secret(database: Path) -> str:
-    """The secret kept beside the database, made at the first start, readable by its owner alone."""
+    """Return the secret kept next to the database, which is made at the first start and readable by its owner alone."""
     path = database.with_name(database.name + ".secret")
     with one_line(path):
         if not os.path.lexists(path):
