@@ -343,10 +343,9 @@ def is_joiner(name: str, at: int) -> bool:
     """Return whether that character is a joiner where its script needs it: after a virama, or between cursive letters."""
     if name[at] not in JOINERS or not 0 < at < len(name) - 1:
         return False
-    cursive = {script_of(name[at - 1]), script_of(name[at + 1])}
-    return unicodedata.combining(name[at - 1]) == VIRAMA or (
-        name[at] == JOINERS[0] and len(cursive) == 1 and cursive <= CURSIVE
-    )
+    before, after = script_of(name[at - 1]), script_of(name[at + 1])
+    is_cursive = name[at] == JOINERS[0] and before == after and before in CURSIVE
+    return is_cursive or unicodedata.combining(name[at - 1]) == VIRAMA
 
 
 def has_heaps(name: str) -> bool:
@@ -439,10 +438,8 @@ def url_end(text: str, at: int) -> int:
 def plain_url_end(text: str, start: int, at: int) -> int:
     """Return where the URL ends whose `https://` or `www.` is text[start:at], or 0 if there is none."""
     before = text[start - 1 : start]
-    joined = (before != "_" and char_kind(before) in ("word", "hangul")) or (
-        text[at - 1] == "." and before and before in "@.-/"
-    )
-    if joined or not text[at : at + 1].isalnum():
+    joined = text[at - 1] == "." and before in ("@", ".", "-", "/")
+    if joined or (before != "_" and char_kind(before) in ("word", "hangul")) or not text[at : at + 1].isalnum():
         return 0
     return at + len(text[at : url_end(text, at)].rstrip(".,;:!?'*_~([{"))
 
