@@ -1191,12 +1191,29 @@ class Rename(NamedTuple):  # the user's sockets and tokens carry the new display
     name: str | None
 
 
+class MarkOwnPost(NamedTuple):
+    """Posting moved the author's read mark. Their sockets are told a moment later, once for several posts in a row."""
+
+    server_id: int
+    user_id: int
+    channel_id: int
+    message_id: int
+
+
+class TellMark(NamedTuple):
+    """Tell now what `MarkOwnPost` put off for this channel."""
+
+    channel_id: int
+
+
 class StopTyping(NamedTuple):
     channel_id: int
     user_id: int
 
 
-Effect = Emit | OpenChannel | CloseChannel | CloseServer | Evict | Revoke | SetStatus | Rename | StopTyping
+Effect = (
+    Emit | OpenChannel | CloseChannel | CloseServer | Evict | Revoke | SetStatus | Rename | StopTyping | MarkOwnPost | TellMark
+)
 
 
 class Done(NamedTuple, Generic[T]):
@@ -3748,8 +3765,11 @@ def post_message(at: Scope, args: NewMessage) -> Done[Message]:
             raise refusal("NO_REPLY_TARGET", field="reply_to")
     message = insert_message(at.db, at.server_id, at.me, args, at.now)
     set_read(at.db, at.me.user_id, args.channel_id, message.message_id)
-    effects: list[Effect] = [StopTyping(args.channel_id, at.me.user_id), Emit("message:new", at.server_id, message)]
-    effects.append(Emit("channel:read", at.me.user_id, ReadState(args.channel_id, message.message_id, 0, 0)))
+    effects: list[Effect] = [
+        StopTyping(args.channel_id, at.me.user_id),
+        MarkOwnPost(at.server_id, at.me.user_id, args.channel_id, message.message_id),
+        Emit("message:new", at.server_id, message),
+    ]
     return Done(message, effects + mention_notices(at, message, set()))
 
 
@@ -3845,7 +3865,7 @@ def get_read(at: Scope, args: ChannelArgs) -> Done[ReadState]:
 def mark_read(at: Scope, args: ReadArgs) -> Done[None]:
     """Set `message_id` as the last message that I have read. The mark moves back only with `back`; 0 is before the first."""
     state = update_read(at.db, at.me.user_id, args)
-    return Done(None, [Emit("channel:read", at.me.user_id, state)] if state is not None else [])
+    return Done(None, [TellMark(at.channel_id), Emit("channel:read", at.me.user_id, state)] if state is not None else [])
 
 
 @operation("read", "GET /servers/{server_id}/changes", Who.MEMBER, long=True)
@@ -5235,6 +5255,7 @@ def socket_server(**options: Any) -> SocketServer:
 # here that changes something runs between two awaits, so that nobody sees half of it.
 
 LOGIN_SECONDS = 10  # for a socket to authenticate
+OWN_MARK_SECONDS = 0.05  # between an own post and the event that its read mark moved
 SESSIONS_KEPT = 10_000
 
 LISTENER_EVENTS = 4096  # that may wait for one listener of the program
@@ -5325,6 +5346,7 @@ class Chat:
         self.presence = Presence()
         self.pages = Pages()
         self.typists = Typists()
+        self._own_marks: dict[int, tuple[int, ...]] = {}  # channel -> server, user and message of a mark that is to be told
         self.voices = Voices()
         self.own_url = self.lan_url = ""  # where it listens, and how others on the network reach it; set by `serve`
         self.connections: dict[str, Connection] = {}
@@ -5337,6 +5359,8 @@ class Chat:
             Emit: self.tell, OpenChannel: self.open_channel, CloseChannel: self.close_channel, CloseServer: self.close_server,
             Evict: self.evict, Revoke: self.revoke, SetStatus: self.show_status, Rename: self.rename,
             StopTyping: self.stop_typing,
+            MarkOwnPost: self.mark_own_post,
+            TellMark: self.tell_mark,
         }  # fmt: skip
 
     # Asking the database. What is asked by `peek` and acted upon before the next await still holds when it is acted upon.
@@ -5410,7 +5434,32 @@ class Chat:
             self.connections[sid].servers[server_id].add(channel_id)
             self.sio.enter(sid, f"channel:{channel_id}")
 
+    def mark_own_post(self, *mark: int) -> None:
+        """Put off `channel:read` for an own post: it would double the events of whoever posts quickly."""
+        _, user_id, channel_id, _ = mark
+        before = self._own_marks.get(channel_id)
+        if before is not None and before[1] != user_id:
+            self.tell_mark(channel_id)  # what others post comes after it
+        if user_id in self.sockets or "channel:read" in self.listeners:
+            if channel_id not in self._own_marks:
+                asyncio.get_running_loop().call_later(OWN_MARK_SECONDS, self.tell_mark, channel_id)
+            self._own_marks[channel_id] = mark
+
+    def tell_mark(self, channel_id: int) -> None:
+        mark = self._own_marks.pop(channel_id, None)
+        if mark is not None:
+            self.tell("channel:read", mark[1], ReadState(channel_id, mark[3], 0, 0))
+
+    def forget_marks(self, server_id: int, user_id: int | None = None) -> None:
+        """Nothing of a server is told after its user has left it."""
+        self._own_marks = {
+            channel_id: mark
+            for channel_id, mark in self._own_marks.items()
+            if mark[0] != server_id or user_id not in (None, mark[1])
+        }
+
     def close_channel(self, server_id: int, channel_id: int) -> None:
+        self._own_marks.pop(channel_id, None)
         for peer in self.voices.within(channel_id=channel_id):
             del self.voices[peer.sid]
         for sid in self.sio.members(f"channel:{channel_id}"):
@@ -5419,6 +5468,7 @@ class Chat:
         self.typists.close(channel_id=channel_id)
 
     def close_server(self, server_id: int) -> None:
+        self.forget_marks(server_id)
         for peer in self.voices.within(server_id=server_id):
             del self.voices[peer.sid]
         self.typists.close(server_id=server_id)
@@ -5426,6 +5476,7 @@ class Chat:
             self.leave_server(self.connections[sid], server_id, quietly=True)
 
     def evict(self, server_id: int, user_id: int) -> None:
+        self.forget_marks(server_id, user_id)
         for connection in self.of_user(user_id):
             self.leave_server(connection, server_id)
 
