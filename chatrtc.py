@@ -335,8 +335,12 @@ def script_of(char: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def in_username(char: str) -> bool:
-    """Return whether a username may contain the character, joiners apart: a letter, digit or mark that is visible, or `_.-`."""
-    return char in "_.-" or (unicodedata.category(char)[0] in "LNM" and not re.match(f"[{UNSEEN}]", char))
+    """Return whether a username may contain the character, joiners apart: a visible letter, digit or mark, or `_.-`.
+
+    Marks that enclose a letter (category Me) are not allowed: no script needs them.
+    """
+    category = unicodedata.category(char)
+    return char in "_.-" or (category[0] in "LNM" and category != "Me" and not re.match(f"[{UNSEEN}]", char))
 
 
 def is_joiner(name: str, at: int) -> bool:
@@ -593,7 +597,7 @@ def blame(reason: str, field: str) -> ValueError:
 
 def clean_name(name: str) -> str:
     """Return a display name without the spaces around it. Raises ValueError with the reason NAME_FORM."""
-    if not re.match(NAME, name.strip()):
+    if not re.match(NAME, name.strip()) or has_heaps(name):
         raise blame("NAME_FORM", "name")
     return name.strip()
 
@@ -4421,6 +4425,7 @@ HEADERS = {  # of every answer
 ANONYMOUS_PART = 4  # at most one of so many sessions is of a user who is not known yet
 HOPS_MAX = 32  # proxies that X-Forwarded-For may name
 PORTS = {"http": 80, "https": 443}
+PORT_MAX = 65535
 HOST_MAX = 262  # characters of a name with its port
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?", re.ASCII)
 ORIGIN = re.compile(rf"(https?)://{HOST.pattern}", re.ASCII)
@@ -4493,14 +4498,18 @@ def forwarded(request: web.BaseRequest, rules: Rules, what: str) -> str:
 def parse_host(text: str) -> tuple[str, int | None] | None:
     """Return the name and the port of a Host header; None if it is malformed."""
     found = HOST.fullmatch(text.lower()) if len(text) < HOST_MAX else None
-    return (found[1], int(found[2]) if found[2] else None) if found else None
+    if found is None or int(found[2] or 0) > PORT_MAX:
+        return None
+    return found[1], int(found[2]) if found[2] else None
 
 
 @functools.lru_cache(1024)
 def parse_origin(text: str) -> tuple[str, str, int] | None:
     """Return the scheme, name and port of an http or https origin; None if it is none."""
     found = ORIGIN.fullmatch(text.lower()) if len(text) < HOST_MAX else None
-    return (found[1], found[2], int(found[3] or PORTS[found[1]])) if found else None
+    if found is None or int(found[3] or 0) > PORT_MAX:
+        return None
+    return found[1], found[2], int(found[3] or PORTS[found[1]])
 
 
 def request_scheme(request: web.BaseRequest, rules: Rules) -> str:
@@ -6401,6 +6410,11 @@ def add_server(db: sqlite3.Connection, name: str, owner: str) -> Done[int]:
 ADMIN: dict[str, Callable[..., Done[Any]]] = {run.__name__: run for run in (add_user, set_password, delete_user, add_server)}
 
 
+def origin_of(url: str) -> str:
+    """Return the scheme, name and port of a URL."""
+    return "/".join(url.split("/")[:3])
+
+
 def check_addresses(settings: Settings) -> None:
     """Raise StartError if an origin, a proxy or the public URL cannot be what it should be."""
     for origin in settings.cors_origin:
@@ -6412,7 +6426,7 @@ def check_addresses(settings: Settings) -> None:
         except ValueError:
             raise StartError(f"--trusted-proxy {proxy}: neither an address nor a network nor 'unix'") from None
     url = settings.public_url
-    if url is not None and not (len(url) <= PUBLIC_URL_MAX and PUBLIC_URL.fullmatch(url)):
+    if url is not None and not (len(url) <= PUBLIC_URL_MAX and PUBLIC_URL.fullmatch(url) and parse_origin(origin_of(url))):
         raise StartError(f"--public-url {url}: needs http:// or https://, a name and perhaps a path, without '?' or '#'")
 
 
@@ -6439,7 +6453,7 @@ def listens_on_loopback(settings: Settings) -> bool:
 
 def rules_of(settings: Settings) -> dict[str, Any]:
     """Return what the settings say about sockets and requests, as options of `socket_server`."""
-    origins = [*settings.cors_origin, *(["/".join(settings.public_url.split("/")[:3])] if settings.public_url else [])]
+    origins = [*settings.cors_origin, *([origin_of(settings.public_url)] if settings.public_url else [])]
     names = {parsed[1] for origin in origins if (parsed := parse_origin(origin))} | {settings.host.lower()}
     rules: dict[str, Any] = {
         "origins": origins,
@@ -7278,7 +7292,7 @@ class HtmlExport:
     def write(self, kind: str, told: dict[str, Any]) -> str:
         if kind == "message":
             return self.message(told)
-        if kind == "member":
+        if kind in ("member", "former"):
             self.names[told["user_id"]] = told.get("name") or told["username"]
             return ""
         tag = "h1" if kind == "server" else "h2"
@@ -7302,6 +7316,7 @@ def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iter
         for server in servers:
             yield "server", server
             yield from (("member", msgspec.to_builtins(member)) for member in members_of(db, server["server_id"], (), 0))
+            yield from (("former", msgspec.to_builtins(user)) for user in former_members_of(db, server["server_id"]))
             for channel in channels_of(db, server["server_id"]):
                 yield "channel", msgspec.to_builtins(channel)
                 for message in messages_of(db, channel.channel_id):

@@ -690,11 +690,11 @@ def test_a_setting_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         {"database": ""}, {"tls_cert": "cert.pem"}, {"secret": "short"}, {"secret": ""}, {"secret": "é" * 15},
         *({"cors_origin": [origin]} for origin in (
             "https://x/", "x.example", "ftp://x", "https://x/path", "https://x?", "https://a b", "null", "",
-            "https://x:99999999", "https://bücher.example", "https://u@x",
+            "https://x:65536", "https://bücher.example", "https://u@x",
         )),
         *({"trusted_proxy": [proxy]} for proxy in ("", "proxy", "10.0.0.0/33", "10.0.0.1:80", "::1/200")),
         *({"public_url": url} for url in (
-            "", "chat.example", "ftp://x", "https://x?a=b", "https://x/#a", "https://x y", "https://u@x",
+            "", "chat.example", "ftp://x", "https://x?a=b", "https://x/#a", "https://x y", "https://u@x", "https://x:70000/a",
             "https://x/" + "y" * 999,
         )),
     )  # fmt: skip
@@ -738,6 +738,7 @@ async def test_a_username_is_of_any_script(world: World, name: str) -> None:
         "a b", "a@b", "a/b", "a\n", "\u200bab", "a\u202eb", "\u3164\u3164", "ab\x00", "😀😀", "ab:", "\u0301a", "  ",
         "Teacher\u17b5", "Teacher\U000e0100", "\u03a4eacher", "Te\u0430cher", "x" + "\u0301" * 30, "x\u0301\u0302\u0303",
         "ab\u200cd", "\u200cab", "می\u200c", "عمر३", "a\u0661", "カㄅ한", "ก" + "ี" * 5, "ab\u00ad", "ab\ufe0f",
+        "ana\u20dd", "a\u0488b",
     ],
 )  # fmt: skip
 async def test_a_username_holds_nothing_else(world: World, name: str) -> None:
@@ -791,8 +792,9 @@ async def test_every_text_is_visible(world: World) -> None:
         )
     for text in SHAPED:
         assert await codes(text) == [""] * 5, ascii(text)
-    reply = await ana.call("PATCH", "/users/me", {"name": "\u200b"})
-    assert (reply.body["reason"], reply.body["field"]) == ("NAME_FORM", "name")
+    for name in ("\u200b", "Ana" + "\u0301" * 3, "x" + "\u0489" * 30):
+        reply = await ana.call("PATCH", "/users/me", {"name": name})
+        assert (reply.body["reason"], reply.body["field"]) == ("NAME_FORM", "name")
     assert (await ana.call("PATCH", f"/channels/{place.channel_id}", {"topic": ""})).status == 200
 
 
@@ -6750,19 +6752,20 @@ async def test_export_writes_what_there_is(world: World, tmp_path: Path) -> None
 
 
 async def test_an_exported_page_shows_replies_reactions_and_edits(world: World, tmp_path: Path) -> None:
-    ana, ben = await world.people("ana", "ben")
-    place = await world.place(ana, ben)
+    ana, ben, cyd = await world.people("ana", "ben", "cyd")
+    place = await world.place(ana, ben, cyd)
     first = await ana.post(place.channel_id, "<i>first</i>\nline")
     answer = await ben.post(place.channel_id, "answer", reply_to=first["message_id"])
     await ben.ok("PATCH", f"/messages/{answer['message_id']}", {"content": "better <b>"})
-    for person in (ana, ben):
+    for person in (ana, ben, cyd):
         await person.ok("PUT", f"/messages/{first['message_id']}/reactions/<3")
+    await cyd.ok("DELETE", f"/servers/{place.server_id}/members/{cyd.user_id}")
     database = ("--database", str(tmp_path / "chat.db"))
     page = await done("export", "--format", "html", *database)
     assert '<small>In reply to <a href="#m1">ana: &lt;i&gt;first&lt;/i&gt; line</a></small>' in page
     assert "(edited)</small>\nbetter &lt;b&gt;</p>" in page
     assert page.count("(edited)") == 1
-    assert "<small>&lt;3 ana, ben</small>" in page
+    assert "<small>&lt;3 ana, ben, cyd</small>" in page, "also who has left"
     assert not re.search(r"<(i|script|3)\b", page)
 
 
