@@ -183,8 +183,10 @@ REASONS = {
     "FIELD_FORM": Reason("BAD_REQUEST", "{what} is blank, or holds a character that is not allowed"),
     "FIELD_SMALL": Reason("BAD_REQUEST", "{what} must be {n} or more"),
     "FIELD_BIG": Reason("BAD_REQUEST", "{what} must be {n} or less"),
+    "FIELD_RANGE": Reason("BAD_REQUEST", "{what} holds a number that is out of range"),
     "FIELD_CHOICE": Reason("BAD_REQUEST", "{what} cannot be {n}"),
     "FIELD_TYPE": Reason("BAD_REQUEST", "{what}: {n}"),
+    "ONE_CURSOR": Reason("BAD_REQUEST", "Give one of before, after and around"),
     "NOT_TEXT": Reason("BAD_REQUEST", "The text holds half of a surrogate pair"),
     "NOT_JSON": Reason("BAD_REQUEST", "The body is not JSON"),
     "USERNAME_TAKEN": Reason("CONFLICT", "This username is taken"),
@@ -759,7 +761,7 @@ class PageArgs(ChannelArgs):
 
     def __post_init__(self) -> None:
         if sum(cursor is not None for cursor in (self.before, self.after, self.around)) > 1:
-            raise ValueError("Give one of before, after and around")
+            raise ValueError("ONE_CURSOR")
 
 
 class MessageArgs(Args):
@@ -1000,7 +1002,7 @@ class Configuration(View):
 
 
 T = TypeVar("T")
-FIELD = re.compile(r" - at `\$\.?([^`]*)`$")
+FIELD = re.compile(r" - at `\$(?:\.(\w+))?[^`]*`$")
 VALIDATION_REASONS = {  # msgspec's error -> our reason; a group is the field if the error names it, else the bound or the value
     r"Expected `str` of length >= 1": "FIELD_EMPTY",
     r"Expected `str` of length >= (?P<n>\d+)": "FIELD_SHORT",
@@ -1010,6 +1012,7 @@ VALIDATION_REASONS = {  # msgspec's error -> our reason; a group is the field if
     r"Expected `int` <= (?P<n>\d+)": "FIELD_BIG",
     r"Invalid enum value (?P<n>.*)": "FIELD_CHOICE",
     r"(?P<n>Expected .*)": "FIELD_TYPE",
+    r"Number out of range": "FIELD_RANGE",
     r"Object missing required field `(?P<what>\w+)`": "FIELD_MISSING",
     r"Object contains unknown field `(?P<what>.*)`": "FIELD_UNKNOWN",
 }
@@ -1018,7 +1021,7 @@ VALIDATION_REASONS = {  # msgspec's error -> our reason; a group is the field if
 def explain(complaint: str) -> ChatError:
     """Return the error for a msgspec validation error, given its text. A text of ours names a reason of `REASONS`."""
     field, detail = FIELD.search(complaint), FIELD.sub("", complaint)
-    where = field[1] if field and field[1] else None
+    where = field[1] if field else None
     if detail in REASONS:
         return refusal(detail, field=where, what=where)
     for pattern, reason in VALIDATION_REASONS.items():

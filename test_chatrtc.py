@@ -8770,6 +8770,8 @@ async def test_bodies_of_every_kind_are_refused(launch: Launch, tmp_path: Path) 
                 reply = await ana.call("POST", path, data=body, headers={"Content-Type": "application/json"})
                 assert 400 <= reply.status < 500, (name, path, reply)
                 assert reply.code in ("BAD_REQUEST", "TOO_LARGE"), (name, path, reply)
+                assert reply.body["reason"] in chatrtc.REASONS, (name, path, reply)
+                assert reply.body.get("field", "").isidentifier() or "field" not in reply.body, (name, path, reply)
         for content in ("ab\0c", "\ud800", "", " \n "):
             body = json.dumps({"channel_id": place.channel_id, "content": content}).encode()
             assert (await ana.call("POST", "/messages", data=body)).status == 400
