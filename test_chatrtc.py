@@ -10352,6 +10352,7 @@ async def test_guest_comes_back_on_another_device(class_of_guests: Any, tab: Any
         await phone.click("#enter")
         await expect(phone.locator("#my-status b")).to_have_text("Léo Martin")
         await phone.sees("good evening")
+        await expect(phone.locator("dialog[open]")).to_have_count(0)
         await maya.keyboard.press("Escape")
     await maya.click("#server")
     await maya.click("#menu >> text=Remove all guests")
