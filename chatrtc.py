@@ -69,6 +69,7 @@ import struct
 import sys
 import termios
 import time
+import traceback
 import typing
 import unicodedata
 from collections import Counter, OrderedDict, deque
@@ -3259,42 +3260,50 @@ class Limiter:
 
 
 REFUSED = {"WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code"}
-ADDRESSES_LOGGED = 30  # each minute; the others share a line
+SUBJECTS_LOGGED = 30  # each minute; the others share a line
 
 
 class Refusals:
-    """Logs refused logins, codes and limits: the first at once, then one line a minute for each address."""
+    """The bounded log of what clients cause: refusals, broken packets, defects. For each address and each place of a defect it
+    writes the first at once, then one line a minute with the numbers."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, Counter[str]] = {}  # address -> what was refused since its last line
+        self._counts: dict[str, Counter[str]] = {}  # subject -> what happened since its last line
         self._since = time.monotonic()
 
     def note(self, address: str, error: ChatError) -> None:
         what = REFUSED.get(error.reason or "") or ("limit" if error.code == "RATE_LIMITED" else "")
-        if not what:
-            return
+        if what:
+            self.say(f"Refused for {address}", what)
+
+    def defect(self, text: str, error: Exception) -> None:
+        """Note a defect; the first one of a place in the code is logged with its traceback."""
+        places = [f"{frame.name}, line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__, -1)]
+        self.say(f"{text} ({''.join(places)})", type(error).__name__, error)
+
+    def say(self, subject: str, what: str, error: Exception | None = None) -> None:
         self.flush()
-        if address not in self._counts and len(self._counts) >= ADDRESSES_LOGGED:
-            address = "other addresses"
-        first = address not in self._counts
-        self._counts.setdefault(address, Counter())[what] += 1
+        if error is None and subject not in self._counts and len(self._counts) >= SUBJECTS_LOGGED:
+            subject = "Refused for other addresses"
+        first = subject not in self._counts
+        self._counts.setdefault(subject, Counter())[what] += 1
         if first:
-            self._write(address)
+            self._write(subject, error)
 
     def flush(self, now: bool = False) -> None:
         """Write what was counted, if a minute has passed or `now`."""
         if time.monotonic() - self._since < 60 and not now:
             return
         self._since = time.monotonic()
-        for address, counts in list(self._counts.items()):
+        for subject, counts in list(self._counts.items()):
             if counts:
-                self._write(address)
+                self._write(subject)
             else:
-                del self._counts[address]
+                del self._counts[subject]
 
-    def _write(self, address: str) -> None:
-        counts, self._counts[address] = self._counts[address], Counter()
-        log.warning("Refused for %s: %s", address, ", ".join(f"{what} ({times})" for what, times in counts.items()))
+    def _write(self, subject: str, error: Exception | None = None) -> None:
+        counts, self._counts[subject] = self._counts[subject], Counter()
+        log.warning("%s: %s", subject, ", ".join(f"{what} ({n})" for what, n in counts.items()), exc_info=error)
 
 
 # ---- Policy --------------------------------------------------------------------------------------------------------
@@ -3902,21 +3911,7 @@ OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = "0123456"
 REASON = engineio.AsyncServer.reason
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Packet = str | bytes  # one encoded Engine.IO packet: text with its type digit, or an attachment
-
-
-class Journal:
-    """Writes at most `limit` lines a minute: misbehaving must not fill a disk."""
-
-    def __init__(self, limit: int = 30) -> None:
-        self.limit, self.lines, self.since = limit, 0, time.monotonic()
-
-    def say(self, text: str, *args: object, exc_info: BaseException | bool = False) -> None:
-        now = time.monotonic()
-        if now - self.since > 60:
-            self.lines, self.since = 0, now
-        self.lines += 1
-        if self.lines <= self.limit:
-            log.warning(text, *args, exc_info=exc_info)
+AsyncCall = Callable[[Any], Awaitable[None]]
 
 
 def connected(request: web.BaseRequest) -> bool:
@@ -3962,39 +3957,33 @@ class Unread:
         waits, loop = client.get_write_buffer_size(), asyncio.get_running_loop()
         if not waits:
             return
-        if self.timer is None:
-            self.timer = loop.call_later(1.0, self._sweep)
         before, left, since = self.waiting.get(client) or (0, waits + in_kernel(client), loop.time())
         size = max(before, waits, written)
         self.waiting[client] = (size, max(left, waits), since)
         self.total += size - before
         if self.total > UNREAD_BYTES:
-            self._look()
-            for client in sorted(self.waiting, key=lambda one: self.waiting[one][2]):
-                if self.total > UNREAD_BYTES:
-                    self._give_up(client)
+            self._sweep()
+        if self.timer is None:
+            self.timer = loop.call_later(1.0, self._tick)
 
-    def _look(self) -> None:
-        """Bring the sizes up to date."""
-        now, waiting = asyncio.get_running_loop().time(), self.waiting
+    def _sweep(self) -> None:
+        """Bring the sizes up to date, and give up clients, those first that have taken nothing for the longest time."""
+        now = asyncio.get_running_loop().time()
         self.waiting = {
             client: (size, left := waits + in_kernel(client), now if left < before else since)
-            for client, (size, before, since) in waiting.items()
+            for client, (size, before, since) in self.waiting.items()
             if not client.is_closing() and (waits := client.get_write_buffer_size())
         }
         self.total = sum(size for size, _, _ in self.waiting.values())
+        for client, (size, _, since) in sorted(self.waiting.items(), key=lambda one: one[1][2]):
+            if now - since >= UNREAD_SECONDS or self.total > UNREAD_BYTES:
+                self.total -= size
+                del self.waiting[client]
+                abort(client)
 
-    def _sweep(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._look()
-        for client, (_, _, since) in list(self.waiting.items()):
-            if loop.time() - since >= UNREAD_SECONDS:
-                self._give_up(client)
-        self.timer = loop.call_later(1.0, self._sweep) if self.waiting else None
-
-    def _give_up(self, client: asyncio.Transport | Session) -> None:
-        self.total -= self.waiting.pop(client)[0]
-        abort(client)
+    def _tick(self) -> None:
+        self._sweep()
+        self.timer = asyncio.get_running_loop().call_later(1.0, self._tick) if self.waiting else None
 
     async def room(self, request: web.Request) -> None:
         """Wait until the client has read most of the answers to its earlier requests, or is given up."""
@@ -4053,21 +4042,14 @@ class Flusher:
 
     def __init__(self) -> None:
         self.waiting: list[Callable[[], None]] = []
-        self.scheduled = False
         self.not_before = 0.0
 
     def mark(self, flush: Callable[[], None]) -> None:
+        if not self.waiting:
+            asyncio.get_running_loop().call_at(self.not_before, self._round)
         self.waiting.append(flush)
-        if not self.scheduled:
-            self.scheduled = True
-            loop = asyncio.get_running_loop()
-            if self.not_before > loop.time():
-                loop.call_at(self.not_before, self._round)
-            else:
-                loop.call_soon(self._round)
 
     def _round(self) -> None:
-        self.scheduled = False
         todo, self.waiting = self.waiting, []
         self._part(todo, 0.0)
 
@@ -4090,62 +4072,66 @@ class Batch:
     to the clients' own lists, and take 0.3.
     """
 
-    __slots__ = ("__weakref__", "data", "open", "parts", "polling", "size")
+    __slots__ = ("__weakref__", "data", "parts", "polling", "size")
 
     def __init__(self) -> None:
-        self.open = True
         self.parts: list[bytes] = []
         self.size = 0
-        self.data = b""
+        self.data: bytes | None = None  # all of it, once nothing can be added any more
         self.polling: list[Session] = []  # clients that each event has to be given to, one by one
 
     def add(self, packets: list[Packet], frames: bytes) -> None:
         self.parts.append(frames)
         self.size += len(frames)
         for session in self.polling:
-            session.share(packets, frames)
+            for packet in packets:
+                session.send(packet)
 
     def close(self) -> bytes:
         """All of it; nothing can be added any more."""
-        if self.open:
-            self.open = False
+        if self.data is None:
             self.data = b"".join(self.parts)
         return self.data
 
 
 class Lane:
-    """One client's packets, handled one by one and in order, beside the reading of its socket."""
+    """Handles what it is given one by one, in order, on a task of its own. `failed` is called with what the handling raises."""
 
-    def __init__(self, journal: Journal) -> None:
-        self.jobs: deque[Callable[[], Awaitable[None]]] = deque()
-        self.journal = journal
+    def __init__(self, handle: AsyncCall, failed: Callable[[Exception], None], length: int) -> None:
+        self.jobs: deque[Any] = deque(maxlen=length)
+        self.handle, self.failed = handle, failed
         self.running: asyncio.Task[None] | None = None
-        self.room = asyncio.Event()
-        self.closed = False
+        self.taken = asyncio.Event()
 
-    async def put(self, job: Callable[[], Awaitable[None]]) -> None:
-        while len(self.jobs) >= LANE_LENGTH and not self.closed:
-            self.room.clear()
-            await self.room.wait()
-        if self.closed:
-            return
+    def full(self) -> bool:
+        return len(self.jobs) == self.jobs.maxlen
+
+    async def room(self) -> None:
+        """Wait until it is not full."""
+        while self.full():
+            self.taken.clear()
+            await self.taken.wait()
+
+    def put(self, job: Any) -> None:
+        """Add something to handle. If the lane is full, the oldest is dropped."""
         self.jobs.append(job)
         if self.running is None:
             self.running = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        while self.jobs:
-            job = self.jobs.popleft()
-            self.room.set()
-            if isinstance(error := await outcome_of(job()), Exception):
-                self.journal.say("a handler failed", exc_info=error)
-        self.running = None
+        try:
+            while self.jobs:
+                job = self.jobs.popleft()
+                self.taken.set()
+                if isinstance(error := await outcome_of(self.handle(job)), Exception):
+                    self.failed(error)
+        finally:
+            self.running = None
 
     def close(self) -> None:
-        """What waits is forgotten; what is being handled may finish."""
-        self.closed = True
+        """Forget what waits; what is being handled may finish."""
         self.jobs.clear()
-        self.room.set()
+        self.taken.set()
 
 
 # One Engine.IO session.
@@ -4175,24 +4161,17 @@ class Session:
     transport themselves, shared ones through the flusher.
     """
 
-    def __init__(
-        self,
-        sid: str,
-        address: str,
-        rules: Rules,
-        flusher: Flusher,
-        unread: Unread,
-        on_message: Callable[[str, Packet], Awaitable[None]],
-        on_end: Callable[[Session, str], None],
-    ) -> None:
-        self.sid, self.address, self.rules, self.flusher = sid, address, rules, flusher
-        self.unread, self.on_message, self.on_end = unread, on_message, on_end
+    on_message: Callable[[str, Packet], Awaitable[None]]
+    on_end: Callable[[Session, str], None]
+
+    def __init__(self, sid: str, address: str, rules: Rules, flusher: Flusher, unread: Unread) -> None:
+        self.sid, self.address, self.rules, self.flusher, self.unread = sid, address, rules, flusher, unread
         self.session: dict[str, Any] = {}
         self.closed = self.upgraded = self.upgrading = self.posting = False
         self.link: asyncio.Transport | None = None  # TCP of the WebSocket, also of one on trial
         self.outbox: list[Packet] = []
         self.backlog = 0
-        self.frames: list[Batch | bytes] = []
+        self.batches: list[Batch] = []
         self.poller: web.Request | None = None
         self.news: asyncio.Future[None] | None = None
         self.loop = asyncio.get_running_loop()
@@ -4212,37 +4191,23 @@ class Session:
         else:
             self.keep(packet)
 
-    def share(self, packets: list[Packet], frames: bytes) -> None:
-        """One of many who are sent the same: with the next round."""
-        if self.closed:
-            return
-        if self.upgraded:
-            self._queue(frames)
-        else:
-            for packet in packets:
-                self.keep(packet)
-
     def follow(self, batch: Batch) -> None:
         """Be sent, with the next round, all that the batch will hold by then."""
-        if self.upgraded:
-            self._queue(batch)
-        else:
+        if not self.upgraded:
             batch.polling.append(self)
-
-    def _queue(self, what: Batch | bytes) -> None:
-        if not self.frames:
-            self.flusher.mark(self.flush)
-        elif isinstance(last := self.frames[-1], Batch):
-            last.close()  # what its room is told from now on comes behind this
-        self.frames.append(what)
+            return
+        if not self.batches:
+            self.flusher.mark(self._flush)
+        else:
+            self.batches[-1].close()  # what its room is told from now on comes behind this
+        self.batches.append(batch)
 
     def _unqueue(self) -> bytes:
-        frames, self.frames = self.frames, []
-        parts = [part.close() if isinstance(part, Batch) else part for part in frames]
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        batches, self.batches = self.batches, []
+        return batches[0].close() if len(batches) == 1 else b"".join(batch.close() for batch in batches)
 
-    def flush(self) -> None:
-        if self.frames:
+    def _flush(self) -> None:
+        if self.batches:
             self._write(self._unqueue())
 
     def _write(self, data: bytes) -> None:
@@ -4260,10 +4225,7 @@ class Session:
         self.outbox.append(packet)
         self.backlog += len(packet)
         if self.backlog > BACKLOG_BYTES or len(self.outbox) > BACKLOG_PACKETS:
-            self.outbox.clear()
-            if self.link is not None:
-                abort(self.link)
-            self.end(REASON.TRANSPORT_ERROR, farewell=None)
+            self.abort()
         else:
             self.wake()
             if self.backlog > WATCHED_BYTES:
@@ -4384,8 +4346,7 @@ class Session:
     def adopt(self) -> None:
         """From here on the WebSocket is the transport; what waited goes first."""
         self.upgraded, self.upgrading = True, False
-        self.frames.extend(map(frame, self.empty()))
-        self.flush()
+        self._write(b"".join(map(frame, self.empty())))
 
     # The end
 
@@ -4424,6 +4385,12 @@ HEADERS = {  # of every answer
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
+}
+CORS = {"Vary": "Origin", "Access-Control-Expose-Headers": "Retry-After, Idempotent-Replayed"}
+PREFLIGHT = CORS | {
+    "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Max-Age": "600",
 }
 ANONYMOUS_PART = 4  # at most one of so many sessions is of a user who is not known yet
 HOPS_MAX = 32  # proxies that X-Forwarded-For may name
@@ -4470,10 +4437,8 @@ def address_key(text: str) -> str:
 
 def is_trusted(peer: str, rules: Rules) -> bool:
     """Whether the peer is a proxy whose X-Forwarded headers are believed."""
-    if not rules.proxies:
-        return False
     address = parse_address(peer)
-    return any(not peer if network is None else address is not None and address in network for network in rules.proxies)
+    return any((not peer) if network is None else (address and address in network) for network in rules.proxies)
 
 
 def client_address(request: web.BaseRequest, rules: Rules) -> str:
@@ -4573,13 +4538,7 @@ def cors_headers(request: web.BaseRequest, rules: Rules) -> dict[str, str]:
     origin = request.headers.get("Origin")
     if origin is None or not origin_allowed(request, rules):
         return {}
-    headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-    headers["Access-Control-Expose-Headers"] = "Retry-After, Idempotent-Replayed"
-    if request.method == "OPTIONS":
-        headers["Access-Control-Allow-Methods"] = "GET, POST, PUT, PATCH, DELETE"
-        headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
-        headers["Access-Control-Max-Age"] = "600"
-    return headers
+    return {"Access-Control-Allow-Origin": origin} | (PREFLIGHT if request.method == "OPTIONS" else CORS)
 
 
 def encode_payload(packets: Iterable[Packet]) -> str:
@@ -4597,6 +4556,12 @@ def decode_payload(body: bytes) -> list[Packet]:
     return packets
 
 
+def count_down(counts: Counter[str], key: str) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
+
+
 class Engine(engineio.AsyncServer):  # type: ignore[misc]
     def __init__(self, *, rules: Rules, **options: Any) -> None:
         super().__init__(**options)
@@ -4606,11 +4571,10 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.per_address: Counter[str] = Counter()
         # Sessions whose user is not known yet, oldest first: of all, and by address. They have a share of their own.
         self.anonymous: OrderedDict[str, Session] = OrderedDict()
-        self.anonymous_at: dict[str, OrderedDict[str, Session]] = {}
+        self.anonymous_at: Counter[str] = Counter()
         self.links: set[asyncio.Transport] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.flusher, self.unread, self.journal, self.draining = Flusher(), Unread(), Journal(), False
-        self.refusals = Refusals()
+        self.flusher, self.unread, self.refusals, self.draining = Flusher(), Unread(), Refusals(), False
 
     # What the Socket.IO server and its users call
 
@@ -4645,10 +4609,9 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     # Sessions
 
     def _end(self, session: Session, reason: str) -> None:
+        """Release all that the engine holds of a session, and tell its handlers."""
         del self.sockets[session.sid]
-        self.per_address[session.address] -= 1
-        if not self.per_address[session.address]:
-            del self.per_address[session.address]
+        count_down(self.per_address, session.address)
         self.vouch(session.sid)
         if session.outbox and not session.polled():
             self.parting[session.sid] = session
@@ -4663,35 +4626,31 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         """
         if self.draining or len(self.sockets) - len(self.anonymous) >= self.rules.max_sessions:
             raise ChatError("UNAVAILABLE", "The server takes no more connections.")
-        anonymous: dict[str, Session] = self.anonymous_at.get(address, OrderedDict())
-        if self.per_address[address] - len(anonymous) >= self.rules.max_sessions_per_address:
+        anonymous, share = self.anonymous_at[address], self.rules.max_anonymous_per_address
+        if self.per_address[address] - anonymous >= self.rules.max_sessions_per_address:
             raise ChatError("RATE_LIMITED", "Too many connections from your address.", RETRY_SECONDS)
-        if self.rules.max_anonymous_per_address is None:
-            return
-        if len(anonymous) >= self.rules.max_anonymous_per_address:
-            next(iter(anonymous.values())).end(REASON.SERVER_DISCONNECT, farewell=None)
-        elif len(self.anonymous) >= self.rules.max_sessions // ANONYMOUS_PART:
-            next(iter(self.anonymous.values())).end(REASON.SERVER_DISCONNECT, farewell=None)
+        here = share is not None and anonymous >= share
+        if here or (share is not None and len(self.anonymous) >= self.rules.max_sessions // ANONYMOUS_PART):
+            oldest = next(session for session in self.anonymous.values() if not here or session.address == address)
+            oldest.end(REASON.SERVER_DISCONNECT, farewell=None)
 
     def vouch(self, sid: str) -> None:
-        """The session's user is known now, or it has ended."""
-        session = self.anonymous.pop(sid, None)
-        if session is not None:
-            del self.anonymous_at[session.address][sid]
-            if not self.anonymous_at[session.address]:
-                del self.anonymous_at[session.address]
+        """Count the session as signed in from now on, or as ended."""
+        if (session := self.anonymous.pop(sid, None)) is not None:
+            count_down(self.anonymous_at, session.address)
 
     async def _open(self, request: web.Request, transport: str) -> Session:
         address = client_address(request, self.rules)
         self._admit(address)
         sid = self.generate_id()
-        on_message = functools.partial(self._trigger_event, "message", run_async=False)
-        session = Session(sid, address, self.rules, self.flusher, self.unread, on_message, self._end)
+        session = Session(sid, address, self.rules, self.flusher, self.unread)
+        session.on_message = functools.partial(self._trigger_event, "message", run_async=False)
+        session.on_end = self._end
         self.sockets[sid] = session
         self.per_address[address] += 1
         if self.rules.max_anonymous_per_address is not None:
             self.anonymous[sid] = session
-            self.anonymous_at.setdefault(address, OrderedDict())[sid] = session
+            self.anonymous_at[address] += 1
         upgrade = self.allow_upgrades and transport == "polling" and "websocket" in self.transports
         hello = {
             "sid": sid,
@@ -4800,7 +4759,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     def fault(self, session: Session, fault: Exception) -> None:
         """A client broke the protocol: its session ends, and one line tells of it."""
         if not session.closed:
-            self.journal.say("%s: %s", session.address, getattr(fault, "sentence", fault))
+            self.refusals.say(f"Refused for {session.address}", getattr(fault, "sentence", str(fault)))
             session.end(REASON.TRANSPORT_ERROR, farewell=None)
 
     async def _websocket(self, request: web.Request, sid: str | None) -> web.StreamResponse:
@@ -4945,7 +4904,7 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
 
 
 class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
-    """The library's rooms, with an index by client and with events encoded once for a room."""
+    """The library's rooms, indexed by client, with events encoded once for a room."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -5034,16 +4993,15 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
 
     def fan_out(self, packets: list[Packet], namespace: str, room: Any, skipped: Collection[str | None]) -> None:
         """One encoded event to all of a room; at once where the room is a single client."""
-        frames = b"".join(map(frame, packets))
-        if self.manager.eio_sid_from_sid(room, namespace) is not None:
-            if (session := self._session(room, namespace)) is not None and room not in skipped:
-                session.share(packets, frames)
-                session.flush()
+        if (eio_sid := self.manager.eio_sid_from_sid(room, namespace)) is not None:
+            if (session := self.eio.sockets.get(eio_sid)) is not None and room not in skipped:
+                for packet in packets:
+                    session.send(packet)
             return
         batch = self.batches.get((namespace, room)) if isinstance(room, str) else None
-        if batch is None or not batch.open or batch.size > BATCH_BYTES or any(skipped):
+        if batch is None or batch.data is not None or batch.size > BATCH_BYTES or any(skipped):
             batch = self._start_batch(namespace, room, skipped)
-        batch.add(packets, frames)
+        batch.add(packets, b"".join(map(frame, packets)))
 
     def _start_batch(self, namespace: str, room: Any, skipped: Collection[str | None]) -> Batch:
         sockets, batch = self.eio.sockets, Batch()
@@ -5107,20 +5065,22 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
 
     async def _handle_eio_connect(self, eio_sid: str, environ: dict[str, Any]) -> None:
         await super()._handle_eio_connect(eio_sid, environ)
-        self.lanes[eio_sid] = Lane(self.eio.journal)
+        failed = functools.partial(self.eio.refusals.defect, "A handler failed")
+        self.lanes[eio_sid] = Lane(functools.partial(self._handle_packet, eio_sid), failed, LANE_LENGTH)
         self._await_connect(eio_sid)
 
     def _await_connect(self, eio_sid: str) -> None:
-        """A session that is in no namespace has this long to enter one."""
-        seconds = self.eio.rules.connect_timeout
-        asyncio.get_running_loop().call_later(seconds, self._check_connect, eio_sid)
+        """End the session unless it is in a namespace within `connect_timeout`."""
 
-    def _check_connect(self, eio_sid: str) -> None:
-        session = self.eio.sockets.get(eio_sid)
-        if session and not any(self.manager.sid_from_eio_sid(eio_sid, n) for n in self.manager.get_namespaces()):
-            session.end(REASON.SERVER_DISCONNECT)
+        def check() -> None:
+            session = self.eio.sockets.get(eio_sid)
+            if session and not any(self.manager.sid_from_eio_sid(eio_sid, n) for n in self.manager.get_namespaces()):
+                session.end(REASON.SERVER_DISCONNECT)
+
+        asyncio.get_running_loop().call_later(self.eio.rules.connect_timeout, check)
 
     async def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
+        """Release all that is held of a client whose session has ended: its lane, its packets, its place in every namespace."""
         if lane := self.lanes.pop(eio_sid, None):
             lane.close()
         self._binary_packet.pop(eio_sid, None)
@@ -5140,7 +5100,9 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             # Past the lane: the handler that runs in it may be the one who waits for this.
             await self._handle_ack(eio_sid, packet.namespace, packet.id, packet.data)
         else:
-            await lane.put(functools.partial(self._handle_packet, session, packet))
+            await lane.room()
+            if not session.closed:
+                lane.put(packet)
 
     def _assemble(self, eio_sid: str, data: Packet) -> StrictPacket | None:
         """The packet that this message completes, if it does."""
@@ -5156,17 +5118,17 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         self._binary_packet.pop(eio_sid, None)
         return packet
 
-    async def _handle_packet(self, session: Session, packet: StrictPacket) -> None:
-        if session.closed:
-            return
+    async def _handle_packet(self, eio_sid: str, packet: StrictPacket) -> None:
         namespace = packet.namespace or "/"
+        if eio_sid not in self.eio.sockets:
+            return
         if packet.packet_type == wire.CONNECT:
-            await self._handle_connect(session.sid, namespace, packet.data)
+            await self._handle_connect(eio_sid, namespace, packet.data)
         elif packet.packet_type == wire.DISCONNECT:
-            await self._handle_disconnect(session.sid, namespace, REASON.CLIENT_DISCONNECT)
-            self._await_connect(session.sid)
+            await self._handle_disconnect(eio_sid, namespace, REASON.CLIENT_DISCONNECT)
+            self._await_connect(eio_sid)
         else:
-            await self._handle_event(session.sid, namespace, packet.id, packet.data, packet.refused)
+            await self._handle_event(eio_sid, namespace, packet.id, packet.data, packet.refused)
 
     async def _handle_connect(self, eio_sid: str, namespace: str, data: Any) -> None:
         known = {*self.handlers, *self.namespace_handlers, *self.namespaces}
@@ -5186,24 +5148,23 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace)
         if sid is None:
             return self._await_connect(eio_sid)
-        if session := self.eio.sockets.get(eio_sid):
-            if not self.manager.is_connected(sid, namespace):
-                session.end(REASON.SERVER_DISCONNECT)
-                await self.manager.disconnect(sid, namespace, ignore_queue=True)
+        session = self.eio.sockets.get(eio_sid)
+        if session is not None and self.manager.is_connected(sid, namespace):
             return
-        await self._handle_disconnect(eio_sid, namespace, REASON.TRANSPORT_CLOSE)
+        if session is not None:
+            session.end(REASON.SERVER_DISCONNECT)
+        else:
+            await self._handle_disconnect(eio_sid, namespace, REASON.TRANSPORT_CLOSE)
         await self.manager.disconnect(sid, namespace, ignore_queue=True)
 
     async def _handle_disconnect(self, eio_sid: str, namespace: str, reason: str | None = None) -> None:
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace or "/")
         error = await outcome_of(super()._handle_disconnect(eio_sid, namespace, reason))
         if isinstance(error, Exception):
-            self.eio.journal.say("a disconnect handler failed", exc_info=error)
+            self.eio.refusals.defect("A disconnect handler failed", error)
             await self.manager.disconnect(sid, namespace or "/", ignore_queue=True)
 
-    async def _handle_event(
-        self, eio_sid: str, namespace: str, id: int | None, data: Any, refused: ChatError | None = None
-    ) -> None:
+    async def _handle_event(self, eio_sid: str, namespace: str, id: int | None, data: Any, refused: Any = None) -> None:
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace)
         if not self.manager.is_connected(sid, namespace):
             return
@@ -5222,7 +5183,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     def _failure(self, event: Any, namespace: str, id: int | None, error: Exception) -> StrictPacket:
         """Return the answer to an event that failed: its ack or, if it asked for none, an `error` event. Log a defect."""
         if not isinstance(error, ChatError):
-            self.eio.journal.say("a handler failed", exc_info=error)
+            self.eio.refusals.defect("A handler failed", error)
             error = ChatError("INTERNAL_ERROR")
         if id is not None:
             return StrictPacket(wire.ACK, [{"success": False} | error.body()], namespace, id)
@@ -5231,12 +5192,9 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         return StrictPacket(wire.EVENT, ["error", msgspec.to_builtins(failure)], namespace)
 
     async def _trigger(self, event: Any, namespace: str, sid: str, args: list[Any]) -> Any:
+        """Call the handler of an event. A reserved name, or what is no text, has no handler of its own."""
         if isinstance(event, str) and event not in RESERVED:
             return await self._trigger_event(event, namespace, sid, *args)
-        return await self._trigger_unnamed(event, namespace, sid, args)
-
-    async def _trigger_unnamed(self, event: Any, namespace: str, sid: str, args: list[Any]) -> Any:
-        """An event that has no handler of its own, whatever is registered by its name."""
         handler = self.handlers.get(namespace, {}).get("*")
         if handler is None:
             return self.not_handled
@@ -5248,7 +5206,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         if id in self.manager.callbacks.get(sid, ()):
             error = await outcome_of(self.manager.trigger_callback(sid, id, data))
             if isinstance(error, Exception):
-                self.eio.journal.say("a callback failed", exc_info=error)
+                self.eio.refusals.defect("A callback failed", error)
 
 
 def socket_server(**options: Any) -> SocketServer:
@@ -5271,46 +5229,6 @@ OWN_MARK_SECONDS = 0.05  # between an own post and the event that its read mark 
 SESSIONS_KEPT = 10_000
 
 LISTENER_EVENTS = 4096  # that may wait for one listener of the program
-
-ListenerCall = Callable[[Any], Awaitable[None]]
-
-
-class Listener:
-    """Calls a coroutine function of the program with each event, in order, on a task of its own: a slow one delays no other.
-    At most LISTENER_EVENTS wait for it; above that the oldest is dropped, and the log says so once a minute."""
-
-    def __init__(self, event: str, call: ListenerCall) -> None:
-        self.event, self.call = event, call
-        self.waiting: deque[View] = deque(maxlen=LISTENER_EVENTS)
-        self.journal = Journal(1)
-        self.task: asyncio.Task[None] | None = None
-
-    def put(self, payload: View) -> None:
-        if len(self.waiting) == LISTENER_EVENTS:
-            self.journal.say(
-                "a listener of %s is too slow: %d events wait, the oldest are dropped", self.event, LISTENER_EVENTS
-            )
-        self.waiting.append(payload)
-        if self.task is None:
-            self.task = asyncio.create_task(self._run())
-
-    async def _run(self) -> None:
-        while self.waiting:
-            error = await outcome_of(self._hear(self.waiting.popleft()))
-            if isinstance(error, Exception):
-                log.error("a listener failed", exc_info=error)
-        self.task = None
-
-    async def _hear(self, payload: View) -> None:
-        await self.call(msgspec.to_builtins(payload))
-
-    async def close(self) -> None:
-        """Forget what waits, and end the call that is under way."""
-        self.waiting.clear()
-        if self.task is not None:
-            self.task.cancel()
-            await asyncio.gather(self.task, return_exceptions=True)
-            self.task = None
 
 
 class Connection:
@@ -5340,7 +5258,7 @@ class Caller(NamedTuple):
     def gone(self) -> bool:
         """Whether nobody waits for the answer any more."""
         if self.request is not None:
-            return self.request.transport is None or self.request.transport.is_closing()
+            return not connected(self.request)
         return self.connection is not None and self.connection.closed
 
 
@@ -5363,7 +5281,7 @@ class Chat:
         self.own_url = self.lan_url = ""  # where it listens, and how others on the network reach it; set by `serve`
         self.connections: dict[str, Connection] = {}
         self.sockets: dict[int, set[str]] = {}  # user -> authenticated sockets
-        self.listeners: dict[str, list[Listener]] = {}
+        self.listeners: dict[str, list[Lane]] = {}
         self.erase_after = 0.0  # see `erase_texts`
         self.listening = False
         self._sessions: dict[str, Standing] = {}  # token -> who bears it, while it is known to stand
@@ -5398,11 +5316,11 @@ class Chat:
         return await self.store.read_long(user, caller.gone, question, *args)
 
     def check(self, caller: Caller, args: Args) -> None:
-        """Refuse who is no member."""
+        """Raise FORBIDDEN unless the caller is a member."""
         self.ask(caller, args, lambda at, args: None)
 
     def recognise(self, token: str) -> Standing:
-        """Who bears this token. Raises UNAUTHORIZED where it does not stand (any more)."""
+        """Return the user of a token. Raises UNAUTHORIZED if it is not valid (any more)."""
         known = self._sessions.get(token)
         if known is not None and known.expires > time.time():
             return known
@@ -5429,14 +5347,29 @@ class Chat:
     def tell(self, event: str, to: int, payload: View, *, room: str = "", skip_sid: str | None = None) -> None:
         """Send an event to its room, and to the program's own listeners."""
         self.sio.publish(event, payload, f"{room or EVENTS[event].room}:{to}", skip_sid)
-        for listener in self.listeners.get(event, ()):
-            if self.listening:
-                listener.put(payload)
+        for lane in self.listeners.get(event, ()) if self.listening else ():
+            if lane.full():
+                self.sio.eio.refusals.say(f"A listener of {event} is too slow", "event dropped")
+            lane.put(payload)
+
+    def add_listener(self, event: str, call: AsyncCall) -> None:
+        """Call a coroutine function with each such event, in a lane of its own: a slow one delays no other. At most
+        LISTENER_EVENTS wait for it; above that the oldest is dropped, and the log says so once a minute."""
+
+        async def hear(payload: View) -> None:
+            await call(msgspec.to_builtins(payload))
+
+        lane = Lane(hear, lambda error: log.error("a listener failed", exc_info=error), LISTENER_EVENTS)
+        self.listeners.setdefault(event, []).append(lane)
 
     async def end_listeners(self) -> None:
+        """Forget the events that wait for listeners, and end the calls that are under way."""
         self.listening = False
-        for listener in itertools.chain(*self.listeners.values()):
-            await listener.close()
+        for lane in itertools.chain(*self.listeners.values()):
+            lane.close()
+            if (task := lane.running) is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
     def of_user(self, user_id: int) -> list[Connection]:
         return [self.connections[sid] for sid in self.sockets.get(user_id, ()) if sid in self.connections]
@@ -5557,7 +5490,7 @@ class Chat:
         self.sio.cut(connection.sid, final=True)
 
     def dismiss(self, sid: str) -> None:
-        """A socket has gone: nothing of it stays."""
+        """Release all that is held of a socket that has gone, and tell those who saw it."""
         connection = self.connections.pop(sid, None)
         if connection is None:
             return
@@ -5593,7 +5526,7 @@ class Chat:
             self.tell("user:connected", server_id, PresenceChanged(server_id, me.user_id, me.username, name=me.name))
 
     def leave_server(self, connection: Connection, server_id: int, quietly: bool = False) -> bool:
-        """Whether the socket was joined."""
+        """Take the socket out of a server. Return whether it was joined."""
         me = connection.me
         if me is None or server_id not in connection.servers:
             return False
@@ -6686,14 +6619,14 @@ class ChatRTC:
             add("GET", "", add_slash)
             app.add_subapp("/" + prefix.strip("/"), place)
 
-    def on(self, event: str) -> Callable[[ListenerCall], ListenerCall]:
+    def on(self, event: str) -> Callable[[AsyncCall], AsyncCall]:
         """Call a coroutine function with the payload of each such event, one after another. Other listeners do not wait for
         it. If it falls 4,096 events behind, the oldest are dropped."""
         if event not in EVENTS:
             raise ValueError(f"There is no event named {event}")
 
-        def remember(listener: ListenerCall) -> ListenerCall:
-            self.chat.listeners.setdefault(event, []).append(Listener(event, listener))
+        def remember(listener: AsyncCall) -> AsyncCall:
+            self.chat.add_listener(event, listener)
             return listener
 
         return remember
