@@ -6419,19 +6419,18 @@ def draw(link: str) -> bytes:
 def public_address(chat: Chat, request: web.Request) -> str:
     """Return the address under which people reach this chat, for a request to it.
 
-    In this order: --public-url, what a trusted proxy says, the address that the server listens on, and the name in the request.
+    In this order: --public-url, what a trusted proxy says, and the address that the server listens on. Only a chat within
+    another application, which does not know that address, takes the name in the request.
     """
     rules, mount = chat.sio.eio.rules, request.path.partition("/invites/")[0]
     if chat.settings.public_url is not None:
         return chat.settings.public_url.rstrip("/")
-    said, scheme = parse_host(forwarded(request, rules, "Host")[:HOST_MAX]), request_scheme(request, rules) or "http"
+    believed = not chat.own_url or is_trusted(request.remote or "", rules)
+    host, scheme = request_host(request, rules) if believed else None, request_scheme(request, rules) or "http"
+    if host is None:
+        return (chat.own_url or "http://localhost") + mount
     before = forwarded(request, rules, "Prefix").rstrip("/")
     before = before if len(before) <= PUBLIC_URL_MAX and PATH.fullmatch(before) else ""
-    host = said or request_host(request, rules)
-    if said is None and chat.own_url:
-        return chat.own_url + mount
-    if host is None or (said is None and chat.lan_url and is_loopback(host[0])):
-        return (chat.lan_url or "http://localhost") + mount
     return f"{scheme}://{host[0]}{f':{host[1]}' if host[1] else ''}{before}{mount}"
 
 
@@ -6768,12 +6767,10 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 def note_address(chat: Chat, address: tuple[str, int], tls: bool) -> None:
     """Remember where the server listens, and how others on the network reach it."""
     (host, port), scheme = address, "https" if tls else "http"
-    if is_loopback(host):
-        return
     if parse_address(host) in (ipaddress.IPv4Address(0), ipaddress.IPv6Address(0)):
-        chat.lan_url = f"{scheme}://{lan_address()}:{port}"
-    else:
-        chat.own_url = chat.lan_url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        host = lan_address()
+    chat.own_url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    chat.lan_url = "" if is_loopback(address[0]) else chat.own_url
 
 
 def announce(chat: Chat, address: tuple[str, int], tls: bool) -> None:

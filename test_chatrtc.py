@@ -5742,6 +5742,30 @@ async def test_the_code_of_an_invite_leads_to_the_public_address(
     assert (await world.call("GET", "/config")).body.get("public_url") == settings.get("public_url")
 
 
+@pytest.mark.parametrize(
+    ("options", "headers", "link"),
+    [
+        ((), {"Host": "localhost:9"}, "http://127.0.0.1:{port}"),
+        (("--host", "0.0.0.0"), {"Host": "evil.example"}, "http://{lan}:{port}"),
+        (("--trusted-proxy", "127.0.0.1"), {"Host": "chat.example", "X-Forwarded-Proto": "https"}, "https://chat.example"),
+    ],
+)
+async def test_a_server_of_its_own_never_believes_a_client_about_its_name(
+    tmp_path: Path, options: tuple[str, ...], headers: dict[str, str], link: str
+) -> None:
+    process = await Process.start(tmp_path / "chat.db", *options)
+    try:
+        async with process.world() as world:
+            ana = await world.person("ana")
+            place = await world.place(ana)
+            code = (await ana.ok("POST", f"/servers/{place.server_id}/invites", {}))["code"]
+            reply = await world.call("GET", f"/invites/{code}.svg", headers=headers)
+        address = link.format(port=urlsplit(process.url).port, lan=chatrtc.lan_address())
+        assert reply.body == chatrtc.draw(f"{address}/#/invite/{code}")
+    finally:
+        assert (await process.stop())[0] == 0
+
+
 FAILING_HOST = """
 import sys
 from aiohttp import web
