@@ -10275,6 +10275,25 @@ async def test_signed_in_person_follows_an_invite(two: Any, rest: Rest) -> None:
     await expect(jonas.locator("#server")).to_contain_text("Robotics club")
 
 
+async def test_late_settings_do_not_change_the_form_that_was_chosen(tab: Any) -> None:
+    visitor, told = await tab(), asyncio.Event()
+
+    async def hold(route: Any) -> None:
+        await told.wait()
+        await route.continue_()
+
+    await visitor.page.route("**/config", hold)
+    await visitor.goto(visitor.url + "/")
+    await visitor.click('#swap [data-mode="code"]')
+    await visitor.fill("#code", "K7QF2")
+    async with visitor.page.expect_response("**/config") as answer:
+        told.set()
+    await (await answer.value).finished()
+    await expect(visitor.locator('#swap [data-mode="register"]')).to_be_visible()
+    await expect(visitor.locator("#code")).to_have_value("K7QF2")
+    await expect(visitor.locator("#code")).to_be_visible()
+
+
 async def test_newcomers_give_the_name_they_have(tab: Any) -> None:
     """A name with a space makes an account: its username is shown, and is what one signs in with."""
     leo = await tab()
@@ -11527,6 +11546,34 @@ async def fill_room(maya: Rest, jonas: Rest, server_id: int, channel_id: int) ->
     )
     await jonas.call("PUT", f"/messages/{first['message_id']}/reactions/{quote('👍')}")
     await jonas.say(homework["channel_id"], "Exercise 3 is due on Monday, @Maya")
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+async def test_long_names_fit(rest: Rest, tab: Any, width: int) -> None:
+    """Names without a space, as long as the server takes them, hide and move nothing."""
+    maya_api = await rest.register("M" * 32)
+    await maya_api.call("PATCH", "/users/me", {"name": "W" * 64})
+    _, channel_id = await maya_api.found("x" * 100)
+    await maya_api.call("PATCH", f"/channels/{channel_id}", {"name": "y" * 100, "topic": "z" * 250})
+    first = await maya_api.say(channel_id, "first")
+    await maya_api.say(channel_id, "second", reply_to=first["message_id"])
+    maya = await tab(viewport={"width": width, "height": 800})
+    await maya.goto(maya.url + "/")
+    await maya.evaluate("text => localStorage.setItem('chatrtc::session', text)", json.dumps(maya_api.account))
+    await maya.reload()
+    quote_line = (await maya.sees("second")).locator(".quote")
+    await expect(quote_line).to_contain_text("first")
+    assert (await quote_line.bounding_box())["height"] < 30
+    assert await maya.evaluate(NARROW_ENOUGH, "#log")
+    if width < 760:
+        await maya.click("#open-nav")
+    await maya.click('[data-do="settings"]')
+    assert await maya.evaluate(NARROW_ENOUGH, "#preferences")
+    await maya.click('[data-do="changeName"]')
+    assert await maya.evaluate(NARROW_ENOUGH, "#ask")
+
+
+NARROW_ENOUGH = "(selector) => { const box = document.querySelector(selector); return box.scrollWidth <= box.clientWidth; }"
 
 
 async def test_keyboard_alone_suffices(tab: Any, url: str) -> None:
