@@ -4498,21 +4498,6 @@ def is_loopback(name: str) -> bool:
     return name == "localhost" or name.endswith(".localhost") or (address is not None and address.is_loopback)
 
 
-def host_allowed(request: web.BaseRequest, rules: Rules) -> bool:
-    """Whether this server goes by the name in the Host header.
-
-    The page of another site can point its own name at 127.0.0.1, and then reach a server that listens there (DNS rebinding).
-    """
-    said = request.headers.get("Host")
-    if rules.hosts is None or not said or is_trusted(request.remote or "", rules):
-        return True
-    host = parse_host(said[:HOST_MAX])
-    if host is not None and (host[0] in rules.hosts or is_loopback(host[0])):
-        return True
-    here = request.transport.get_extra_info("sockname") if request.transport else None
-    return not (isinstance(here, tuple) and is_loopback(here[0]))
-
-
 def origin_allowed(request: web.BaseRequest, rules: Rules) -> bool:
     """Whether the page that sent the request, if one did, is our own or one of those allowed."""
     text = request.headers.get("Origin")
@@ -4527,9 +4512,17 @@ def origin_allowed(request: web.BaseRequest, rules: Rules) -> bool:
 
 
 def check_request(request: web.BaseRequest, rules: Rules) -> None:
-    """Raise FORBIDDEN if the request is for another server, or from a page that may not use this one."""
-    if not host_allowed(request, rules):
-        raise refusal("HOST")
+    """Raise FORBIDDEN if the request is for another server, or from a page that may not use this one.
+
+    The page of another site can point its own name at 127.0.0.1, and then reach a server that listens there (DNS rebinding).
+    """
+    said = request.headers.get("Host")
+    if rules.hosts is not None and said and not is_trusted(request.remote or "", rules):
+        host = parse_host(said[:HOST_MAX])
+        known = host is not None and (host[0] in rules.hosts or is_loopback(host[0]))
+        here = request.transport.get_extra_info("sockname") if request.transport else None
+        if not known and isinstance(here, tuple) and is_loopback(here[0]):
+            raise refusal("HOST")
     if not origin_allowed(request, rules):
         raise refusal("ORIGIN")
 
