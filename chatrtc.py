@@ -11,7 +11,8 @@ The file is read from top to bottom, in rooms; each uses only the rooms above it
     Text          names, mentions and search: what is done with text
     Payloads      the shapes of everything that comes in and goes out
     Events        what the server tells of its own accord, and to whom
-    Store         the SQLite file: one writer, some readers, migrations
+    Files         the database file: opening, checking, migrating, locking, copying
+    Store         the open database: one writer, some readers
     Questions     the SQL of accounts, servers and members: one function for each query
     Message questions  the SQL of messages
     Presence      who is here, who types, who talks: in memory alone
@@ -59,6 +60,7 @@ import math
 import operator
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -1232,10 +1234,9 @@ class Done(NamedTuple, Generic[T]):
     repeat: bool = False
 
 
-# ---- Store ---------------------------------------------------------------------------------------------------------
-# The SQLite file. One connection writes, and checkpoints: what waits for it is committed in one transaction, synced, and only
-# then told. (Two connections that do so can meet a bug of SQLite before 3.51.3 that loses rows.) Readers have connections of
-# their own, read-only, and a snapshot for each question. Knows files and transactions, not what is in them.
+# ---- Files ---------------------------------------------------------------------------------------------------------
+# The database file and the files next to it. Every check comes before the first change: a file that is damaged, newer or of
+# another program is left as it is, and a StartError says so in one line.
 
 APPLICATION_ID = int.from_bytes(b"CRTC", "big")
 # The n-th takes a database of format n to n + 1; schema.sql is the newest format. Messages are indexed anew afterwards.
@@ -1245,36 +1246,25 @@ MIGRATIONS = (
     ALTER TABLE members ADD COLUMN invited_by TEXT;
     ALTER TABLE members ADD COLUMN read_from INTEGER NOT NULL DEFAULT 0;
     CREATE TABLE former_members (
-        server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
-        user_id    INTEGER NOT NULL REFERENCES users,
-        invited_by TEXT,
-        PRIMARY KEY (server_id, user_id)
+        server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE, user_id INTEGER NOT NULL REFERENCES users,
+        invited_by TEXT, PRIMARY KEY (server_id, user_id)
     ) STRICT, WITHOUT ROWID;
     INSERT INTO former_members (server_id, user_id)
         SELECT DISTINCT m.server_id, m.author_id FROM messages m JOIN servers USING (server_id)
         UNION SELECT server_id, user_id FROM bans EXCEPT SELECT server_id, user_id FROM members;
     CREATE TABLE links (
-        digest     BLOB PRIMARY KEY,
-        user_id    INTEGER NOT NULL REFERENCES users,
-        expires_at REAL NOT NULL
+        digest BLOB PRIMARY KEY, user_id INTEGER NOT NULL REFERENCES users, expires_at REAL NOT NULL
     ) STRICT, WITHOUT ROWID;
     CREATE TABLE known_addresses (
-        user_id INTEGER NOT NULL REFERENCES users,
-        digest  BLOB NOT NULL,
-        seen_at REAL NOT NULL,
-        PRIMARY KEY (user_id, digest)
+        user_id INTEGER NOT NULL REFERENCES users, digest BLOB NOT NULL, seen_at REAL NOT NULL, PRIMARY KEY (user_id, digest)
     ) STRICT, WITHOUT ROWID;
     CREATE TABLE purges (
-        purge_id   INTEGER PRIMARY KEY,
-        server_id  INTEGER REFERENCES servers ON DELETE CASCADE,
-        author_id  INTEGER NOT NULL REFERENCES users,
-        last_id    INTEGER NOT NULL
+        purge_id INTEGER PRIMARY KEY, server_id INTEGER REFERENCES servers ON DELETE CASCADE,
+        author_id INTEGER NOT NULL REFERENCES users, last_id INTEGER NOT NULL
     ) STRICT;
     CREATE TABLE gaps (
-        server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
-        after_seq INTEGER NOT NULL,
-        until_seq INTEGER NOT NULL,
-        PRIMARY KEY (server_id, after_seq)
+        server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE, after_seq INTEGER NOT NULL,
+        until_seq INTEGER NOT NULL, PRIMARY KEY (server_id, after_seq)
     ) STRICT, WITHOUT ROWID;
     DROP TABLE messages_fts;
     CREATE VIRTUAL TABLE messages_fts USING fts5 (
@@ -1285,40 +1275,18 @@ MIGRATIONS = (
     """,
 )
 VERSION = len(MIGRATIONS) + 1
-READERS = 1  # for short questions, such as that of health
-LONG_READERS = 3
-LONG_READS_PER_USER = 2  # under way at a time: fewer than there are readers
-LONG_READS_WAITING = 64  # of one user: a page that comes back asks for all its servers at once
-LONG_SECONDS = 2.5  # for a long read once it has begun
-TURN_SECONDS = 4.0  # to wait for a turn; with a long read, less than the deadline
-POLL_SECONDS = 0.1  # between two looks at whether somebody still waits for a long read
-BATCH = 256  # jobs in a transaction at most
-WAITING = 20_000  # jobs that may wait for the writer
-QUIET_SECONDS = 0.3  # without a write, before what can wait is done
-DISK_EVERY = 1.0  # seconds between two looks at the free space
-COMPLAIN_EVERY = 60  # seconds between two lines in the log on writes that fail
-DEADLINE = 8.0  # seconds for any call; shorter than the ping timeout
 THOROUGH_MAX = 64 * 1024 * 1024  # up to this size a start checks what each index holds as well, which is a second
 MAGIC = b"SQLite format 3\0"
 PRAGMAS = {
-    "journal_mode": "wal",
-    "synchronous": 2,
-    "foreign_keys": 1,
-    "trusted_schema": 0,
-    "cell_size_check": 1,
-    "secure_delete": 1,
-}
-
-R = TypeVar("R")
-Question = Callable[..., R]
-Job = Callable[[sqlite3.Connection], Done[Any]]
+    "journal_mode": "wal", "synchronous": 2, "foreign_keys": 1,
+    "trusted_schema": 0, "cell_size_check": 1, "secure_delete": 1,
+}  # fmt: skip
 
 
 def asset(name: str) -> bytes:
-    """A file that belongs to the program: beside it in a checkout, beside it as chatrtc.* where a wheel put it."""
-    here = Path(__file__).resolve().parent
-    names = (here / name, here / f"chatrtc{Path(name).suffix}")
-    return next(path for path in names if path.exists()).read_bytes()
+    """Return a file of the program: next to it under this name in a checkout, as chatrtc.* if a wheel put it there."""
+    names = name, f"chatrtc{Path(name).suffix}"
+    return next(path for name in names if (path := Path(__file__).resolve().with_name(name)).exists()).read_bytes()
 
 
 @functools.lru_cache(maxsize=8)
@@ -1329,6 +1297,11 @@ def utc_second(second: int) -> str:
 def utc(moment: float) -> str:
     """A moment (Unix seconds) as the wire has it."""
     return utc_second(int(moment))
+
+
+def beside(database: Path, suffix: str) -> Path:
+    """Return the file next to a database that is named after it, such as its -wal."""
+    return Path(f"{database.resolve()}{suffix}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -1368,19 +1341,15 @@ def one_line(path: Path) -> Iterator[None]:
     """What keeps a database from being opened, as a StartError."""
     try:
         yield
-    except OSError as error:
-        raise StartError(f"Cannot open {path}: {error.strerror}") from None
-    except sqlite3.OperationalError as error:
-        raise StartError(f"Cannot open {path}: {error}") from None
+    except (OSError, sqlite3.OperationalError) as error:
+        raise StartError(f"Cannot open {path}: {getattr(error, 'strerror', error)}") from None
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite quotes the damage, which may be no text
-        raise StartError(
-            f"{path} is damaged ({' '.join(str(error).split())}); it was left as it is. To go back: `chatrtc restore BACKUP`"
-        ) from None
+        damage = f"is damaged ({' '.join(str(error).split())}); it was left as it is"
+        raise StartError(f"{path} {damage}. To go back: `chatrtc restore BACKUP`") from None
 
 
 def open_private(path: Path, flags: int) -> int:
-    """Open a file that is for its owner alone. Raises StartError if it is a symbolic link or no regular file: somebody else may
-    have put it there."""
+    """Open a file for its owner alone. Raises StartError if it is a link or no regular file: others may have put it there."""
     with one_line(path):
         try:
             file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
@@ -1446,10 +1415,8 @@ def check_format(db: sqlite3.Connection, path: Path) -> int:
     if not blank and owner != APPLICATION_ID:
         raise StartError(f"{path} is a database of another program; it was left as it is")
     if version > VERSION:
-        raise StartError(
-            f"{path} was written by a newer ChatRTC (format {version}; this one knows {VERSION}): "
-            "use that one, or restore a backup"
-        )
+        formats = f"format {version}; this one knows {VERSION}"
+        raise StartError(f"{path} was written by a newer ChatRTC ({formats}): use that one, or restore a backup")
     return version
 
 
@@ -1477,12 +1444,11 @@ def inspect_file(path: Path) -> int:
 
     SQLite would take a -wal that lies beside a database for its own, whatever it belongs to, and mix the two or throw it away.
     """
-    header = refuse_other(path)
+    header, wal = refuse_other(path), beside(path, "-wal")
     with one_line(path):
-        wal, secret = (path.resolve().with_name(path.resolve().name + end) for end in ("-wal", ".secret"))
         unsaved = wal.exists() and wal.stat().st_size > 0
         way_back = f"put a backup in its place with `chatrtc restore`, or move {wal if unsaved else path} away"
-        if not header and (unsaved or (path.exists() and secret.exists())):
+        if not header and (unsaved or (path.exists() and beside(path, ".secret").exists())):
             raise StartError(f"{path} is empty, but it held something, as what lies beside it shows: {way_back}")
         if not header:
             return 0
@@ -1497,20 +1463,13 @@ def inspect_file(path: Path) -> int:
         return version
 
 
-def undo(db: sqlite3.Connection) -> None:
-    if db.in_transaction:
-        db.execute("ROLLBACK")
-
-
 def migrate(db: sqlite3.Connection) -> None:
     """Bring a database to the newest format, in one transaction."""
     version = format_of(db)
     steps = "\n".join(MIGRATIONS[version - 1 :]) if version else asset("schema.sql").decode()
     if version < VERSION:
-        try:
+        with db:  # rolls back what fails
             db.executescript(f"BEGIN IMMEDIATE;\n{steps}\nPRAGMA user_version = {VERSION};\nCOMMIT;")
-        finally:
-            undo(db)
 
 
 def highest_number(db: sqlite3.Connection) -> int:
@@ -1522,13 +1481,12 @@ def highest_number(db: sqlite3.Connection) -> int:
 def skip_numbers(db: sqlite3.Connection, known: int = 0) -> None:
     """Have a restored database continue above every id and sequence number that was ever assigned, in one transaction.
 
-    `known`: the highest number of the database that it replaces, which may be lost. The clock gives a number above that one all
-    the same, as no server makes 100,000 changes a second on average; it stays below 2**53, which JavaScript can count to. A
-    million more than what is known does if the clock was set back.
+    The clock gives such a number (no server makes 100,000 changes a second on average) below 2**53, which JavaScript can count
+    to. If it was set back, a million more than `known` does, the highest number of the database that is replaced.
     """
     base = max(int(time.time() * 100_000), max(known, highest_number(db)) + 1_000_000)
-    db.execute("BEGIN IMMEDIATE")
-    try:
+    with db:
+        db.execute("BEGIN IMMEDIATE")
         db.execute("INSERT INTO gaps SELECT server_id, seq, ? FROM servers", (base,))
         db.execute("UPDATE servers SET seq = ?", (base,))
         db.execute(
@@ -1536,38 +1494,24 @@ def skip_numbers(db: sqlite3.Connection, known: int = 0) -> None:
                AND sql LIKE '%AUTOINCREMENT%' AND name NOT IN (SELECT name FROM sqlite_sequence)"""
         )
         db.execute("UPDATE sqlite_sequence SET seq = ?", (base,))
-        db.execute("COMMIT")
-    finally:
-        undo(db)
-
-
-def adopt_backup(path: Path) -> None:
-    """Make a backup that somebody copied into place a database to use. It stays marked as a backup until that is done."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        migrate(db)
-        skip_numbers(db)
 
 
 def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
-    """Open the database file for writing: made if missing (readable by its owner alone), checked, and brought up to date.
-
-    Raises StartError, in one line, if that fails; nothing is overwritten.
-    """
+    """Open the database file for writing: made if missing, checked, and brought up to date. Raises StartError."""
     with one_line(path):
         copied = is_backup(refuse_other(path))
-        if copied and path.resolve().with_name(f"{path.resolve().name}-journal").exists():  # of an `adopt_backup` cut off
+        if copied and beside(path, "-journal").exists():  # an earlier start was cut off below
             with contextlib.closing(sqlite3.connect(path)) as db:
                 format_of(db)  # the first read rolls back
         version = inspect_file(path)
         if version and not may_migrate:
             require_newest(version, path)
         if not path.exists():
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            match_owner(file, path.parent)
-            os.close(file)
-            sync_folder(path.parent)
-        if copied:
-            adopt_backup(path)
+            write_private(path.resolve(), b"", path)
+        if copied:  # by hand; it stays marked as a backup until this is done
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+                migrate(db)
+                skip_numbers(db)
         db = connect_writer(path)
         try:
             migrate(db)
@@ -1578,11 +1522,10 @@ def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
 
 
 class Lock:
-    """The right to write a database, held by one process; says where to reach that process."""
+    """The right to write a database, held by one process; its file tells others how to reach that process."""
 
     def __init__(self, path: Path) -> None:
-        self.database = path.resolve()
-        self.path = self.database.with_name(self.database.name + ".lock")
+        self.database, self.path = path.resolve(), beside(path, ".lock")
         self._file: int | None = None
 
     def take(self) -> bool:
@@ -1635,13 +1578,6 @@ def snapshot(path: Path) -> Iterator[sqlite3.Connection]:
         yield db
 
 
-def highest_number_in(path: Path) -> int:
-    """Return the highest number that a database file has assigned; 0 if it cannot be read."""
-    with contextlib.suppress(StartError, sqlite3.Error), snapshot(path) as db:
-        return highest_number(db)
-    return 0
-
-
 def copy_database(source: sqlite3.Connection, dest: Path, progress: Callable[[int, int, int], None]) -> None:
     """Copy what a connection sees, in steps, into a new file that its owner alone can read, and sync it."""
     dest.unlink(missing_ok=True)
@@ -1667,7 +1603,7 @@ def replace_database(path: Path, part: Path) -> Path | None:
     if path.exists():
         kept = path.with_name(f"{path.name}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
         for suffix in ("", "-wal"):
-            if Path(f"{path}{suffix}").exists():
+            with contextlib.suppress(FileNotFoundError):
                 os.link(f"{path}{suffix}", f"{kept}{suffix}")
         sync_folder(path.parent)
     os.rename(part, path)
@@ -1678,17 +1614,36 @@ def replace_database(path: Path, part: Path) -> Path | None:
     return kept
 
 
-def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Awaitable[R]:
-    """Call `run` with the sqlite3 connection in its own thread, in one hop.
+# ---- Store ---------------------------------------------------------------------------------------------------------
+# The open database. One connection writes, and checkpoints: what waits for it is committed in one transaction, synced, and only
+# then published. (Two connections that do so can meet a bug of SQLite before 3.51.3 that loses rows.) Readers have connections
+# of their own, read-only, and a snapshot for each question. Knows transactions, not what is in them.
 
-    aiosqlite offers one hop a statement; these are the two private names of it that this file uses.
-    """
+LONG_READERS = 3
+LONG_READS_PER_USER = 2  # under way at a time: fewer than there are readers
+LONG_READS_WAITING = 64  # of one user: a page that comes back asks for all its servers at once
+LONG_SECONDS = 2.5  # for a long read once it has begun
+TURN_SECONDS = 4.0  # to wait for a turn; with a long read, less than the deadline
+POLL_SECONDS = 0.1  # between two looks at whether somebody still waits for a long read
+BATCH = 256  # jobs in a transaction at most
+WAITING = 20_000  # jobs that may wait for the writer
+QUIET_SECONDS = 0.3  # without a write, before what can wait is done
+DISK_EVERY = 1.0  # seconds between two looks at the free space
+COMPLAIN_EVERY = 60  # seconds between two lines in the log on writes that fail
+DEADLINE = 8.0  # seconds for any call; shorter than the ping timeout
+
+R = TypeVar("R")
+Question = Callable[..., R]
+Job = Callable[[sqlite3.Connection], Done[Any]]
+
+
+def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Awaitable[R]:
+    """Call `run` with the sqlite3 connection in its thread, in one hop: with aiosqlite's public names it is one a statement."""
     return db._execute(run, db._conn, *args)  # type: ignore[no-untyped-call]
 
 
 def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatError]:
-    """Open a transaction and run the jobs in it. One that refuses before it has changed anything does not disturb the others;
-    whatever else is raised undoes all."""
+    """Open a transaction and run the jobs in it. One that is refused before it changed anything does not undo the others."""
     outcomes: list[Done[Any] | ChatError] = []
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -1701,16 +1656,9 @@ def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatE
                     raise
                 outcomes.append(refusal)
     except BaseException:
-        undo(db)
+        db.rollback()
         raise
     return outcomes
-
-
-def commit(db: sqlite3.Connection) -> None:
-    try:
-        db.execute("COMMIT")
-    finally:
-        undo(db)
 
 
 def empty_wal(db: sqlite3.Connection) -> Done[bool]:
@@ -1719,9 +1667,8 @@ def empty_wal(db: sqlite3.Connection) -> Done[bool]:
 
 
 def in_transaction(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatError]:
-    outcomes = begin(db, jobs)
-    commit(db)
-    return outcomes
+    with db:
+        return begin(db, jobs)
 
 
 def in_snapshot(db: sqlite3.Connection, question: Question[R], *args: Any) -> R:
@@ -1816,14 +1763,12 @@ class Store:
         self._files: list[tuple[int, int]] = []  # which files were opened
         self._publish = publish
         self._line: deque[Entry] = deque()
-        self._told: deque[tuple[asyncio.Future[Done[Any]], Done[Any] | BaseException]] = deque()  # what comes of it, to be told
         self._wake = asyncio.Event()
         self._rest = asyncio.Event()  # set while nothing waits to be written
-        self._idle: asyncio.LifoQueue[aiosqlite.Connection] = asyncio.LifoQueue()
-        self._idle_long: list[aiosqlite.Connection] = []
+        self._idle: list[aiosqlite.Connection] = []  # readers for what takes long
         self._turns = Turns(LONG_READERS, LONG_READS_PER_USER)
         self._stopping: set[asyncio.Task[None]] = set()
-        self._readers: list[aiosqlite.Connection] = []
+        self._readers: list[aiosqlite.Connection] = []  # the first one for what takes some milliseconds
         self._writer: aiosqlite.Connection | None = None
         self._near: sqlite3.Connection | None = None  # the event loop's own reader
         self._committer: asyncio.Task[None] | None = None
@@ -1837,11 +1782,9 @@ class Store:
         try:
             db = await asyncio.to_thread(prepare, self.path)
             self._writer = await aiosqlite.Connection(lambda: db, 64)
-            for _ in range(READERS + LONG_READERS):
+            for _ in range(1 + LONG_READERS):
                 self._readers.append(await aiosqlite.Connection(functools.partial(connect_reader, self.path), 64))
-            for reader in self._readers[:READERS]:
-                self._idle.put_nowait(reader)
-            self._idle_long = self._readers[READERS:]
+            self._idle = self._readers[1:]
             self._near = connect_reader(self.path)
             self._files = self._identify()
         except BaseException:
@@ -1852,9 +1795,8 @@ class Store:
     async def close(self) -> None:
         """Commit what waits, checkpoint, close."""
         if self._committer is not None:
-            await asyncio.wait(
-                [self._committer, rest := asyncio.ensure_future(self._rest.wait())], return_when="FIRST_COMPLETED"
-            )
+            rest = asyncio.ensure_future(self._rest.wait())
+            await asyncio.wait([self._committer, rest], return_when="FIRST_COMPLETED")
             rest.cancel()
             self._committer.cancel()
             await asyncio.gather(self._committer, return_exceptions=True)
@@ -1879,54 +1821,49 @@ class Store:
 
     async def read(self, question: Question[R], *args: Any) -> R:
         """Ask what takes some milliseconds, on a thread. Raises ChatError UNAVAILABLE as well."""
-        db = await self._idle.get()
+        if not self._readers:
+            raise ChatError("UNAVAILABLE")
         try:
-            return await on_thread(db, in_snapshot, question, *args)
+            return await on_thread(self._readers[0], in_snapshot, question, *args)
         except sqlite3.OperationalError as error:
             raise self._unreadable(error) from None
-        finally:
-            self._idle.put_nowait(db)
 
     async def read_long(self, user: object, gone: Callable[[], bool], question: Question[R], *args: Any) -> R:
-        """Ask what may take seconds, in turn with other users; it is interrupted at its deadline and if the caller is `gone`.
-
-        Raises RATE_LIMITED, UNAVAILABLE.
-        """
+        """Ask what may take seconds, in turn with other users, until its deadline or until the caller is `gone`. Raises
+        RATE_LIMITED, UNAVAILABLE."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(TURN_SECONDS):
                 await self._turns.take(user)
         except TimeoutError:
             raise refusal("TOO_OFTEN", retry_after=1) from None
-        db, deadline = self._idle_long.pop(), loop.time() + LONG_SECONDS
-        work = asyncio.ensure_future(on_thread(db, in_snapshot, question, *args))
+        db, deadline = self._idle.pop(), loop.time() + LONG_SECONDS
+
+        def release(work: asyncio.Future[R]) -> None:
+            self._idle.append(db)
+            self._turns.give_back(user)
+
+        work: asyncio.Future[R] = asyncio.ensure_future(on_thread(db, in_snapshot, question, *args))
+        work.add_done_callback(release)
         try:
             while not (await asyncio.wait([work], timeout=POLL_SECONDS))[0]:
                 if gone() or loop.time() > deadline:
                     raise refusal("TOO_SLOW")
-            result: R = work.result()
-            return result
+            return work.result()
         except sqlite3.OperationalError as error:
             raise self._unreadable(error) from None
         finally:
-            if work.done():
-                self._release(user, db)
-            else:
-                stop = asyncio.create_task(self._stop(user, db, work))
+            if not work.done():
+                stop = asyncio.create_task(self._stop(db, work))
                 self._stopping.add(stop)
                 stop.add_done_callback(self._stopping.discard)
 
-    async def _stop(self, user: object, db: aiosqlite.Connection, work: asyncio.Future[Any]) -> None:
+    async def _stop(self, db: aiosqlite.Connection, work: asyncio.Future[Any]) -> None:
         """Interrupt a long read until it has ended: it may be between two statements."""
         while not work.done():
             db._conn.interrupt()
             await asyncio.wait([work], timeout=0.02)
         await asyncio.gather(work, return_exceptions=True)
-        self._release(user, db)
-
-    def _release(self, user: object, db: aiosqlite.Connection) -> None:
-        self._idle_long.append(db)
-        self._turns.give_back(user)
 
     def _unreadable(self, error: sqlite3.OperationalError) -> Exception:
         if is_defect(error):
@@ -1939,11 +1876,10 @@ class Store:
         return asyncio.get_running_loop().time() - self._wrote < QUIET_SECONDS
 
     async def write(self, job: Job, *, long: bool = False, frees: bool = False) -> Done[Any]:
-        """Have the job done in the next transaction, and return once it is synced and its effects are out.
+        """Have the job done in the next transaction, also if the caller goes away; return once it is synced and published.
 
-        Raises what the job raises, and ChatError UNAVAILABLE where the file takes no writes. A caller that goes away in
-        between changes nothing: the job is done all the same. `long`: it takes more than a few steps of an index.
-        `frees`: it is done even if the disk is nearly full.
+        `long`: it takes more than a few steps of an index. `frees`: it is done even if the disk is nearly full. Raises what the
+        job raises, and ChatError UNAVAILABLE if the file takes no writes.
         """
         if not frees and self.full():
             raise refusal("DISK_FULL")
@@ -1971,8 +1907,7 @@ class Store:
     def _identify(self) -> list[tuple[int, int]]:
         """Return the device and inode of the database and of its -wal; empty if one is missing."""
         with contextlib.suppress(FileNotFoundError):
-            files = os.stat(self.path), os.stat(f"{self.path.resolve()}-wal")
-            return [(file.st_dev, file.st_ino) for file in files]
+            return [(file.st_dev, file.st_ino) for file in (self.path.stat(), beside(self.path, "-wal").stat())]
         return []
 
     def _require_files(self) -> None:
@@ -1991,8 +1926,8 @@ class Store:
                 give_up = loop.call_later(DEADLINE, self._give_up, batch)
                 outcomes = await self._commit(batch)
                 give_up.cancel()
-                self._told.extend(zip([entry.future for entry in batch], outcomes, strict=True))
-                loop.call_soon(self._deliver)
+                for entry, outcome in zip(batch, outcomes, strict=True):
+                    loop.call_soon(self._deliver, entry.future, outcome)
 
     def _next_batch(self) -> list[Entry]:
         """What goes into one transaction: a long job alone, the others together."""
@@ -2034,11 +1969,8 @@ class Store:
         return outcomes
 
     def _finish(self, db: sqlite3.Connection) -> None:
-        try:
+        with db:  # commits, or rolls back what fails
             self._require_files()
-            commit(db)
-        finally:
-            undo(db)
 
     def _suffer(self, error: sqlite3.OperationalError | StartError) -> None:
         """Remember that writing fails; after a failed sync nothing may be assumed of the connection, so it is opened anew."""
@@ -2055,16 +1987,8 @@ class Store:
             if not entry.future.done():
                 entry.future.set_exception(refusal("DISK_SLOW"))
 
-    def _deliver(self) -> None:
-        """Of each job tell the world, then the caller; where that fails for one, it has been logged and the others go on."""
-        try:
-            while self._told:
-                self._tell(*self._told.popleft())
-        finally:
-            if self._told:
-                asyncio.get_running_loop().call_soon(self._deliver)
-
-    def _tell(self, future: asyncio.Future[Done[Any]], outcome: Done[Any] | BaseException) -> None:
+    def _deliver(self, future: asyncio.Future[Done[Any]], outcome: Done[Any] | BaseException) -> None:
+        """Publish what a job did, then answer the caller. If that fails, the loop logs it and goes on with the next."""
         try:
             if isinstance(outcome, Done):
                 self._publish(outcome.effects)
@@ -5900,13 +5824,11 @@ async def voice_signal(chat: Chat, caller: Caller, args: SignalArgs) -> Done[Non
 
 BODY_MAX = 256 * 1024
 BODY_SECONDS = 10
-
-
 LOGGED = {"ban", "unban", "set_role", "change_password", "delete_server"}  # operations of which the log has a line each
 
 
 async def settle(work: Awaitable[Done[Any]]) -> Done[Any] | ChatError:
-    """The outcome of a call, whatever happens in it."""
+    """Return what a call answered, or its error; a defect is logged and is INTERNAL_ERROR."""
     match await outcome_of(work):
         case Done() | ChatError() as outcome:
             return outcome
@@ -5951,8 +5873,7 @@ async def perform(chat: Chat, op: Operation, caller: Caller, args: Any) -> Done[
 
 def numeric_fields(kind: type[Args]) -> set[str]:
     """The fields that a path or a query, which are all text, gives as numbers."""
-    schema = msgspec.json.schema(kind)
-    properties = schema["$defs"][kind.__name__]["properties"]
+    properties = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
     return {name for name, field in properties.items() if "integer" in json.dumps(field)}
 
 
@@ -5987,24 +5908,21 @@ async def read_body(request: web.Request) -> bytes:
                 body += chunk
                 if len(body) > BODY_MAX:
                     raise refusal("BODY_LONG", n=BODY_MAX)
-    except TimeoutError:
-        raise refusal("BODY_BROKEN") from None
-    except (web.HTTPException, ValueError, OSError, aiohttp.ClientError):
+    except (web.HTTPException, ValueError, OSError, aiohttp.ClientError):  # TimeoutError is an OSError
         raise refusal("BODY_BROKEN") from None
     return bytes(body)
 
 
 def refuse(error: ChatError) -> web.Response:
     body = error.body()
-    retry = {"Retry-After": str(body["retry_after"])} if error.retry_after is not None else {}
-    response = respond(body, error.status, retry)
+    response = respond(body, error.status, {"Retry-After": str(body["retry_after"])} if "retry_after" in body else None)
     if error.code == "TOO_LARGE":
         response.force_close()
     return response
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
-    """The JSON of a body, validated. Raises BAD_REQUEST, TOO_LARGE."""
+    """Return the JSON of a body, validated. Raises BAD_REQUEST, TOO_LARGE."""
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
@@ -6020,23 +5938,22 @@ class Route:
     """One operation as REST offers it."""
 
     def __init__(self, chat: Chat, op: Operation) -> None:
-        self.chat = chat
-        self.op = op
+        self.chat, self.op = chat, op
         self.numeric = numeric_fields(op.args)
         self.has_body = op.method in ("POST", "PUT", "PATCH")
         self.decoder = msgspec.json.Decoder(op.args)
 
     async def __call__(self, request: web.Request) -> web.Response:
-        outcome = await settle(self.answer(request))
+        address = client_address(request, self.chat.sio.eio.rules)
+        outcome = await settle(self.answer(request, address))
         if isinstance(outcome, ChatError):
-            self.chat.sio.eio.refusals.note(client_address(request, self.chat.sio.eio.rules), outcome)
+            self.chat.sio.eio.refusals.note(address, outcome)
             return refuse(outcome)
         status = self.op.repeat_status if outcome.repeat else self.op.status
         headers = {"Idempotent-Replayed": "true"} if outcome.repeat else None
         return respond(None if status == 204 else outcome.answer, status, headers)
 
-    async def answer(self, request: web.Request) -> Done[Any]:
-        address = client_address(request, self.chat.sio.eio.rules)
+    async def answer(self, request: web.Request, address: str) -> Done[Any]:
         me = None
         if self.op.who is not Who.ANYONE:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -6047,23 +5964,18 @@ class Route:
         return await perform(self.chat, self.op, Caller(me, address, request=request), await self.read_args(request))
 
     async def read_args(self, request: web.Request) -> Any:
-        """Path, query and body as the operation's arguments; each in its place, and nothing else."""
-        given: dict[str, Any] = {name: from_text(self.numeric, name, text) for name, text in request.match_info.items()}
+        """Return the operation's arguments, from path, query and body; each may be given once."""
+        texts = [*request.match_info.items(), *(() if self.has_body else request.query.items())]
+        given: dict[str, Any] = {name: from_text(self.numeric, name, text) for name, text in texts}
         body = await read_body(request) if self.has_body else b""
-        if not self.has_body:
-            for name, text in request.query.items():
-                if name in given:
-                    raise refusal("FIELD_TWICE", field=name, what=name)
-                given[name] = from_text(self.numeric, name, text)
-        elif body and not given:
+        if body and not given:
             return decode(self.decoder, body)
-        elif body:
-            payload = decode(ANY_OBJECT, body)
-            if payload.keys() & given.keys():
-                name = min(payload.keys() & given.keys())
-                raise refusal("FIELD_TWICE", field=name, what=name)
-            given |= payload
-        return read_args(self.op.args, given)
+        payload = decode(ANY_OBJECT, body) if body else {}
+        names = [*(name for name, _ in texts), *payload]
+        if len(set(names)) < len(names):
+            ((twice, _),) = Counter(names).most_common(1)
+            raise refusal("FIELD_TWICE", field=twice, what=twice)
+        return read_args(self.op.args, given | payload)
 
 
 def make_guard(rules: Rules, ours: Collection[object], unread: Unread) -> Callable[..., Awaitable[web.StreamResponse]]:
@@ -6100,15 +6012,8 @@ def make_guard(rules: Rules, ours: Collection[object], unread: Unread) -> Callab
 EVENTS_IN = {op.event: op for op in OPERATIONS.values() if op.event is not None}
 
 
-async def greet(chat: Chat, connection: Connection, auth: Any) -> Done[Any]:
-    """Authenticate by the handshake."""
-    op = EVENTS_IN["authenticate"]
-    caller = Caller(None, connection.address, connection)
-    return await perform(chat, op, caller, read_args(op.args, auth))
-
-
 async def hear(chat: Chat, event: str, sid: str, payload: tuple[Any, ...]) -> Done[Any]:
-    """What an event asks for."""
+    """Do what an event asks for. Raises ChatError, TimeoutError."""
     op = EVENTS_IN.get(event)
     if op is None:
         raise refusal("NO_EVENT")
@@ -6126,17 +6031,21 @@ async def hear(chat: Chat, event: str, sid: str, payload: tuple[Any, ...]) -> Do
 
 
 def bind_sockets(chat: Chat) -> None:
-    """The three handlers that Socket.IO has: a socket comes, goes, and says something."""
-    sio = chat.sio
+    """Handle what sockets do: connect (and authenticate in the handshake), disconnect, and send events."""
+    sio, authenticate = chat.sio, EVENTS_IN["authenticate"]
+
+    async def greet(connection: Connection, auth: Any) -> Done[Any]:
+        args = read_args(authenticate.args, auth)
+        return await perform(chat, authenticate, Caller(None, connection.address, connection), args)
 
     @sio.on("connect")  # type: ignore[untyped-decorator]
     async def on_connect(sid: str, environ: Any, auth: Any = None) -> None:
         connection = chat.welcome(sid)
         if not auth:
             return
-        outcome = await settle(greet(chat, connection, auth))
+        outcome = await settle(greet(connection, auth))
         if isinstance(outcome, ChatError):
-            chat.sio.eio.refusals.note(connection.address, outcome)
+            sio.eio.refusals.note(connection.address, outcome)
             chat.dismiss(sid)
             raise socketio.exceptions.ConnectionRefusedError(outcome.sentence, outcome.body())
 
@@ -6149,7 +6058,7 @@ def bind_sockets(chat: Chat) -> None:
         outcome = await settle(hear(chat, event, sid, payload))
         if isinstance(outcome, ChatError):
             if (connection := chat.connections.get(sid)) is not None:
-                chat.sio.eio.refusals.note(connection.address, outcome)
+                sio.eio.refusals.note(connection.address, outcome)
             return outcome  # the transport answers it
         return {"success": True} | (msgspec.to_builtins(outcome.answer) or {} if EVENTS_IN[event].acks else {})
 
@@ -6162,48 +6071,44 @@ def reference(name: str) -> dict[str, Any]:
 
 
 def describe(kinds: Iterable[Any]) -> dict[str, Any]:
-    """Their schemas, and those of what is in them."""
+    """Return the schemas of these types, and of those in them."""
     kinds = [kind for kind in kinds if kind is not type(None)]
     return msgspec.json.schema_components(kinds, ref_template=reference("{name}")["$ref"])[1]
 
 
-def in_json(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"content": {"application/json": {"schema": schema}}}
+def in_json(schema: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"content": {"application/json": {"schema": schema}}, **more}
 
 
 def describe_operation(op: Operation) -> dict[str, Any]:
-    """What is said of it whichever the door."""
     emits = f" Emits {', '.join(op.emits)}." if op.emits else ""
     return {"summary": op.sentence, "description": f"Who may: {op.who.value}.{emits}"}
 
 
 def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
-    fields = schemas[op.args.__name__]["properties"]
-    required = schemas[op.args.__name__].get("required", [])
-    in_path = re.findall(r"{(\w+)}", op.path or "")
+    schema = schemas[op.args.__name__]
+    fields, required, in_path = schema["properties"], schema.get("required", []), re.findall(r"{(\w+)}", op.path or "")
     has_body = op.method in ("POST", "PUT", "PATCH")
     places = {name: "path" if name in in_path else "query" for name in fields if name in in_path or not has_body}
     kind = op.answer.__name__
-    answer = {"description": "Done."} if op.status == 204 else {"description": kind} | in_json(reference(kind))
-    failure = {"description": "A refusal, by its code."} | in_json(reference("Error"))
+    answer = {"description": "Done."} if op.status == 204 else in_json(reference(kind), description=kind)
     route = describe_operation(op) | {
         "operationId": op.name,
         "parameters": [
             {"name": name, "in": place, "required": name in required, "schema": fields[name]} for name, place in places.items()
         ],
-        "responses": {str(op.status): answer, "default": failure},
+        "responses": {str(op.status): answer, "default": in_json(reference("Error"), description="An error, by its code.")},
         "security": [] if op.who is Who.ANYONE else [{"token": []}],
     }
-    body = {name: field for name, field in fields.items() if name not in places}
-    if body:
-        schema = {"type": "object", "properties": body, "additionalProperties": False}
-        schema["required"] = [name for name in required if name in body]
-        route["requestBody"] = {"required": bool(schema["required"])} | in_json(schema)
+    if body := {name: field for name, field in fields.items() if name not in places}:
+        needed = [name for name in required if name in body]
+        schema = {"type": "object", "properties": body, "additionalProperties": False, "required": needed}
+        route["requestBody"] = in_json(schema, required=bool(needed))
     return route
 
 
 def openapi() -> dict[str, Any]:
-    """The REST side of the table, as OpenAPI 3.1."""
+    """Return the routes as OpenAPI 3.1."""
     schemas = describe(kind for op in OPERATIONS.values() for kind in (op.args, op.answer))
     paths: dict[str, dict[str, Any]] = {}
     for op in OPERATIONS.values():
@@ -6211,22 +6116,16 @@ def openapi() -> dict[str, Any]:
             paths.setdefault(op.path, {})[op.method.lower()] = describe_route(op, schemas)
     for name in {op.args.__name__ for op in OPERATIONS.values()}:
         schemas.pop(name, None)
-    failure = {
-        "type": "object",
-        "properties": {
-            "error": {"type": "string"},
-            "code": {"enum": list(ERRORS)},
-            "reason": {"enum": list(REASONS)},
-            "field": {"type": "string"},
-            "retry_after": {"type": "integer", "description": "Seconds to wait."},
-        },
-    }
+    text, codes, reasons = {"type": "string"}, {"enum": list(ERRORS)}, {"enum": list(REASONS)}
+    wait = {"type": "integer", "description": "Seconds to wait."}
+    body = {"error": text, "code": codes, "reason": reasons, "field": text, "retry_after": wait}
+    schemas["Error"] = {"type": "object", "properties": body, "required": ["error", "code"]}
     return {
         "openapi": "3.1.0",
         "info": {"title": "ChatRTC", "version": __version__},
         "paths": paths,
         "components": {
-            "schemas": schemas | {"Error": failure | {"required": ["error", "code"]}},
+            "schemas": schemas,
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
         },
     }
@@ -6241,31 +6140,26 @@ def ack_schema(op: Operation) -> dict[str, Any]:
     return {"allOf": [success, reference(op.answer.__name__)]} if op.acks and op.answer is not type(None) else success
 
 
-def describe_event(name: str, op: Operation) -> dict[str, Any]:
-    return describe_operation(op) | on_socket(f"{name}.in") | {"action": "receive", "reply": on_socket(f"{name}.ack")}
-
-
-def describe_notice(name: str, kind: EventKind) -> dict[str, Any]:
-    to = "To the socket." if kind.room == "socket" else f"To room {kind.room}:{{id}}."
-    return on_socket(name) | {"action": "send", "summary": kind.sentence, "description": to}
-
-
 def asyncapi() -> dict[str, Any]:
-    """The Socket.IO side, as AsyncAPI 3.0: what a client may emit, with its ack, and what it hears."""
+    """Return the events as AsyncAPI 3.0: those that a client may emit, with their acks, and those that it receives."""
     kinds = [kind for op in EVENTS_IN.values() for kind in (op.args, op.answer)]
     schemas = describe([*kinds, *(kind.payload for kind in EVENTS.values())])
     payloads = {name: reference(kind.payload.__name__) for name, kind in EVENTS.items()}
     payloads |= {f"{name}.in": reference(op.args.__name__) for name, op in EVENTS_IN.items()}
     payloads |= {f"{name}.ack": ack_schema(op) for name, op in EVENTS_IN.items()}
     messages = {key: {"name": key.partition(".")[0], "payload": payload} for key, payload in payloads.items()}
+    operations: dict[str, Any] = {}
+    for name, op in EVENTS_IN.items():
+        receive = {"action": "receive", "reply": on_socket(f"{name}.ack")}
+        operations[f"emit {name}"] = describe_operation(op) | on_socket(f"{name}.in") | receive
+    for name, kind in EVENTS.items():
+        to = "To the socket." if kind.room == "socket" else f"To room {kind.room}:{{id}}."
+        operations[f"hear {name}"] = on_socket(name) | {"action": "send", "summary": kind.sentence, "description": to}
     return {
         "asyncapi": "3.0.0",
         "info": {"title": "ChatRTC", "version": __version__},
         "channels": {"socket": {"address": "/socket.io/", "messages": messages}},
-        "operations": {
-            **{f"emit {name}": describe_event(name, op) for name, op in EVENTS_IN.items()},
-            **{f"hear {name}": describe_notice(name, kind) for name, kind in EVENTS.items()},
-        },
+        "operations": operations,
         "components": {"schemas": schemas},
     }
 
@@ -6291,8 +6185,7 @@ def add_user(db: sqlite3.Connection, username: str, password: str) -> Done[int]:
 
 
 def need_account(db: sqlite3.Connection, username: str) -> Standing:
-    found = account_named(db, username)
-    if found is None:
+    if (found := account_named(db, username)) is None:
         raise refusal("NO_ACCOUNT", name=username)
     return found[0]
 
@@ -6309,11 +6202,10 @@ def bequeath(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effec
     effects = expel(db, server_id, user_id)
     if not owned:
         return effects
-    heir = heir_of(db, server_id)
-    if heir is None:
-        drop_server(db, server_id)
-        return [CloseServer(server_id)]
-    return [*effects, member_notice(db, server_id, heir, update_role(db, server_id, heir, "owner"))]
+    if (heir := heir_of(db, server_id)) is not None:
+        return [*effects, member_notice(db, server_id, heir, update_role(db, server_id, heir, "owner"))]
+    drop_server(db, server_id)
+    return [CloseServer(server_id)]
 
 
 def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -> Done[int]:
@@ -6375,19 +6267,16 @@ def read_settings(given: dict[str, Any]) -> Settings:
     return settings
 
 
-def listens_on_loopback(settings: Settings) -> bool:
-    """Whether the server is, as far as its settings tell, for this machine only; a name may turn out to be."""
-    return is_loopback(settings.host) or (bool(settings.host) and parse_address(settings.host) is None)
-
-
 def rules_of(settings: Settings) -> dict[str, Any]:
     """Return what the settings say about sockets and requests, as options of `socket_server`."""
     origins = [*settings.cors_origin, *([origin_of(settings.public_url)] if settings.public_url else [])]
     names = {parsed[1] for origin in origins if (parsed := parse_origin(origin))} | {settings.host.lower()}
+    # A host that is a name may turn out to be this machine only.
+    local = is_loopback(settings.host) or (bool(settings.host) and parse_address(settings.host) is None)
     rules: dict[str, Any] = {
         "origins": origins,
         "proxies": tuple(map(parse_network, settings.trusted_proxy)),
-        "hosts": names if listens_on_loopback(settings) else None,
+        "hosts": names if local else None,
         "max_anonymous_per_address": 500,  # a school that comes back after a restart: they sign in within a second
     }
     if settings.no_rate_limit:
@@ -6427,18 +6316,19 @@ def public_address(chat: Chat, request: web.Request) -> str:
     return f"{scheme}://{host[0]}{f':{host[1]}' if host[1] else ''}{before}{mount}"
 
 
-async def draw_invite(chat: Chat, request: web.Request) -> Done[bytes]:
-    args, caller = read_args(CodeArgs, dict(request.match_info)), Caller(None, client_address(request, chat.sio.eio.rules))
-    invite = await perform(chat, OPERATIONS["get_invite"], caller, args)
-    async with chat.drawing:  # one at a time: it is 10 ms of work that holds up the event loop's thread
-        return Done(await asyncio.to_thread(draw, f"{public_address(chat, request)}/#/invite/{invite.answer.code}"))
-
-
 async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
-    """The QR code of an invite's link, for a camera."""
-    outcome = await settle(draw_invite(chat, request))
+    """Send the QR code of an invite's link."""
+    address = client_address(request, chat.sio.eio.rules)
+
+    async def draw_invite() -> Done[bytes]:
+        args = read_args(CodeArgs, dict(request.match_info))
+        invite = await perform(chat, OPERATIONS["get_invite"], Caller(None, address), args)
+        async with chat.drawing:  # one at a time: it is 10 ms of work that holds up the event loop's thread
+            return Done(await asyncio.to_thread(draw, f"{public_address(chat, request)}/#/invite/{invite.answer.code}"))
+
+    outcome = await settle(draw_invite())
     if isinstance(outcome, ChatError):
-        chat.sio.eio.refusals.note(client_address(request, chat.sio.eio.rules), outcome)
+        chat.sio.eio.refusals.note(address, outcome)
         return refuse(outcome)
     return Answer(body=outcome.answer, headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
@@ -6456,11 +6346,8 @@ async def erase_texts(chat: Chat) -> None:
     chat.erase_after = time.monotonic() + 20 * (time.monotonic() - began)
 
 
-async def chores_of_now(chat: Chat, with_tokens: bool) -> Done[None]:
-    """Do what waits, in steps, as long as nobody else writes. Meanwhile, deleting goes on by one step, and search may lag only
-    so far behind."""
-    if with_tokens:
-        await chat.store.write(lambda db: purge_tokens(db, time.time()), frees=True)
+async def do_chores_once(chat: Chat) -> Done[None]:
+    """Do what waits, in steps, while nobody else writes. Otherwise delete one step, and let search lag only so far behind."""
     for pending, step in ((pending_purges, purge_messages), (deleted_channels, purge_channels)):
         while chat.store.peek(pending):
             await chat.store.write(step, long=True, frees=True)
@@ -6478,7 +6365,9 @@ async def do_chores(chat: Chat) -> None:
     """Do what can wait, for ever: forget revoked tokens that have expired, delete messages in steps, index messages."""
     for turn in itertools.count():
         chat.sio.eio.refusals.flush()
-        await settle(chores_of_now(chat, with_tokens=turn % TOKENS_EVERY == 0))
+        if turn % TOKENS_EVERY == 0:
+            await settle(chat.store.write(lambda db: purge_tokens(db, time.time()), frees=True))
+        await settle(do_chores_once(chat))
         await asyncio.sleep(CHORES_EVERY)
 
 
@@ -6488,12 +6377,9 @@ async def add_slash(request: web.Request) -> web.Response:
 
 
 def takes_gzip(request: web.Request) -> bool:
-    """Whether the client accepts gzip (RFC 9110, 12.5.3)."""
-    for choice in request.headers.get("Accept-Encoding", "").lower().split(","):
-        name, _, weight = choice.replace(" ", "").partition(";q=")
-        if name == "gzip":
-            return not re.fullmatch(r"0(\.0*)?", weight)
-    return False
+    """Whether the client accepts gzip (RFC 9110, 12.5.3), and not with weight 0."""
+    accepted = request.headers.get("Accept-Encoding", "").replace(" ", "")
+    return re.search(r"(?i)(^|,)gzip(,|$|;q=(?!0(\.0*)?(,|$)))", accepted) is not None
 
 
 class Still:
@@ -6507,8 +6393,8 @@ class Still:
 
     async def __call__(self, request: web.Request) -> web.Response:
         body, more = self.packed if takes_gzip(request) else self.plain
-        known = request.headers.get("If-None-Match", "")
-        if known.strip() == "*" or {self.plain[1]["ETag"], self.packed[1]["ETag"]} & set(re.findall(r'"[^"]*"', known)):
+        known = {f'"{tag.value}"' for tag in request.if_none_match or ()}
+        if known & {'"*"', self.plain[1]["ETag"], self.packed[1]["ETag"]}:
             return web.Response(status=304, headers=self.headers | {"ETag": more["ETag"]})
         return Answer(body=body, headers=self.headers | more)
 
@@ -6522,12 +6408,10 @@ def page_with_headers() -> tuple[bytes, dict[str, str]]:
         return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in texts)
 
     policy = (
-        f"default-src 'none'; script-src {sources(b'script')}; style-src {sources(b'style')}; "
-        "connect-src 'self'; img-src 'self' data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
+        f"default-src 'none'; script-src {sources(b'script')}; style-src {sources(b'style')}; connect-src 'self'; "
+        "img-src 'self' data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    kind = "text/html; charset=utf-8"
-    return page, {"Content-Security-Policy": policy, "Content-Type": kind}
+    return page, {"Content-Security-Policy": policy, "Content-Type": "text/html; charset=utf-8"}
 
 
 class Handler(web.RequestHandler):
@@ -6569,16 +6453,16 @@ class ChatRTC:
         chat = ChatRTC(database="chat.db")
         chat.attach(app, prefix="/chat")
 
-    Keywords are the settings of `serve`. Every operation of the table is a method, that does what its route does, events
-    included: `await chat.post_message(author_id=1, channel_id=1, content="hello")`. `author_id` is who does it; the other
-    keywords are the operation's arguments; it returns the answer and raises ChatError.
+    Keywords are the settings of `serve`. Every operation is a method that does what its route does, events included:
+    `await chat.post_message(author_id=1, channel_id=1, content="hello")`, where `author_id` is the user who performs it. It
+    returns the answer and raises ChatError.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.settings = read_settings(settings)
         self.sio = socket_server(**rules_of(self.settings))
         self.chat = Chat(self.settings, self.sio)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._chores: asyncio.Task[None] | None = None
         self._control = contextlib.ExitStack()  # the socket for the command line, while it is open
         bind_sockets(self.chat)
 
@@ -6590,10 +6474,8 @@ class ChatRTC:
 
         def add(method: str, path: str, handler: Any) -> None:
             ours.add(handler)
-            if method == "GET":
-                place.router.add_get(path, handler)  # and HEAD
-            else:
-                place.router.add_route(method, path, handler)
+            for name in ("GET", "HEAD") if method == "GET" else (method,):
+                place.router.add_route(name, path, handler)
 
         add("GET", "/invites/{code}.svg", functools.partial(send_invite_code, self.chat))
         for op in OPERATIONS.values():
@@ -6631,18 +6513,13 @@ class ChatRTC:
         return functools.partial(self._call, op)
 
     async def _call(self, op: Operation, *, author_id: int | None = None, **args: Any) -> Any:
-        me = None
-        if author_id is not None:
-            me = self.chat.store.peek(standing, author_id, b"")
-            if me is None:
-                raise refusal("NO_USER")
-        elif op.who is not Who.ANYONE:
-            raise refusal("NO_AUTHOR")
+        me = self.chat.store.peek(standing, author_id, b"") if author_id is not None else None
+        if me is None and (author_id is not None or op.who is not Who.ANYONE):
+            raise refusal("NO_AUTHOR" if author_id is None else "NO_USER")
         done = await perform(self.chat, op, Caller(me, "program"), read_args(op.args, args))
         return done.answer
 
     async def _run(self, app: web.Application) -> AsyncIterator[None]:
-        """Open the chat for as long as the application runs, also if one of its own start-up hooks fails."""
         await self.start()
         try:
             yield
@@ -6661,14 +6538,13 @@ class ChatRTC:
             await chat.store.close()
             raise
         chat.listening = True
-        self._tasks = [asyncio.create_task(work) for work in (do_chores(chat),)]
+        self._chores = asyncio.create_task(do_chores(chat))
 
     async def stop(self) -> None:
         """Close the chat: what was accepted is committed."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
+        if self._chores is not None:
+            self._chores.cancel()
+            await asyncio.gather(self._chores, return_exceptions=True)
         await self.chat.end_listeners()
         self._control.close()
         self.sio.eio.refusals.flush(now=True)
@@ -6676,8 +6552,7 @@ class ChatRTC:
         await self.chat.store.close()
 
     async def _listen_for_admin(self) -> None:
-        """Let the command line have its writes done by this process, which holds the lock. The file of the lock, for its owner
-        alone, has the port and a token."""
+        """Let the command line have its writes done by this process; the file of the lock has the port and a token."""
         token = secrets.token_hex(16)
         server = await asyncio.start_server(functools.partial(self._serve_admin, token), "127.0.0.1", 0)
         self._control.callback(server.close)
@@ -6691,8 +6566,8 @@ class ChatRTC:
             if not hmac.compare_digest(given, token.encode()):
                 raise ValueError("wrong token")
             name, args = json.loads(call)
-            job = self.chat.store.write(lambda db: ADMIN[name](db, *args), long=True, frees=name == "delete_user")
-            outcome = await settle(job)
+            write = self.chat.store.write(lambda db: ADMIN[name](db, *args), long=True, frees=name == "delete_user")
+            outcome = await settle(write)
             reply = outcome.body() if isinstance(outcome, ChatError) else {"answer": outcome.answer}
             log.info("%s on the command line for %a: %s", name, args[0] if args else "", reply.get("code", "done"))
             writer.write(json.dumps(reply).encode() + b"\n")
@@ -6728,7 +6603,7 @@ def self_signed(database: Path) -> str:
         if cert.not_valid_after_utc > now and {str(address) for address in named} >= set(addresses):
             return str(path)
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ChatRTC")])
+    name = x509.Name.from_rfc4514_string("CN=ChatRTC")
     names = [x509.DNSName("localhost"), *(x509.IPAddress(ipaddress.ip_address(address)) for address in addresses)]
     cert = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
@@ -6757,31 +6632,24 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def note_address(chat: Chat, address: tuple[str, int], tls: bool) -> None:
-    """Remember where the server listens, and how others on the network reach it."""
-    (host, port), scheme = address, "https" if tls else "http"
-    if parse_address(host) in (ipaddress.IPv4Address(0), ipaddress.IPv6Address(0)):
-        host = lan_address()
-    chat.own_url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-    chat.lan_url = "" if is_loopback(address[0]) else chat.own_url
-
-
 def announce(chat: Chat, address: tuple[str, int], tls: bool) -> None:
-    """Print where the server answers, for this machine and for others."""
+    """Remember and print where the server answers, for this machine and for others."""
     (host, port), settings, scheme = address, chat.settings, "https" if tls else "http"
-    click.echo(f"ChatRTC listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+    url, lan_url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", f"{scheme}://{lan_address()}:{port}"
+    click.echo(f"ChatRTC listening on {url}")
     if settings.public_url is not None:
         click.echo(f"People open {settings.public_url}")
-    if is_loopback(host):
-        if sys.stdout.isatty() and settings.public_url is None:  # for a person; a program reads the one line above
-            link = f"{scheme}://{lan_address()}:{port}"
-            click.echo(f"Only this machine can reach it; with --lan others on your network can, at {link}")
-    elif settings.lan:
-        link = settings.public_url or chat.lan_url
-        click.echo(f"Others on your network: {link}")
-        qr_code(link).terminal(compact=True, border=2)
-    if not is_loopback(host) and not tls and not settings.trusted_proxy:
-        click.echo("Passwords cross the network unencrypted: add --tls-self-signed to serve https.")
+    everywhere = parse_address(host) in (ipaddress.IPv4Address(0), ipaddress.IPv6Address(0))
+    chat.own_url = lan_url if everywhere else url
+    if not is_loopback(host):
+        chat.lan_url = chat.own_url
+        if settings.lan:
+            click.echo(f"Others on your network: {settings.public_url or chat.lan_url}")
+            qr_code(settings.public_url or chat.lan_url).terminal(compact=True, border=2)
+        if not tls and not settings.trusted_proxy:
+            click.echo("Passwords cross the network unencrypted: add --tls-self-signed to serve https.")
+    elif sys.stdout.isatty() and settings.public_url is None:  # for a person; a program reads the first line
+        click.echo(f"Only this machine can reach it; with --lan others on your network can, at {lan_url}")
     sys.stdout.flush()
 
 
@@ -6808,13 +6676,11 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
     )
     await runner.setup()
     try:
-        site = web.TCPSite(runner, chat.settings.host, chat.settings.port, ssl_context=context, backlog=1024)
         try:
-            await site.start()
+            await web.TCPSite(runner, chat.settings.host, chat.settings.port, ssl_context=context, backlog=1024).start()
         except OSError as error:
             why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
             raise StartError(f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {why}") from None
-        note_address(chat.chat, runner.addresses[0][:2], context is not None)
         announce(chat.chat, runner.addresses[0][:2], context is not None)
         spare_collector()
         await stopped.wait()
@@ -6825,7 +6691,6 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
 # ---- Command line --------------------------------------------------------------------------------------------------
 # `chatrtc serve` and its siblings: each command is a few lines that call what stands above, and a StartError or a ChatError is
 # one line on standard error and exit status 1.
-
 
 BAR: dict[str, Any] = {"file": sys.stderr, "hidden": not sys.stderr.isatty()}  # progress is for a person
 
@@ -6854,6 +6719,9 @@ class Group(click.Group):
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Every option of every command reads CHATRTC_<OPTION>."""
         cmd.context_settings = {"auto_envvar_prefix": "CHATRTC", "show_default": True, **cmd.context_settings}
+        for option in cmd.params:
+            if isinstance(option, click.Option) and option.name != "yes":
+                option.show_envvar = True
         super().add_command(cmd, name)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
@@ -6872,39 +6740,21 @@ def main() -> None:
     """ChatRTC: a chat server in one file."""
 
 
-def option_of(flag: str, field: msgspec.structs.FieldInfo) -> Callable[[Any], Any]:
-    """A setting as an option: its type, default, sentence and variable follow from its declaration."""
-    meta = typing.get_type_hints(Settings, include_extras=True)[field.name]
-    inner, description = typing.get_args(meta)[0], typing.get_args(meta)[1].description
-    shape: dict[str, Any] = {}
-    if inner is bool:
-        shape = {"is_flag": True}
-    elif typing.get_origin(inner) is Literal:
-        shape = {"type": click.Choice(typing.get_args(inner))}
-    elif typing.get_origin(inner) is tuple:
-        shape = {"multiple": True}
-    return click.option(flag, field.name, default=field.default, help=description, show_envvar=True, **shape)
-
-
 def options(*names: str) -> Callable[[Any], Any]:
-    """Those settings (all, where none is named) as options of a command."""
+    """Give a command those settings, or all, as options: what they are follows from their declarations."""
 
     def decorate(command: Any) -> Any:
+        hints = typing.get_type_hints(Settings, include_extras=True)
         for flag, field in reversed(setting_names()):
+            inner, meta = typing.get_args(hints[field.name])[:2]
+            shape: dict[str, Any] = {"is_flag": inner is bool, "multiple": typing.get_origin(inner) is tuple}
+            if typing.get_origin(inner) is Literal:
+                shape["type"] = click.Choice(typing.get_args(inner))
             if not names or field.name in names:
-                command = option_of(flag, field)(command)
+                command = click.option(flag, field.name, default=field.default, help=meta.description, **shape)(command)
         return command
 
     return decorate
-
-
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, where there is one."""
-    with contextlib.suppress(ImportError):
-        import uvloop
-
-        return uvloop.new_event_loop
-    return None
 
 
 LOG_LINES = 60  # a minute
@@ -6913,19 +6763,17 @@ LOG_LINES = 60  # a minute
 class Bounded(logging.Filter):
     """Keeps clients from filling the log: so many lines a minute of a level, none on broken HTTP, which may hold a token."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._since, self._counts = time.monotonic(), Counter[int]()
+    since, counts = -math.inf, Counter[int]()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and isinstance(record.exc_info[1], aiohttp.http_exceptions.HttpProcessingError):
             return False
-        if time.monotonic() - self._since > 60:
-            self._since, self._counts = time.monotonic(), Counter()
-        self._counts[record.levelno] += 1
-        if self._counts[record.levelno] == LOG_LINES:
+        if time.monotonic() - self.since > 60:
+            self.since, self.counts = time.monotonic(), Counter()
+        self.counts[record.levelno] += 1
+        if self.counts[record.levelno] == LOG_LINES:
             record.msg, record.args, record.exc_info = "So much for this minute; the rest is left out", (), None
-        return self._counts[record.levelno] <= LOG_LINES
+        return self.counts[record.levelno] <= LOG_LINES
 
 
 def index_all(db: sqlite3.Connection) -> None:
@@ -6936,16 +6784,21 @@ def index_all(db: sqlite3.Connection) -> None:
             bar.update(INDEX_STEP)
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a database that no server uses. Raises StartError."""
+    with contextlib.closing(Lock(path)) as lock:
+        if not lock.take():
+            raise StartError(f"{path} is in use: stop the server first")
+        yield
+
+
 def migrate_file(path: Path) -> None:
     """Bring a database that no server uses to the newest format, if it has an older one. Raises StartError."""
     header = refuse_other(path)
-    if not 0 < int.from_bytes(header[60:64], "big") < VERSION:  # where SQLite keeps the user_version
-        return
-    lock = Lock(path)
-    if not lock.take():
-        raise StartError(f"{path} is in use: stop the server first")
-    with contextlib.closing(lock), contextlib.closing(prepare(path)) as db:
-        index_all(db)
+    if 0 < int.from_bytes(header[60:64], "big") < VERSION:  # where SQLite keeps the user_version
+        with locked(path), contextlib.closing(prepare(path)) as db:
+            index_all(db)
 
 
 @main.command()
@@ -6957,7 +6810,16 @@ def serve(**settings: Any) -> None:
     for handler in logging.getLogger().handlers:
         handler.addFilter(Bounded())
     migrate_file(Path(read_settings(settings).database))
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with contextlib.suppress(
+        ValueError, OSError
+    ):  # a school behind one address may have 4,000 sockets; macOS has its own limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(serve_until_stopped(settings))
 
 
@@ -6968,9 +6830,8 @@ def reading(database: str, *, any_format: bool = False) -> Iterator[sqlite3.Conn
     if not path.is_file():
         raise StartError(f"There is no database {path}")
     refuse_other(path)
-    lock = Lock(path)
-    if lock.take():
-        with contextlib.closing(lock):
+    with contextlib.closing(Lock(path)) as lock:
+        if lock.take():
             inspect_file(path)
     with snapshot(path) as db:
         if not any_format:
@@ -6979,12 +6840,11 @@ def reading(database: str, *, any_format: bool = False) -> Iterator[sqlite3.Conn
 
 
 def ask_server(address: str, name: str, args: Sequence[Any]) -> Any:
-    """Have the server that left its port and token in the lock's file do something to the database."""
+    """Have the server do something to the database; `address`: what it left in the file of the lock."""
     try:
         port, token = address.split()
-        with socket.create_connection(("127.0.0.1", int(port)), 15) as control, control.makefile("rwb") as line:
-            line.write(f"{token} {json.dumps([name, args])}\n".encode())
-            line.flush()
+        with socket.create_connection(("127.0.0.1", int(port)), 15) as control, control.makefile("rb") as line:
+            control.sendall(f"{token} {json.dumps([name, args])}\n".encode())
             reply = json.loads(line.readline(1 << 16))
     except (OSError, ValueError) as error:
         raise StartError(f"The server that holds the database does not answer: {error}") from None
@@ -7032,8 +6892,7 @@ def ask_password() -> str:
 def user_add(username: str, database: str) -> None:
     """Make an account; the password is asked for, or read from standard input."""
     read_args(NewName, {"username": username})
-    user_id = administer(database, "add_user", username, ask_password())
-    click.echo(f"{username} has the id {user_id}")
+    click.echo(f"{username} has the id {administer(database, 'add_user', username, ask_password())}")
 
 
 @user.command("list")
@@ -7056,11 +6915,9 @@ def user_password(username: str, database: str) -> None:
 
 @user.command("delete")
 @click.argument("username")
-@click.option("--messages", is_flag=True, help="Delete its messages too.", show_envvar=True)
+@click.option("--messages", is_flag=True, help="Delete its messages too.")
 @options("database")
-@click.confirmation_option(
-    prompt="Delete this account? Servers that it owns go to somebody else, or with nobody left are deleted."
-)
+@click.confirmation_option(prompt="Delete this account? Its servers go to others, or are deleted if nobody is left in them.")
 def user_delete(username: str, messages: bool, database: str) -> None:
     """Delete an account. Its messages stay, under its name, unless --messages is given."""
     administer(database, "delete_user", username, messages)
@@ -7074,12 +6931,11 @@ def server() -> None:
 
 @server.command("add")
 @click.argument("name")
-@click.option("--owner", required=True, metavar="USERNAME", help="The account that owns it.", show_envvar=True)
+@click.option("--owner", required=True, metavar="USERNAME", help="The account that owns it.")
 @options("database")
 def server_add(name: str, owner: str, database: str) -> None:
     """Create a server (a community) with the channel general."""
-    server_id = administer(database, "add_server", name, owner)
-    click.echo(f"{name} has the id {server_id}")
+    click.echo(f"{name} has the id {administer(database, 'add_server', name, owner)}")
 
 
 @main.command()
@@ -7093,16 +6949,8 @@ def token(username: str, database: str, secret: str | None, token_ttl: int) -> N
     click.echo(keys.issue(account.user_id, account.username, account.generation, time.time()).token)
 
 
-def renew(copy: sqlite3.Connection, known: int) -> None:
-    """Make the copy of a backup ready for use; `known`: see `skip_numbers`."""
-    migrate(copy)
-    skip_numbers(copy, known)
-    index_all(copy)
-
-
 def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.Connection], None] | None = None) -> Path:
-    """Return a sound, synced copy of a database, beside its destination, after `finish`. Raises StartError, and leaves nothing
-    behind then."""
+    """Return a checked, synced copy of a database next to `dest`, after `finish`. Raises StartError and then leaves none."""
     if not dest.parent.is_dir():
         raise StartError(f"The directory {dest.parent} does not exist")
     part = dest.with_name(dest.name + ".part")
@@ -7147,15 +6995,21 @@ def backup(dest: Path, database: str) -> None:
 def restore(source: Path, database: str) -> None:
     """Put the backup SOURCE in the database's place, while no server runs; what was there is kept under another name."""
     path = Path(database).resolve()
-    lock = Lock(path)
     if not source.is_file():
         raise StartError(f"There is no backup {source}")
-    if not lock.take():
-        raise StartError(f"{path} is in use: stop the server first")
-    with contextlib.closing(lock):
+    known = 0
+
+    def renew(copy: sqlite3.Connection) -> None:
+        migrate(copy)
+        skip_numbers(copy, known)
+        index_all(copy)
+
+    with locked(path):
+        with contextlib.suppress(StartError, sqlite3.Error), snapshot(path) as db:  # what is replaced may be lost or damaged
+            known = highest_number(db)
         inspect_file(source)
         with snapshot(source) as db:
-            part = copy_verified(db, path, functools.partial(renew, known=highest_number_in(path)))
+            part = copy_verified(db, path, renew)
         kept = replace_database(path, part)
     click.echo(f"{path} is what {source} holds" + (f"; what it was is kept as {kept}" if kept else ""))
 
@@ -7175,8 +7029,7 @@ def migrate_database(database: str) -> None:
 def check(database: str) -> None:
     """Check the database's integrity, and what refers to what; exit status 1 where something is wrong."""
     with reading(database) as db:
-        lines = find_trouble(db)
-        counts = count_rows(db)
+        lines, counts = find_trouble(db), count_rows(db)
     for line in lines:
         click.echo(line)
     if lines:
@@ -7191,49 +7044,33 @@ EXPORT_STYLE = (
 EXPORT_QUOTED = 1000  # messages back to which a reply shows the beginning of its original
 
 
-class HtmlExport:
-    """Writes messages as HTML, with what they answer and who reacted; all text of people is escaped."""
-
-    def __init__(self) -> None:
-        self.names: dict[int, str] = {}  # by user id
-        self.quotes: dict[int, str] = {}  # by message id
-
-    def message(self, told: dict[str, Any]) -> str:
-        name = told.get("author_name") or told["author_username"]
-        self.names[told["author_id"]] = name
-        self.quotes[told["message_id"]] = f"{name}: {told['content'][:100]}"
-        if len(self.quotes) > EXPORT_QUOTED:
-            del self.quotes[next(iter(self.quotes))]
-        lines = [f"<p id=m{told['message_id']}>"]
-        if original := told.get("reply_to"):
-            quote = html.escape(self.quotes.get(original, "an earlier message").replace("\n", " "))
-            lines.append(f'<small>In reply to <a href="#m{original}">{quote}</a></small>')
-        edited = " <small style=display:inline>(edited)</small>" if told.get("edited_at") else ""
-        lines.append(f"<b>{html.escape(name)}</b> <time>{told['created_at']}</time>{edited}\n{html.escape(told['content'])}")
-        for reaction in told.get("reactions", ()):
-            names = ", ".join(self.names.get(user_id, f"#{user_id}") for user_id in reaction["user_ids"])
-            lines.append(f"<small>{html.escape(reaction['emoji'])} {html.escape(names)}</small>")
-        return "".join(lines) + "</p>\n"
-
-    def write(self, kind: str, told: dict[str, Any]) -> str:
-        if kind == "message":
-            return self.message(told)
-        if kind in ("member", "former"):
-            self.names[told["user_id"]] = told.get("name") or told["username"]
-            return ""
-        tag = "h1" if kind == "server" else "h2"
-        return f"<{tag}>{html.escape(told['name'])}</{tag}>\n"
-
-
 def write_html(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:
-    page = HtmlExport()
+    """Write messages as a page to read, with what they answer and who reacted."""
+    names: dict[int, str] = {}  # by user id
+    quotes: dict[int, str] = {}  # by message id
+    text = html.escape  # whatever people wrote
     output.write(f'<!doctype html><meta charset="utf-8"><title>ChatRTC</title><style>{EXPORT_STYLE}</style>\n')
-    output.writelines(page.write(kind, told) for kind, told in things)
-
-
-def write_jsonl(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:
-    for kind, thing in things:
-        output.write(json.dumps({"type": kind} | thing, ensure_ascii=False) + "\n")
+    for kind, told in things:
+        if kind in ("member", "former"):
+            names[told["user_id"]] = told.get("name") or told["username"]
+        elif kind != "message":
+            tag = "h1" if kind == "server" else "h2"
+            output.write(f"<{tag}>{text(told['name'])}</{tag}>\n")
+        else:
+            name = names[told["author_id"]] = told.get("author_name") or told["author_username"]
+            output.write(f"<p id=m{told['message_id']}>")
+            if original := told.get("reply_to"):
+                quote = quotes.get(original, "an earlier message").replace("\n", " ")
+                output.write(f'<small>In reply to <a href="#m{original}">{text(quote)}</a></small>')
+            edited = " <small style=display:inline>(edited)</small>" if told.get("edited_at") else ""
+            output.write(f"<b>{text(name)}</b> <time>{told['created_at']}</time>{edited}\n{text(told['content'])}")
+            for reaction in told.get("reactions", ()):
+                who = ", ".join(names.get(user_id, f"#{user_id}") for user_id in reaction["user_ids"])
+                output.write(f"<small>{text(reaction['emoji'])} {text(who)}</small>")
+            output.write("</p>\n")
+            quotes[told["message_id"]] = f"{name}: {told['content'][:100]}"
+            if len(quotes) > EXPORT_QUOTED:
+                del quotes[next(iter(quotes))]
 
 
 def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -7251,15 +7088,9 @@ def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iter
 
 
 @main.command()
-@click.option("--format", type=click.Choice(["jsonl", "html"]), default="jsonl", show_envvar=True)
-@click.option("--server", type=int, help="Only the server of this id.", show_envvar=True)
-@click.option(
-    "--output",
-    type=click.File("w", encoding="utf-8", lazy=False),
-    default="-",
-    show_envvar=True,
-    help="A file; else standard output.",
-)
+@click.option("--format", type=click.Choice(["jsonl", "html"]), default="jsonl")
+@click.option("--server", type=int, help="Only the server of this id.")
+@click.option("--output", type=click.File("w", "utf-8", lazy=False), default="-", help="A file; else standard output.")
 @options("database")
 def export(format: str, server: int | None, output: typing.TextIO, database: str) -> None:
     """Write out one server or all: a JSON object a line, or a page to read."""
@@ -7267,8 +7098,11 @@ def export(format: str, server: int | None, output: typing.TextIO, database: str
         chosen = [row for row in all_servers(db) if server in (None, row["server_id"])]
         if server is not None and not chosen:
             raise StartError(f"There is no server {server}")
-        write = write_html if format == "html" else write_jsonl
-        write(export_things(db, chosen), output)
+        if format == "html":
+            write_html(export_things(db, chosen), output)
+        else:
+            things = export_things(db, chosen)
+            output.writelines(json.dumps({"type": kind} | told, ensure_ascii=False) + "\n" for kind, told in things)
         output.flush()
 
 

@@ -11982,7 +11982,7 @@ def calls_of(*attributes: str) -> list[ast.Call]:
 def test_sql_is_in_the_store() -> None:
     calls = calls_of("execute", "executemany", "executescript")
     assert len(calls) > 80
-    assert {room_of(call) for call in calls} == {"Store", "Questions", "Message questions"}
+    assert {room_of(call) for call in calls} == {"Files", "Store", "Questions", "Message questions"}
 
 
 def test_no_data_is_formatted_into_sql() -> None:
@@ -12006,7 +12006,7 @@ def test_no_data_is_formatted_into_sql() -> None:
         if isinstance(part, ast.FormattedValue)
     }
     assert formatted <= ours
-    assert not [call for call in calls_of("format") if room_of(call) in ("Store", "Questions", "Message questions")]
+    assert not [call for call in calls_of("format") if room_of(call) in ("Files", "Store", "Questions", "Message questions")]
 
 
 def test_one_place_catches_everything() -> None:
