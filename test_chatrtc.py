@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket as socket_module
@@ -6366,6 +6367,13 @@ async def test_a_command_has_to_arrive_in_time(world: World, tmp_path: Path, mon
     reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
     assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
     writer.close()
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux tells the limits of another process")
+async def test_the_server_may_open_as_many_files_as_the_system_allows(tmp_path: Path) -> None:
+    process = await Process.start(tmp_path / "chat.db", prefix=(tool("prlimit"), "--nofile=256:1024", "--"))
+    assert resource.prlimit(process.process.pid, resource.RLIMIT_NOFILE) == (1024, 1024)
+    assert (await process.stop())[0] == 0
 
 
 async def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
