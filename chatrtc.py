@@ -5871,16 +5871,6 @@ async def perform(chat: Chat, op: Operation, caller: Caller, args: Any) -> Done[
 # REST.
 
 
-def numeric_fields(kind: type[Args]) -> set[str]:
-    """The fields that a path or a query, which are all text, gives as numbers."""
-    properties = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
-    return {name for name, field in properties.items() if "integer" in json.dumps(field)}
-
-
-def from_text(numeric: Collection[str], name: str, text: str) -> int | str:
-    return int(text) if name in numeric and re.fullmatch(r"-?[0-9]{1,30}", text) else text
-
-
 PLAIN = CIMultiDict(HEADERS)
 JSON = CIMultiDict(HEADERS | {"Content-Type": "application/json"})
 
@@ -5939,7 +5929,8 @@ class Route:
 
     def __init__(self, chat: Chat, op: Operation) -> None:
         self.chat, self.op = chat, op
-        self.numeric = numeric_fields(op.args)
+        fields = msgspec.json.schema(op.args)["$defs"][op.args.__name__]["properties"]
+        self.numeric = {name for name, field in fields.items() if "integer" in json.dumps(field)}
         self.has_body = op.method in ("POST", "PUT", "PATCH")
         self.decoder = msgspec.json.Decoder(op.args)
 
@@ -5966,7 +5957,10 @@ class Route:
     async def read_args(self, request: web.Request) -> Any:
         """Return the operation's arguments, from path, query and body; each may be given once."""
         texts = [*request.match_info.items(), *(() if self.has_body else request.query.items())]
-        given: dict[str, Any] = {name: from_text(self.numeric, name, text) for name, text in texts}
+        given: dict[str, Any] = dict(texts)
+        for name in self.numeric & given.keys():
+            if re.fullmatch(r"-?[0-9]{1,30}", given[name]):
+                given[name] = int(given[name])
         body = await read_body(request) if self.has_body else b""
         if body and not given:
             return decode(self.decoder, body)
@@ -6533,7 +6527,10 @@ class ChatRTC:
         try:
             if self.settings.secret is None:
                 chat.keys = Keys(make_secret(chat.store.path), self.settings.token_ttl)
-            await self._listen_for_admin()
+            token = secrets.token_hex(16)  # with the port in the file of the lock, which only its owner can read
+            control = await asyncio.start_server(functools.partial(self._serve_admin, token), "127.0.0.1", 0)
+            self._control.callback(control.close)
+            chat.store.lock.tell(f"{control.sockets[0].getsockname()[1]} {token}")
         except BaseException:
             await chat.store.close()
             raise
@@ -6550,13 +6547,6 @@ class ChatRTC:
         self.sio.eio.refusals.flush(now=True)
         self.chat.passwords.close()
         await self.chat.store.close()
-
-    async def _listen_for_admin(self) -> None:
-        """Let the command line have its writes done by this process; the file of the lock has the port and a token."""
-        token = secrets.token_hex(16)
-        server = await asyncio.start_server(functools.partial(self._serve_admin, token), "127.0.0.1", 0)
-        self._control.callback(server.close)
-        self.chat.store.lock.tell(f"{server.sockets[0].getsockname()[1]} {token}")
 
     async def _serve_admin(self, token: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one line, the token and [name, arguments] as JSON, with one line of JSON."""
@@ -6653,14 +6643,6 @@ def announce(chat: Chat, address: tuple[str, int], tls: bool) -> None:
     sys.stdout.flush()
 
 
-def spare_collector() -> None:
-    """Exclude what has been loaded by now from garbage collection, and collect less often: a post costs 10 % less. Connections
-    are freed without a collection; what libraries leave in cycles goes with the second generation, at most 500,000 objects."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 10, 10)
-
-
 async def serve_until_stopped(settings: dict[str, Any]) -> None:
     """Run a server until SIGTERM, SIGINT or SIGHUP, which from now on end it cleanly. Raises StartError."""
     stopped = asyncio.Event()
@@ -6682,7 +6664,11 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
             why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
             raise StartError(f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {why}") from None
         announce(chat.chat, runner.addresses[0][:2], context is not None)
-        spare_collector()
+        # A post costs 10 % less if what is loaded by now is never collected, and the rest seldom. Connections are freed without
+        # a collection; what libraries leave in cycles goes with the second generation, at most 500,000 objects.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 10, 10)
         await stopped.wait()
     finally:
         await runner.cleanup()
