@@ -1687,9 +1687,10 @@ async def test_long_reads_of_one_user_keep_nobody_else_waiting(scene: Scene, mon
 async def test_a_long_read_ends_with_its_caller(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a socket that closes, by a task that is cancelled: what it held is free soon after."""
     monkeypatch.setattr(chatrtc, "LONG_SECONDS", 600)
-    store, ended = scene.world.chat.chat.store, Counter[str]()
+    store, begun, ended = scene.world.chat.chat.store, set[str](), Counter[str]()
 
     def endless(db: sqlite3.Connection, how: str) -> Any:
+        begun.add(how)
         try:
             return db.execute(FOREVER).fetchall()
         finally:
@@ -1697,7 +1698,7 @@ async def test_a_long_read_ends_with_its_caller(scene: Scene, monkeypatch: pytes
 
     gone: list[int] = []
     reads = [asyncio.ensure_future(store.read_long(how, lambda: bool(gone), endless, how)) for how in ("gone", "cancelled")]
-    await asyncio.sleep(0)
+    await until(lambda: len(begun) == 2)
     reads[1].cancel()
     await until(lambda: ended["cancelled"] == 1)
     assert not ended["gone"]
