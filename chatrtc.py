@@ -1622,8 +1622,8 @@ def replace_database(path: Path, part: Path) -> Path | None:
 LONG_READERS = 3
 LONG_READS_PER_USER = 2  # under way at a time: fewer than there are readers
 LONG_READS_WAITING = 64  # of one user: a page that comes back asks for all its servers at once
-LONG_SECONDS = 2.5  # for a long read once it has begun
-TURN_SECONDS = 4.0  # to wait for a turn; with a long read, less than the deadline
+LONG_SECONDS = 4.0  # for a long read once it has begun
+TURN_SECONDS = 3.5  # to wait for a turn; with a long read, less than the deadline
 POLL_SECONDS = 0.1  # between two looks at whether somebody still waits for a long read
 BATCH = 256  # jobs in a transaction at most
 WAITING = 20_000  # jobs that may wait for the writer
