@@ -60,6 +60,14 @@ import chatrtc
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 10.0  # seconds that a test waits for something that is to happen
+# Times are judged in the soak, on a machine that does nothing else; elsewhere a busy machine would break tight bounds.
+SOAK = any("soak" in argument and "not soak" not in argument for argument in sys.argv)
+
+
+def bound(seconds: float) -> float:
+    """Return the time that something may take: `seconds` in the soak, PATIENCE elsewhere."""
+    return seconds if SOAK else max(seconds, PATIENCE)
+
 
 # ---- World ----------------------------------------------------------------------------------------------------------
 # A server in this process (`world`) or in its own (`Process`), and people who use it with real clients. Waiting is for
@@ -4948,8 +4956,8 @@ async def test_cut_of_a_client_that_does_not_read(bare):
         await asyncio.sleep(0)
     began = time.monotonic()
     bare.sio.cut(sid, final=True)
-    assert (await bare.next_gone())[0] == sid and time.monotonic() - began < 0.2
-    assert await bare.settled() and time.monotonic() - began < 1.0
+    assert (await bare.next_gone())[0] == sid and time.monotonic() - began < bound(0.2)
+    assert await bare.settled() and time.monotonic() - began < bound(1.0)
     assert link.is_closing()
     sock.close()
 
@@ -5000,7 +5008,7 @@ async def test_frozen_clients_are_found_in_time():
         poller = await bare.poller()
         gone = {(await bare.next_gone()), (await bare.next_gone())}
         assert gone == {(sid, "ping timeout"), (poller.sio_sid, "ping timeout")}
-        assert 0.5 <= time.monotonic() - began < 1.0 and await bare.settled()
+        assert 0.5 <= time.monotonic() - began < bound(1.0) and await bare.settled()
         sock.close()
 
 
@@ -5035,8 +5043,8 @@ async def test_drain_tells_all_and_takes_no_more(bare):
     sock, sid = await deaf(bare)
     began = time.monotonic()
     listener = asyncio.create_task(ws.closed())
-    await bare.sio.drain(1.5)
-    assert await listener and time.monotonic() - began < 1.2
+    await bare.sio.drain(30)
+    assert await listener and time.monotonic() - began < bound(1.2)
     assert (await poll)[0] == 400  # and no CLOSE, which would keep Python's client away for ever
     gone = {(await bare.next_gone())[0] for _ in range(3)}
     assert gone == {ws.sid, client.sio_sid, sid} and await bare.settled()
@@ -8129,7 +8137,7 @@ async def test_who_freezes_is_gone_in_time(make_world: MakeWorld, monkeypatch: p
     await looks.hears("user:disconnected", user_id=cat.user_id)
     seconds = time.monotonic() - froze
     print(f"frozen client gone after {seconds:.2f} s")
-    assert seconds <= GHOST_SECONDS
+    assert seconds <= bound(GHOST_SECONDS)
     await until(lambda: not asleep.open(), 1)
     assert awake.open()
     assert "user:disconnected" not in [event for event, payload in looks.heard if payload["user_id"] == ben.user_id]
@@ -8243,7 +8251,7 @@ async def test_slow_clients_are_dropped_and_nobody_notices(launch: Launch, tmp_p
         f"p99 of a post {p99[0] * 1000:.1f} ms without and {p99[1] * 1000:.1f} ms with them"
     )
     assert largest - size <= (size - start) + (count << 20)
-    assert p99[1] <= 1.5 * p99[0] + 0.02
+    assert p99[1] <= 1.5 * p99[0] + bound(0.02)
 
 
 def asking(person: Person, place: Place, times: int = 1) -> bytes:
@@ -8662,7 +8670,7 @@ class Vitals:
             return
         assert isinstance(error, asyncio.CancelledError), error
         await until(lambda: files_open(self.process) <= self.files + 8, 5)  # SQLite opens some at need
-        assert self.slowest < 1
+        assert self.slowest < bound(1)
         assert self.largest - self.size <= self.room
 
     def __str__(self) -> str:
@@ -8974,7 +8982,7 @@ async def test_recovery_is_quick(launch: Launch, tmp_path: Path, tries: int) -> 
     await write_and_kill(process, writers, 1)
     process = await launch(database)
     print(f"{tries} messages, {database.stat().st_size >> 20} MiB: started in {process.seconds:.2f} s after a kill")
-    assert process.seconds < 2
+    assert process.seconds < bound(2)
     await writers.settle(process.world())
 
 
@@ -9072,7 +9080,7 @@ async def test_a_full_disk_is_not_fatal(launch: Launch, small_disk: Path, tries:
         many = await asyncio.gather(*(timed(world, long, ana) for _ in range(16)))
         assert {answer.status for answer, _ in many} <= {503, 201}
         acknowledged += [answer.body for answer, _ in many if answer.status == 201]
-        assert max(seconds for _, seconds in [reply, *many]) < 1
+        assert max(seconds for _, seconds in [reply, *many]) < bound(1)
         page = await ana.ok("GET", f"/channels/{writers.place.channel_id}/messages")
         assert page["messages"][-1] in acknowledged
         size = 3 + 8 * (number + 1)
@@ -9215,7 +9223,7 @@ async def test_a_missing_name_costs_as_much_as_a_wrong_password(world: World) ->
     wrong, missing = (sorted(times)[:20] for times in seconds.values())  # the undisturbed half
     ratio = sum(missing) / sum(wrong)
     print(f"a login takes {sum(wrong) / 20 * 1000:.1f} ms; a missing name {ratio:.2f} times as long")
-    assert 0.8 < ratio < 1.25
+    assert 0.8 < ratio < 1.25 or (not SOAK and 0.4 < ratio < 2.5)
 
 
 async def test_hashing_holds_nobody_up(world: World) -> None:
@@ -9230,7 +9238,7 @@ async def test_hashing_holds_nobody_up(world: World) -> None:
         slowest = max(slowest, time.perf_counter() - began)
         await asyncio.sleep(0.01)
     print(f"100 logins at once; another request took {slowest * 1000:.0f} ms at most")
-    assert slowest < 1
+    assert slowest < bound(1)
 
 
 @trials(50, 200)
