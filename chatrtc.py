@@ -1761,6 +1761,7 @@ class Store:
         self._full = False
         self._looked = -math.inf  # when
         self._files: list[tuple[int, int]] = []  # which files were opened
+        self._wal = beside(path, "-wal")  # found once: it is looked at before each commit
         self._publish = publish
         self._line: deque[Entry] = deque()
         self._wake = asyncio.Event()
@@ -1907,7 +1908,7 @@ class Store:
     def _identify(self) -> list[tuple[int, int]]:
         """Return the device and inode of the database and of its -wal; empty if one is missing."""
         with contextlib.suppress(FileNotFoundError):
-            return [(file.st_dev, file.st_ino) for file in (self.path.stat(), beside(self.path, "-wal").stat())]
+            return [(file.st_dev, file.st_ino) for file in map(os.stat, (self.path, self._wal))]
         return []
 
     def _require_files(self) -> None:

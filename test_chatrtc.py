@@ -673,6 +673,9 @@ def all_options() -> list[tuple[str, str]]:
 def test_an_option_reads_its_variable(name: str, option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     one = all_commands()[name]
     args = ["x" for parameter in one.params if isinstance(parameter, click.Argument)]
+    for needed in one.params:
+        if isinstance(needed, click.Option) and needed.required and needed.name != option:
+            args += [needed.opts[0], "x"]
     parameter = next(parameter for parameter in one.params if parameter.name == option)
     choices = parameter.type.choices if isinstance(parameter.type, click.Choice) else ()
     given = "123" if parameter.type is click.INT else str(tmp_path / "given")
