@@ -4318,6 +4318,7 @@ PREFLIGHT = CORS | {
     "Access-Control-Max-Age": "600",
 }
 ANONYMOUS_PART = 4  # at most one of so many sessions is of a user who is not known yet
+ANONYMOUS_PER_ADDRESS = 500  # such sessions of a chat: a school that comes back after a restart signs in within a second
 HOPS_MAX = 32  # proxies that X-Forwarded-For may name
 PORTS = {"http": 80, "https": 443}
 PORT_MAX = 65535
@@ -6272,7 +6273,7 @@ def rules_of(settings: Settings) -> dict[str, Any]:
         "origins": origins,
         "proxies": tuple(map(parse_network, settings.trusted_proxy)),
         "hosts": names if local else None,
-        "max_anonymous_per_address": 500,  # a school that comes back after a restart: they sign in within a second
+        "max_anonymous_per_address": ANONYMOUS_PER_ADDRESS,
     }
     if settings.no_rate_limit:
         rules |= {"max_sessions_per_address": 10**6, "max_anonymous_per_address": None, "frames_per_second": None}
