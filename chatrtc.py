@@ -6993,9 +6993,9 @@ def restore(source: Path, database: str) -> None:
         index_all(copy)
 
     with locked(path):
+        inspect_file(source)
         with contextlib.suppress(StartError, sqlite3.Error), snapshot(path) as db:  # what is replaced may be lost or damaged
             known = highest_number(db)
-        inspect_file(source)
         with snapshot(source) as db:
             part = copy_verified(db, path, renew)
         kept = replace_database(path, part)
