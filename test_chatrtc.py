@@ -10135,7 +10135,7 @@ async def test_long_polling_where_a_proxy_refuses_websocket(url: str, rest: Rest
     await expect(maya.locator("#offline")).to_be_hidden(timeout=30000)
     await maya.sees("while it was cut")
     await maya.page.close()
-    await expect(jonas.locator('.person[aria-label="Maya owner, Offline"]')).to_be_visible()
+    await expect(jonas.locator('.person[aria-label="Maya owner, Offline"]')).to_be_visible(timeout=60000)
     await proxy.cut()
 
 
@@ -10352,7 +10352,7 @@ async def test_a_new_name_shows_at_once(two: Any) -> None:
     await expect(maya.row("who am I?").locator(".who")).to_have_text("Jonas Weber")
     await expect(maya.locator('.person[aria-label="Jonas Weber, Online"]')).to_have_attribute("title", re.compile("^@Jonas"))
     await expect(jonas.locator("#my-status b")).to_have_text("Jonas Weber")
-    await jonas.locator("#text").press_sequentially("hm")
+    await jonas.locator("#text").press_sequentially("hm, hm, hm", delay=400)
     await expect(maya.locator("#typing")).to_have_text("Jonas Weber is typing…")
     await maya.click(".person >> text=Jonas Weber")
     await expect(maya.locator("#menu header")).to_have_text(re.compile("Jonas Weber *@Jonas"))
