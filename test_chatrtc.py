@@ -11458,14 +11458,15 @@ async def grown(tab: Tab, before: dict[str, int]) -> bool:
     return all(seen[key] > before[key] + 20 for key in ("sent", "received"))
 
 
-async def test_forbidden_microphone_says_what_to_do(rest: Rest, tab: Any, url: str) -> None:
-    maya_api = await rest.register("Maya")
-    server_id, _ = await maya_api.found()
-    await maya_api.call("POST", f"/servers/{server_id}/channels", {"name": "Study room", "kind": "voice"})
-    maya = await tab(maya_api, at=url.replace("127.0.0.1", "chat.test"))
-    await maya.get_by_role("button", name="Join voice: Study room").click()
-    await expect(maya.locator("#ask")).to_contain_text("--tls-self-signed")
-    await expect(maya.locator("#ask")).to_contain_text("--tls-cert")
+async def test_forbidden_microphone_says_what_to_do(tmp_path: Path, tab: Any) -> None:
+    async with page_server(tmp_path / "named.db", "--public-url", "http://chat.test") as url, aiohttp.ClientSession() as http:
+        maya_api = await Rest(url, http).register("Maya")
+        server_id, _ = await maya_api.found()
+        await maya_api.call("POST", f"/servers/{server_id}/channels", {"name": "Study room", "kind": "voice"})
+        maya = await tab(maya_api, at=url.replace("127.0.0.1", "chat.test"))
+        await maya.get_by_role("button", name="Join voice: Study room").click()
+        await expect(maya.locator("#ask")).to_contain_text("--tls-self-signed")
+        await expect(maya.locator("#ask")).to_contain_text("--tls-cert")
 
 
 # For everyone
@@ -11651,6 +11652,7 @@ async def test_tab_stays_in_a_drawer_without_inert(rest: Rest, tab: Any) -> None
     await phone.enter(maya_api)
     for button, drawer in (("#open-nav", "#nav"), ("#show-people", "#side")):
         await phone.click(button)
+        await expect(phone.locator(f"{drawer} button").first).to_be_visible()
         for key in ["Tab"] * 12 + ["Shift+Tab"] * 12:
             await phone.keyboard.press(key)
             assert not await phone.evaluate("document.activeElement.closest('#room')")
