@@ -5195,7 +5195,7 @@ class Chat:
         self.presence = Presence()
         self.pages = Pages()
         self.typists = Typists()
-        self._own_marks: dict[int, tuple[int, ...]] = {}  # channel -> server, user and message of a mark that is to be told
+        self._own_marks: dict[int, tuple[int, ...]] = {}  # channel -> server, user and message of a read mark to emit soon
         self.voices = Voices()
         self.own_url = self.lan_url = ""  # where it listens, and how others on the network reach it; set by `serve`
         self.connections: dict[str, Connection] = {}
