@@ -11219,7 +11219,9 @@ async def device(request: pytest.FixtureRequest, tab: Any, tmp_path: Path) -> As
         return
 
     async def chromium() -> Device:
-        return Chromium(await tab())
+        opened = await tab()
+        opened.tolerate = "401"  # a request that was under way while somebody signed out
+        return Chromium(opened)
 
     yield chromium
 
