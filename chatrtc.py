@@ -5195,7 +5195,7 @@ class Chat:
         self.presence = Presence()
         self.pages = Pages()
         self.typists = Typists()
-        self._own_marks: dict[int, tuple[int, ...]] = {}  # channel -> server, user and message of a read mark to emit soon
+        self._own_marks: dict[int, MarkOwnPost] = {}  # channel -> a read mark to emit soon
         self.voices = Voices()
         self.own_url = self.lan_url = ""  # where it listens, and how others on the network reach it; set by `serve`
         self.connections: dict[str, Connection] = {}
@@ -5300,26 +5300,27 @@ class Chat:
 
     def mark_own_post(self, *mark: int) -> None:
         """Put off `channel:read` for an own post: it would double the events of whoever posts quickly."""
-        _, user_id, channel_id, _ = mark
+        own = MarkOwnPost(*mark)
+        user_id, channel_id = own.user_id, own.channel_id
         before = self._own_marks.get(channel_id)
-        if before is not None and before[1] != user_id:
+        if before is not None and before.user_id != user_id:
             self.tell_mark(channel_id)  # what others post comes after it
         if user_id in self.sockets or "channel:read" in self.listeners:
             if channel_id not in self._own_marks:
                 asyncio.get_running_loop().call_later(OWN_MARK_SECONDS, self.tell_mark, channel_id)
-            self._own_marks[channel_id] = mark
+            self._own_marks[channel_id] = own
 
     def tell_mark(self, channel_id: int) -> None:
         mark = self._own_marks.pop(channel_id, None)
         if mark is not None:
-            self.tell("channel:read", mark[1], ReadState(channel_id, mark[3], 0, 0))
+            self.tell("channel:read", mark.user_id, ReadState(channel_id, mark.message_id, 0, 0))
 
     def forget_marks(self, server_id: int, user_id: int | None = None) -> None:
         """Nothing of a server is told after its user has left it."""
         self._own_marks = {
             channel_id: mark
             for channel_id, mark in self._own_marks.items()
-            if mark[0] != server_id or user_id not in (None, mark[1])
+            if mark.server_id != server_id or user_id not in (None, mark.user_id)
         }
 
     def close_channel(self, server_id: int, channel_id: int) -> None:

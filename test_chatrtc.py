@@ -6479,7 +6479,7 @@ async def test_what_root_does_leaves_the_files_to_their_owner(tmp_path: Path, fi
     assert owners() == {(OTHER_OWNER, OTHER_OWNER)}
     for file in folder.iterdir():
         file.unlink()
-    os.chown(folder, OTHER_OWNER, OTHER_OWNER)  # and where nothing was, the folder tells
+    os.chown(folder, OTHER_OWNER, OTHER_OWNER)  # without a database before, the owner of the folder counts
     await done("restore", str(backup), *database)
     await done("token", "ana", *database)
     assert owners() == {(OTHER_OWNER, OTHER_OWNER)}
