@@ -7347,7 +7347,7 @@ async def test_what_was_acknowledged_survives_kill(launch: Launch, tmp_path: Pat
     assert (await run_check(database)).startswith("sound")
     assert not writers.refused
     print(f"{tries} kills, {len(writers.answered)} answered, start at most {max(starts):.2f} s")
-    assert max(starts) < 2
+    assert max(starts) < bound(2)
 
 
 @trials(5, 100)
@@ -7370,7 +7370,7 @@ async def test_what_was_acknowledged_survives_a_power_cut(launch: Launch, tmp_pa
     assert await process.stop() == (0, "")
     assert dropped, "the cuts found everything synced, and show nothing"
     print(f"{tries} cuts, {len(writers.answered)} answered, {dropped} writes undone, start at most {max(starts):.2f} s")
-    assert max(starts) < 2
+    assert max(starts) < bound(2)
 
 
 async def test_a_power_cut_would_show_a_missing_sync(launch: Launch, tmp_path: Path, faults: Path) -> None:
@@ -9371,14 +9371,33 @@ async def test_no_secret_is_in_a_file_mode_or_a_log(launch: Launch, tmp_path: Pa
 
 # One hostile client against a server whose limits are on, while a class signs in, opens an invite, posts and searches.
 
+# The program that embeds the server has a listener that is slower than every message.
+SLOW_HOST = """
+import asyncio, sys, chatrtc
+
+class Slow(chatrtc.ChatRTC):
+    def __init__(self, *given, **settings):
+        super().__init__(*given, **settings)
+        self.on("message:new")(self.sleep)
+
+    async def sleep(self, payload):
+        await asyncio.sleep(3)
+
+chatrtc.ChatRTC = Slow
+chatrtc.main(sys.argv[3:])
+"""
+
 
 class Hostile(NamedTuple):
-    """What the hostile client has: an account of its own with a server, an invite of the class, and names to try."""
+    """What the hostile client has: an account with a server of 100,000 messages, an invite of the class, which it has used,
+    and the channel and peer of the teacher, who waits in a voice channel."""
 
     world: World
     me: Person
     place: Place
     code: str
+    class_id: int
+    voice: dict[str, Any]
     turn: Iterator[int]
 
 
@@ -9414,13 +9433,17 @@ async def register_many(hostile: Hostile) -> None:
 
 
 async def ask_and_not_read(hostile: Hostile) -> None:
-    url = f"{hostile.world.url}/servers/{hostile.place.server_id}/changes?after=0"
-    async with hostile.world.session.get(url, headers={"Authorization": f"Bearer {hostile.me.token}"}):
-        await asyncio.sleep(0.5)
+    async def ask() -> None:
+        url = f"{hostile.world.url}/servers/{hostile.place.server_id}/changes?after=0"
+        async with hostile.world.session.get(url, headers={"Authorization": f"Bearer {hostile.me.token}"}):
+            await asyncio.sleep(3)
+
+    await asyncio.gather(*(ask() for _ in range(6)), return_exceptions=True)
 
 
 async def search_much(hostile: Hostile) -> None:
-    await hostile.me.call("GET", f"/servers/{hostile.place.server_id}/search?q=xx")
+    await hostile.me.call("GET", f"/servers/{hostile.place.server_id}/search?q=e t a o i n s h r d l u")
+    await hostile.me.call("GET", f"/channels/{hostile.place.channel_id}/read")
 
 
 async def post_much(hostile: Hostile) -> None:
@@ -9433,9 +9456,20 @@ async def create_servers(hostile: Hostile) -> None:
     await hostile.me.call("GET", "/servers")
 
 
+async def signal_the_teacher(hostile: Hostile) -> None:
+    events = [("join_server", {"server_id": hostile.class_id}), ("voice:join", {"channel_id": hostile.voice["channel_id"]})]
+    events += [("voice:signal", hostile.voice | {"data": "x" * 16_000})] * 100
+    async with hostile.world.session.ws_connect(f"{hostile.world.url}/socket.io/?EIO=4&transport=websocket") as wire:
+        await wire.receive(timeout=PATIENCE)
+        await wire.send_str("40" + json.dumps({"token": hostile.me.token}))
+        for event in events:
+            await wire.send_str("42" + json.dumps(event))
+        await asyncio.sleep(0.5)
+
+
 ATTACKS = (
     draw_for_any_host, guess_codes, guess_passwords, sign_in_rightly, guess_under_fresh_names, open_sockets, register_many,
-    ask_and_not_read, search_much, post_much, create_servers,
+    ask_and_not_read, search_much, post_much, create_servers, signal_the_teacher,
 )  # fmt: skip
 
 
@@ -9445,15 +9479,16 @@ def from_address(url: str, address: str, told: str) -> World:
     return World(url, aiohttp.ClientSession(connector=connector, headers={"X-Forwarded-For": told}))
 
 
+async def sign_in_as(world: World, name: str) -> Person:
+    signed_in = await world.sign_in(name)
+    assert signed_in.status == 200, (name, signed_in)
+    return Person(world, name, signed_in.body["user_id"], signed_in.body["token"])
+
+
 async def be_a_pupil(url: str, name: str, number: int, code: str) -> None:
-    """Sign in, open an invite, post and search. Only signing in may need another try, on a machine with other work."""
+    """Sign in, open an invite, post and search; each succeeds at once."""
     async with from_address(url, "127.0.0.1", f"198.51.100.{number}") as world:
-        for _ in range(3):
-            signed_in = await world.sign_in(name)
-            if signed_in.status != 503:
-                break
-        assert signed_in.status == 200, signed_in
-        me = Person(world, name, signed_in.body["user_id"], signed_in.body["token"])
+        me = await sign_in_as(world, name)
         assert (await world.call("GET", f"/invites/{code}")).status == 200
         joined = await me.call("POST", f"/invites/{code}")
         assert joined.status in (200, 201), joined
@@ -9466,7 +9501,7 @@ async def watch_health(url: str, slowest: list[float]) -> None:
     async with from_address(url, "127.0.0.1", "198.51.100.250") as world:
         while True:
             began = time.monotonic()
-            with contextlib.suppress(*GONE):  # a kept connection may be closed by the server as it is used again
+            with contextlib.suppress(aiohttp.ServerDisconnectedError):  # a kept connection may be closed as it is used again
                 assert (await world.call("GET", "/healthz")).status == 200
             slowest[0] = max(slowest[0], time.monotonic() - began)
             await asyncio.sleep(0.25)
@@ -9478,32 +9513,65 @@ async def attack_until(end: float, attack: Callable[[Hostile], Awaitable[None]],
             await attack(hostile)
 
 
+PUPILS = [f"pupil-{number}" for number in range(20)]
+
+
+@pytest_asyncio.fixture(scope="session")
+async def school(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Place, Place]:
+    """A database with a class and its pupils, and with the server of somebody who is hostile, of 100,000 messages."""
+    path = tmp_path_factory.mktemp("school") / "chat.db"
+    process = await Server.start(path, "--no-rate-limit")
+    async with process.world() as world:
+        teacher, mallory, *_ = await world.people("teacher", "mallory", *PUPILS)
+        place, theirs = await world.place(teacher), await world.place(mallory, name="theirs")
+    await process.stop()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        for _ in range(10):
+            wordy(db, theirs, mallory.user_id, 10_000)
+            db.commit()
+    return path, place, theirs
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("address", ["127.0.0.2", "127.0.0.1"], ids=["from another address", "behind the same proxy"])
 async def test_one_hostile_client_stops_nobody(
-    launch: Launch, tmp_path: Path, attack: Callable[[Hostile], Awaitable[None]], address: str
+    launch: Launch,
+    tmp_path: Path,
+    school: tuple[Path, Place, Place],
+    attack: Callable[[Hostile], Awaitable[None]],
+    address: str,
 ) -> None:
-    process = await launch(tmp_path / "chat.db", "--trusted-proxy", "127.0.0.1", limits=True)
+    path, place, theirs = school
+    for file in (path, path.with_name("chat.db.secret")):
+        shutil.copy(file, tmp_path)
+    prefix = (sys.executable, "-c", SLOW_HOST)
+    env = {"PYTHONPATH": str(HERE)}
+    process = await launch(tmp_path / "chat.db", "--trusted-proxy", "127.0.0.1", limits=True, prefix=prefix, env=env)
     near = from_address(process.url, "127.0.0.1", "198.51.100.251")
     async with near as world, from_address(process.url, address, "203.0.113.66") as far:
-        teacher, me = await world.person("teacher"), await far.person("mallory")
-        code = (await teacher.ok("POST", f"/servers/{(await world.place(teacher)).server_id}/invites", {}))["code"]
-        names = [f"pupil-{number}" for number in range(20)]
-        await world.people(*names)
-        hostile = Hostile(far, me, await far.place(me), code, itertools.count())
+        teacher, me = await sign_in_as(world, "teacher"), await sign_in_as(far, "mallory")
+        code = (await teacher.ok("POST", f"/servers/{place.server_id}/invites", {}))["code"]
+        await me.ok("POST", f"/invites/{code}")
+        channel = await teacher.ok("POST", f"/servers/{place.server_id}/channels", {"name": "talk", "kind": "voice"})
+        here = await teacher.socket(place.server_id)
+        peer = await here.ok("voice:join", {"channel_id": channel["channel_id"]})
+        voice = {"channel_id": channel["channel_id"], "to": peer["peer_id"]}
+        hostile = Hostile(far, me, theirs, code, place.server_id, voice, itertools.count())
         before, slowest = memory(process), [0.0]
         health = asyncio.create_task(watch_health(process.url, slowest))
         end = time.monotonic() + 20
         attackers = [asyncio.create_task(attack_until(end, attack, hostile)) for _ in range(20)]
         await asyncio.sleep(3)
-        pupils = await asyncio.gather(
-            *(be_a_pupil(process.url, name, number, code) for number, name in enumerate(names)), return_exceptions=True
-        )
+        pupils = (be_a_pupil(process.url, name, number, code) for number, name in enumerate(PUPILS))
+        outcomes = await asyncio.gather(*pupils, return_exceptions=True)
         await asyncio.gather(*attackers)
         grown = memory(process) - before
         print(f"{attack.__name__} from {address}: health within {slowest[0]:.2f} s, memory {grown / 2**20:+.0f} MiB")
-        assert [outcome for outcome in pupils if outcome is not None] == []
+        assert [outcome for outcome in outcomes if outcome is not None] == []
+        greetings = {payload["content"] for event, payload in here.heard if event == "message:new"}
+        assert {f"good morning from {name}" for name in PUPILS} <= greetings
+        await here.ok("ping")
         assert not health.done(), health
         health.cancel()
         assert slowest[0] < 1
@@ -9695,8 +9763,9 @@ async def rest(url: str) -> AsyncIterator[Rest]:
         yield Rest(url, http)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="session")
 async def browser() -> AsyncIterator[Browser]:
+    """One browser for all tests, since starting it takes longer than most of them; `tab` gives each its own storage."""
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -9720,9 +9789,11 @@ async def tab(browser: Browser, url: str) -> AsyncIterator[Callable[..., Awaitab
         return tabs[-1]
 
     yield open_tab
+    complaints = []
     for one in tabs:
-        assert one.complaints == []
-        assert one.page.is_closed() or await one.page.evaluate("window.__csp ?? []") == []
+        complaints += one.complaints + ([] if one.page.is_closed() else await one.page.evaluate("window.__csp ?? []"))
+        await one.page.context.close()
+    assert complaints == []
 
 
 # What people get
@@ -9994,14 +10065,14 @@ async def test_no_text_holds_up_the_page_and_none_is_lost(rest: Rest, tab: Any) 
     maya_api = await rest.register("Maya")
     _, channel_id = await maya_api.found()
     maya = await tab(maya_api)
+    texts = worst_texts()
     async with asyncio.timeout(300):
-        for text in worst_texts():
-            message_id = (await maya_api.say(channel_id, text))["message_id"]
-            await expect(maya.locator(f'#log .row[data-id="{message_id}"]')).to_have_count(1)
-            letters = "".join(
-                char for char in text if unicodedata.category(char)[0] == "L" or unicodedata.category(char) == "So"
-            )
-            assert await maya.evaluate(LETTERS, message_id) == letters, text[:80]
+        for start in range(0, len(texts), 10):
+            said = {(await maya_api.say(channel_id, text))["message_id"]: text for text in texts[start : start + 10]}
+            await expect(maya.locator(f'#log .row[data-id="{max(said)}"]')).to_have_count(1)
+            for message_id, text in said.items():
+                letters = "".join(char for char in text if unicodedata.category(char) in ("Lu", "Ll", "Lt", "Lm", "Lo", "So"))
+                assert await maya.evaluate(LETTERS, message_id) == letters, text[:80]
 
 
 @pytest.mark.soak
@@ -11357,8 +11428,8 @@ async def test_no_hostile_text_runs(two: Any) -> None:
         said = await jonas_api.say(channel_id, f"{payload}\n\nno. {number};")
         emoji = quote("/".join(payload.split())[:32], safe="")
         await maya_api.call("PUT", f"/messages/{said['message_id']}/reactions/{emoji}", ok=False)
-        await expect(maya.row(f"no. {number};")).to_have_count(1)
         if number % 10 == 0:
+            await expect(maya.row(f"no. {number};")).to_have_count(1)
             await maya.fill("#q", payload.replace("\n", " ")[:100])
             await maya.press("#q", "Enter")
             await expect(maya.locator("#side h2")).to_contain_text("Results for")
