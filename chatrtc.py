@@ -4,32 +4,32 @@ Users, servers (communities), channels, messages, typing and presence, over Sock
 
     python chatrtc.py serve
 
-The file is read from top to bottom, in rooms; each uses only the rooms above it:
+The file is read from top to bottom, in sections. The code in each uses only names that are defined above it:
 
-    Settings      what can be set, once: the command line, the environment and the README follow from it
-    Errors        what can go wrong, and how it is said
-    Text          names, mentions and search: what is done with text
-    Payloads      the shapes of everything that comes in and goes out
-    Events        what the server tells of its own accord, and to whom
-    Files         the database file: opening, checking, migrating, locking, copying
-    Store         the open database: one writer, some readers
-    Questions     the SQL of accounts, servers and members: one function for each query
-    Message questions  the SQL of messages
-    Presence      who is here, who types, who talks: in memory alone
-    Keys          passwords and tokens
-    Limits        how often somebody may do something
-    Policy        who may do what
-    Operations    what can be asked of the database, in the order of the product
-    Sessions      Engine.IO: a client's session, its bounds and its end, and the fast fan-out
-    Engine        all sessions, and the HTTP requests that reach them
-    Transport     Socket.IO on it: guarded, and in order
-    Chat          sockets, sessions and the one function that carries out what operations ask for
-    Live          what can be asked of the living chat
-    Doors         REST, Socket.IO, and the descriptions made from the table of operations
-    Application   starting, stopping, embedding
-    Command line  `chatrtc serve` and its siblings
+    Settings            every option, declared once: the command line, the environment and the docs follow from it
+    Errors              every error that a client can get: codes, reasons and texts
+    Text                names, mentions and search: rules about text
+    Payloads            the shapes of all arguments and results
+    Events              the events that the server emits, and the effects of operations
+    Files               the database file: opening, checking, migrating, locking, copying
+    Store               the open database: one writer, several readers
+    Queries             the SQL for accounts, servers and members
+    Message queries     the SQL for messages, reactions, read marks and search
+    Presence            users who are connected, typing or in a voice channel: kept in memory only
+    Authentication      passwords and tokens
+    Rate limits         how often a user or an address may do something
+    Authorization       which roles may do what
+    Operations          operations that run in one database transaction, in the order a user meets them
+    Engine.IO sessions  one client's session: its buffers, its limits and how it ends; the fast fan-out
+    Engine.IO server    all sessions, and the HTTP requests that open and reach them
+    Socket.IO server    Socket.IO on top of it: validated, and in order
+    Hub                 sockets and their users; applies the effects of operations
+    Async operations    operations that need more than one transaction, or sockets
+    API                 REST and Socket.IO handlers, OpenAPI and AsyncAPI, all derived from the table of operations
+    Application         starting, stopping, embedding
+    Command line        `chatrtc serve` and the other commands
 
-Three laws: names point upward; every call is answered; what is published has been committed.
+Three laws: code uses only names defined above it; every call is answered; what is published has been committed.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     no_rate_limit: Annotated[bool, Meta(description="Lift every limit on how often and how many; for benchmarks.")] = False
 
 
-def setting_names() -> list[tuple[str, msgspec.structs.FieldInfo]]:
+def setting_flags() -> list[tuple[str, msgspec.structs.FieldInfo]]:
     """Each setting with its name on the command line."""
     return [("--" + field.name.replace("_", "-"), field) for field in msgspec.structs.fields(Settings)]
 
@@ -155,7 +155,7 @@ def setting_names() -> list[tuple[str, msgspec.structs.FieldInfo]]:
 
 class ErrorKind(NamedTuple):
     status: int
-    sentence: str
+    detail: str
 
 
 ERRORS = {
@@ -173,7 +173,7 @@ ERRORS = {
 
 class Reason(NamedTuple):  # finer than the code, stable, and translated by the page
     code: str
-    sentence: str
+    detail: str
 
 
 REASONS = {
@@ -264,26 +264,26 @@ class ChatError(Exception):
         reason: str | None = None, field: str | None = None,
     ) -> None:  # fmt: skip
         self.code = code
-        self.sentence = sentence or ERRORS[code].sentence
+        self.detail = sentence or ERRORS[code].detail
         self.retry_after = retry_after
         self.status = status or ERRORS[code].status
         self.reason = reason
         self.field = field
-        super().__init__(f"{code}: {self.sentence}")
+        super().__init__(f"{code}: {self.detail}")
 
     def body(self) -> dict[str, Any]:
         wait = None if self.retry_after is None else max(1, round(self.retry_after + 0.5))
         more = {"reason": self.reason, "field": self.field, "retry_after": wait}
-        return {"error": self.sentence, "code": self.code} | {key: value for key, value in more.items() if value is not None}
+        return {"error": self.detail, "code": self.code} | {key: value for key, value in more.items() if value is not None}
 
 
-def refusal(reason: str, *, field: str | None = None, retry_after: float | None = None, **values: object) -> ChatError:
+def chat_error(reason: str, *, field: str | None = None, retry_after: float | None = None, **values: object) -> ChatError:
     """Return the error for a reason of `REASONS`; `values` fill the placeholders of its sentence."""
     code, sentence = REASONS[reason]
     return ChatError(code, sentence.format(**values), retry_after, reason=reason, field=field)
 
 
-async def outcome_of(work: Awaitable[Any]) -> Any:
+async def result_or_exception(work: Awaitable[Any]) -> Any:
     """Await `work` and return its result or the exception it raised. The only broad `except` in this file."""
     try:
         return await work
@@ -301,16 +301,16 @@ class StartError(Exception):
 JOINERS = "\u200c\u200d"  # they shape the letters and emojis around them, and are invisible themselves
 CONTROLS = "\x00-\x1f\x7f-\x9f"
 # What nobody sees, but white space: Unicode's Default_Ignorable_Code_Point, and characters that fonts leave blank.
-UNSEEN = (
+INVISIBLE_CHARS = (
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufffb\U00016fe4\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-VISIBLE = f"(?=[\\s{UNSEEN}]*[^\\s{UNSEEN}{CONTROLS}])"  # ahead is something to see
+VISIBLE = f"(?=[\\s{INVISIBLE_CHARS}]*[^\\s{INVISIBLE_CHARS}{CONTROLS}])"  # ahead is something to see
 TEXT = "[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"  # no control characters but tab and newline
-SHOWN = f"^{VISIBLE}{TEXT}"
+VISIBLE_TEXT = f"^{VISIBLE}{TEXT}"
 # A name has no invisible characters but spaces, and joiners and emoji selectors after a character that they can shape.
 NAME = (
-    f"^{VISIBLE}(?:[^{CONTROLS}\u2028\u2029{UNSEEN}]|(?<=[^\x00-\u058f\\s{JOINERS}])[{JOINERS}](?=\\S)|"
+    f"^{VISIBLE}(?:[^{CONTROLS}\u2028\u2029{INVISIBLE_CHARS}]|(?<=[^\x00-\u058f\\s{JOINERS}])[{JOINERS}](?=\\S)|"
     "(?<=[#*0-9\u00a9\u00ae\u203c-\ufdff\U0001f000-\U0001ffff])[\ufe0e\ufe0f]|(?<=\U0001f3f4)[\U000e0020-\U000e007f]+)*$(?!\n)"
 )
 # Scripts that are written together, by the first word of their characters' names in Unicode; every other is written alone.
@@ -324,7 +324,7 @@ CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # no two look alike
 VIRAMA = 9  # the combining class of signs that join two consonants
 
 
-def fold(name: str) -> str:
+def name_key(name: str) -> str:
     """Return what makes two names the same: NFKC and case folding (applied twice, as folding may undo the first form), without
     joiners."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
@@ -339,13 +339,13 @@ def script_of(char: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def in_username(char: str) -> bool:
+def is_username_char(char: str) -> bool:
     """Return whether a username may contain the character, joiners apart: a visible letter, digit or mark, or `_.-`.
 
     Marks that enclose a letter (category Me) are not allowed: no script needs them.
     """
     category = unicodedata.category(char)
-    return char in "_.-" or (category[0] in "LNM" and category != "Me" and not re.match(f"[{UNSEEN}]", char))
+    return char in "_.-" or (category[0] in "LNM" and category != "Me" and not re.match(f"[{INVISIBLE_CHARS}]", char))
 
 
 def is_joiner(name: str, at: int) -> bool:
@@ -357,7 +357,7 @@ def is_joiner(name: str, at: int) -> bool:
     return is_cursive or unicodedata.combining(name[at - 1]) == VIRAMA
 
 
-def has_heaps(name: str) -> bool:
+def has_stacked_marks(name: str) -> bool:
     """Return whether a letter carries more marks than anybody writes: three accents, five marks, or the same one twice."""
     for are_marks, run in itertools.groupby(unicodedata.normalize("NFD", name), lambda c: unicodedata.category(c)[0] == "M"):
         marks = "".join(run) if are_marks else ""
@@ -373,10 +373,10 @@ def is_username(name: str) -> bool:
     plain = unicodedata.normalize("NFKC", name)
     scripts = {script_of(char) for char in plain} - {""}
     zeros = {ord(char) - unicodedata.decimal(char) for char in plain if char.isdecimal()}
-    if not 2 <= len(fold(name)) <= 32 or unicodedata.category(plain[0])[0] == "M" or len(zeros) > 1:
+    if not 2 <= len(name_key(name)) <= 32 or unicodedata.category(plain[0])[0] == "M" or len(zeros) > 1:
         return False
-    fits = all(in_username(text[at]) or is_joiner(text, at) for text in (name, plain) for at in range(len(text)))
-    return fits and not has_heaps(plain) and (len(scripts) <= 1 or any(scripts <= group for group in TOGETHER))
+    fits = all(is_username_char(text[at]) or is_joiner(text, at) for text in (name, plain) for at in range(len(text)))
+    return fits and not has_stacked_marks(plain) and (len(scripts) <= 1 or any(scripts <= group for group in TOGETHER))
 
 
 # The text of a message, as far as mentions need it: where its code, links and addresses are. The page reads text by the same
@@ -389,7 +389,7 @@ UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\ua9e0-\ua9ff\ua
 UNSPACED += "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc"
 UNSPACED_CHAR, HANGUL_CHAR = re.compile(f"[{UNSPACED}]"), re.compile(f"[{HANGUL}]")
-BESIDE_UNSPACED = re.compile(f"(?=[{UNSPACED}])|(?<=[{UNSPACED}])")
+UNSPACED_BOUNDARY = re.compile(f"(?=[{UNSPACED}])|(?<=[{UNSPACED}])")
 NOT_IN_URL = r"\x00-\x20\x7f-\xa0\"<>\\`\u060c\u061b\u061f\u0964\u0965\u1680\u2000-\u200f\u2014\u2018-\u201f\u2026-\u202f"
 NOT_IN_URL += (
     r"\u205f-\u206f\u3000-\u3003\u3008-\u301f\ufeff\uff01\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f\uff3b\uff3d\uff5b-\uff65"
@@ -416,7 +416,7 @@ def char_kind(char: str) -> str:
 
 def handle_keys(run: str) -> list[str]:
     """Return the folded handles that the text after an `@` may begin with, shortest first."""
-    folded = fold(run)[:33]
+    folded = name_key(run)[:33]
     kinds = [*map(char_kind, folded), ""]
     length = min(kinds.index(""), 32)
     may_end = (end for end in range(2, length + 1) if kinds[end] != "word" or kinds[end - 1] in ("free", "hangul"))
@@ -527,7 +527,7 @@ def mention_runs(content: str) -> list[list[str]]:
 
 def shorten(name: str, length: int) -> str:
     name = name[:length]
-    while len(fold(name)) > length:
+    while len(name_key(name)) > length:
         name = name[:-1]
     return name.rstrip("._-" + JOINERS)
 
@@ -535,7 +535,7 @@ def shorten(name: str, length: int) -> str:
 def handle_of(name: str) -> str:
     """Return the beginning of a username for a display name: its words that fit together, with dots between them."""
     plain = unicodedata.normalize("NFKC", re.sub("['\u2019]", "", name))
-    words = "".join(f"{unicodedata.decimal(c, c)}" if in_username(c) or c in JOINERS else " " for c in plain).split()
+    words = "".join(f"{unicodedata.decimal(c, c)}" if is_username_char(c) or c in JOINERS else " " for c in plain).split()
     handle = ""
     for word in words:
         longer = shorten(f"{handle}.{word}".strip("._-"), 30)
@@ -576,7 +576,7 @@ def search_text(text: str) -> str:
     if text.isascii():
         return text.lower()
     letters = ACCENTS.sub("", unicodedata.normalize("NFKD", text)[:SEARCH_MAX]).casefold().translate(PLAIN_LETTERS)
-    return BESIDE_UNSPACED.sub(" ", unicodedata.normalize("NFC", letters))
+    return UNSPACED_BOUNDARY.sub(" ", unicodedata.normalize("NFC", letters))
 
 
 def search_phrases(q: str) -> str:
@@ -595,15 +595,15 @@ def search_phrases(q: str) -> str:
 # encodes and describes. In an answer a field with a default is omitted while it has that value.
 
 
-def blame(reason: str, field: str) -> ValueError:
-    """Return what a check of arguments raises: a reason of `REASONS` and the field, as `explain` reads them."""
+def field_error(reason: str, field: str) -> ValueError:
+    """Return the error that a check of arguments raises. `describe_validation_error` takes its reason and field apart again."""
     return ValueError(f"{reason} - at `$.{field}`")
 
 
 def clean_name(name: str) -> str:
     """Return a display name without the spaces around it. Raises ValueError with the reason NAME_FORM."""
-    if not re.match(NAME, name.strip()) or has_heaps(name):
-        raise blame("NAME_FORM", "name")
+    if not re.match(NAME, name.strip()) or has_stacked_marks(name):
+        raise field_error("NAME_FORM", "name")
     return name.strip()
 
 
@@ -614,11 +614,11 @@ Password = Annotated[str, Meta(min_length=8, max_length=256)]
 Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=NAME)]
 DisplayName = Annotated[str, Meta(min_length=1, max_length=64)]
 Topic = Annotated[str, Meta(max_length=1000, pattern=f"^(?:$|{VISIBLE}){TEXT}")]
-Content = Annotated[str, Meta(min_length=1, max_length=4000, pattern=SHOWN)]
+Content = Annotated[str, Meta(min_length=1, max_length=4000, pattern=VISIBLE_TEXT)]
 Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=f"^{VISIBLE}[^\\s{CONTROLS}]+$")]
 Nonce = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 Code = Annotated[str, Meta(min_length=1, max_length=64)]
-Query = Annotated[str, Meta(min_length=1, max_length=200, pattern=f"^\\s*[^\\s{CONTROLS}]{TEXT}")]
+SearchText = Annotated[str, Meta(min_length=1, max_length=200, pattern=f"^\\s*[^\\s{CONTROLS}]{TEXT}")]
 Token = Annotated[str, Meta(max_length=4096)]
 PeerId = Annotated[str, Meta(min_length=1, max_length=64)]
 Role = Literal["owner", "admin", "member"]
@@ -630,7 +630,7 @@ class Args(Struct, forbid_unknown_fields=True):
     """The arguments of an operation: one flat object, whichever door they came through."""
 
 
-class Nothing(Args):
+class NoArgs(Args):
     pass
 
 
@@ -639,7 +639,7 @@ class Credentials(Args):
     password: Annotated[str, Meta(min_length=1, max_length=256)]
 
 
-class NewName(Args):
+class NewIdentity(Args):
     username: Username | None = None  # derived from the display name if it is missing
     name: DisplayName | None = None
     code: Code | None = None
@@ -650,16 +650,16 @@ class NewName(Args):
         if self.name is not None:
             self.name = clean_name(self.name)
         if self.username is None and self.name is None:
-            raise blame("FIELD_MISSING", "username")
+            raise field_error("FIELD_MISSING", "username")
         if self.username is not None and not is_username(self.username):
-            raise blame("USERNAME_FORM", "username")
+            raise field_error("USERNAME_FORM", "username")
 
 
-class NewUser(NewName, kw_only=True):
+class NewUser(NewIdentity, kw_only=True):
     password: Password
 
 
-class NewGuest(NewName, kw_only=True):
+class NewGuest(NewIdentity, kw_only=True):
     code: Code
 
 
@@ -779,13 +779,13 @@ class ReactionArgs(MessageArgs):
     emoji: Emoji
 
 
-class ReadArgs(ChannelArgs):
+class MarkReadArgs(ChannelArgs):
     message_id: Annotated[int, Meta(ge=0, le=2**63 - 1)]  # the last message that is read
     back: bool = False
 
 
 class SearchArgs(ServerArgs):
-    q: Query
+    q: SearchText
     channel_id: Id | None = None
     author_id: Id | None = None
     before: Id | None = None
@@ -797,11 +797,11 @@ class SignalArgs(ChannelArgs):
     data: Any
 
 
-class View(Struct, omit_defaults=True):
+class Payload(Struct, omit_defaults=True):
     """What goes out: a thing as it is, flat."""
 
 
-class Named(View, kw_only=True):
+class Named(Payload, kw_only=True):
     name: str | None = None  # the display name, if it differs from the username
 
 
@@ -822,7 +822,7 @@ class ChannelUser(Named):
     username: str
 
 
-class Account(Identity):
+class AuthResponse(Identity):
     token: str
     expires_at: str
 
@@ -833,7 +833,7 @@ class Profile(Identity):
     guest: bool = False
 
 
-class Channel(View):
+class Channel(Payload):
     server_id: int
     channel_id: int
     name: str
@@ -841,7 +841,7 @@ class Channel(View):
     topic: str
 
 
-class Server(View):
+class Server(Payload):
     server_id: int
     name: str
     owner_id: int
@@ -850,11 +850,11 @@ class Server(View):
     channels: list[Channel]
 
 
-class Servers(View):
+class Servers(Payload):
     servers: list[Server]
 
 
-class Channels(View):
+class Channels(Payload):
     channels: list[Channel]
 
 
@@ -867,7 +867,7 @@ class Member(ServerUser):
     invited_by: str | None = None  # the invite's code, for admins only
 
 
-class Members(View):
+class Members(Payload):
     members: list[Member]
     former: list[Identity] = []  # left, but their messages and reactions are still there
 
@@ -877,21 +877,21 @@ class Ban(ServerUser):
     banned_at: str
 
 
-class Bans(View):
+class Bans(Payload):
     bans: list[Ban]
     has_more: bool = False
 
 
-class Link(View):
+class Link(Payload):
     code: str
     expires_at: str
 
 
-class Removed(View):
+class Removed(Payload):
     removed: int
 
 
-class Invite(View):
+class Invite(Payload):
     code: str
     server_id: int
     max_uses: int | None
@@ -899,23 +899,23 @@ class Invite(View):
     expires_at: str | None
 
 
-class Invites(View):
+class Invites(Payload):
     invites: list[Invite]
 
 
-class InvitePreview(View):
+class InvitePreview(Payload):
     code: str
     server_id: int
     server_name: str
     member_count: int
 
 
-class Reaction(View):
+class Reaction(Payload):
     emoji: str
     user_ids: list[int]
 
 
-class Message(View):
+class Message(Payload):
     channel_id: int
     message_id: int
     content: str
@@ -931,18 +931,18 @@ class Message(View):
     author_name: str | None = None
 
 
-class Messages(View):
+class Messages(Payload):
     messages: list[Message]
     has_more: bool
 
 
-class Deletion(View):
+class Deletion(Payload):
     channel_id: int
     message_id: int
     seq: int
 
 
-class Changes(View):
+class Changes(Payload):
     seq: int
     has_more: bool
     messages: list[Message]
@@ -954,48 +954,48 @@ class Changes(View):
     former: list[Identity] = []
 
 
-class ReadState(View):
+class ReadState(Payload):
     channel_id: int
     last_read_id: int
     unread: int
     mentions: int
 
 
-class ReadStates(View):
+class ReadStates(Payload):
     reads: list[ReadState]
 
 
-class VoiceChanged(ChannelUser):
+class VoicePeer(ChannelUser):
     peer_id: str
 
 
-class Joined(View):
+class JoinServerResult(Payload):
     connected_users: list[int]
     seq: int
     changes: Changes | UnsetType = UNSET
-    voice: list[VoiceChanged] = []
+    voice: list[VoicePeer] = []
 
 
 class Participant(Identity):
     peer_id: str
 
 
-class IceServer(View):
+class IceServer(Payload):
     urls: str
 
 
-class VoiceJoined(View):
+class VoiceJoinResult(Payload):
     peer_id: str
     participants: list[Participant]
     ice_servers: list[IceServer]
 
 
-class Health(View):
+class Health(Payload):
     status: Literal["ok"]
     version: str
 
 
-class Configuration(View):
+class PublicSettings(Payload):
     registration: str
     guests: bool
     version: str
@@ -1021,16 +1021,16 @@ VALIDATION_REASONS = {  # msgspec's error -> our reason; a group is the field if
 }
 
 
-def explain(complaint: str) -> ChatError:
+def describe_validation_error(complaint: str) -> ChatError:
     """Return the error for a msgspec validation error, given its text. A text of ours names a reason of `REASONS`."""
     field, detail = FIELD.search(complaint), FIELD.sub("", complaint)
     where = field[1] if field else None
     if detail in REASONS:
-        return refusal(detail, field=where, what=where)
+        return chat_error(detail, field=where, what=where)
     for pattern, reason in VALIDATION_REASONS.items():
         if found := re.fullmatch(pattern, detail, re.DOTALL):
             what, n = found.groupdict().get("what") or where, found.groupdict().get("n") or ""
-            return refusal(reason, field=what, what=what or "The request", n=n.replace("`", "'"))
+            return chat_error(reason, field=what, what=what or "The request", n=n.replace("`", "'"))
     return ChatError("BAD_REQUEST", detail.replace("`", "'"), field=where)
 
 
@@ -1040,9 +1040,9 @@ def read_args(kind: type[T], raw: Any) -> T:
         args = msgspec.convert(raw, kind)
         msgspec.json.encode(raw)  # a lone surrogate is no text: neither the database nor a client could hold it
     except msgspec.ValidationError as error:
-        raise explain(str(error)) from None
+        raise describe_validation_error(str(error)) from None
     except UnicodeEncodeError:
-        raise refusal("NOT_TEXT") from None
+        raise chat_error("NOT_TEXT") from None
     except (RecursionError, TypeError, ValueError):
         raise ChatError("BAD_REQUEST") from None
     return args
@@ -1082,7 +1082,7 @@ class MemberUpdated(MemberChanged, kw_only=True):
     role: Role
 
 
-class ChannelChanged(View):
+class ChannelChanged(Payload):
     server_id: int
     channel_id: int
     name: str
@@ -1091,30 +1091,30 @@ class ChannelChanged(View):
     topic: str = ""
 
 
-class ChannelDeleted(View):
+class ChannelDeleted(Payload):
     server_id: int
     channel_id: int
     seq: int
 
 
-class ServerRenamed(View):
+class ServerRenamed(Payload):
     server_id: int
     name: str
     seq: int
 
 
-class ServerDeleted(View):
+class ServerDeleted(Payload):
     server_id: int
 
 
-class VoiceSignal(View):
+class VoiceSignal(Payload):
     channel_id: int
     from_: str = msgspec.field(name="from")
     user_id: int
     data: Any
 
 
-class Failure(View):
+class ErrorNotice(Payload):
     event: str
     error: str
     code: str
@@ -1123,9 +1123,9 @@ class Failure(View):
 
 
 class EventKind(NamedTuple):
-    payload: type[View]
+    payload: type[Payload]
     room: Literal["server", "channel", "user", "socket"]
-    sentence: str
+    description: str
 
 
 EVENTS = {
@@ -1149,10 +1149,10 @@ EVENTS = {
     "channel:deleted": EventKind(ChannelDeleted, "server", "A channel was deleted."),
     "server:updated": EventKind(ServerRenamed, "server", "The server was renamed."),
     "server:deleted": EventKind(ServerDeleted, "server", "The server was deleted."),
-    "voice:join": EventKind(VoiceChanged, "server", "Somebody joined a voice channel."),
-    "voice:leave": EventKind(VoiceChanged, "server", "Somebody left a voice channel."),
+    "voice:join": EventKind(VoicePeer, "server", "Somebody joined a voice channel."),
+    "voice:leave": EventKind(VoicePeer, "server", "Somebody left a voice channel."),
     "voice:signal": EventKind(VoiceSignal, "socket", "A peer's WebRTC signal."),
-    "error": EventKind(Failure, "socket", "An event sent without an ack failed."),
+    "error": EventKind(ErrorNotice, "socket", "An event sent without an ack failed."),
 }
 
 
@@ -1162,20 +1162,20 @@ EVENTS = {
 class Emit(NamedTuple):
     event: str
     to: int  # the id of the server, channel or user whose room receives it
-    payload: View
+    payload: Payload
 
 
-class OpenChannel(NamedTuple):  # sockets of the server join the new channel's room
+class AddChannelRoom(NamedTuple):  # sockets of the server join the new channel's room
     server_id: int
     channel_id: int
 
 
-class CloseChannel(NamedTuple):
+class RemoveChannelRoom(NamedTuple):
     server_id: int
     channel_id: int
 
 
-class CloseServer(NamedTuple):
+class RemoveServerRoom(NamedTuple):
     server_id: int
 
 
@@ -1210,7 +1210,7 @@ class MarkOwnPost(NamedTuple):
     message_id: int
 
 
-class TellMark(NamedTuple):
+class EmitReadMark(NamedTuple):
     """Tell now what `MarkOwnPost` put off for this channel."""
 
     channel_id: int
@@ -1222,16 +1222,26 @@ class StopTyping(NamedTuple):
 
 
 Effect = (
-    Emit | OpenChannel | CloseChannel | CloseServer | Evict | Revoke | SetStatus | Rename | StopTyping | MarkOwnPost | TellMark
+    Emit
+    | AddChannelRoom
+    | RemoveChannelRoom
+    | RemoveServerRoom
+    | Evict
+    | Revoke
+    | SetStatus
+    | Rename
+    | StopTyping
+    | MarkOwnPost
+    | EmitReadMark
 )
 
 
-class Done(NamedTuple, Generic[T]):
+class Result(NamedTuple, Generic[T]):
     """The result of an operation: its answer, its effects, and whether it only repeats what was done before."""
 
-    answer: T
+    value: T
     effects: Sequence[Effect] = ()
-    repeat: bool = False
+    replayed: bool = False
 
 
 # ---- Files ---------------------------------------------------------------------------------------------------------
@@ -1274,9 +1284,9 @@ MIGRATIONS = (
     UPDATE search SET indexed_id = 0;
     """,
 )
-VERSION = len(MIGRATIONS) + 1
+SCHEMA_FORMAT = len(MIGRATIONS) + 1
 THOROUGH_MAX = 64 * 1024 * 1024  # up to this size a start checks what each index holds as well, which is a second
-MAGIC = b"SQLite format 3\0"
+SQLITE_MAGIC = b"SQLite format 3\0"
 PRAGMAS = {
     "journal_mode": "wal", "synchronous": 2, "foreign_keys": 1,
     "trusted_schema": 0, "cell_size_check": 1, "secure_delete": 1,
@@ -1299,7 +1309,7 @@ def utc(moment: float) -> str:
     return utc_second(int(moment))
 
 
-def beside(database: Path, suffix: str) -> Path:
+def sibling_path(database: Path, suffix: str) -> Path:
     """Return the file next to a database that is named after it, such as its -wal."""
     return Path(f"{database.resolve()}{suffix}")
 
@@ -1337,7 +1347,7 @@ def connect_reader(path: Path, *, immutable: bool = False) -> sqlite3.Connection
 
 
 @contextlib.contextmanager
-def one_line(path: Path) -> Iterator[None]:
+def as_start_error(path: Path) -> Iterator[None]:
     """What keeps a database from being opened, as a StartError."""
     try:
         yield
@@ -1350,7 +1360,7 @@ def one_line(path: Path) -> Iterator[None]:
 
 def open_private(path: Path, flags: int) -> int:
     """Open a file for its owner alone. Raises StartError if it is a link or no regular file: others may have put it there."""
-    with one_line(path):
+    with as_start_error(path):
         try:
             file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         except OSError as error:
@@ -1395,41 +1405,41 @@ def read_private(path: Path, database: Path) -> bytes:
         return file.read()
 
 
-def format_of(db: sqlite3.Connection) -> int:
+def read_format(db: sqlite3.Connection) -> int:
     """Return the number of a database's format; 0 if it is new."""
     return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
 def require_newest(version: int, path: Path) -> None:
     """Raise StartError for a database of an older format."""
-    if version < VERSION:
-        state = f"has an older format ({version}; this ChatRTC uses {VERSION})" if version else "is empty"
+    if version < SCHEMA_FORMAT:
+        state = f"has an older format ({version}; this ChatRTC uses {SCHEMA_FORMAT})" if version else "is empty"
         raise StartError(f"{path} {state}: start the server once, or run `chatrtc migrate`")
 
 
 def check_format(db: sqlite3.Connection, path: Path) -> int:
     """Return the format of a database. Raises StartError if it is not ours, or newer."""
-    version = format_of(db)
+    version = read_format(db)
     (owner,) = db.execute("PRAGMA application_id").fetchone()
     blank = not version and not db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
     if not blank and owner != APPLICATION_ID:
         raise StartError(f"{path} is a database of another program; it was left as it is")
-    if version > VERSION:
-        formats = f"format {version}; this one knows {VERSION}"
+    if version > SCHEMA_FORMAT:
+        formats = f"format {version}; this one knows {SCHEMA_FORMAT}"
         raise StartError(f"{path} was written by a newer ChatRTC ({formats}): use that one, or restore a backup")
     return version
 
 
-def refuse_other(path: Path) -> bytes:
+def read_sqlite_header(path: Path) -> bytes:
     """Leave what is no SQLite database alone, without so much as a lock beside it; the file's header. Raises StartError."""
     header = b""
-    with one_line(path):
+    with as_start_error(path):
         if path.is_dir():
             raise StartError(f"Cannot open {path}: Is a directory")
         if path.exists():
             with path.open("rb") as file:
                 header = file.read(100)
-        if header and not header.startswith(MAGIC):
+        if header and not header.startswith(SQLITE_MAGIC):
             raise StartError(f"{path} is not an SQLite database; it was left as it is")
     return header
 
@@ -1439,16 +1449,16 @@ def is_backup(header: bytes) -> bool:
     return header[18:19] == b"\1"
 
 
-def inspect_file(path: Path) -> int:
+def check_openable(path: Path) -> int:
     """Check that a database that nobody uses can be opened, without changing it, and return its format. Raises StartError.
 
     SQLite would take a -wal that lies beside a database for its own, whatever it belongs to, and mix the two or throw it away.
     """
-    header, wal = refuse_other(path), beside(path, "-wal")
-    with one_line(path):
+    header, wal = read_sqlite_header(path), sibling_path(path, "-wal")
+    with as_start_error(path):
         unsaved = wal.exists() and wal.stat().st_size > 0
         way_back = f"put a backup in its place with `chatrtc restore`, or move {wal if unsaved else path} away"
-        if not header and (unsaved or (path.exists() and beside(path, ".secret").exists())):
+        if not header and (unsaved or (path.exists() and sibling_path(path, ".secret").exists())):
             raise StartError(f"{path} is empty, but it held something, as what lies beside it shows: {way_back}")
         if not header:
             return 0
@@ -1457,34 +1467,34 @@ def inspect_file(path: Path) -> int:
         with contextlib.closing(connect_reader(path, immutable=not unsaved)) as db:
             version = check_format(db, path)
             thorough = path.stat().st_size < THOROUGH_MAX
-            trouble = db.execute(f"PRAGMA {'integrity' if thorough else 'quick'}_check(1)").fetchone()[0]
-        if trouble != "ok":
-            raise sqlite3.DatabaseError(trouble)
+            write_error = db.execute(f"PRAGMA {'integrity' if thorough else 'quick'}_check(1)").fetchone()[0]
+        if write_error != "ok":
+            raise sqlite3.DatabaseError(write_error)
         return version
 
 
 def migrate(db: sqlite3.Connection) -> None:
     """Bring a database to the newest format, in one transaction."""
-    version = format_of(db)
+    version = read_format(db)
     steps = "\n".join(MIGRATIONS[version - 1 :]) if version else asset("schema.sql").decode()
-    if version < VERSION:
+    if version < SCHEMA_FORMAT:
         with db:  # rolls back what fails
-            db.executescript(f"BEGIN IMMEDIATE;\n{steps}\nPRAGMA user_version = {VERSION};\nCOMMIT;")
+            db.executescript(f"BEGIN IMMEDIATE;\n{steps}\nPRAGMA user_version = {SCHEMA_FORMAT};\nCOMMIT;")
 
 
-def highest_number(db: sqlite3.Connection) -> int:
+def highest_id(db: sqlite3.Connection) -> int:
     """Return the highest id or sequence number that a database has assigned."""
     query = "SELECT max(seq) FROM (SELECT seq FROM sqlite_sequence UNION ALL SELECT seq FROM servers)"
     return int(db.execute(query).fetchone()[0] or 0)
 
 
-def skip_numbers(db: sqlite3.Connection, known: int = 0) -> None:
+def skip_ids(db: sqlite3.Connection, known: int = 0) -> None:
     """Have a restored database continue above every id and sequence number that was ever assigned, in one transaction.
 
     The clock gives such a number (no server makes 100,000 changes a second on average) below 2**53, which JavaScript can count
     to. If it was set back, a million more than `known` does, the highest number of the database that is replaced.
     """
-    base = max(int(time.time() * 100_000), max(known, highest_number(db)) + 1_000_000)
+    base = max(int(time.time() * 100_000), max(known, highest_id(db)) + 1_000_000)
     with db:
         db.execute("BEGIN IMMEDIATE")
         db.execute("INSERT INTO gaps SELECT server_id, seq, ? FROM servers", (base,))
@@ -1498,12 +1508,12 @@ def skip_numbers(db: sqlite3.Connection, known: int = 0) -> None:
 
 def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
     """Open the database file for writing: made if missing, checked, and brought up to date. Raises StartError."""
-    with one_line(path):
-        copied = is_backup(refuse_other(path))
-        if copied and beside(path, "-journal").exists():  # an earlier start was cut off below
+    with as_start_error(path):
+        copied = is_backup(read_sqlite_header(path))
+        if copied and sibling_path(path, "-journal").exists():  # an earlier start was cut off below
             with contextlib.closing(sqlite3.connect(path)) as db:
-                format_of(db)  # the first read rolls back
-        version = inspect_file(path)
+                read_format(db)  # the first read rolls back
+        version = check_openable(path)
         if version and not may_migrate:
             require_newest(version, path)
         if not path.exists():
@@ -1511,7 +1521,7 @@ def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
         if copied:  # by hand; it stays marked as a backup until this is done
             with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
                 migrate(db)
-                skip_numbers(db)
+                skip_ids(db)
         db = connect_writer(path)
         try:
             migrate(db)
@@ -1525,10 +1535,10 @@ class Lock:
     """The right to write a database, held by one process; its file tells others how to reach that process."""
 
     def __init__(self, path: Path) -> None:
-        self.database, self.path = path.resolve(), beside(path, ".lock")
+        self.database, self.path = path.resolve(), sibling_path(path, ".lock")
         self._file: int | None = None
 
-    def take(self) -> bool:
+    def acquire(self) -> bool:
         """Whether it could be had. Raises StartError."""
         if self.path.name == ":memory:.lock":
             raise StartError("The database is a file; ':memory:' would keep nothing")
@@ -1541,20 +1551,20 @@ class Lock:
             os.close(file)
             return False
         self._file = file
-        with one_line(self.path):
+        with as_start_error(self.path):
             if stat.S_IMODE(os.fstat(file).st_mode) != 0o600:
                 os.fchmod(file, 0o600)  # for the token that is written to it
             match_owner(file, self.database)
-        self.tell("")
+        self.write_address("")
         return True
 
-    def tell(self, address: str) -> None:
+    def write_address(self, address: str) -> None:
         """Leave an address for whoever finds the lock taken."""
         assert self._file is not None
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, address.encode(), 0)
 
-    def ask(self) -> str:
+    def read_address(self) -> str:
         """Return what the process that holds the lock has left."""
         with open(open_private(self.path, os.O_RDONLY), errors="replace") as file:
             return file.read(200).strip()
@@ -1562,7 +1572,7 @@ class Lock:
     def close(self) -> None:
         """Give the right back."""
         if self._file is not None:
-            self.tell("")
+            self.write_address("")
             os.close(self._file)
             self._file = None
 
@@ -1571,7 +1581,7 @@ class Lock:
 def snapshot(path: Path) -> Iterator[sqlite3.Connection]:
     """A database as it is now, while others may write it. Raises StartError."""
     with contextlib.ExitStack() as stack:
-        with one_line(path):
+        with as_start_error(path):
             db = stack.enter_context(contextlib.closing(connect_reader(path)))
             db.execute("BEGIN")
             db.execute("SELECT 1 FROM sqlite_master").fetchone()  # a snapshot begins with the first read
@@ -1592,7 +1602,7 @@ def copy_database(source: sqlite3.Connection, dest: Path, progress: Callable[[in
 def replace_database(path: Path, part: Path) -> Path | None:
     """Put a copy in a database's place, keeping what was there (with its -wal, which belongs to it) under another name.
 
-    Whenever this is cut off, either the old database stands, or a copy beside a -wal, which `inspect_file` knows.
+    Whenever this is cut off, either the old database stands, or a copy beside a -wal, which `check_openable` knows.
     """
     kept = None
     with part.open("rb") as file:
@@ -1619,22 +1629,22 @@ def replace_database(path: Path, part: Path) -> Path | None:
 # then published. (Two connections that do so can meet a bug of SQLite before 3.51.3 that loses rows.) Readers have connections
 # of their own, read-only, and a snapshot for each question. Knows transactions, not what is in them.
 
-LONG_READERS = 3
-LONG_READS_PER_USER = 2  # under way at a time: fewer than there are readers
-LONG_READS_WAITING = 64  # of one user: a page that comes back asks for all its servers at once
-LONG_SECONDS = 4.0  # for a long read once it has begun
-TURN_SECONDS = 3.5  # to wait for a turn; with a long read, less than the deadline
-POLL_SECONDS = 0.1  # between two looks at whether somebody still waits for a long read
-BATCH = 256  # jobs in a transaction at most
-WAITING = 20_000  # jobs that may wait for the writer
-QUIET_SECONDS = 0.3  # without a write, before what can wait is done
+SLOW_READERS = 3
+SLOW_READS_PER_USER = 2  # under way at a time: fewer than there are readers
+MAX_QUEUED_SLOW_READS = 64  # of one user: a page that comes back asks for all its servers at once
+SLOW_READ_SECONDS = 4.0  # for a slow read once it has begun
+TURN_SECONDS = 3.5  # to wait for a turn; with a slow read, less than the deadline
+POLL_SECONDS = 0.1  # between two looks at whether somebody still waits for a slow read
+MAX_BATCH_JOBS = 256  # jobs in a transaction at most
+MAX_QUEUED_JOBS = 20_000  # jobs that may wait for the writer
+CHECKPOINT_IDLE_SECONDS = 0.3  # without a write, before what can wait is done
 DISK_EVERY = 1.0  # seconds between two looks at the free space
-COMPLAIN_EVERY = 60  # seconds between two lines in the log on writes that fail
-DEADLINE = 8.0  # seconds for any call; shorter than the ping timeout
+FAILURE_LOG_INTERVAL = 60  # seconds between two lines in the log on writes that fail
+CALL_TIMEOUT = 8.0  # seconds for any call; shorter than the ping timeout
 
 R = TypeVar("R")
-Question = Callable[..., R]
-Job = Callable[[sqlite3.Connection], Done[Any]]
+Query = Callable[..., R]
+Job = Callable[[sqlite3.Connection], Result[Any]]
 
 
 def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Awaitable[R]:
@@ -1642,49 +1652,49 @@ def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Aw
     return db._execute(run, db._conn, *args)  # type: ignore[no-untyped-call]
 
 
-def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatError]:
+def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | ChatError]:
     """Open a transaction and run the jobs in it. One that is refused before it changed anything does not undo the others."""
-    outcomes: list[Done[Any] | ChatError] = []
+    outcomes: list[Result[Any] | ChatError] = []
     db.execute("BEGIN IMMEDIATE")
     try:
         for job in jobs:
             changes = db.total_changes
             try:
                 outcomes.append(job(db))
-            except ChatError as refusal:
+            except ChatError as chat_error:
                 if db.total_changes != changes:
                     raise
-                outcomes.append(refusal)
+                outcomes.append(chat_error)
     except BaseException:
         db.rollback()
         raise
     return outcomes
 
 
-def empty_wal(db: sqlite3.Connection) -> Done[bool]:
+def empty_wal(db: sqlite3.Connection) -> Result[bool]:
     """Move the -wal into the database and empty it, outside a transaction; return whether no reader prevented it."""
-    return Done(not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
+    return Result(not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
 
 
-def in_transaction(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Done[Any] | ChatError]:
+def in_transaction(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | ChatError]:
     with db:
         return begin(db, jobs)
 
 
-def in_snapshot(db: sqlite3.Connection, question: Question[R], *args: Any) -> R:
+def in_snapshot(db: sqlite3.Connection, query: Query[R], *args: Any) -> R:
     db.execute("BEGIN")
     try:
-        return question(db, *args)
+        return query(db, *args)
     finally:
         db.execute("ROLLBACK")
 
 
-def is_defect(error: sqlite3.OperationalError) -> bool:
+def is_bug(error: sqlite3.OperationalError) -> bool:
     """Whether the statement is wrong, and not the file or the disk."""
     return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR
 
 
-class Turns:
+class FairQueue:
     """Slots for slow work. Each user (or address) has so many at a time and a bounded queue, and the users take turns."""
 
     def __init__(self, slots: int, each: int) -> None:
@@ -1693,17 +1703,17 @@ class Turns:
         self._running: Counter[object] = Counter()
         self._queues: dict[object, deque[asyncio.Future[None]]] = {}  # user -> those who wait; the next user first
 
-    def waiting(self, user: object) -> int:
+    def count_waiting(self, user: object) -> int:
         return sum(not turn.done() for turn in self._queues.get(user, ()))
 
-    def make_room(self, user: object) -> None:
+    def check_space(self, user: object) -> None:
         """Raise RATE_LIMITED if too many wait already."""
-        if self.waiting(user) >= LONG_READS_WAITING:
-            raise refusal("TOO_OFTEN", retry_after=1)
+        if self.count_waiting(user) >= MAX_QUEUED_SLOW_READS:
+            raise chat_error("TOO_OFTEN", retry_after=1)
 
-    async def take(self, user: object) -> None:
+    async def acquire(self, user: object) -> None:
         """Wait for a slot, which is to be given back. Raises RATE_LIMITED if too many wait already."""
-        self.make_room(user)
+        self.check_space(user)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(user, deque()).append(turn)
         self._pass_on()
@@ -1713,10 +1723,10 @@ class Turns:
             if turn in (queue := self._queues.get(user, deque())):
                 queue.remove(turn)
             elif not turn.cancelled() and turn.exception() is None:
-                self.give_back(user)
+                self.release(user)
             raise
 
-    def give_back(self, user: object) -> None:
+    def release(self, user: object) -> None:
         self._free += 1
         self._running[user] -= 1
         self._running += Counter()  # forgets those who have none
@@ -1740,8 +1750,8 @@ class Entry(NamedTuple):
     """A job in the writer's line."""
 
     job: Job
-    future: asyncio.Future[Done[Any]]
-    long: bool
+    future: asyncio.Future[Result[Any]]
+    slow: bool
 
 
 class Store:
@@ -1755,38 +1765,38 @@ class Store:
         self.path = path
         self.reserve = reserve  # bytes of free disk space down to which everything may be written
         self.lock = Lock(path)
-        self.trouble = ""  # why a write failed, until one that is sure to reach the disk has not
-        self._complained = -math.inf  # when that was last logged
-        self._doubtful = False  # whether the writer's connection is to be opened anew
+        self.write_error = ""  # why a write failed, until one that is sure to reach the disk has not
+        self._failure_logged_at = -math.inf  # when that was last logged
+        self._reopen_writer = False  # whether the writer's connection is to be opened anew
         self._full = False
-        self._looked = -math.inf  # when
+        self._disk_checked_at = -math.inf  # when
         self._files: list[tuple[int, int]] = []  # which files were opened
-        self._wal = beside(path, "-wal")  # found once: it is looked at before each commit
+        self._wal = sibling_path(path, "-wal")  # found once: it is looked at before each commit
         self._publish = publish
-        self._line: deque[Entry] = deque()
+        self._queue: deque[Entry] = deque()
         self._wake = asyncio.Event()
-        self._rest = asyncio.Event()  # set while nothing waits to be written
-        self._idle: list[aiosqlite.Connection] = []  # readers for what takes long
-        self._turns = Turns(LONG_READERS, LONG_READS_PER_USER)
+        self._all_written = asyncio.Event()  # set while nothing waits to be written
+        self._idle: list[aiosqlite.Connection] = []  # readers for slow reads
+        self._turns = FairQueue(SLOW_READERS, SLOW_READS_PER_USER)
         self._stopping: set[asyncio.Task[None]] = set()
         self._readers: list[aiosqlite.Connection] = []  # the first one for what takes some milliseconds
         self._writer: aiosqlite.Connection | None = None
-        self._near: sqlite3.Connection | None = None  # the event loop's own reader
+        self._inline_reader: sqlite3.Connection | None = None  # the event loop's own reader
         self._committer: asyncio.Task[None] | None = None
         self._wrote = 0.0  # when somebody last asked for a short write
 
     async def open(self) -> None:
         """Take the lock, check and migrate the file, start the writer and the readers. Raises StartError."""
-        refuse_other(self.path)
-        if not self.lock.take():
+        read_sqlite_header(self.path)
+        if not self.lock.acquire():
             raise StartError(f"{self.path} is in use by another ChatRTC")
         try:
             db = await asyncio.to_thread(prepare, self.path)
             self._writer = await aiosqlite.Connection(lambda: db, 64)
-            for _ in range(1 + LONG_READERS):
+            for _ in range(1 + SLOW_READERS):
                 self._readers.append(await aiosqlite.Connection(functools.partial(connect_reader, self.path), 64))
             self._idle = self._readers[1:]
-            self._near = connect_reader(self.path)
+            self._inline_reader = connect_reader(self.path)
             self._files = self._identify()
         except BaseException:
             await self.close()
@@ -1796,60 +1806,60 @@ class Store:
     async def close(self) -> None:
         """Commit what waits, checkpoint, close."""
         if self._committer is not None:
-            rest = asyncio.ensure_future(self._rest.wait())
+            rest = asyncio.ensure_future(self._all_written.wait())
             await asyncio.wait([self._committer, rest], return_when="FIRST_COMPLETED")
             rest.cancel()
             self._committer.cancel()
             await asyncio.gather(self._committer, return_exceptions=True)
             self._committer = None
-        if self._near is not None:
-            self._near.close()
+        if self._inline_reader is not None:
+            self._inline_reader.close()
         await asyncio.gather(*self._stopping)
         for db in [*self._readers, *filter(None, [self._writer])]:  # the writer last, who can checkpoint
             await db.close()
         self._readers.clear()
-        self._writer = self._near = None
+        self._writer = self._inline_reader = None
         self.lock.close()
 
-    def peek(self, question: Question[R], *args: Any) -> R:
+    def read_inline(self, query: Query[R], *args: Any) -> R:
         """Ask, here and now, what takes a few steps of an index. Raises UNAVAILABLE where the file does not answer."""
-        if self._near is None:
+        if self._inline_reader is None:
             raise ChatError("UNAVAILABLE")
         try:
-            return in_snapshot(self._near, question, *args)
+            return in_snapshot(self._inline_reader, query, *args)
         except sqlite3.OperationalError as error:
             raise self._unreadable(error) from None
 
-    async def read(self, question: Question[R], *args: Any) -> R:
+    async def read(self, query: Query[R], *args: Any) -> R:
         """Ask what takes some milliseconds, on a thread. Raises ChatError UNAVAILABLE as well."""
         if not self._readers:
             raise ChatError("UNAVAILABLE")
         try:
-            return await on_thread(self._readers[0], in_snapshot, question, *args)
+            return await on_thread(self._readers[0], in_snapshot, query, *args)
         except sqlite3.OperationalError as error:
             raise self._unreadable(error) from None
 
-    async def read_long(self, user: object, gone: Callable[[], bool], question: Question[R], *args: Any) -> R:
+    async def read_slow(self, user: object, gone: Callable[[], bool], query: Query[R], *args: Any) -> R:
         """Ask what may take seconds, in turn with other users, until its deadline or until the caller is `gone`. Raises
         RATE_LIMITED, UNAVAILABLE."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(TURN_SECONDS):
-                await self._turns.take(user)
+                await self._turns.acquire(user)
         except TimeoutError:
-            raise refusal("TOO_OFTEN", retry_after=1) from None
-        db, deadline = self._idle.pop(), loop.time() + LONG_SECONDS
+            raise chat_error("TOO_OFTEN", retry_after=1) from None
+        db, deadline = self._idle.pop(), loop.time() + SLOW_READ_SECONDS
 
         def release(work: asyncio.Future[R]) -> None:
             self._idle.append(db)
-            self._turns.give_back(user)
+            self._turns.release(user)
 
-        work: asyncio.Future[R] = asyncio.ensure_future(on_thread(db, in_snapshot, question, *args))
+        work: asyncio.Future[R] = asyncio.ensure_future(on_thread(db, in_snapshot, query, *args))
         work.add_done_callback(release)
         try:
             while not (await asyncio.wait([work], timeout=POLL_SECONDS))[0]:
                 if gone() or loop.time() > deadline:
-                    raise refusal("TOO_SLOW")
+                    raise chat_error("TOO_SLOW")
             return work.result()
         except sqlite3.OperationalError as error:
             raise self._unreadable(error) from None
@@ -1860,46 +1870,46 @@ class Store:
                 stop.add_done_callback(self._stopping.discard)
 
     async def _stop(self, db: aiosqlite.Connection, work: asyncio.Future[Any]) -> None:
-        """Interrupt a long read until it has ended: it may be between two statements."""
+        """Interrupt a slow read until it has ended: it may be between two statements."""
         while not work.done():
             db._conn.interrupt()
             await asyncio.wait([work], timeout=0.02)
         await asyncio.gather(work, return_exceptions=True)
 
     def _unreadable(self, error: sqlite3.OperationalError) -> Exception:
-        if is_defect(error):
+        if is_bug(error):
             return error
         log.error("reading %s failed: %s", self.path, error)
-        return refusal("DATABASE_DOWN")
+        return chat_error("DATABASE_DOWN")
 
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether somebody wrote a moment ago."""
-        return asyncio.get_running_loop().time() - self._wrote < QUIET_SECONDS
+        return asyncio.get_running_loop().time() - self._wrote < CHECKPOINT_IDLE_SECONDS
 
-    async def write(self, job: Job, *, long: bool = False, frees: bool = False) -> Done[Any]:
+    async def write(self, job: Job, *, slow: bool = False, frees: bool = False) -> Result[Any]:
         """Have the job done in the next transaction, also if the caller goes away; return once it is synced and published.
 
-        `long`: it takes more than a few steps of an index. `frees`: it is done even if the disk is nearly full. Raises what the
+        `slow`: it takes more than a few steps of an index. `frees`: it is done even if the disk is nearly full. Raises what the
         job raises, and ChatError UNAVAILABLE if the file takes no writes.
         """
-        if not frees and self.full():
-            raise refusal("DISK_FULL")
-        if len(self._line) >= WAITING or self._committer is None or self._committer.done():
+        if not frees and self.is_full():
+            raise chat_error("DISK_FULL")
+        if len(self._queue) >= MAX_QUEUED_JOBS or self._committer is None or self._committer.done():
             raise ChatError("UNAVAILABLE")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Done[Any]] = loop.create_future()
-        if not long:
+        future: asyncio.Future[Result[Any]] = loop.create_future()
+        if not slow:
             self._wrote = loop.time()
-        self._line.append(Entry(job, future, long))
-        self._rest.clear()
+        self._queue.append(Entry(job, future, slow))
+        self._all_written.clear()
         self._wake.set()
         return await future
 
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Return whether the disk has no more free space than the reserve, as of a second ago at most."""
         now = time.monotonic()
-        if now - self._looked > DISK_EVERY:
-            self._looked = now
+        if now - self._disk_checked_at > DISK_EVERY:
+            self._disk_checked_at = now
             with contextlib.suppress(OSError):
                 disk = os.statvfs(self.path.resolve().parent)
                 self._full = disk.f_bavail * disk.f_frsize <= self.reserve
@@ -1919,50 +1929,50 @@ class Store:
     async def _commit_forever(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            self._rest.set()
+            self._all_written.set()
             await self._wake.wait()
             self._wake.clear()
-            while self._line:
+            while self._queue:
                 batch = self._next_batch()
-                give_up = loop.call_later(DEADLINE, self._give_up, batch)
+                give_up = loop.call_later(CALL_TIMEOUT, self._time_out_jobs, batch)
                 outcomes = await self._commit(batch)
                 give_up.cancel()
                 for entry, outcome in zip(batch, outcomes, strict=True):
-                    loop.call_soon(self._deliver, entry.future, outcome)
+                    loop.call_soon(self._resolve, entry.future, outcome)
 
     def _next_batch(self) -> list[Entry]:
-        """What goes into one transaction: a long job alone, the others together."""
-        batch = [self._line.popleft()]
-        while self._line and len(batch) < BATCH and not batch[0].long and not self._line[0].long:
-            batch.append(self._line.popleft())
+        """What goes into one transaction: a slow job alone, the others together."""
+        batch = [self._queue.popleft()]
+        while self._queue and len(batch) < MAX_BATCH_JOBS and not batch[0].slow and not self._queue[0].slow:
+            batch.append(self._queue.popleft())
         return batch
 
-    async def _commit(self, batch: list[Entry]) -> list[Done[Any] | BaseException]:
+    async def _commit(self, batch: list[Entry]) -> list[Result[Any] | BaseException]:
         """One transaction for all; where that fails, one for each, so that none suffers from another."""
-        result: list[Done[Any] | ChatError] | BaseException
+        result: list[Result[Any] | ChatError] | BaseException
         (result,) = await asyncio.gather(self._transact(batch), return_exceptions=True)
         if not isinstance(result, BaseException):
             return list(result)
         if len(batch) > 1:
             return [(await self._commit([entry]))[0] for entry in batch]
-        if isinstance(result, StartError) or (isinstance(result, sqlite3.OperationalError) and not is_defect(result)):
-            self._suffer(result)
+        if isinstance(result, StartError) or (isinstance(result, sqlite3.OperationalError) and not is_bug(result)):
+            self._record_write_failure(result)
             sentence = f"The database takes no writes at the moment ({result}); nothing was changed"
             full = getattr(result, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
             return [ChatError("UNAVAILABLE", sentence, reason="DISK_FULL" if full else "DATABASE_DOWN")]
         return [result]
 
-    async def _transact(self, batch: list[Entry]) -> list[Done[Any] | ChatError]:
+    async def _transact(self, batch: list[Entry]) -> list[Result[Any] | ChatError]:
         assert self._writer is not None
-        if self._doubtful:
+        if self._reopen_writer:
             self._require_files()
             await self._writer.close()
             self._writer = await aiosqlite.Connection(functools.partial(connect_writer, self.path), 64)
-            self._doubtful = False
+            self._reopen_writer = False
         jobs = [entry.job for entry in batch]
         if jobs == [empty_wal]:
             return [await on_thread(self._writer, empty_wal)]
-        if batch[0].long:
+        if batch[0].slow:
             outcomes = await on_thread(self._writer, begin, jobs)
         else:
             outcomes = begin(self._writer._conn, jobs)
@@ -1973,36 +1983,36 @@ class Store:
         with db:  # commits, or rolls back what fails
             self._require_files()
 
-    def _suffer(self, error: sqlite3.OperationalError | StartError) -> None:
+    def _record_write_failure(self, error: sqlite3.OperationalError | StartError) -> None:
         """Remember that writing fails; after a failed sync nothing may be assumed of the connection, so it is opened anew."""
-        if time.monotonic() - self._complained > COMPLAIN_EVERY:
-            self._complained = time.monotonic()
+        if time.monotonic() - self._failure_logged_at > FAILURE_LOG_INTERVAL:
+            self._failure_logged_at = time.monotonic()
             log.error("writing %s failed: %s", self.path, error)
-        self.trouble = str(error)
-        self._doubtful |= getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR
+        self.write_error = str(error)
+        self._reopen_writer |= getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR
 
-    def _give_up(self, batch: list[Entry]) -> None:
+    def _time_out_jobs(self, batch: list[Entry]) -> None:
         """The disk takes too long: nobody is left waiting. What was asked for may still be done."""
-        self.trouble = self.trouble or f"a commit takes more than {DEADLINE:.0f} s"
-        for entry in [*batch, *self._line]:
+        self.write_error = self.write_error or f"a commit takes more than {CALL_TIMEOUT:.0f} s"
+        for entry in [*batch, *self._queue]:
             if not entry.future.done():
-                entry.future.set_exception(refusal("DISK_SLOW"))
+                entry.future.set_exception(chat_error("DISK_SLOW"))
 
-    def _deliver(self, future: asyncio.Future[Done[Any]], outcome: Done[Any] | BaseException) -> None:
+    def _resolve(self, future: asyncio.Future[Result[Any]], outcome: Result[Any] | BaseException) -> None:
         """Publish what a job did, then answer the caller. If that fails, the loop logs it and goes on with the next."""
         try:
-            if isinstance(outcome, Done):
+            if isinstance(outcome, Result):
                 self._publish(outcome.effects)
         finally:
             if future.done():
                 pass  # the caller went away
-            elif isinstance(outcome, Done):
+            elif isinstance(outcome, Result):
                 future.set_result(outcome)
             else:
                 future.set_exception(outcome)
 
 
-# ---- Questions -----------------------------------------------------------------------------------------------------
+# ---- Queries -------------------------------------------------------------------------------------------------------
 # The SQL: a function for each query, called with a connection that is in a transaction. Rows become payloads here.
 
 INVITE = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
@@ -2012,7 +2022,7 @@ ROLE_THERE = """
     LEFT JOIN members m ON m.server_id = p.server_id AND m.user_id = u.user_id
     WHERE u.user_id = ? AND u.generation = ? AND u.deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)
 """
-PLACES = {  # a channel that is in no server is deleted
+TARGET_QUERIES = {  # a channel that is in no server is deleted
     "server_id": PLACE + "servers p ON p.server_id = ?" + ROLE_THERE,
     "channel_id": PLACE + "channels p ON p.channel_id = ?" + ROLE_THERE,
     "message_id": PLACE
@@ -2029,26 +2039,26 @@ FORMER_MAX = 1000  # former members of a server that are listed
 SERVERS_MAX = 100  # of one owner
 CHANNELS_MAX = 500  # in one server
 INVITES_MAX = 200  # in one server
-EXPEL_STEP = 50  # guests that are removed in one transaction
-ADDRESSES_KEPT = 20  # from which an account signed in
+GUESTS_PER_STEP = 50  # guests that are removed in one transaction
+MAX_KNOWN_ADDRESSES = 20  # from which an account signed in
 
 
-def statement(*queries: str) -> Question[int]:
+def statement(*queries: str) -> Query[int]:
     """Return a function of a connection and the values that runs statements and returns how many rows they changed."""
     return lambda db, *values: sum(db.execute(query, values).rowcount for query in queries)
 
 
-def first_value(query: str) -> Question[Any]:
+def first_value(query: str) -> Query[Any]:
     """Return a function of a connection and the values that returns the first column of the first row, or None."""
     return lambda db, *values: (db.execute(query, values).fetchone() or (None,))[0]
 
 
-def rows_as(kind: Callable[..., R], query: str) -> Question[list[R]]:
+def rows_as(kind: Callable[..., R], query: str) -> Query[list[R]]:
     """Return a function of a connection and the values that returns all rows as objects of that kind."""
     return lambda db, *values: [kind(*row) for row in db.execute(query, values)]
 
 
-class Standing(NamedTuple):
+class Principal(NamedTuple):
     """The account of a token, and that token (none for a call from the program itself)."""
 
     user_id: int
@@ -2064,8 +2074,8 @@ class Standing(NamedTuple):
         return Identity(self.user_id, self.username, name=self.name)
 
 
-password_of: Question[str | None] = first_value("SELECT password FROM users WHERE user_id = ?")
-address_seen: Question[float | None] = first_value("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?")
+password_of: Query[str | None] = first_value("SELECT password FROM users WHERE user_id = ?")
+address_seen: Query[float | None] = first_value("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?")
 close_account = statement(
     "DELETE FROM known_addresses WHERE user_id = ?",
     "UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?",
@@ -2077,17 +2087,17 @@ member_servers = rows_as(int, "SELECT server_id FROM members WHERE user_id = ? O
 ACCOUNT = "SELECT u.user_id, u.username, u.status, u.generation, u.name, u.password FROM users u "
 
 
-def standing(db: sqlite3.Connection, user_id: int, digest: bytes) -> Standing | None:
+def load_principal(db: sqlite3.Connection, user_id: int, digest: bytes) -> Principal | None:
     """Return the account, unless it is deleted or that token was revoked."""
     valid = "WHERE user_id = ? AND deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)"
     row = db.execute(ACCOUNT + valid, (user_id, digest)).fetchone()
-    return Standing(*row[:5]) if row else None
+    return Principal(*row[:5]) if row else None
 
 
-def account_named(db: sqlite3.Connection, username: str) -> tuple[Standing, str | None] | None:
+def find_account(db: sqlite3.Connection, username: str) -> tuple[Principal, str | None] | None:
     """Return the account of that name, however it is spelled, and its password's hash."""
-    row = db.execute(ACCOUNT + "WHERE username_key = ? AND deleted = 0", (fold(username),)).fetchone()
-    return (Standing(*row[:5]), row[5]) if row else None
+    row = db.execute(ACCOUNT + "WHERE username_key = ? AND deleted = 0", (name_key(username),)).fetchone()
+    return (Principal(*row[:5]), row[5]) if row else None
 
 
 def free_username(db: sqlite3.Connection, name: str) -> str:
@@ -2097,7 +2107,7 @@ def free_username(db: sqlite3.Connection, name: str) -> str:
 
     def is_free(number: int) -> bool:
         username = numbered(handle, number)
-        found = db.execute("SELECT 1 FROM users WHERE username_key = ?", (fold(username),)).fetchone()
+        found = db.execute("SELECT 1 FROM users WHERE username_key = ?", (name_key(username),)).fetchone()
         return found is None and is_username(username)
 
     top = next(2**power for power in itertools.count() if is_free(2**power))
@@ -2108,22 +2118,22 @@ def insert_user(db: sqlite3.Connection, username: str, password: str | None, now
     """Return the new account's id. Raises CONFLICT if the name is taken."""
     query = """INSERT INTO users (username, username_key, password, created_at, name) VALUES (?, ?, ?, ?, ?)
                ON CONFLICT (username_key) DO NOTHING RETURNING user_id"""
-    values = (username, fold(username), password, now, None if name == username else name)
+    values = (username, name_key(username), password, now, None if name == username else name)
     row = db.execute(query, values).fetchone()
     if row is None:
-        raise refusal("USERNAME_TAKEN", field="username")
+        raise chat_error("USERNAME_TAKEN", field="username")
     return int(row[0])
 
 
-def remember_address(db: sqlite3.Connection, user_id: int, digest: bytes, clock: float) -> Done[None]:
+def remember_address(db: sqlite3.Connection, user_id: int, digest: bytes, clock: float) -> Result[None]:
     """Note that the account signed in from that address; the newest ADDRESSES_KEPT are kept."""
     db.execute("INSERT OR REPLACE INTO known_addresses VALUES (?, ?, ?)", (user_id, digest, clock))
     db.execute(
         """DELETE FROM known_addresses WHERE user_id = ?1 AND digest NOT IN
            (SELECT digest FROM known_addresses WHERE user_id = ?1 ORDER BY seen_at DESC LIMIT ?2)""",
-        (user_id, ADDRESSES_KEPT),
+        (user_id, MAX_KNOWN_ADDRESSES),
     )
-    return Done(None)
+    return Result(None)
 
 
 def update_password(db: sqlite3.Connection, user_id: int, before: str | None, password: str) -> int:
@@ -2132,7 +2142,7 @@ def update_password(db: sqlite3.Connection, user_id: int, before: str | None, pa
                WHERE user_id = ? AND password IS ? AND deleted = 0 RETURNING generation"""
     row = db.execute(query, (password, user_id, before)).fetchone()
     if row is None:
-        raise refusal("PASSWORD_CHANGED")
+        raise chat_error("PASSWORD_CHANGED")
     return int(row[0])
 
 
@@ -2147,7 +2157,7 @@ def profile(db: sqlite3.Connection, user_id: int) -> Profile:
     return Profile(user_id, username, status, created_at, bool(guest), name=name)
 
 
-last_seq: Question[int] = first_value("SELECT seq FROM servers WHERE server_id = ?")
+last_seq: Query[int] = first_value("SELECT seq FROM servers WHERE server_id = ?")
 
 
 def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
@@ -2156,7 +2166,7 @@ def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
     return last_seq(db, server_id)  # in the place of RETURNING, which costs a post 4 us more
 
 
-def server_change(part: str, *queries: str) -> Question[int]:
+def server_change(part: str, *queries: str) -> Query[int]:
     """Return a function of a connection, a server's id and other values that runs statements and returns the change's `seq`."""
 
     def run(db: sqlite3.Connection, server_id: int, *values: object) -> int:
@@ -2167,19 +2177,21 @@ def server_change(part: str, *queries: str) -> Question[int]:
     return run
 
 
-insert_server: Question[int] = first_value("INSERT INTO servers (name, created_at) VALUES (?, ?) RETURNING server_id")
+insert_server: Query[int] = first_value("INSERT INTO servers (name, created_at) VALUES (?, ?) RETURNING server_id")
 update_name = server_change("name", "UPDATE servers SET name = ?2 WHERE server_id = ?1")
-drop_server = statement("DELETE FROM servers WHERE server_id = ?")
+delete_server_row = statement("DELETE FROM servers WHERE server_id = ?")
 channels_of = rows_as(Channel, CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id")
 SERVER_ROWS = """SELECT s.server_id, s.name, o.user_id, s.created_at, m.role FROM members m
     JOIN servers s ON s.server_id = m.server_id LEFT JOIN members o ON o.server_id = s.server_id AND o.role = 'owner' """
 
 
-def place_of(db: sqlite3.Connection, key: str, number: int, me: Standing) -> tuple[int | None, Role | None, str | None] | None:
-    """Return the server of the thing with that id (`key`: one of `PLACES`), if it exists, the caller's role in it and the
-    caller's display name; None if the caller's token is no longer valid."""
+def lookup_target(
+    db: sqlite3.Connection, key: str, number: int, user: Principal
+) -> tuple[int | None, Role | None, str | None] | None:
+    """Return the server of the target with that id (`key`: one of `TARGET_QUERIES`), if it exists, the caller's role there and
+    the caller's display name; None if the caller's token is no longer valid."""
     found: tuple[int | None, Role | None, str | None] | None
-    found = db.execute(PLACES[key], (number, me.user_id, me.generation, me.digest)).fetchone()
+    found = db.execute(TARGET_QUERIES[key], (number, user.user_id, user.generation, user.digest)).fetchone()
     return found
 
 
@@ -2203,7 +2215,7 @@ def check_owned(db: sqlite3.Connection, user_id: int) -> None:
     """Raise CONFLICT if the account owns as many servers as it may."""
     (owned,) = db.execute("SELECT count(*) FROM members WHERE user_id = ? AND role = 'owner'", (user_id,)).fetchone()
     if owned >= SERVERS_MAX:
-        raise refusal("TOO_MANY", n=SERVERS_MAX)
+        raise chat_error("TOO_MANY", n=SERVERS_MAX)
 
 
 def channel_view(db: sqlite3.Connection, channel_id: int) -> Channel:
@@ -2237,37 +2249,37 @@ def former_members_of(db: sqlite3.Connection, server_id: int) -> list[Identity]:
     return [Identity(user_id, username, name=name) for user_id, username, name in reversed(rows)]
 
 
-def facts_of(db: sqlite3.Connection, user_id: int) -> dict[str, Any]:
+def load_member_facts(db: sqlite3.Connection, user_id: int) -> dict[str, Any]:
     """Return what events about a member say of the account: `username`, `name` and `guest`."""
     account = profile(db, user_id)
     return {"username": account.username, "name": account.name, "guest": account.guest}
 
 
-role_of: Question[Role | None] = first_value("SELECT role FROM members WHERE server_id = ? AND user_id = ?")
+role_of: Query[Role | None] = first_value("SELECT role FROM members WHERE server_id = ? AND user_id = ?")
 update_role = server_change("members", "UPDATE members SET role = ?3 WHERE server_id = ?1 AND user_id = ?2")
-drop_member = server_change(
+delete_member = server_change(
     "members",
     "INSERT INTO former_members SELECT server_id, user_id, invited_by FROM members WHERE server_id = ? AND user_id = ?",
     "DELETE FROM members WHERE server_id = ? AND user_id = ?",
 )
 # Who comes after the owner: the first admin, else the first member.
-heir_of: Question[int | None] = first_value(
+next_owner: Query[int | None] = first_value(
     "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1"
 )
 # Whether an account that is not deleted was a member and is not one now.
-has_left: Question[int | None] = first_value(
+has_left: Query[int | None] = first_value(
     """SELECT 1 FROM former_members f JOIN users u ON u.user_id = f.user_id
        WHERE f.server_id = ? AND f.user_id = ? AND u.deleted = 0"""
 )
 # Whether a user (?1) is in a server where an admin (?2) could not remove them.
-is_out_of_reach: Question[int | None] = first_value(
+is_out_of_reach: Query[int | None] = first_value(
     """SELECT 1 FROM members t WHERE t.user_id = ?1 AND NOT EXISTS (
            SELECT 1 FROM members m WHERE m.server_id = t.server_id AND m.user_id = ?2
            AND (m.role = 'owner' OR (m.role = 'admin' AND t.role = 'member')))"""
 )
-is_banned: Question[int | None] = first_value("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?")
+is_banned: Query[int | None] = first_value("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?")
 insert_ban = statement("INSERT OR IGNORE INTO bans VALUES (?, ?, ?, ?)")
-drop_ban = statement("DELETE FROM bans WHERE server_id = ? AND user_id = ?")
+delete_ban = statement("DELETE FROM bans WHERE server_id = ? AND user_id = ?")
 
 
 def bans_of(db: sqlite3.Connection, args: BansArgs) -> Bans:
@@ -2285,7 +2297,7 @@ def guests_below(db: sqlite3.Connection, server_id: int, role: Role | None) -> l
     query = """SELECT m.user_id FROM members m JOIN users u ON u.user_id = m.user_id
                WHERE m.server_id = ? AND u.password IS NULL AND (m.role = 'member' OR (m.role = 'admin' AND ? = 'owner'))
                ORDER BY m.user_id LIMIT ?"""
-    return [user_id for (user_id,) in db.execute(query, (server_id, role, EXPEL_STEP))]
+    return [user_id for (user_id,) in db.execute(query, (server_id, role, GUESTS_PER_STEP))]
 
 
 def insert_link(db: sqlite3.Connection, user_id: int, code: str, expires: float) -> None:
@@ -2294,17 +2306,17 @@ def insert_link(db: sqlite3.Connection, user_id: int, code: str, expires: float)
     db.execute("INSERT INTO links VALUES (?, ?, ?)", (hashlib.sha256(code.encode()).digest(), user_id, expires))
 
 
-def guest_of_link(db: sqlite3.Connection, code: str, now: float) -> Standing:
+def guest_of_link(db: sqlite3.Connection, code: str, now: float) -> Principal:
     """Return the guest whom a sign-in code is for. Raises NOT_FOUND."""
     valid = """JOIN links l ON u.user_id = l.user_id
                WHERE l.digest = ? AND l.expires_at > ? AND u.password IS NULL AND u.deleted = 0"""
     row = db.execute(ACCOUNT + valid, (hashlib.sha256(code.encode()).digest(), now)).fetchone()
     if row is None:
-        raise refusal("LINK_UNKNOWN", field="code")
-    return Standing(*row[:5])
+        raise chat_error("LINK_UNKNOWN", field="code")
+    return Principal(*row[:5])
 
 
-def take_link(db: sqlite3.Connection, code: str, now: float) -> Standing:
+def take_link(db: sqlite3.Connection, code: str, now: float) -> Principal:
     guest = guest_of_link(db, code, now)
     db.execute("DELETE FROM links WHERE user_id = ?", (guest.user_id,))
     return guest
@@ -2317,16 +2329,16 @@ def make_room_for_invite(db: sqlite3.Connection, server_id: int, now: str) -> No
                     SELECT rowid FROM invites WHERE server_id = ? AND (uses >= max_uses OR expires_at <= ?)
                     ORDER BY rowid LIMIT 1)"""
     if count >= INVITES_MAX and db.execute(oldest, (server_id, now)).rowcount == 0:
-        raise refusal("TOO_MANY", n=INVITES_MAX)
+        raise chat_error("TOO_MANY", n=INVITES_MAX)
 
 
 invites_of = rows_as(Invite, INVITE + "WHERE server_id = ? ORDER BY rowid")
 insert_invite = statement("INSERT INTO invites (code, server_id, created_by, max_uses, expires_at) VALUES (?, ?, ?, ?, ?)")
-invited_to: Question[int | None] = first_value("SELECT server_id FROM invites WHERE code = ?")  # used up or not
-count_use = statement("UPDATE invites SET uses = uses + 1 WHERE code = ?")
-drop_invite = statement("DELETE FROM invites WHERE code = ?")
+server_of_invite: Query[int | None] = first_value("SELECT server_id FROM invites WHERE code = ?")  # used up or not
+count_invite_use = statement("UPDATE invites SET uses = uses + 1 WHERE code = ?")
+delete_invite = statement("DELETE FROM invites WHERE code = ?")
 # Deletes the invite by which a current or former member (server, user) came, if it is known.
-drop_invite_of = statement(
+delete_invite_used_by = statement(
     """DELETE FROM invites WHERE server_id = ?1 AND code IN (
            SELECT invited_by FROM members WHERE server_id = ?1 AND user_id = ?2
            UNION ALL SELECT invited_by FROM former_members WHERE server_id = ?1 AND user_id = ?2)"""
@@ -2338,16 +2350,16 @@ def invite_preview(db: sqlite3.Connection, invite: Invite) -> InvitePreview:
     return InvitePreview(invite.code, invite.server_id, *db.execute(query, (invite.server_id,)).fetchone())
 
 
-def open_invite(db: sqlite3.Connection, code: str, now: str) -> Invite:
+def load_valid_invite(db: sqlite3.Connection, code: str, now: str) -> Invite:
     """Return the invite. Raises NOT_FOUND if there is none, or it has expired or been used up."""
     row = db.execute(INVITE + "WHERE code = ?", (code,)).fetchone()
     if row is None:
-        raise refusal("INVITE_UNKNOWN", field="code")
+        raise chat_error("INVITE_UNKNOWN", field="code")
     invite = Invite(*row)
     if invite.expires_at is not None and invite.expires_at <= now:
-        raise refusal("INVITE_EXPIRED", field="code")
+        raise chat_error("INVITE_EXPIRED", field="code")
     if invite.max_uses is not None and invite.uses >= invite.max_uses:
-        raise refusal("INVITE_SPENT", field="code")
+        raise chat_error("INVITE_SPENT", field="code")
     return invite
 
 
@@ -2362,45 +2374,45 @@ def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role,
     return next_seq(db, server_id, "members")
 
 
-# Takes a channel out of its server; its messages go later (`purge_channels`).
-drop_channel = server_change("channels", "UPDATE channels SET server_id = NULL WHERE server_id = ? AND channel_id = ?")
+# Takes a channel out of its server; its messages go later (`purge_deleted_channel`).
+delete_channel_row = server_change("channels", "UPDATE channels SET server_id = NULL WHERE server_id = ? AND channel_id = ?")
 
 
 def add_channel(db: sqlite3.Connection, server_id: int, name: str, kind: ChannelKind, topic: str) -> tuple[Channel, int]:
     """Return the new channel and the number of that change. Raises CONFLICT if the name is taken or there are too many."""
     (count,) = db.execute("SELECT count(*) FROM channels WHERE server_id = ?", (server_id,)).fetchone()
     if count >= CHANNELS_MAX:
-        raise refusal("TOO_MANY", n=CHANNELS_MAX)
+        raise chat_error("TOO_MANY", n=CHANNELS_MAX)
     row = db.execute(
         """INSERT INTO channels (server_id, name, name_key, kind, topic) VALUES (?, ?, ?, ?, ?)
            ON CONFLICT (server_id, name_key) DO NOTHING RETURNING server_id, channel_id, name, kind, topic""",
-        (server_id, name, fold(name), kind, topic),
+        (server_id, name, name_key(name), kind, topic),
     ).fetchone()
     if row is None:
-        raise refusal("CHANNEL_TAKEN", field="name")
+        raise chat_error("CHANNEL_TAKEN", field="name")
     return Channel(*row), next_seq(db, server_id, "channels")
 
 
 def update_channel(db: sqlite3.Connection, server_id: int, channel_id: int, name: str, topic: str) -> int:
     """Return the number of that change. Raises CONFLICT if another channel has the name."""
     change = "UPDATE OR IGNORE channels SET name = ?, name_key = ?, topic = ? WHERE channel_id = ?"
-    if not db.execute(change, (name, fold(name), topic, channel_id)).rowcount:
-        raise refusal("CHANNEL_TAKEN", field="name")
+    if not db.execute(change, (name, name_key(name), topic, channel_id)).rowcount:
+        raise chat_error("CHANNEL_TAKEN", field="name")
     return next_seq(db, server_id, "channels")
 
 
-def purge_tokens(db: sqlite3.Connection, now: float) -> Done[None]:
+def purge_tokens(db: sqlite3.Connection, now: float) -> Result[None]:
     """Delete revoked tokens and sign-in codes that have expired."""
     db.execute("DELETE FROM revoked_tokens WHERE expires_at < ?", (now,))
     db.execute("DELETE FROM links WHERE expires_at < ?", (now,))
-    return Done(None)
+    return Result(None)
 
 
-def probe(db: sqlite3.Connection) -> Done[None]:
+def probe_write(db: sqlite3.Connection) -> Result[None]:
     """Write something, however little; SQLite leaves out what would change nothing."""
     for step in (1, -1):
         db.execute("UPDATE search SET indexed_id = indexed_id + ?", (step,))
-    return Done(None)
+    return Result(None)
 
 
 def count_rows(db: sqlite3.Connection) -> list[int]:
@@ -2426,18 +2438,18 @@ CHECKS = {
 }
 
 
-def find_trouble(db: sqlite3.Connection) -> list[str]:
+def check_integrity(db: sqlite3.Connection) -> list[str]:
     """Return what is wrong with a database, in lines. One of an older format is checked less."""
     lines = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
     if lines:
         return lines
     lines += [f"{row[0]} {row[1]} refers to a missing row of {row[2]}" for row in db.execute("PRAGMA foreign_key_check")]
-    for name, query in CHECKS.items() if format_of(db) == VERSION else ():
+    for name, query in CHECKS.items() if read_format(db) == SCHEMA_FORMAT else ():
         lines += [f"{name}: {row[0]}" for row in db.execute(query)]
     return lines
 
 
-# ---- Message questions ---------------------------------------------------------------------------------------------
+# ---- Message queries -----------------------------------------------------------------------------------------------
 # The SQL of messages: posting, editing, deleting, reactions, pages of channels, catching up, read marks and search.
 
 MESSAGE_FIELDS = """
@@ -2500,16 +2512,16 @@ def message_view(db: sqlite3.Connection, message_id: int) -> Message | None:
     return to_message(row) if row else None
 
 
-def posted_before(db: sqlite3.Connection, author_id: int, channel_id: int, nonce: str) -> Message | None:
+def find_by_nonce(db: sqlite3.Connection, author_id: int, channel_id: int, nonce: str) -> Message | None:
     """Return the message that was posted with this nonce. Raises CONFLICT if it was deleted."""
     posted = "WHERE m.author_id = ? AND m.channel_id = ? AND m.nonce = ?"
     row = db.execute(MESSAGE_ROWS + posted, (author_id, channel_id, nonce)).fetchone()
     if row is not None and row[12]:
-        raise refusal("MESSAGE_DELETED")
+        raise chat_error("MESSAGE_DELETED")
     return to_message(row) if row else None
 
 
-def named_members(db: sqlite3.Connection, server_id: int, content: str) -> list[int]:
+def find_mentioned(db: sqlite3.Connection, server_id: int, content: str) -> list[int]:
     """Return the members whose `@handle` is in the text, ascending: for each `@` the longest handle that fits."""
     runs = mention_runs(content)
     if not any(runs):
@@ -2534,7 +2546,7 @@ answered_member = rows_as(
 
 def mentioned(db: sqlite3.Connection, server_id: int, author_id: int, content: str, reply_to: int | None) -> list[int]:
     """Return the members that a message mentions by `@handle` or answers, ascending and at most `MENTIONS_MAX`."""
-    named = named_members(db, server_id, content) if "@" in content else []
+    named = find_mentioned(db, server_id, content) if "@" in content else []
     if reply_to is None:
         return named
     answered = answered_member(db, server_id, reply_to, author_id)
@@ -2546,7 +2558,7 @@ def set_mentions(db: sqlite3.Connection, message_id: int, channel_id: int, menti
         db.execute("INSERT INTO mentions VALUES (?, ?, ?)", (message_id, user_id, channel_id))
 
 
-def insert_message(db: sqlite3.Connection, server_id: int, author: Standing, args: NewMessage, now: str) -> Message:
+def insert_message(db: sqlite3.Connection, server_id: int, author: Principal, args: NewMessage, now: str) -> Message:
     mentions = mentioned(db, server_id, author.user_id, args.content, args.reply_to)
     seq = next_seq(db, server_id)
     message_id = db.execute(
@@ -2582,14 +2594,14 @@ def has_stale_texts(db: sqlite3.Connection) -> bool:
     return bool(db.execute("SELECT stale FROM search").fetchone()[0])
 
 
-def merge_index(db: sqlite3.Connection) -> Done[bool]:
+def merge_index(db: sqlite3.Connection) -> Result[bool]:
     """Merge the search index by one step; once it is whole, it has no word of a deleted text. Return whether it is."""
     changes = db.total_changes
     db.execute("INSERT INTO messages_fts (messages_fts, rank) VALUES ('merge', -500)")  # pages
     whole = db.total_changes - changes < 2  # SQLite's way of saying that there was nothing to do
     if whole:
         db.execute("UPDATE search SET stale = 0")
-    return Done(whole)
+    return Result(whole)
 
 
 def update_message(db: sqlite3.Connection, server_id: int, message: Message, content: str, now: str) -> None:
@@ -2615,12 +2627,12 @@ def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> i
     return seq
 
 
-deleted_channels = first_value("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1")
+has_deleted_channels = first_value("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1")
 
 
-def purge_channels(db: sqlite3.Connection) -> Done[None]:
+def purge_deleted_channel(db: sqlite3.Connection) -> Result[None]:
     """Delete the next messages of a deleted channel, or the channel if it has none. Nothing happens if there is no such."""
-    channel_id = deleted_channels(db)
+    channel_id = has_deleted_channels(db)
     last = "SELECT max(message_id) FROM (SELECT message_id FROM messages WHERE channel_id = ? ORDER BY message_id LIMIT ?)"
     (until,) = db.execute(last, (channel_id, INDEX_STEP)).fetchone()
     if until is None:
@@ -2628,17 +2640,17 @@ def purge_channels(db: sqlite3.Connection) -> Done[None]:
     else:
         unindex(db, "channel_id = ? AND message_id <= ?", channel_id, until)
         db.execute("DELETE FROM messages WHERE channel_id = ? AND message_id <= ?", (channel_id, until))
-    return Done(None)
+    return Result(None)
 
 
-pending_purges: Question[int | None] = first_value("SELECT 1 FROM purges LIMIT 1")
+pending_purges: Query[int | None] = first_value("SELECT 1 FROM purges LIMIT 1")
 
 
-def purge_messages(db: sqlite3.Connection) -> Done[None]:
+def purge_messages(db: sqlite3.Connection) -> Result[None]:
     """Delete the next messages of the purge that was asked for last, newest first, each reported like any deletion."""
     row = db.execute("SELECT purge_id, server_id, author_id, last_id FROM purges ORDER BY purge_id DESC LIMIT 1").fetchone()
     if row is None:
-        return Done(None)
+        return Result(None)
     purge_id, server_id, author_id, last_id = row
     values = (last_id - PURGE_SCAN, last_id, author_id, server_id, PURGE_STEP)
     rows = db.execute(
@@ -2657,18 +2669,18 @@ def purge_messages(db: sqlite3.Connection) -> Done[None]:
         db.execute("DELETE FROM purges WHERE purge_id = ?", (purge_id,))
     else:
         db.execute("UPDATE purges SET last_id = ? WHERE purge_id = ?", (left, purge_id))
-    return Done(None, effects)
+    return Result(None, effects)
 
 
 def purge_messages_of(db: sqlite3.Connection, server_id: int | None, author_id: int) -> list[Effect]:
     """Delete an author's messages in a server (None: in every server): the newest now, the others in steps, later. Return the
-    effects of what is deleted now. It takes some milliseconds: the operation has to be a `long` one."""
+    effects of what is deleted now. It takes some milliseconds: the operation has to be a `slow` one."""
     newest = "SELECT ?, ?, coalesce(max(message_id), 0) FROM messages"
     db.execute("INSERT INTO purges (server_id, author_id, last_id) " + newest, (server_id, author_id))
     return list(purge_messages(db).effects)
 
 
-def touch_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
+def renumber_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
     """Take a number for a change of the message's reactions."""
     seq = next_seq(db, server_id)
     db.execute("UPDATE messages SET seq = ?, extras = 1 WHERE message_id = ?", (seq, message_id))
@@ -2676,7 +2688,7 @@ def touch_message(db: sqlite3.Connection, server_id: int, message_id: int) -> in
 
 
 insert_reaction = statement("INSERT INTO reactions VALUES (?, ?, ?)")
-drop_reaction = statement("DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?")
+delete_reaction = statement("DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?")
 
 
 def first_messages(rows: Iterable[Sequence[Any]], limit: int, most: int = ANSWER_BYTES) -> Messages:
@@ -2715,7 +2727,7 @@ def page(db: sqlite3.Connection, args: PageArgs) -> Messages:
     return Messages(older.messages + newer.messages, newer.has_more or older.has_more)
 
 
-class Pages:
+class PageCache:
     """The pages that were asked for last, each with the `seq` of its server then, up to which it is valid. Thirty pupils who
     open a channel ask for the same page; reading it costs 120 us, looking it up 5."""
 
@@ -2793,13 +2805,13 @@ def set_read(db: sqlite3.Connection, user_id: int, channel_id: int, message_id: 
         db.execute("INSERT INTO reads (last_read_id, user_id, channel_id) VALUES (?, ?, ?)", values)
 
 
-def update_read(db: sqlite3.Connection, user_id: int, args: ReadArgs) -> ReadState | None:
+def update_read(db: sqlite3.Connection, user_id: int, args: MarkReadArgs) -> ReadState | None:
     """Move the mark, only forward unless `back`, and return the new state if it moved. Raises NOT_FOUND."""
     there = """SELECT 1 FROM messages WHERE message_id = :message_id AND channel_id = :channel_id UNION ALL SELECT 1 WHERE :back
                AND (:message_id = 0 OR EXISTS (SELECT 1 FROM messages
                     WHERE channel_id = :channel_id AND message_id > :message_id AND deleted = 0))"""
     if not db.execute(there, msgspec.structs.asdict(args)).fetchone():
-        raise refusal("NO_MESSAGE", field="message_id")
+        raise chat_error("NO_MESSAGE", field="message_id")
     before = db.execute(READ_MARK, (args.channel_id, user_id)).fetchone()[0]
     if args.message_id == before or (args.message_id < before and not args.back):
         return None
@@ -2808,13 +2820,13 @@ def update_read(db: sqlite3.Connection, user_id: int, args: ReadArgs) -> ReadSta
     return after if after.last_read_id != before else None
 
 
-def search_state(db: sqlite3.Connection) -> tuple[int, int]:
+def index_progress(db: sqlite3.Connection) -> tuple[int, int]:
     """Return the ids of the newest message and of the last one that is in the search index."""
     newest, known = db.execute("SELECT (SELECT max(message_id) FROM messages), indexed_id FROM search").fetchone()
     return newest or 0, known
 
 
-def index_messages(db: sqlite3.Connection) -> Done[int]:
+def index_messages(db: sqlite3.Connection) -> Result[int]:
     """Add the next messages to the search index and return the id of the last one in it."""
     (known,) = db.execute("SELECT indexed_id FROM search").fetchone()
     rows = db.execute(
@@ -2825,7 +2837,7 @@ def index_messages(db: sqlite3.Connection) -> Done[int]:
         index_rows(db, [row[:3] for row in rows if not row[3]])
         known = rows[-1][0]
         db.execute("UPDATE search SET indexed_id = ?", (known,))
-    return Done(known)
+    return Result(known)
 
 
 def search(db: sqlite3.Connection, args: SearchArgs) -> Messages:
@@ -2854,65 +2866,65 @@ TYPING_EVERY = 1.0
 
 class Presence:
     def __init__(self) -> None:
-        self.hidden: set[int] = set()
-        self._here: dict[int, dict[int, set[str]]] = {}  # server -> user -> sockets
+        self.invisible: set[int] = set()
+        self._online: dict[int, dict[int, set[str]]] = {}  # server -> user -> sockets
 
     def join(self, server_id: int, user_id: int, sid: str) -> bool:
         """Add a socket and return whether others see the user arrive."""
-        sids = self._here.setdefault(server_id, {}).setdefault(user_id, set())
+        sids = self._online.setdefault(server_id, {}).setdefault(user_id, set())
         first = not sids
         sids.add(sid)
-        return first and user_id not in self.hidden
+        return first and user_id not in self.invisible
 
     def leave(self, server_id: int, user_id: int, sid: str) -> bool:
         """Remove a socket and return whether others see the user go."""
-        users = self._here.get(server_id, {})
+        users = self._online.get(server_id, {})
         sids = users.get(user_id, set())
         if sids != {sid}:
             sids.discard(sid)
             return False
         del users[user_id]
         if not users:
-            del self._here[server_id]
-        return user_id not in self.hidden
+            del self._online[server_id]
+        return user_id not in self.invisible
 
     def visible(self, server_id: int, viewer: int = 0) -> list[int]:
         """Return the ids of those who are here, ascending, as `viewer` sees it."""
-        users = list(self._here.get(server_id, ()))  # a copy in one step: readers' threads ask too
-        return sorted(user_id for user_id in users if user_id not in self.hidden or user_id == viewer)
+        users = list(self._online.get(server_id, ()))  # a copy in one step: readers' threads ask too
+        return sorted(user_id for user_id in users if user_id not in self.invisible or user_id == viewer)
 
     def servers(self, user_id: int) -> list[int]:
-        return [server_id for server_id, users in self._here.items() if user_id in users]
+        return [server_id for server_id, users in self._online.items() if user_id in users]
 
 
-class Typist(NamedTuple):
+class TypingUser(NamedTuple):
     server_id: int
     notice: Typing  # the channel and the user, as others are told
     sid: str
-    until: float
+    expires_at: float
 
 
-class Typists:
+class TypingTracker:
     """Who is typing where. A user is reported at most once a second, and counts as having stopped after three."""
 
     def __init__(self) -> None:
-        self._typing: dict[tuple[int, int], Typist] = {}  # by channel and user
-        self._heard: dict[int, float] = {}  # user -> when they were last heard
+        self._typing: dict[tuple[int, int], TypingUser] = {}  # by channel and user
+        self._emitted_at: dict[int, float] = {}  # user -> when they were last heard
 
     def start(self, server_id: int, notice: Typing, sid: str, now: float) -> bool:
         """Note that the user types and return whether to tell others."""
         channel_id, user_id = notice.channel_id, notice.user_id
-        heard = now - self._heard.get(user_id, -TYPING_EVERY) >= TYPING_EVERY
-        if heard or self.typing(channel_id, user_id):
-            self._typing[channel_id, user_id] = Typist(server_id, notice, sid, now + TYPING_SECONDS)
-        if heard:
-            self._heard[user_id] = now
-        return heard
+        due = now - self._emitted_at.get(user_id, -TYPING_EVERY) >= TYPING_EVERY
+        if due or self.typing(channel_id, user_id):
+            self._typing[channel_id, user_id] = TypingUser(server_id, notice, sid, now + TYPING_SECONDS)
+        if due:
+            self._emitted_at[user_id] = now
+        return due
 
-    def typing(self, channel_id: int, user_id: int) -> Typist | None:
+    def typing(self, channel_id: int, user_id: int) -> TypingUser | None:
         return self._typing.get((channel_id, user_id))
 
-    def stop(self, channel_id: int, user_id: int) -> Typist | None:
+    def stop(self, channel_id: int, user_id: int) -> TypingUser | None:
         """Remove and return the typist, if the user was typing."""
         return self._typing.pop((channel_id, user_id), None)
 
@@ -2924,12 +2936,12 @@ class Typists:
             if typing_id == user_id:
                 typist.notice.name = name
 
-    def over(self, now: float) -> list[tuple[int, int]]:
+    def expired(self, now: float) -> list[tuple[int, int]]:
         """Return the channels and users of those who stopped without saying so."""
-        self._heard = {user_id: at for user_id, at in self._heard.items() if now - at < TYPING_EVERY}
-        return [key for key, typist in self._typing.items() if typist.until <= now]
+        self._emitted_at = {user_id: at for user_id, at in self._emitted_at.items() if now - at < TYPING_EVERY}
+        return [key for key, typist in self._typing.items() if typist.expires_at <= now]
 
-    def of(self, sid: str, server_id: int | None = None) -> list[tuple[int, int]]:
+    def of_socket(self, sid: str, server_id: int | None = None) -> list[tuple[int, int]]:
         """Return the channels and users of the typists of a socket (in that server)."""
         return [k for k, typist in self._typing.items() if typist.sid == sid and server_id in (None, typist.server_id)]
 
@@ -2937,18 +2949,18 @@ class Typists:
 class Peer(NamedTuple):
     sid: str
     server_id: int
-    notice: VoiceChanged  # the channel, the user and the peer's id, as it is told
+    notice: VoicePeer  # the channel, the user and the peer's id, as it is told
 
     @property
     def channel_id(self) -> int:
         return self.notice.channel_id
 
 
-class Voices(dict[str, Peer]):
+class VoicePeers(dict[str, Peer]):
     """Who talks where, by socket: one voice channel each."""
 
     def others(self, channel_id: int, sid: str) -> list[Participant]:
-        notices = [peer.notice for peer in self.within(channel_id=channel_id) if peer.sid != sid]
+        notices = [peer.notice for peer in self.members_of(channel_id=channel_id) if peer.sid != sid]
         return [Participant(notice.user_id, notice.username, notice.peer_id, name=notice.name) for notice in notices]
 
     def rename(self, user_id: int, name: str | None) -> None:
@@ -2956,20 +2968,20 @@ class Voices(dict[str, Peer]):
             if peer.notice.user_id == user_id:
                 peer.notice.name = name
 
-    def named(self, channel_id: int, peer_id: str) -> Peer | None:
-        return next((peer for peer in self.within(channel_id=channel_id) if peer.notice.peer_id == peer_id), None)
+    def find(self, channel_id: int, peer_id: str) -> Peer | None:
+        return next((peer for peer in self.members_of(channel_id=channel_id) if peer.notice.peer_id == peer_id), None)
 
-    def within(self, *, server_id: int | None = None, channel_id: int | None = None) -> list[Peer]:
+    def members_of(self, *, server_id: int | None = None, channel_id: int | None = None) -> list[Peer]:
         return [p for p in self.values() if server_id == p.server_id or channel_id == p.channel_id]
 
 
-# ---- Keys ----------------------------------------------------------------------------------------------------------
+# ---- Authentication ------------------------------------------------------------------------------------------------
 # Passwords and tokens. A password costs 16 MiB and some 50 ms to check, on threads of its own, whether or not its account
 # exists. A token is a JWT of one algorithm; whether it still stands is asked of the database and remembered by Chat.
 
 ALGORITHM = "HS256"
 # One spelling for each token: its signature stands for 32 bytes, and the decoder would take it with `=` behind as well.
-SPELLING = re.compile(r"[\w-]+\.[\w-]+\.[\w-]{42}[AEIMQUYcgkosw048]", re.ASCII)
+CANONICAL_TOKEN = re.compile(r"[\w-]+\.[\w-]+\.[\w-]{42}[AEIMQUYcgkosw048]", re.ASCII)
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}
 ISSUER = "chatrtc"  # `iss` and `aud` of our tokens: a program may sign other tokens with the same secret
 HASHERS = 2
@@ -2983,17 +2995,19 @@ def hash_password(password: str, salt: bytes, n: int, r: int, p: int) -> str:
     return f"scrypt${n}${r}${p}${salt.hex()}${key.hex()}"
 
 
-DUMMY = f"scrypt${SCRYPT['n']}${SCRYPT['r']}${SCRYPT['p']}${secrets.token_hex(16)}${secrets.token_hex(32)}"  # of no password
+DUMMY_HASH = (
+    f"scrypt${SCRYPT['n']}${SCRYPT['r']}${SCRYPT['p']}${secrets.token_hex(16)}${secrets.token_hex(32)}"  # of no password
+)
 
 
-def same_password(password: str, stored: str | None) -> bool:
+def verify_password(password: str, stored: str | None) -> bool:
     """Return whether it is the password. It takes as long for an account that has none or does not exist."""
-    _, n, r, p, salt, _ = (stored or DUMMY).split("$")
+    _, n, r, p, salt, _ = (stored or DUMMY_HASH).split("$")
     made = hash_password(password, bytes.fromhex(salt), int(n), int(r), int(p))
-    return secrets.compare_digest(made, stored or DUMMY) and stored is not None
+    return secrets.compare_digest(made, stored or DUMMY_HASH) and stored is not None
 
 
-class Passwords(Turns):
+class PasswordHasher(FairQueue):
     """Hashes passwords on a few threads. The addresses that sign in take turns."""
 
     def __init__(self, bounded: bool) -> None:
@@ -3004,8 +3018,8 @@ class Passwords(Turns):
     async def hash(self, password: str) -> str:
         return await self._run(functools.partial(hash_password, password, secrets.token_bytes(16), **SCRYPT))
 
-    async def check(self, password: str, stored: str | None) -> bool:
-        return await self._run(functools.partial(same_password, password, stored))
+    async def verify(self, password: str, stored: str | None) -> bool:
+        return await self._run(functools.partial(verify_password, password, stored))
 
     async def _run(self, work: Callable[[], R]) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -3013,31 +3027,31 @@ class Passwords(Turns):
     @contextlib.asynccontextmanager
     async def turn(self, address: str) -> AsyncIterator[None]:
         """Wait for a hasher and hold it. Raises RATE_LIMITED if too many wait already."""
-        await self.take(address)
+        await self.acquire(address)
         try:
             yield
         finally:
-            self.give_back(address)
+            self.release(address)
 
-    def make_room(self, user: object) -> None:
+    def check_space(self, user: object) -> None:
         """If all queues together are full, refuse the newest of the longest one, so that no address can fill them."""
-        waiting = {one: self.waiting(one) for one in self._queues} if self._bounded else {}
+        waiting = {one: self.count_waiting(one) for one in self._queues} if self._bounded else {}
         mine, longest = waiting.get(user, 0), max(waiting, key=lambda one: waiting[one], default=None)
         is_full = sum(waiting.values()) >= HASHING_QUEUE
         if mine >= HASHING_QUEUE_PER_ADDRESS or (is_full and waiting[longest] <= mine + 1):
-            raise refusal("SIGN_IN_BUSY", retry_after=2)
+            raise chat_error("SIGN_IN_BUSY", retry_after=2)
         if is_full:
             newest = next(turn for turn in reversed(self._queues[longest]) if not turn.done())
-            newest.set_exception(refusal("SIGN_IN_BUSY", retry_after=2))
+            newest.set_exception(chat_error("SIGN_IN_BUSY", retry_after=2))
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def make_secret(database: Path) -> str:
+def load_or_create_secret(database: Path) -> str:
     """Return the secret kept next to the database, which is made at the first start and readable by its owner alone."""
     path = database.with_name(database.name + ".secret")
-    with one_line(path):
+    with as_start_error(path):
         if not os.path.lexists(path):
             write_private(path, secrets.token_hex(SECRET_BYTES).encode(), database)
     secret = read_private(path, database).decode(errors="ignore").strip()
@@ -3046,7 +3060,7 @@ def make_secret(database: Path) -> str:
     return secret
 
 
-class Keys:
+class TokenSigner:
     """Signs and reads tokens. Claims: `sub` (user id), `iat`, `exp`, `jti`, `iss`, `aud`, and `gen`, the account's generation
     of tokens. A token without `iss` and `aud`, as version 1.0 issued them, is valid too."""
 
@@ -3056,18 +3070,18 @@ class Keys:
         self._secret = secret
         self._ttl = ttl
 
-    def issue(self, user_id: int, username: str, generation: int, now: float, name: str | None = None) -> Account:
+    def issue(self, user_id: int, username: str, generation: int, now: float, name: str | None = None) -> AuthResponse:
         expires = int(now) + self._ttl
         claims: dict[str, Any] = {"sub": str(user_id), "iat": int(now), "exp": expires, "iss": ISSUER, "aud": ISSUER}
         claims |= {"jti": secrets.token_hex(8), "gen": generation}
         token = jwt.encode(claims, self._secret, algorithm=ALGORITHM)
-        return Account(user_id, username, token, utc(expires), name=name)
+        return AuthResponse(user_id, username, token, utc(expires), name=name)
 
-    def read(self, token: str) -> tuple[int, int, float]:
+    def verify(self, token: str) -> tuple[int, int, float]:
         """User id, generation and end of a token that we signed and that has not expired. Raises UNAUTHORIZED."""
         options: Any = {"require": ["sub", "iat", "exp"], "verify_iat": False, "verify_aud": False, "verify_iss": False}
         try:
-            if not SPELLING.fullmatch(token):
+            if not CANONICAL_TOKEN.fullmatch(token):
                 raise ValueError
             claims = jwt.decode(token, self._secret, algorithms=[ALGORITHM], options=options)
             user_id, generation = int(claims["sub"]), claims.get("gen", 0)
@@ -3077,14 +3091,14 @@ class Keys:
                 raise ValueError
             return user_id, generation, float(claims["exp"])
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
-            raise refusal("TOKEN_INVALID") from None
+            raise chat_error("TOKEN_INVALID") from None
 
     def address_digest(self, user_id: int, address: str) -> bytes:
         """Return what the database keeps of an address that an account signed in from."""
         return hmac.digest(self._secret.encode(), f"address {user_id} {address}".encode(), "sha256")[:16]
 
 
-# ---- Limits --------------------------------------------------------------------------------------------------------
+# ---- Rate limits ---------------------------------------------------------------------------------------------------
 # How often somebody may do something: token buckets on the monotonic clock, by user or by address. A school shares one address,
 # so the limits by address have room for 1,000 pupils who register, mistype and sign in within a few minutes.
 
@@ -3114,7 +3128,7 @@ LIMITS = {
     "invite": Limit(1, 100, "address", "unknown invite codes", True),
 }
 SOCKETS_PER_USER = 20
-BUCKETS_KEPT = 20_000  # of each limit: some 4 MiB
+MAX_BUCKETS = 20_000  # of each limit: some 4 MiB
 OTHERS = object()  # whose bucket is shared by those who find their limit's table full
 GUESSES = {"INVITE_UNKNOWN", "LINK_UNKNOWN"}  # the reasons by which a code is counted as a guess
 LimitOf = tuple[str, object]  # a limit, and whose
@@ -3126,46 +3140,46 @@ class Limiter:
         # For each limit: whose -> when their bucket is full again. The one that was looked at least recently comes first.
         self._tables: dict[str, OrderedDict[object, float]] = {name: OrderedDict() for name in LIMITS}
 
-    def _bucket(self, name: str, whose: object, now: float) -> tuple[object, float]:
-        """Return the key of the bucket that counts for `whose`, and when it is full. A bucket that is not full is never
+    def _bucket(self, name: str, key_owner: object, now: float) -> tuple[object, float]:
+        """Return the key of the bucket that counts for `key_owner`, and when it is full. A bucket that is not full is never
         forgotten, as it may be what stops an attack. If the table is full of such buckets, newcomers share one more."""
         table = self._tables[name]
-        for _ in range(4 if whose not in table and len(table) >= BUCKETS_KEPT else 0):
+        for _ in range(4 if key_owner not in table and len(table) >= MAX_BUCKETS else 0):
             oldest, full_at = next(iter(table.items()))
             if full_at > now:
                 table.move_to_end(oldest)
             else:
                 del table[oldest]
-        key = whose if whose in table or len(table) < BUCKETS_KEPT else OTHERS
+        key = key_owner if key_owner in table or len(table) < MAX_BUCKETS else OTHERS
         return key, max(now, table.get(key, now))
 
-    def count(self, name: str, whose: object, times: int = 1) -> None:
+    def count(self, name: str, key_owner: object, times: int = 1) -> None:
         """Count so many, whether or not the limit allows it. A negative number gives back what was counted."""
         now = time.monotonic()
-        key, full_at = self._bucket(name, whose, now)
+        key, full_at = self._bucket(name, key_owner, now)
         self._tables[name][key] = max(now, full_at + times / LIMITS[name].per_second)
 
-    def check(self, name: str, whose: object) -> None:
+    def check(self, name: str, key_owner: object) -> None:
         """Raise RATE_LIMITED if one more is one too many."""
         limit, now = LIMITS[name], time.monotonic()
-        left = limit.burst - (self._bucket(name, whose, now)[1] - now) * limit.per_second
+        left = limit.burst - (self._bucket(name, key_owner, now)[1] - now) * limit.per_second
         if left < 1 and self._enabled:
-            raise refusal("TOO_OFTEN", retry_after=(1 - left) / limit.per_second)
+            raise chat_error("TOO_OFTEN", retry_after=(1 - left) / limit.per_second)
 
-    def take(self, name: str, whose: object) -> None:
+    def charge(self, name: str, key_owner: object) -> None:
         """Count one. Raises RATE_LIMITED if that is one too many."""
         if self._enabled:
-            self.check(name, whose)
-            self.count(name, whose)
+            self.check(name, key_owner)
+            self.count(name, key_owner)
 
     @contextlib.contextmanager
-    def guess(self, name: str, whose: object) -> Iterator[None]:
+    def charge_unknown_code(self, name: str, key_owner: object) -> Iterator[None]:
         """Count an unknown code; above the limit it is refused with RATE_LIMITED instead. A code that exists always passes."""
         try:
             yield
         except ChatError as error:
             if error.reason in GUESSES:
-                self.take(name, whose)
+                self.charge(name, key_owner)
             raise
 
     @contextlib.contextmanager
@@ -3185,10 +3199,10 @@ class Limiter:
 
 
 REFUSED = {"WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code"}
-SUBJECTS_LOGGED = 30  # each minute; the others share a line
+MAX_LOG_SUBJECTS = 30  # each minute; the others share a line
 
 
-class Refusals:
+class RateLimitedLog:
     """The bounded log of what clients cause: refusals, broken packets, defects. For each address and each place of a defect it
     writes the first at once, then one line a minute with the numbers."""
 
@@ -3208,7 +3222,7 @@ class Refusals:
 
     def say(self, subject: str, what: str, error: Exception | None = None) -> None:
         self.flush()
-        if error is None and subject not in self._counts and len(self._counts) >= SUBJECTS_LOGGED:
+        if error is None and subject not in self._counts and len(self._counts) >= MAX_LOG_SUBJECTS:
             subject = "Refused for other addresses"
         first = subject not in self._counts
         self._counts.setdefault(subject, Counter())[what] += 1
@@ -3231,38 +3245,38 @@ class Refusals:
         log.warning("%s: %s", subject, ", ".join(f"{what} ({n})" for what, n in counts.items()), exc_info=error)
 
 
-# ---- Policy --------------------------------------------------------------------------------------------------------
-# Who may do what, decided here alone, in the transaction of the operation. An operation names one `Who`; its arguments name
+# ---- Authorization -------------------------------------------------------------------------------------------------
+# Who may do what, decided here alone, in the transaction of the operation. An operation names one `Access`; its arguments name
 # the thing: NOT_FOUND if it does not exist, FORBIDDEN if it is in a server that the caller is not a member of.
 
 RANK: dict[Role | None, int] = {None: 0, "member": 1, "admin": 2, "owner": 3}
 
 
 @dataclass(slots=True)
-class Scope:
+class OperationContext:
     """What an operation knows: the transaction, the time, the caller, and the things that its arguments name."""
 
     db: sqlite3.Connection
-    me: Standing
+    user: Principal
     clock: float  # Unix seconds
     presence: Presence
-    pages: Pages
+    pages: PageCache
     settings: Settings
     server_id: int = 0
     channel_id: int = 0
     role: Role | None = None  # the caller's, in that server
     message: Message | None = None
-    target: Role | None = None  # the role of the member that the arguments name
+    target_role: Role | None = None  # the role of the member that the arguments name
 
     @property
     def now(self) -> str:
         return utc(self.clock)
 
-    def here(self) -> list[int]:
-        return self.presence.visible(self.server_id, self.me.user_id)
+    def visible_users(self) -> list[int]:
+        return self.presence.visible(self.server_id, self.user.user_id)
 
 
-class Who(enum.Enum):
+class Access(enum.Enum):
     """Who may; each with the sentence that refuses the others."""
 
     ANYONE = "anyone, without a token"
@@ -3274,100 +3288,100 @@ class Who(enum.Enum):
     OWNER = "the owner"
     AUTHOR = "its author"
     AUTHOR_OR_ADMIN = "its author, admins and the owner"
-    SELF_OR_ABOVE = "oneself (but the owner), and admins for those of a lower role"
-    ABOVE = "admins and the owner, for members of a lower role and for those who left"
+    SELF_OR_OUTRANKS = "oneself (but the owner), and admins for those of a lower role"
+    OUTRANKS = "admins and the owner, for members of a lower role and for those who left"
     HOST_OF_GUEST = "admins and the owner, for guests of a lower role"
 
 
-def permits(who: Who, at: Scope) -> bool:
+def permits(access: Access, ctx: OperationContext) -> bool:
     """Return whether the caller, who is a member, may."""
-    if who is Who.MEMBER:
+    if access is Access.MEMBER:
         return True
-    if who is Who.OWNER:
-        return at.role == "owner"
-    is_author = at.message is not None and at.message.author_id == at.me.user_id
-    if who is Who.AUTHOR or (who is Who.AUTHOR_OR_ADMIN and is_author):
+    if access is Access.OWNER:
+        return ctx.role == "owner"
+    is_author = ctx.message is not None and ctx.message.author_id == ctx.user.user_id
+    if access is Access.AUTHOR or (access is Access.AUTHOR_OR_ADMIN and is_author):
         return is_author
-    rank = RANK[at.role]
-    return rank >= RANK["admin"] and (who in (Who.ADMIN, Who.HOST) or rank > RANK[at.target])
+    rank = RANK[ctx.role]
+    return rank >= RANK["admin"] and (access in (Access.ADMIN, Access.HOST) or rank > RANK[ctx.target_role])
 
 
 @functools.cache
-def key_of(kind: type[Args]) -> str:
+def target_key(kind: type[Args]) -> str:
     """Return the field by which such arguments name what they are about."""
-    return next((key for key in PLACES if key in kind.__struct_fields__), "server_id")
+    return next((key for key in TARGET_QUERIES if key in kind.__struct_fields__), "server_id")
 
 
-def find_place(at: Scope, args: Args) -> bool:
+def resolve_target(ctx: OperationContext, args: Args) -> bool:
     """Find the server, channel and message that the arguments name, and the caller's role. Return whether they exist."""
-    key = key_of(type(args))
+    key = target_key(type(args))
     number = getattr(args, key, 0)
-    found = place_of(at.db, key, number, at.me)
+    found = lookup_target(ctx.db, key, number, ctx.user)
     if found is None:
-        raise refusal("TOKEN_INVALID")
-    at.server_id, at.role = found[0] or 0, found[1]
-    if found[2] != at.me.name:  # changed since the token was last looked up
-        at.me = at.me._replace(name=found[2])
+        raise chat_error("TOKEN_INVALID")
+    ctx.server_id, ctx.role = found[0] or 0, found[1]
+    if found[2] != ctx.user.name:  # changed since the token was last looked up
+        ctx.user = ctx.user._replace(name=found[2])
     if key == "message_id":
-        at.message = message_view(at.db, number)
-    at.channel_id = number if key == "channel_id" else at.message.channel_id if at.message else 0
-    return at.server_id > 0
+        ctx.message = message_view(ctx.db, number)
+    ctx.channel_id = number if key == "channel_id" else ctx.message.channel_id if ctx.message else 0
+    return ctx.server_id > 0
 
 
-def find_target(at: Scope, who: Who, user_id: int) -> None:
+def load_target_role(ctx: OperationContext, access: Access, user_id: int) -> None:
     """Find the role of the member, for a ban also of the former member, that the arguments name. Raises NOT_FOUND, which does
     not say whether the account exists."""
-    at.target = role_of(at.db, at.server_id, user_id)
-    if at.target is None and not (who is Who.ABOVE and has_left(at.db, at.server_id, user_id)):
-        raise refusal("NO_MEMBER" if who is not Who.ABOVE else "NO_USER")
+    ctx.target_role = role_of(ctx.db, ctx.server_id, user_id)
+    if ctx.target_role is None and not (access is Access.OUTRANKS and has_left(ctx.db, ctx.server_id, user_id)):
+        raise chat_error("NO_MEMBER" if access is not Access.OUTRANKS else "NO_USER")
 
 
-def check_settings(who: Who, at: Scope) -> None:
+def check_settings(access: Access, ctx: OperationContext) -> None:
     """Raise FORBIDDEN unless the settings allow the caller to create servers or invite people. The program always may."""
-    may, closed = at.settings.create_servers, at.settings.registration == "invite"
-    if may == "everyone" or not at.me.digest:
+    may, closed = ctx.settings.create_servers, ctx.settings.registration == "invite"
+    if may == "everyone" or not ctx.user.digest:
         return
-    if who is Who.CREATOR and may == "nobody":
-        raise refusal("CREATE_SERVERS_OFF")
-    if (who is Who.CREATOR or closed) and profile(at.db, at.me.user_id).guest:
-        raise refusal("NOT_FOR_GUESTS")
+    if access is Access.CREATOR and may == "nobody":
+        raise chat_error("CREATE_SERVERS_OFF")
+    if (access is Access.CREATOR or closed) and profile(ctx.db, ctx.user.user_id).guest:
+        raise chat_error("NOT_FOR_GUESTS")
 
 
-def check_guest(at: Scope, user_id: int) -> None:
+def check_guest(ctx: OperationContext, user_id: int) -> None:
     """Raise FORBIDDEN unless that is a guest whom the caller could remove from all of their servers, which a link opens."""
-    if not profile(at.db, user_id).guest:
-        raise refusal("NOT_A_GUEST")
-    if is_out_of_reach(at.db, user_id, at.me.user_id):
-        raise refusal("LINK_ELSEWHERE")
+    if not profile(ctx.db, user_id).guest:
+        raise chat_error("NOT_A_GUEST")
+    if is_out_of_reach(ctx.db, user_id, ctx.user.user_id):
+        raise chat_error("LINK_ELSEWHERE")
 
 
-def authorize(who: Who, at: Scope, args: Args) -> None:
+def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     """Find what the arguments name. Raises UNAUTHORIZED, NOT_FOUND or FORBIDDEN."""
-    if who is Who.ANYONE:
+    if access is Access.ANYONE:
         return
-    there = find_place(at, args)
-    if who is Who.CREATOR:
-        check_settings(who, at)
-    if who in (Who.USER, Who.CREATOR):
+    there = resolve_target(ctx, args)
+    if access is Access.CREATOR:
+        check_settings(access, ctx)
+    if access in (Access.USER, Access.CREATOR):
         return
     if not there:
-        raise refusal(f"NO_{key_of(type(args)).removesuffix('_id').upper()}")
-    if at.role is None:
-        raise refusal("NOT_MEMBER")
+        raise chat_error(f"NO_{target_key(type(args)).removesuffix('_id').upper()}")
+    if ctx.role is None:
+        raise chat_error("NOT_MEMBER")
     user_id = getattr(args, "user_id", None)
     if user_id is not None:
-        is_self = who is Who.SELF_OR_ABOVE and user_id == at.me.user_id
-        if RANK[at.role] < RANK["admin"] and not is_self:
-            raise refusal("ROLE_TOO_LOW", who=who.value)
-        find_target(at, who, user_id)
-        if is_self and at.role != "owner":
+        is_self = access is Access.SELF_OR_OUTRANKS and user_id == ctx.user.user_id
+        if RANK[ctx.role] < RANK["admin"] and not is_self:
+            raise chat_error("ROLE_TOO_LOW", who=access.value)
+        load_target_role(ctx, access, user_id)
+        if is_self and ctx.role != "owner":
             return
-    if not permits(who, at):
-        raise refusal("ROLE_TOO_LOW", who=who.value)
-    if who in (Who.HOST, Who.HOST_OF_GUEST):
-        check_settings(who, at)
-    if who is Who.HOST_OF_GUEST:
-        check_guest(at, user_id or 0)
+    if not permits(access, ctx):
+        raise chat_error("ROLE_TOO_LOW", who=access.value)
+    if access in (Access.HOST, Access.HOST_OF_GUEST):
+        check_settings(access, ctx)
+    if access is Access.HOST_OF_GUEST:
+        check_guest(ctx, user_id or 0)
 
 
 # ---- Operations ----------------------------------------------------------------------------------------------------
@@ -3380,59 +3394,59 @@ def authorize(who: Who, at: Scope, args: Args) -> None:
 class Operation:
     name: str
     run: Callable[..., Any]
-    kind: Literal["write", "read", "live"]
+    kind: Literal["write", "read", "async"]
     event: str | None = None
     method: str | None
     path: str | None
-    who: Who
+    access: Access
     args: type[Args]
-    answer: Any
+    result: Any
     emits: Sequence[str] = ()
     status: int = 200  # of REST
-    repeat_status: int  # where the thing had been done before
+    replay_status: int  # where the thing had been done before
     limit: str | None = None
     acks: bool = True  # whether the ack carries the answer, or only says success
-    long: bool = False  # whether it may take more than a few steps of an index
+    slow: bool = False  # whether it may take more than a few steps of an index
     frees: bool = False  # whether it is possible on a disk that is nearly full, because it deletes or protects
-    sentence: str
+    summary: str
 
 
 OPERATIONS: dict[str, Operation] = {}
 Run = TypeVar("Run", bound=Callable[..., Any])
 
 
-def operation(kind: Literal["write", "read", "live"], http: str | None, who: Who, **more: Any) -> Callable[[Run], Run]:
+def operation(kind: Literal["write", "read", "async"], http: str | None, access: Access, **more: Any) -> Callable[[Run], Run]:
     """Add a function to `OPERATIONS`. `more`: other fields of Operation."""
     method, path = http.split() if http else (None, None)
-    more = {"repeat_status": more.get("status", 200)} | more
+    more = {"replay_status": more.get("status", 200)} | more
 
     def register(run: Run) -> Run:
-        hints, name, sentence = typing.get_type_hints(run), run.__name__, inspect.getdoc(run) or ""
-        shape = {"args": hints["args"], "answer": typing.get_args(hints["return"])[0]}
+        hints, name, summary = typing.get_type_hints(run), run.__name__, inspect.getdoc(run) or ""
+        shape = {"args": hints["args"], "result": typing.get_args(hints["return"])[0]}
         OPERATIONS[name] = Operation(
-            name=name, run=run, kind=kind, method=method, path=path, who=who, sentence=sentence, **shape, **more
+            name=name, run=run, kind=kind, method=method, path=path, access=access, summary=summary, **shape, **more
         )
         return run
 
     return register
 
 
-@operation("read", "GET /users/me", Who.USER)
-def get_profile(at: Scope, args: Nothing) -> Done[Profile]:
+@operation("read", "GET /users/me", Access.USER)
+def get_profile(ctx: OperationContext, args: NoArgs) -> Result[Profile]:
     """Who I am."""
-    return Done(profile(at.db, at.me.user_id))
+    return Result(profile(ctx.db, ctx.user.user_id))
 
 
-def change_status(at: Scope, status: Status) -> SetStatus:
-    before = profile(at.db, at.me.user_id).status
-    update_status(at.db, at.me.user_id, status)
-    return SetStatus(at.me.identity, before, status, member_servers(at.db, at.me.user_id))
+def change_status(ctx: OperationContext, status: Status) -> SetStatus:
+    before = profile(ctx.db, ctx.user.user_id).status
+    update_status(ctx.db, ctx.user.user_id, status)
+    return SetStatus(ctx.user.identity, before, status, member_servers(ctx.db, ctx.user.user_id))
 
 
 def member_notice(db: sqlite3.Connection, server_id: int, user_id: int, seq: int) -> Emit:
     """Return the `member:updated` that tells of a change that took that number."""
     role = role_of(db, server_id, user_id) or "member"
-    updated = MemberUpdated(server_id, user_id, seq=seq, role=role, **facts_of(db, user_id))
+    updated = MemberUpdated(server_id, user_id, seq=seq, role=role, **load_member_facts(db, user_id))
     return Emit("member:updated", server_id, updated)
 
 
@@ -3444,40 +3458,40 @@ def change_everywhere(db: sqlite3.Connection, user_id: int) -> list[Effect]:
 STATUS_EVENTS = ["user:status", "user:connected", "user:disconnected"]
 
 
-@operation("write", "PATCH /users/me", Who.USER, limit="post", emits=["member:updated", *STATUS_EVENTS])
-def update_profile(at: Scope, args: EditProfile) -> Done[Profile]:
+@operation("write", "PATCH /users/me", Access.USER, limit="post", emits=["member:updated", *STATUS_EVENTS])
+def update_profile(ctx: OperationContext, args: EditProfile) -> Result[Profile]:
     """Set my status or my display name; `null` removes the name."""
     effects: list[Effect] = []
-    name = at.me.name if args.name is UNSET else None if args.name == at.me.username else args.name
-    if name != at.me.name:
-        at.me = at.me._replace(name=name)
-        update_display_name(at.db, at.me.user_id, name)
-        effects += [Rename(at.me.user_id, name), *change_everywhere(at.db, at.me.user_id)]
+    name = ctx.user.name if args.name is UNSET else None if args.name == ctx.user.username else args.name
+    if name != ctx.user.name:
+        ctx.user = ctx.user._replace(name=name)
+        update_display_name(ctx.db, ctx.user.user_id, name)
+        effects += [Rename(ctx.user.user_id, name), *change_everywhere(ctx.db, ctx.user.user_id)]
     if args.status is not UNSET:
-        effects.append(change_status(at, args.status))
-    return Done(profile(at.db, at.me.user_id), effects)
+        effects.append(change_status(ctx, args.status))
+    return Result(profile(ctx.db, ctx.user.user_id), effects)
 
 
-@operation("write", None, Who.USER, event="user:status", emits=STATUS_EVENTS, acks=False)
-def set_status(at: Scope, args: StatusArgs) -> Done[Profile]:
+@operation("write", None, Access.USER, event="user:status", emits=STATUS_EVENTS, acks=False)
+def set_status(ctx: OperationContext, args: StatusArgs) -> Result[Profile]:
     """Set my status."""
-    effects = [change_status(at, args.status)]
-    return Done(profile(at.db, at.me.user_id), effects)
+    effects = [change_status(ctx, args.status)]
+    return Result(profile(ctx.db, ctx.user.user_id), effects)
 
 
-@operation("write", "POST /auth/logout", Who.USER, status=204, frees=True)
-def logout(at: Scope, args: Nothing) -> Done[None]:
+@operation("write", "POST /auth/logout", Access.USER, status=204, frees=True)
+def logout(ctx: OperationContext, args: NoArgs) -> Result[None]:
     """End the token that the request came with; its sockets are disconnected."""
-    if not at.me.digest:
-        raise refusal("NO_TOKEN")
-    insert_revoked(at.db, at.me.digest, at.me.expires)
-    return Done(None, [Revoke(at.me.user_id, at.me.digest)])
+    if not ctx.user.digest:
+        raise chat_error("NO_TOKEN")
+    insert_revoked(ctx.db, ctx.user.digest, ctx.user.expires)
+    return Result(None, [Revoke(ctx.user.user_id, ctx.user.digest)])
 
 
-@operation("read", "GET /servers", Who.USER, long=True)
-def list_servers(at: Scope, args: Nothing) -> Done[Servers]:
+@operation("read", "GET /servers", Access.USER, slow=True)
+def list_servers(ctx: OperationContext, args: NoArgs) -> Result[Servers]:
     """The servers that I am a member of."""
-    return Done(Servers(servers_of(at.db, at.me.user_id)))
+    return Result(Servers(servers_of(ctx.db, ctx.user.user_id)))
 
 
 def make_server(db: sqlite3.Connection, name: str, owner_id: int, now: str) -> int:
@@ -3488,167 +3502,172 @@ def make_server(db: sqlite3.Connection, name: str, owner_id: int, now: str) -> i
     return server_id
 
 
-@operation("write", "POST /servers", Who.CREATOR, status=201, limit="post")
-def create_server(at: Scope, args: NameArgs) -> Done[Server]:
+@operation("write", "POST /servers", Access.CREATOR, status=201, limit="post")
+def create_server(ctx: OperationContext, args: NameArgs) -> Result[Server]:
     """Create a server, with the channel `general`; its creator owns it."""
-    check_owned(at.db, at.me.user_id)
-    server_id = make_server(at.db, args.name, at.me.user_id, at.now)
-    return Done(server_view(at.db, server_id, at.me.user_id))
+    check_owned(ctx.db, ctx.user.user_id)
+    server_id = make_server(ctx.db, args.name, ctx.user.user_id, ctx.now)
+    return Result(server_view(ctx.db, server_id, ctx.user.user_id))
 
 
-@operation("read", "GET /servers/{server_id}", Who.MEMBER)
-def get_server(at: Scope, args: ServerArgs) -> Done[Server]:
+@operation("read", "GET /servers/{server_id}", Access.MEMBER)
+def get_server(ctx: OperationContext, args: ServerArgs) -> Result[Server]:
     """A server, with its channels and my role in it."""
-    return Done(server_view(at.db, at.server_id, at.me.user_id))
+    return Result(server_view(ctx.db, ctx.server_id, ctx.user.user_id))
 
 
-@operation("write", "PATCH /servers/{server_id}", Who.ADMIN, emits=["server:updated"])
-def rename_server(at: Scope, args: RenameServer) -> Done[Server]:
+@operation("write", "PATCH /servers/{server_id}", Access.ADMIN, emits=["server:updated"])
+def rename_server(ctx: OperationContext, args: RenameServer) -> Result[Server]:
     """Rename a server."""
-    renamed = ServerRenamed(at.server_id, args.name, update_name(at.db, at.server_id, args.name))
-    return Done(server_view(at.db, at.server_id, at.me.user_id), [Emit("server:updated", at.server_id, renamed)])
+    renamed = ServerRenamed(ctx.server_id, args.name, update_name(ctx.db, ctx.server_id, args.name))
+    return Result(server_view(ctx.db, ctx.server_id, ctx.user.user_id), [Emit("server:updated", ctx.server_id, renamed)])
 
 
-@operation("write", "DELETE /servers/{server_id}", Who.OWNER, emits=["server:deleted"], status=204, long=True, frees=True)
-def delete_server(at: Scope, args: ServerArgs) -> Done[None]:
+@operation("write", "DELETE /servers/{server_id}", Access.OWNER, emits=["server:deleted"], status=204, slow=True, frees=True)
+def delete_server(ctx: OperationContext, args: ServerArgs) -> Result[None]:
     """Delete a server with everything in it."""
-    drop_server(at.db, at.server_id)
-    deleted = ServerDeleted(at.server_id)
-    return Done(None, [Emit("server:deleted", at.server_id, deleted), CloseServer(at.server_id)])
+    delete_server_row(ctx.db, ctx.server_id)
+    deleted = ServerDeleted(ctx.server_id)
+    return Result(None, [Emit("server:deleted", ctx.server_id, deleted), RemoveServerRoom(ctx.server_id)])
 
 
-@operation("read", "GET /servers/{server_id}/members", Who.MEMBER, long=True)
-def list_members(at: Scope, args: ServerArgs) -> Done[Members]:
+@operation("read", "GET /servers/{server_id}/members", Access.MEMBER, slow=True)
+def list_members(ctx: OperationContext, args: ServerArgs) -> Result[Members]:
     """The members, with their roles and whether they are connected."""
-    members = members_of(at.db, at.server_id, at.here(), at.me.user_id)
-    return Done(Members(members, former_members_of(at.db, at.server_id)))
+    members = members_of(ctx.db, ctx.server_id, ctx.visible_users(), ctx.user.user_id)
+    return Result(Members(members, former_members_of(ctx.db, ctx.server_id)))
 
 
-@operation("write", "PATCH /servers/{server_id}/members/{user_id}", Who.OWNER, emits=["member:updated"])
-def set_role(at: Scope, args: RoleArgs) -> Done[Member]:
+@operation("write", "PATCH /servers/{server_id}/members/{user_id}", Access.OWNER, emits=["member:updated"])
+def set_role(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
     """Give a member a role; `owner` hands the server over, and its owner becomes an admin."""
-    if at.target == "owner" and args.role != "owner":
-        raise refusal("OWNER_STAYS")
+    if ctx.target_role == "owner" and args.role != "owner":
+        raise chat_error("OWNER_STAYS")
     changed = {args.user_id: args.role}
-    if args.role == "owner" and at.target != "owner":
-        check_owned(at.db, args.user_id)
-        changed = {at.me.user_id: "admin", args.user_id: "owner"}
-    change = functools.partial(update_role, at.db, at.server_id)
-    effects = [member_notice(at.db, at.server_id, user_id, change(user_id, role)) for user_id, role in changed.items()]
-    members = members_of(at.db, at.server_id, at.here(), at.me.user_id)
-    return Done(next(member for member in members if member.user_id == args.user_id), effects)
+    if args.role == "owner" and ctx.target_role != "owner":
+        check_owned(ctx.db, args.user_id)
+        changed = {ctx.user.user_id: "admin", args.user_id: "owner"}
+    change = functools.partial(update_role, ctx.db, ctx.server_id)
+    effects = [member_notice(ctx.db, ctx.server_id, user_id, change(user_id, role)) for user_id, role in changed.items()]
+    members = members_of(ctx.db, ctx.server_id, ctx.visible_users(), ctx.user.user_id)
+    return Result(next(member for member in members if member.user_id == args.user_id), effects)
 
 
-def expel(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
-    left = MemberChanged(server_id, user_id, seq=drop_member(db, server_id, user_id), **facts_of(db, user_id))
+def remove_from_server(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
+    left = MemberChanged(server_id, user_id, seq=delete_member(db, server_id, user_id), **load_member_facts(db, user_id))
     return [Emit("member:left", server_id, left), Evict(server_id, user_id)]
 
 
 @operation(
-    "write", "DELETE /servers/{server_id}/members/{user_id}", Who.SELF_OR_ABOVE, emits=["member:left"], status=204, frees=True
+    "write",
+    "DELETE /servers/{server_id}/members/{user_id}",
+    Access.SELF_OR_OUTRANKS,
+    emits=["member:left"],
+    status=204,
+    frees=True,
 )
-def remove_member(at: Scope, args: MemberArgs) -> Done[None]:
+def remove_member(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     """Leave a server, or remove a member of a lower role. The member's sockets leave its rooms and stay open."""
-    return Done(None, expel(at.db, at.server_id, args.user_id))
+    return Result(None, remove_from_server(ctx.db, ctx.server_id, args.user_id))
 
 
 LINK_SECONDS = 900  # that a sign-in code is valid
 
 
-@operation("write", "POST /servers/{server_id}/members/{user_id}/link", Who.HOST_OF_GUEST, status=201, limit="post")
-def create_link(at: Scope, args: MemberArgs) -> Done[Link]:
+@operation("write", "POST /servers/{server_id}/members/{user_id}/link", Access.HOST_OF_GUEST, status=201, limit="post")
+def create_link(ctx: OperationContext, args: MemberArgs) -> Result[Link]:
     """Make a code with which a guest can sign in again, once, within 15 minutes."""
-    code, expires = new_code(), at.clock + LINK_SECONDS
-    insert_link(at.db, args.user_id, code, expires)
-    return Done(Link(code, utc(expires)))
+    code, expires = new_code(), ctx.clock + LINK_SECONDS
+    insert_link(ctx.db, args.user_id, code, expires)
+    return Result(Link(code, utc(expires)))
 
 
-@operation("read", "GET /servers/{server_id}/bans", Who.ADMIN, long=True)
-def list_bans(at: Scope, args: BansArgs) -> Done[Bans]:
+@operation("read", "GET /servers/{server_id}/bans", Access.ADMIN, slow=True)
+def list_bans(ctx: OperationContext, args: BansArgs) -> Result[Bans]:
     """Who is banned, by user id."""
-    return Done(bans_of(at.db, args))
+    return Result(bans_of(ctx.db, args))
 
 
 @operation(
-    "write", "PUT /servers/{server_id}/bans/{user_id}", Who.ABOVE, emits=["member:left", "message:deleted"], status=204,
-    limit="post", long=True, frees=True,
+    "write", "PUT /servers/{server_id}/bans/{user_id}", Access.OUTRANKS, emits=["member:left", "message:deleted"], status=204,
+    limit="post", slow=True, frees=True,
 )  # fmt: skip
-def ban(at: Scope, args: BanArgs) -> Done[None]:
+def ban(ctx: OperationContext, args: BanArgs) -> Result[None]:
     """Ban a current or former member; optionally delete their messages, and the invite by which they came."""
     if args.revoke_invite:
-        drop_invite_of(at.db, at.server_id, args.user_id)
-    insert_ban(at.db, at.server_id, args.user_id, at.me.user_id, at.now)
-    effects = expel(at.db, at.server_id, args.user_id) if at.target else []
+        delete_invite_used_by(ctx.db, ctx.server_id, args.user_id)
+    insert_ban(ctx.db, ctx.server_id, args.user_id, ctx.user.user_id, ctx.now)
+    effects = remove_from_server(ctx.db, ctx.server_id, args.user_id) if ctx.target_role else []
     if args.delete_messages:
-        effects += purge_messages_of(at.db, at.server_id, args.user_id)
-    return Done(None, effects)
+        effects += purge_messages_of(ctx.db, ctx.server_id, args.user_id)
+    return Result(None, effects)
 
 
-@operation("write", "DELETE /servers/{server_id}/bans/{user_id}", Who.ABOVE, status=204, frees=True)
-def unban(at: Scope, args: MemberArgs) -> Done[None]:
+@operation("write", "DELETE /servers/{server_id}/bans/{user_id}", Access.OUTRANKS, status=204, frees=True)
+def unban(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     """Lift a ban."""
-    if not drop_ban(at.db, at.server_id, args.user_id):
-        raise refusal("NOT_BANNED")
-    return Done(None)
+    if not delete_ban(ctx.db, ctx.server_id, args.user_id):
+        raise chat_error("NOT_BANNED")
+    return Result(None)
 
 
-@operation("write", "POST /servers/{server_id}/invites", Who.HOST, status=201, limit="post")
-def create_invite(at: Scope, args: NewInvite) -> Done[Invite]:
+@operation("write", "POST /servers/{server_id}/invites", Access.HOST, status=201, limit="post")
+def create_invite(ctx: OperationContext, args: NewInvite) -> Result[Invite]:
     """Make an invite: for `max_uses` people, for `expires_in` seconds, or without such a limit."""
-    expires_at = utc(at.clock + args.expires_in) if args.expires_in is not None else None
-    make_room_for_invite(at.db, at.server_id, at.now)
-    invite = Invite(new_code(), at.server_id, args.max_uses, 0, expires_at)
-    insert_invite(at.db, invite.code, at.server_id, at.me.user_id, args.max_uses, expires_at)
-    return Done(invite)
+    expires_at = utc(ctx.clock + args.expires_in) if args.expires_in is not None else None
+    make_room_for_invite(ctx.db, ctx.server_id, ctx.now)
+    invite = Invite(new_code(), ctx.server_id, args.max_uses, 0, expires_at)
+    insert_invite(ctx.db, invite.code, ctx.server_id, ctx.user.user_id, args.max_uses, expires_at)
+    return Result(invite)
 
 
-@operation("read", "GET /servers/{server_id}/invites", Who.ADMIN)
-def list_invites(at: Scope, args: ServerArgs) -> Done[Invites]:
+@operation("read", "GET /servers/{server_id}/invites", Access.ADMIN)
+def list_invites(ctx: OperationContext, args: ServerArgs) -> Result[Invites]:
     """The invites, used up and expired ones included."""
-    return Done(Invites(invites_of(at.db, at.server_id)))
+    return Result(Invites(invites_of(ctx.db, ctx.server_id)))
 
 
-@operation("read", "GET /invites/{code}", Who.ANYONE, limit="invite")
-def get_invite(at: Scope, args: CodeArgs) -> Done[InvitePreview]:
+@operation("read", "GET /invites/{code}", Access.ANYONE, limit="invite")
+def get_invite(ctx: OperationContext, args: CodeArgs) -> Result[InvitePreview]:
     """Where an invite leads."""
-    return Done(invite_preview(at.db, open_invite(at.db, args.code, at.now)))
+    return Result(invite_preview(ctx.db, load_valid_invite(ctx.db, args.code, ctx.now)))
 
 
 def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, now: str) -> list[Effect]:
-    count_use(db, invite.code)
+    count_invite_use(db, invite.code)
     seq = add_member(db, invite.server_id, user_id, "member", now, invite.code)
-    joined = MemberChanged(invite.server_id, user_id, seq=seq, **facts_of(db, user_id))
+    joined = MemberChanged(invite.server_id, user_id, seq=seq, **load_member_facts(db, user_id))
     return [Emit("member:joined", invite.server_id, joined)]
 
 
-@operation("write", "POST /invites/{code}", Who.USER, emits=["member:joined"], status=201, repeat_status=200, limit="invite")
-def accept_invite(at: Scope, args: CodeArgs) -> Done[Server]:
+@operation("write", "POST /invites/{code}", Access.USER, emits=["member:joined"], status=201, replay_status=200, limit="invite")
+def accept_invite(ctx: OperationContext, args: CodeArgs) -> Result[Server]:
     """Become a member by an invite; 200 for who is one already."""
-    server_id = invited_to(at.db, args.code)
-    if server_id is not None and role_of(at.db, server_id, at.me.user_id):
-        return Done(server_view(at.db, server_id, at.me.user_id), repeat=True)
-    invite = open_invite(at.db, args.code, at.now)
-    if is_banned(at.db, invite.server_id, at.me.user_id):
-        raise refusal("BANNED")
-    effects = use_invite(at.db, invite, at.me.user_id, at.now)
-    return Done(server_view(at.db, invite.server_id, at.me.user_id), effects)
+    server_id = server_of_invite(ctx.db, args.code)
+    if server_id is not None and role_of(ctx.db, server_id, ctx.user.user_id):
+        return Result(server_view(ctx.db, server_id, ctx.user.user_id), replayed=True)
+    invite = load_valid_invite(ctx.db, args.code, ctx.now)
+    if is_banned(ctx.db, invite.server_id, ctx.user.user_id):
+        raise chat_error("BANNED")
+    effects = use_invite(ctx.db, invite, ctx.user.user_id, ctx.now)
+    return Result(server_view(ctx.db, invite.server_id, ctx.user.user_id), effects)
 
 
-@operation("write", "DELETE /invites/{code}", Who.USER, status=204, limit="invite", frees=True)
-def revoke_invite(at: Scope, args: CodeArgs) -> Done[None]:
+@operation("write", "DELETE /invites/{code}", Access.USER, status=204, limit="invite", frees=True)
+def revoke_invite(ctx: OperationContext, args: CodeArgs) -> Result[None]:
     """Take an invite back (admins and the owner of its server)."""
-    server_id = invited_to(at.db, args.code)
+    server_id = server_of_invite(ctx.db, args.code)
     if server_id is None:
-        raise refusal("INVITE_UNKNOWN", field="code")
-    authorize(Who.ADMIN, at, ServerArgs(server_id=server_id))
-    drop_invite(at.db, args.code)
-    return Done(None)
+        raise chat_error("INVITE_UNKNOWN", field="code")
+    authorize(Access.ADMIN, ctx, ServerArgs(server_id=server_id))
+    delete_invite(ctx.db, args.code)
+    return Result(None)
 
 
-@operation("read", "GET /servers/{server_id}/channels", Who.MEMBER)
-def list_channels(at: Scope, args: ServerArgs) -> Done[Channels]:
+@operation("read", "GET /servers/{server_id}/channels", Access.MEMBER)
+def list_channels(ctx: OperationContext, args: ServerArgs) -> Result[Channels]:
     """The channels of a server."""
-    return Done(Channels(channels_of(at.db, at.server_id)))
+    return Result(Channels(channels_of(ctx.db, ctx.server_id)))
 
 
 def channel_notice(event: str, channel: Channel, seq: int) -> Emit:
@@ -3658,164 +3677,171 @@ def channel_notice(event: str, channel: Channel, seq: int) -> Emit:
     return Emit(event, channel.server_id, changed)
 
 
-@operation("write", "POST /servers/{server_id}/channels", Who.ADMIN, emits=["channel:created"], status=201, limit="post")
-def create_channel(at: Scope, args: NewChannel) -> Done[Channel]:
+@operation("write", "POST /servers/{server_id}/channels", Access.ADMIN, emits=["channel:created"], status=201, limit="post")
+def create_channel(ctx: OperationContext, args: NewChannel) -> Result[Channel]:
     """Create a text or a voice channel; who is connected to the server hears it at once."""
-    channel, seq = add_channel(at.db, at.server_id, args.name, args.kind, args.topic)
-    return Done(channel, [OpenChannel(at.server_id, channel.channel_id), channel_notice("channel:created", channel, seq)])
+    channel, seq = add_channel(ctx.db, ctx.server_id, args.name, args.kind, args.topic)
+    return Result(channel, [AddChannelRoom(ctx.server_id, channel.channel_id), channel_notice("channel:created", channel, seq)])
 
 
-@operation("write", "PATCH /channels/{channel_id}", Who.ADMIN, emits=["channel:updated"])
-def edit_channel(at: Scope, args: EditChannel) -> Done[Channel]:
+@operation("write", "PATCH /channels/{channel_id}", Access.ADMIN, emits=["channel:updated"])
+def edit_channel(ctx: OperationContext, args: EditChannel) -> Result[Channel]:
     """Rename a channel, or give it another topic."""
-    channel = channel_view(at.db, at.channel_id)
+    channel = channel_view(ctx.db, ctx.channel_id)
     channel.name = channel.name if args.name is None else args.name
     channel.topic = channel.topic if args.topic is None else args.topic
-    seq = update_channel(at.db, at.server_id, at.channel_id, channel.name, channel.topic)
-    return Done(channel, [channel_notice("channel:updated", channel, seq)])
+    seq = update_channel(ctx.db, ctx.server_id, ctx.channel_id, channel.name, channel.topic)
+    return Result(channel, [channel_notice("channel:updated", channel, seq)])
 
 
-@operation("write", "DELETE /channels/{channel_id}", Who.ADMIN, emits=["channel:deleted"], status=204, frees=True)
-def delete_channel(at: Scope, args: ChannelArgs) -> Done[None]:
+@operation("write", "DELETE /channels/{channel_id}", Access.ADMIN, emits=["channel:deleted"], status=204, frees=True)
+def delete_channel(ctx: OperationContext, args: ChannelArgs) -> Result[None]:
     """Delete a channel with its messages."""
-    deleted = ChannelDeleted(at.server_id, at.channel_id, drop_channel(at.db, at.server_id, at.channel_id))
-    return Done(None, [Emit("channel:deleted", at.server_id, deleted), CloseChannel(at.server_id, at.channel_id)])
+    deleted = ChannelDeleted(ctx.server_id, ctx.channel_id, delete_channel_row(ctx.db, ctx.server_id, ctx.channel_id))
+    return Result(None, [Emit("channel:deleted", ctx.server_id, deleted), RemoveChannelRoom(ctx.server_id, ctx.channel_id)])
 
 
-def mention_notices(at: Scope, message: Message, known: Collection[int]) -> list[Effect]:
+def mention_notices(ctx: OperationContext, message: Message, known: Collection[int]) -> list[Effect]:
     """Return a `mention` event for each member that the message names, except its author and those of `known`."""
     if not message.mentions:
         return []
-    notice = MentionNotice(**msgspec.structs.asdict(message), server_id=at.server_id)
+    notice = MentionNotice(**msgspec.structs.asdict(message), server_id=ctx.server_id)
     known = {*known, message.author_id}
     return [Emit("mention", user_id, notice) for user_id in message.mentions if user_id not in known]
 
 
 @operation(
-    "write", "POST /messages", Who.MEMBER, emits=["message:new", "channel:read", "mention", "typing_stop"], status=201,
+    "write", "POST /messages", Access.MEMBER, emits=["message:new", "channel:read", "mention", "typing_stop"], status=201,
     limit="post",
 )  # fmt: skip
-def post_message(at: Scope, args: NewMessage) -> Done[Message]:
+def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
     """Post a message, and mark the channel as read. A repeat of a `nonce` by the same author in the same channel gives the
     first message again."""
-    if args.nonce is not None and (first := posted_before(at.db, at.me.user_id, args.channel_id, args.nonce)):
-        return Done(first, repeat=True)
+    if args.nonce is not None and (first := find_by_nonce(ctx.db, ctx.user.user_id, args.channel_id, args.nonce)):
+        return Result(first, replayed=True)
     if args.reply_to is not None:
-        original = message_view(at.db, args.reply_to)
+        original = message_view(ctx.db, args.reply_to)
         if original is None or original.channel_id != args.channel_id:
-            raise refusal("NO_REPLY_TARGET", field="reply_to")
-    message = insert_message(at.db, at.server_id, at.me, args, at.now)
-    set_read(at.db, at.me.user_id, args.channel_id, message.message_id)
+            raise chat_error("NO_REPLY_TARGET", field="reply_to")
+    message = insert_message(ctx.db, ctx.server_id, ctx.user, args, ctx.now)
+    set_read(ctx.db, ctx.user.user_id, args.channel_id, message.message_id)
     effects: list[Effect] = [
-        StopTyping(args.channel_id, at.me.user_id),
-        MarkOwnPost(at.server_id, at.me.user_id, args.channel_id, message.message_id),
-        Emit("message:new", at.server_id, message),
+        StopTyping(args.channel_id, ctx.user.user_id),
+        MarkOwnPost(ctx.server_id, ctx.user.user_id, args.channel_id, message.message_id),
+        Emit("message:new", ctx.server_id, message),
     ]
-    return Done(message, effects + mention_notices(at, message, set()))
+    return Result(message, effects + mention_notices(ctx, message, set()))
 
 
-@operation("read", "GET /channels/{channel_id}/messages", Who.MEMBER)
-def list_messages(at: Scope, args: PageArgs) -> Done[Messages]:
+@operation("read", "GET /channels/{channel_id}/messages", Access.MEMBER)
+def list_messages(ctx: OperationContext, args: PageArgs) -> Result[Messages]:
     """A page of a channel: the newest, or before, after or around a message."""
-    return Done(at.pages.get(at.db, at.server_id, args))
+    return Result(ctx.pages.get(ctx.db, ctx.server_id, args))
 
 
-def the_message(at: Scope) -> Message:
-    assert at.message is not None
-    return at.message
+def the_message(ctx: OperationContext) -> Message:
+    assert ctx.message is not None
+    return ctx.message
 
 
-@operation("read", "GET /messages/{message_id}", Who.MEMBER)
-def get_message(at: Scope, args: MessageArgs) -> Done[Message]:
+@operation("read", "GET /messages/{message_id}", Access.MEMBER)
+def get_message(ctx: OperationContext, args: MessageArgs) -> Result[Message]:
     """One message."""
-    return Done(the_message(at))
+    return Result(the_message(ctx))
 
 
 @operation(
-    "write", "PATCH /messages/{message_id}", Who.AUTHOR, event="message:edit", emits=["message:edit", "mention"], limit="post"
+    "write",
+    "PATCH /messages/{message_id}",
+    Access.AUTHOR,
+    event="message:edit",
+    emits=["message:edit", "mention"],
+    limit="post",
 )
-def edit_message(at: Scope, args: EditMessage) -> Done[Message]:
+def edit_message(ctx: OperationContext, args: EditMessage) -> Result[Message]:
     """Change a message's text."""
-    old = the_message(at)
-    update_message(at.db, at.server_id, old, args.content, at.now)
-    new = message_view(at.db, args.message_id)
+    old = the_message(ctx)
+    update_message(ctx.db, ctx.server_id, old, args.content, ctx.now)
+    new = message_view(ctx.db, args.message_id)
     assert new is not None
-    return Done(new, [Emit("message:edit", at.server_id, new), *mention_notices(at, new, old.mentions)])
+    return Result(new, [Emit("message:edit", ctx.server_id, new), *mention_notices(ctx, new, old.mentions)])
 
 
-@operation("write", "DELETE /messages/{message_id}", Who.AUTHOR_OR_ADMIN, emits=["message:deleted"], status=204, frees=True)
-def remove_message(at: Scope, args: MessageArgs) -> Done[None]:
+@operation("write", "DELETE /messages/{message_id}", Access.AUTHOR_OR_ADMIN, emits=["message:deleted"], status=204, frees=True)
+def remove_message(ctx: OperationContext, args: MessageArgs) -> Result[None]:
     """Delete a message: its text is gone from history, search and catching up."""
-    seq = delete_message(at.db, at.server_id, args.message_id)
-    return Done(None, [Emit("message:deleted", at.server_id, MessageDeleted(at.channel_id, args.message_id, seq))])
+    seq = delete_message(ctx.db, ctx.server_id, args.message_id)
+    return Result(None, [Emit("message:deleted", ctx.server_id, MessageDeleted(ctx.channel_id, args.message_id, seq))])
 
 
-def same_reactions(at: Scope, emoji: str) -> list[Reaction]:
+def same_reactions(ctx: OperationContext, emoji: str) -> list[Reaction]:
     """Return the reactions on the message that are this emoji, with or without the variation selector."""
-    return [one for one in the_message(at).reactions if one.emoji.replace(VARIATION, "") == emoji.replace(VARIATION, "")]
+    return [one for one in the_message(ctx).reactions if one.emoji.replace(VARIATION, "") == emoji.replace(VARIATION, "")]
 
 
-def reaction_notice(at: Scope, event: str, emoji: str) -> Emit:
-    message_id = the_message(at).message_id
-    seq = touch_message(at.db, at.server_id, message_id)
-    changed = ReactionChanged(at.channel_id, message_id, at.me.user_id, at.me.username, emoji, seq, name=at.me.name)
-    return Emit(event, at.server_id, changed)
+def reaction_notice(ctx: OperationContext, event: str, emoji: str) -> Emit:
+    message_id = the_message(ctx).message_id
+    seq = renumber_message(ctx.db, ctx.server_id, message_id)
+    changed = ReactionChanged(ctx.channel_id, message_id, ctx.user.user_id, ctx.user.username, emoji, seq, name=ctx.user.name)
+    return Emit(event, ctx.server_id, changed)
 
 
 @operation(
-    "write", "PUT /messages/{message_id}/reactions/{emoji}", Who.MEMBER, event="reaction:add", emits=["reaction:add"],
+    "write", "PUT /messages/{message_id}/reactions/{emoji}", Access.MEMBER, event="reaction:add", emits=["reaction:add"],
     status=204, limit="post",
 )  # fmt: skip
-def add_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
+def add_reaction(ctx: OperationContext, args: ReactionArgs) -> Result[None]:
     """React to a message; nothing happens where I did so already."""
-    same = same_reactions(at, args.emoji)
-    if not same and len({reaction.emoji.replace(VARIATION, "") for reaction in the_message(at).reactions}) >= REACTIONS_MAX:
-        raise refusal("TOO_MANY_REACTIONS", n=REACTIONS_MAX)
-    if any(at.me.user_id in reaction.user_ids for reaction in same):
-        return Done(None, repeat=True)
+    same = same_reactions(ctx, args.emoji)
+    if not same and len({reaction.emoji.replace(VARIATION, "") for reaction in the_message(ctx).reactions}) >= REACTIONS_MAX:
+        raise chat_error("TOO_MANY_REACTIONS", n=REACTIONS_MAX)
+    if any(ctx.user.user_id in reaction.user_ids for reaction in same):
+        return Result(None, replayed=True)
     emoji = same[0].emoji if same else args.emoji
-    insert_reaction(at.db, args.message_id, emoji, at.me.user_id)
-    return Done(None, [reaction_notice(at, "reaction:add", emoji)])
+    insert_reaction(ctx.db, args.message_id, emoji, ctx.user.user_id)
+    return Result(None, [reaction_notice(ctx, "reaction:add", emoji)])
 
 
 @operation(
-    "write", "DELETE /messages/{message_id}/reactions/{emoji}", Who.MEMBER, event="reaction:remove", emits=["reaction:remove"],
-    status=204, limit="post", frees=True,
+    "write", "DELETE /messages/{message_id}/reactions/{emoji}", Access.MEMBER, event="reaction:remove",
+    emits=["reaction:remove"], status=204, limit="post", frees=True,
 )  # fmt: skip
-def remove_reaction(at: Scope, args: ReactionArgs) -> Done[None]:
+def remove_reaction(ctx: OperationContext, args: ReactionArgs) -> Result[None]:
     """Take my reaction back; nothing happens where there is none."""
-    mine = [reaction.emoji for reaction in same_reactions(at, args.emoji) if at.me.user_id in reaction.user_ids]
+    mine = [reaction.emoji for reaction in same_reactions(ctx, args.emoji) if ctx.user.user_id in reaction.user_ids]
     for emoji in mine:
-        drop_reaction(at.db, args.message_id, emoji, at.me.user_id)
-    return Done(None, [reaction_notice(at, "reaction:remove", emoji) for emoji in mine], not mine)
+        delete_reaction(ctx.db, args.message_id, emoji, ctx.user.user_id)
+    return Result(None, [reaction_notice(ctx, "reaction:remove", emoji) for emoji in mine], not mine)
 
 
-@operation("read", "GET /users/me/reads", Who.USER, long=True)
-def list_reads(at: Scope, args: Nothing) -> Done[ReadStates]:
+@operation("read", "GET /users/me/reads", Access.USER, slow=True)
+def list_reads(ctx: OperationContext, args: NoArgs) -> Result[ReadStates]:
     """How far I have read each of my text channels."""
-    return Done(ReadStates(read_states(at.db, at.me.user_id)))
+    return Result(ReadStates(read_states(ctx.db, ctx.user.user_id)))
 
 
-@operation("read", "GET /channels/{channel_id}/read", Who.MEMBER)
-def get_read(at: Scope, args: ChannelArgs) -> Done[ReadState]:
+@operation("read", "GET /channels/{channel_id}/read", Access.MEMBER)
+def get_read(ctx: OperationContext, args: ChannelArgs) -> Result[ReadState]:
     """How far I have read a channel, and what is unread: messages of others, and those that name me, counted to 1,000."""
-    return Done(read_state(at.db, at.me.user_id, at.channel_id))
+    return Result(read_state(ctx.db, ctx.user.user_id, ctx.channel_id))
 
 
-@operation("write", "PUT /channels/{channel_id}/read", Who.MEMBER, emits=["channel:read"], status=204)
-def mark_read(at: Scope, args: ReadArgs) -> Done[None]:
+@operation("write", "PUT /channels/{channel_id}/read", Access.MEMBER, emits=["channel:read"], status=204)
+def mark_read(ctx: OperationContext, args: MarkReadArgs) -> Result[None]:
     """Set `message_id` as the last message that I have read. The mark moves back only with `back`; 0 is before the first."""
-    state = update_read(at.db, at.me.user_id, args)
-    return Done(None, [TellMark(at.channel_id), Emit("channel:read", at.me.user_id, state)] if state is not None else [])
+    state = update_read(ctx.db, ctx.user.user_id, args)
+    return Result(
+        None, [EmitReadMark(ctx.channel_id), Emit("channel:read", ctx.user.user_id, state)] if state is not None else []
+    )
 
 
-@operation("read", "GET /servers/{server_id}/changes", Who.MEMBER, long=True)
-def list_changes(at: Scope, args: ChangesArgs) -> Done[Changes]:
+@operation("read", "GET /servers/{server_id}/changes", Access.MEMBER, slow=True)
+def list_changes(ctx: OperationContext, args: ChangesArgs) -> Result[Changes]:
     """What came after a number of the server's sequence."""
-    return Done(changes_since(at.db, args, at.here(), at.me.user_id))
+    return Result(changes_since(ctx.db, args, ctx.visible_users(), ctx.user.user_id))
 
 
-# ---- Sessions ------------------------------------------------------------------------------------------------------
+# ---- Engine.IO sessions --------------------------------------------------------------------------------------------
 # Engine.IO 4, one client: bounded memory, a bounded wait and a clean end for each, and a cheap fan-out. Here alone is
 # cleverness, as it was measured (1,000 WebSocket clients of one room, 380-byte frames, one core): the library's own delivery
 # costs 56 to 61 us of CPU a client and message; a frame encoded once and written at once 9 to 11; and what waits for a client
@@ -3828,9 +3854,9 @@ BATCH_BYTES = 1 << 18  # what is joined into one write at most
 UNREAD_BYTES = 16 << 20  # what may wait for all clients together
 UNREAD_SECONDS = 20.0  # after which a client that takes nothing of what waits for it is given up
 WATCHED_BYTES = 1 << 14  # less than this the kernel takes at once
-LANE_LENGTH = 64
+PACKET_QUEUE_LENGTH = 64
 RETRY_SECONDS = 10  # for who sends too much, or has too many sessions
-LINGER = 0.7  # seconds for the farewell to be read before the connection is aborted
+CLOSE_GRACE = 0.7  # seconds for the farewell to be read before the connection is aborted
 
 OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = "0123456"
 REASON = engineio.AsyncServer.reason
@@ -3859,7 +3885,7 @@ def abort(link: asyncio.Transport | Session) -> None:
     link.abort()
 
 
-def in_kernel(client: asyncio.Transport | Session) -> int:
+def unsent_bytes(client: asyncio.Transport | Session) -> int:
     """Return how many bytes the kernel still holds for a client, if the system tells."""
     pipe: Any = client.get_extra_info("socket")
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -3882,7 +3908,7 @@ class Unread:
         waits, loop = client.get_write_buffer_size(), asyncio.get_running_loop()
         if not waits:
             return
-        before, left, since = self.waiting.get(client) or (0, waits + in_kernel(client), loop.time())
+        before, left, since = self.waiting.get(client) or (0, waits + unsent_bytes(client), loop.time())
         size = max(before, waits, written)
         self.waiting[client] = (size, max(left, waits), since)
         self.total += size - before
@@ -3895,7 +3921,7 @@ class Unread:
         """Bring the sizes up to date, and give up clients, those first that have taken nothing for the longest time."""
         now = asyncio.get_running_loop().time()
         self.waiting = {
-            client: (size, left := waits + in_kernel(client), now if left < before else since)
+            client: (size, left := waits + unsent_bytes(client), now if left < before else since)
             for client, (size, before, since) in self.waiting.items()
             if not client.is_closing() and (waits := client.get_write_buffer_size())
         }
@@ -3952,8 +3978,8 @@ def frame(packet: Packet) -> bytes:
     return struct.pack("!BBQ", opcode, 127, size) + body
 
 
-GOODBYE = b"\x88\x02\x03\xe8"  # close frame, code 1000
-OVER = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
+CLOSE_FRAME = b"\x88\x02\x03\xe8"  # close frame, code 1000
+CLOSE_TYPES = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 
 
 class Flusher:
@@ -3990,7 +4016,7 @@ class Flusher:
             loop.call_soon(self._part, todo[self.CHUNK :], spent)
 
 
-class Batch:
+class RoomBuffer:
     """What a room is told, event after event, while its clients are told nothing else: kept once, joined once for them all.
 
     An event then costs its room one append, and a client one write a round: 64 messages to 1,000 clients took 26 ms of appends
@@ -4019,23 +4045,23 @@ class Batch:
         return self.data
 
 
-class Lane:
+class PacketQueue:
     """Handles what it is given one by one, in order, on a task of its own. `failed` is called with what the handling raises."""
 
     def __init__(self, handle: AsyncCall, failed: Callable[[Exception], None], length: int) -> None:
         self.jobs: deque[Any] = deque(maxlen=length)
         self.handle, self.failed = handle, failed
         self.running: asyncio.Task[None] | None = None
-        self.taken = asyncio.Event()
+        self.started = asyncio.Event()
 
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         return len(self.jobs) == self.jobs.maxlen
 
-    async def room(self) -> None:
+    async def has_space(self) -> None:
         """Wait until it is not full."""
-        while self.full():
-            self.taken.clear()
-            await self.taken.wait()
+        while self.is_full():
+            self.started.clear()
+            await self.started.wait()
 
     def put(self, job: Any) -> None:
         """Add something to handle. If the lane is full, the oldest is dropped."""
@@ -4047,8 +4073,8 @@ class Lane:
         try:
             while self.jobs:
                 job = self.jobs.popleft()
-                self.taken.set()
-                if isinstance(error := await outcome_of(self.handle(job)), Exception):
+                self.started.set()
+                if isinstance(error := await result_or_exception(self.handle(job)), Exception):
                     self.failed(error)
         finally:
             self.running = None
@@ -4056,14 +4082,14 @@ class Lane:
     def close(self) -> None:
         """Forget what waits; what is being handled may finish."""
         self.jobs.clear()
-        self.taken.set()
+        self.started.set()
 
 
 # One Engine.IO session.
 
 
 @dataclass
-class Rules:
+class EngineOptions:
     """What a server allows its clients."""
 
     origins: Collection[str] = ()  # whose pages may connect, beside our own
@@ -4089,20 +4115,20 @@ class Session:
     on_message: Callable[[str, Packet], Awaitable[None]]
     on_end: Callable[[Session, str], None]
 
-    def __init__(self, sid: str, address: str, rules: Rules, flusher: Flusher, unread: Unread) -> None:
-        self.sid, self.address, self.rules, self.flusher, self.unread = sid, address, rules, flusher, unread
+    def __init__(self, sid: str, address: str, options: EngineOptions, flusher: Flusher, unread: Unread) -> None:
+        self.sid, self.address, self.options, self.flusher, self.unread = sid, address, options, flusher, unread
         self.session: dict[str, Any] = {}
         self.closed = self.upgraded = self.upgrading = self.posting = False
         self.link: asyncio.Transport | None = None  # TCP of the WebSocket, also of one on trial
         self.outbox: list[Packet] = []
         self.backlog = 0
-        self.batches: list[Batch] = []
+        self.room_buffers: list[RoomBuffer] = []
         self.poller: web.Request | None = None
         self.news: asyncio.Future[None] | None = None
         self.loop = asyncio.get_running_loop()
-        self.tokens, self.refilled = 4 * (rules.frames_per_second or 0), self.loop.time()
+        self.tokens, self.refilled = 4 * (options.frames_per_second or 0), self.loop.time()
         self.pinged = False
-        self.due = self.loop.time() + rules.ping_interval
+        self.due = self.loop.time() + options.ping_interval
         self.timer = self.loop.call_at(self.due, self._beat)
 
     # Sending
@@ -4114,25 +4140,25 @@ class Session:
         if self.upgraded:
             self._write(self._unqueue() + frame(packet))
         else:
-            self.keep(packet)
+            self.enqueue(packet)
 
-    def follow(self, batch: Batch) -> None:
+    def join_buffer(self, batch: RoomBuffer) -> None:
         """Be sent, with the next round, all that the batch will hold by then."""
         if not self.upgraded:
             batch.polling.append(self)
             return
-        if not self.batches:
+        if not self.room_buffers:
             self.flusher.mark(self._flush)
         else:
-            self.batches[-1].close()  # what its room is told from now on comes behind this
-        self.batches.append(batch)
+            self.room_buffers[-1].close()  # what its room is told from now on comes behind this
+        self.room_buffers.append(batch)
 
     def _unqueue(self) -> bytes:
-        batches, self.batches = self.batches, []
-        return batches[0].close() if len(batches) == 1 else b"".join(batch.close() for batch in batches)
+        room_buffers, self.room_buffers = self.room_buffers, []
+        return room_buffers[0].close() if len(room_buffers) == 1 else b"".join(batch.close() for batch in room_buffers)
 
     def _flush(self) -> None:
-        if self.batches:
+        if self.room_buffers:
             self._write(self._unqueue())
 
     def _write(self, data: bytes) -> None:
@@ -4146,7 +4172,7 @@ class Session:
             if waiting or len(data) > WATCHED_BYTES:
                 self.unread.watch(self.link, len(data))
 
-    def keep(self, packet: Packet) -> None:
+    def enqueue(self, packet: Packet) -> None:
         self.outbox.append(packet)
         self.backlog += len(packet)
         if self.backlog > BACKLOG_BYTES or len(self.outbox) > BACKLOG_PACKETS:
@@ -4168,19 +4194,19 @@ class Session:
         return self.closed
 
     def abort(self) -> None:
-        self.end(REASON.TRANSPORT_ERROR, farewell=None)
+        self.end(REASON.TRANSPORT_ERROR, final_packet=None)
 
     def wake(self) -> None:
         if self.news is not None and not self.news.done():
             self.news.set_result(None)
 
-    def empty(self, most: int | None = None) -> list[Packet]:
+    def pop_packets(self, most: int | None = None) -> list[Packet]:
         packets = self.outbox[:most]
         self.outbox = self.outbox[len(packets) :]
         self.backlog = sum(map(len, self.outbox))
         return packets
 
-    async def take(self, poller: web.Request) -> list[Packet]:
+    async def wait_packets(self, poller: web.Request) -> list[Packet]:
         """All that waits, as soon as anything does; nothing if the session ended in silence."""
         while not self.outbox and not self.closed:
             news = self.loop.create_future()
@@ -4192,7 +4218,7 @@ class Session:
                     self.poller = self.news = None
             if not connected(poller):
                 return []  # the client went away: what waits is for its next poll
-        return self.empty(None if self.closed else POLL_PACKETS)
+        return self.pop_packets(None if self.closed else POLL_PACKETS)
 
     def is_behind(self) -> bool:
         """Return whether a quarter of what may wait for this client does."""
@@ -4207,13 +4233,13 @@ class Session:
     def _beat(self) -> None:
         # A loop that was stopped and wakes late says nothing about the client: wait once more.
         if self.pinged and self.loop.time() - self.due < 1.0:
-            return self.end(REASON.PING_TIMEOUT, farewell=None)
+            return self.end(REASON.PING_TIMEOUT, final_packet=None)
         if not self.pinged:
             self.pinged = True
             self.send(PING)
         else:
             self.due = self.loop.time()
-        self._alarm(self.due + self.rules.ping_timeout)
+        self._alarm(self.due + self.options.ping_timeout)
 
     def _alarm(self, due: float) -> None:
         if not self.closed:
@@ -4223,7 +4249,7 @@ class Session:
     def _pong(self) -> None:
         if self.pinged and PING not in self.outbox:
             self.pinged = False
-            self._alarm(self.loop.time() + self.rules.ping_interval)
+            self._alarm(self.loop.time() + self.options.ping_interval)
 
     def overdue(self) -> bool:
         return self.pinged and 0 <= self.loop.time() - self.due < 1.0
@@ -4231,7 +4257,7 @@ class Session:
     # Receiving
 
     def _spend(self) -> None:
-        rate = self.rules.frames_per_second
+        rate = self.options.frames_per_second
         if rate is not None:
             now = self.loop.time()
             self.tokens = min(4 * rate, self.tokens + (now - self.refilled) * rate) - 1
@@ -4239,7 +4265,7 @@ class Session:
             if self.tokens < 0:
                 raise ChatError("RATE_LIMITED", "Too many packets.", RETRY_SECONDS)
 
-    async def hear(self, packet: Packet) -> None:
+    async def handle_packet(self, packet: Packet) -> None:
         self._spend()
         if isinstance(packet, bytes):
             await self.on_message(self.sid, packet)
@@ -4248,14 +4274,14 @@ class Session:
         elif packet[:1] == PONG:
             self._pong()
         elif packet[:1] == CLOSE:
-            self.end(REASON.CLIENT_DISCONNECT, farewell=NOOP)
+            self.end(REASON.CLIENT_DISCONNECT, final_packet=NOOP)
         else:
             raise ChatError("BAD_REQUEST", "Not a packet that a client may send.")
 
     async def next_frame(self, socket: web.WebSocketResponse) -> Packet | None:
         """The next message of the WebSocket, or None at its end. After our own end frames are
         lost, but a client in the middle of its upgrade is told what it would have polled."""
-        while (message := await socket.receive()).type not in OVER:
+        while (message := await socket.receive()).type not in CLOSE_TYPES:
             if self.closed:
                 if message.data == UPGRADE and not self.upgraded:
                     self._part()
@@ -4268,14 +4294,14 @@ class Session:
                 await socket.pong(message.data)
         return None
 
-    def adopt(self) -> None:
+    def use_websocket(self) -> None:
         """From here on the WebSocket is the transport; what waited goes first."""
         self.upgraded, self.upgrading = True, False
-        self._write(b"".join(map(frame, self.empty())))
+        self._write(b"".join(map(frame, self.pop_packets())))
 
     # The end
 
-    def end(self, reason: str, farewell: str | None = CLOSE) -> None:
+    def end(self, reason: str, final_packet: str | None = CLOSE) -> None:
         """End it now. For a moment the client may still read what was sent before, a poll also
         the farewell; with None not even that."""
         if self.closed:
@@ -4283,20 +4309,20 @@ class Session:
         frames, self.closed = self._unqueue(), True
         self.timer.cancel()
         if not self.upgraded:
-            self.outbox = [] if farewell is None else [*self.outbox, *farewell]
+            self.outbox = [] if final_packet is None else [*self.outbox, *final_packet]
         else:
             self._part(frames)
         if self.link is not None:
-            self.loop.call_later(LINGER, abort, self.link)
+            self.loop.call_later(CLOSE_GRACE, abort, self.link)
         self.wake()
         self.on_end(self, reason)
 
     def _part(self, frames: bytes = b"") -> None:
         if self.link is not None and not self.link.is_closing():
-            self.link.write(frames + b"".join(map(frame, self.empty())) + GOODBYE)
+            self.link.write(frames + b"".join(map(frame, self.pop_packets())) + CLOSE_FRAME)
 
 
-# ---- Engine --------------------------------------------------------------------------------------------------------
+# ---- Engine.IO server ----------------------------------------------------------------------------------------------
 # All sessions, and the HTTP requests that open and reach them: over aiohttp, in the place of python-engineio's own requests,
 # sessions and queues.
 
@@ -4361,29 +4387,29 @@ def address_key(text: str) -> str:
     return str(address or "unknown")
 
 
-def is_trusted(peer: str, rules: Rules) -> bool:
+def is_trusted(peer: str, options: EngineOptions) -> bool:
     """Whether the peer is a proxy whose X-Forwarded headers are believed."""
     address = parse_address(peer)
-    return any((not peer) if network is None else (address and address in network) for network in rules.proxies)
+    return any((not peer) if network is None else (address and address in network) for network in options.proxies)
 
 
-def client_address(request: web.BaseRequest, rules: Rules) -> str:
+def client_address(request: web.BaseRequest, options: EngineOptions) -> str:
     """Return the client's address: the peer's or, if that is a trusted proxy, the last one in X-Forwarded-For that is not."""
     address = request.remote or ""
-    if is_trusted(address, rules):
+    if is_trusted(address, options):
         hops = ",".join(request.headers.getall("X-Forwarded-For", ())).rsplit(",", HOPS_MAX)
         for hop in (hop.strip()[:64] for hop in reversed(hops)):
             if parse_address(hop) is None:
                 break
             address = hop
-            if not is_trusted(hop, rules):
+            if not is_trusted(hop, options):
                 break
     return address_key(address)
 
 
-def forwarded(request: web.BaseRequest, rules: Rules, what: str) -> str:
+def forwarded(request: web.BaseRequest, options: EngineOptions, what: str) -> str:
     """Return what a trusted proxy says in X-Forwarded-`what`, or nothing."""
-    if not is_trusted(request.remote or "", rules):
+    if not is_trusted(request.remote or "", options):
         return ""
     return request.headers.getall(f"X-Forwarded-{what}", [""])[-1].rpartition(",")[2].strip()
 
@@ -4406,15 +4432,15 @@ def parse_origin(text: str) -> tuple[str, str, int] | None:
     return found[1], found[2], int(found[3] or PORTS[found[1]])
 
 
-def request_scheme(request: web.BaseRequest, rules: Rules) -> str:
+def request_scheme(request: web.BaseRequest, options: EngineOptions) -> str:
     """Return http or https, or nothing if a proxy that is not trusted may have changed it."""
-    said = forwarded(request, rules, "Proto").lower().replace("ws", "http")
+    said = forwarded(request, options, "Proto").lower().replace("ws", "http")
     return said if said in PORTS else "https" if request.secure else ""
 
 
-def request_host(request: web.BaseRequest, rules: Rules) -> tuple[str, int | None] | None:
+def request_host(request: web.BaseRequest, options: EngineOptions) -> tuple[str, int | None] | None:
     """Return the name and port by which the client addressed this server."""
-    return parse_host(forwarded(request, rules, "Host")[:HOST_MAX]) or parse_host(request.headers.get("Host", "")[:HOST_MAX])
+    return parse_host(forwarded(request, options, "Host")[:HOST_MAX]) or parse_host(request.headers.get("Host", "")[:HOST_MAX])
 
 
 def is_loopback(name: str) -> bool:
@@ -4424,38 +4450,38 @@ def is_loopback(name: str) -> bool:
     return name == "localhost" or name.endswith(".localhost") or (address is not None and address.is_loopback)
 
 
-def origin_allowed(request: web.BaseRequest, rules: Rules) -> bool:
+def origin_allowed(request: web.BaseRequest, options: EngineOptions) -> bool:
     """Whether the page that sent the request, if one did, is our own or one of those allowed."""
     text = request.headers.get("Origin")
-    if text is None or "*" in rules.origins:
+    if text is None or "*" in options.origins:
         return True
-    origin, host, scheme = parse_origin(text[:HOST_MAX]), request_host(request, rules), request_scheme(request, rules)
+    origin, host, scheme = parse_origin(text[:HOST_MAX]), request_host(request, options), request_scheme(request, options)
     if origin is None:
         return False
-    if origin in map(parse_origin, rules.origins):
+    if origin in map(parse_origin, options.origins):
         return True
     return host is not None and origin == (scheme or origin[0], host[0], host[1] or PORTS[scheme or origin[0]])
 
 
-def check_request(request: web.BaseRequest, rules: Rules) -> None:
+def check_request(request: web.BaseRequest, options: EngineOptions) -> None:
     """Raise FORBIDDEN if the request is for another server, or from a page that may not use this one.
 
     The page of another site can point its own name at 127.0.0.1, and then reach a server that listens there (DNS rebinding).
     """
     said = request.headers.get("Host")
-    if rules.hosts is not None and said and not is_trusted(request.remote or "", rules):
+    if options.hosts is not None and said and not is_trusted(request.remote or "", options):
         host = parse_host(said[:HOST_MAX])
-        known = host is not None and (host[0] in rules.hosts or is_loopback(host[0]))
+        known = host is not None and (host[0] in options.hosts or is_loopback(host[0]))
         here = request.transport.get_extra_info("sockname") if request.transport else None
         if not known and isinstance(here, tuple) and is_loopback(here[0]):
-            raise refusal("HOST")
-    if not origin_allowed(request, rules):
-        raise refusal("ORIGIN")
+            raise chat_error("HOST")
+    if not origin_allowed(request, options):
+        raise chat_error("ORIGIN")
 
 
-def cors_headers(request: web.BaseRequest, rules: Rules) -> dict[str, str]:
+def cors_headers(request: web.BaseRequest, options: EngineOptions) -> dict[str, str]:
     origin = request.headers.get("Origin")
-    if origin is None or not origin_allowed(request, rules):
+    if origin is None or not origin_allowed(request, options):
         return {}
     return {"Access-Control-Allow-Origin": origin} | (PREFLIGHT if request.method == "OPTIONS" else CORS)
 
@@ -4482,18 +4508,18 @@ def count_down(counts: Counter[str], key: str) -> None:
 
 
 class Engine(engineio.AsyncServer):  # type: ignore[misc]
-    def __init__(self, *, rules: Rules, **options: Any) -> None:
-        super().__init__(**options)
-        self.rules = rules
+    def __init__(self, *, options: EngineOptions, **given: Any) -> None:
+        super().__init__(**given)
+        self.options = options
         self.sockets: dict[str, Session] = {}
-        self.parting: dict[str, Session] = {}  # ended, with a last poll to be answered
+        self.closing_sessions: dict[str, Session] = {}  # ended, with a last poll to be answered
         self.per_address: Counter[str] = Counter()
         # Sessions whose user is not known yet, oldest first: of all, and by address. They have a share of their own.
         self.anonymous: OrderedDict[str, Session] = OrderedDict()
         self.anonymous_at: Counter[str] = Counter()
-        self.links: set[asyncio.Transport] = set()
+        self.tcp_transports: set[asyncio.Transport] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.flusher, self.unread, self.refusals, self.draining = Flusher(), Unread(), Refusals(), False
+        self.flusher, self.unread, self.refusals, self.draining = Flusher(), Unread(), RateLimitedLog(), False
 
     # What the Socket.IO server and its users call
 
@@ -4519,10 +4545,10 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     async def drain(self, grace: float) -> None:
         self.draining = True
         for session in list(self.sockets.values()):
-            session.end(REASON.SERVER_DISCONNECT, farewell="")
+            session.end(REASON.SERVER_DISCONNECT, final_packet="")
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=grace)
-        for link in list(self.links):
+        for link in list(self.tcp_transports):
             abort(link)
 
     # Sessions
@@ -4531,64 +4557,64 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         """Release all that the engine holds of a session, and tell its handlers."""
         del self.sockets[session.sid]
         count_down(self.per_address, session.address)
-        self.vouch(session.sid)
+        self.mark_authenticated(session.sid)
         if session.outbox and not session.polled():
-            self.parting[session.sid] = session
-            session.loop.call_later(LINGER, self.parting.pop, session.sid, None)
+            self.closing_sessions[session.sid] = session
+            session.loop.call_later(CLOSE_GRACE, self.closing_sessions.pop, session.sid, None)
         self.spawn(self._trigger_event("disconnect", session.sid, reason, run_async=False))
 
     def _admit(self, address: str) -> None:
         """Raise UNAVAILABLE or RATE_LIMITED if there is no place for one more session.
 
-        Signed-in sessions have the places of `Rules`. Anonymous ones, which anybody can open, have a share besides; if it is
-        full, the one that has taken longest to sign in makes room, so that whoever signs in at once gets in.
+        `EngineOptions` limits the signed-in sessions. Anonymous ones, which anybody can open, have a share of their own. If it
+        is full, the one that takes longest to sign in is closed, so that a client that signs in at once gets in.
         """
-        if self.draining or len(self.sockets) - len(self.anonymous) >= self.rules.max_sessions:
+        if self.draining or len(self.sockets) - len(self.anonymous) >= self.options.max_sessions:
             raise ChatError("UNAVAILABLE", "The server takes no more connections.")
-        anonymous, share = self.anonymous_at[address], self.rules.max_anonymous_per_address
-        if self.per_address[address] - anonymous >= self.rules.max_sessions_per_address:
+        anonymous, share = self.anonymous_at[address], self.options.max_anonymous_per_address
+        if self.per_address[address] - anonymous >= self.options.max_sessions_per_address:
             raise ChatError("RATE_LIMITED", "Too many connections from your address.", RETRY_SECONDS)
         here = share is not None and anonymous >= share
-        if here or (share is not None and len(self.anonymous) >= self.rules.max_sessions // ANONYMOUS_PART):
+        if here or (share is not None and len(self.anonymous) >= self.options.max_sessions // ANONYMOUS_PART):
             oldest = next(session for session in self.anonymous.values() if not here or session.address == address)
-            oldest.end(REASON.SERVER_DISCONNECT, farewell=None)
+            oldest.end(REASON.SERVER_DISCONNECT, final_packet=None)
 
-    def vouch(self, sid: str) -> None:
+    def mark_authenticated(self, sid: str) -> None:
         """Count the session as signed in from now on, or as ended."""
         if (session := self.anonymous.pop(sid, None)) is not None:
             count_down(self.anonymous_at, session.address)
 
     async def _open(self, request: web.Request, transport: str) -> Session:
-        address = client_address(request, self.rules)
+        address = client_address(request, self.options)
         self._admit(address)
         sid = self.generate_id()
-        session = Session(sid, address, self.rules, self.flusher, self.unread)
+        session = Session(sid, address, self.options, self.flusher, self.unread)
         session.on_message = functools.partial(self._trigger_event, "message", run_async=False)
         session.on_end = self._end
         self.sockets[sid] = session
         self.per_address[address] += 1
-        if self.rules.max_anonymous_per_address is not None:
+        if self.options.max_anonymous_per_address is not None:
             self.anonymous[sid] = session
             self.anonymous_at[address] += 1
         upgrade = self.allow_upgrades and transport == "polling" and "websocket" in self.transports
         hello = {
             "sid": sid,
             "upgrades": ["websocket"] if upgrade else [],
-            "pingInterval": round(self.rules.ping_interval * 1000),
-            "pingTimeout": round(self.rules.ping_timeout * 1000),
-            "maxPayload": self.rules.max_payload,
+            "pingInterval": round(self.options.ping_interval * 1000),
+            "pingTimeout": round(self.options.ping_timeout * 1000),
+            "maxPayload": self.options.max_payload,
         }
         session.send(OPEN + msgspec.json.encode(hello).decode())
         environ = translate_request(request) | {"REMOTE_ADDR": address}
         if await self._trigger_event("connect", sid, environ, run_async=False) not in (None, True):
-            session.end(REASON.SERVER_DISCONNECT, farewell=None)
+            session.end(REASON.SERVER_DISCONNECT, final_packet=None)
             raise ChatError("FORBIDDEN", "The connection was refused.", status=401)
         return session
 
     def _find(self, sid: str) -> Session:
         session = self.sockets.get(sid)
         if session is not None and session.overdue():
-            session.end(REASON.PING_TIMEOUT, farewell=None)
+            session.end(REASON.PING_TIMEOUT, final_packet=None)
         if session is None or session.closed:
             raise ChatError("BAD_REQUEST", "Unknown session.")
         return session
@@ -4597,15 +4623,15 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
     async def handle_request(self, request: web.Request) -> web.StreamResponse:
         try:
-            check_request(request, self.rules)
+            check_request(request, self.options)
             await self.unread.room(request)
             answer = await self._answer(request)
         except ChatError as no:
-            self.refusals.note(client_address(request, self.rules), no)
+            self.refusals.note(client_address(request, self.options), no)
             headers = {"Retry-After": str(RETRY_SECONDS)} if no.retry_after else {}
             answer = web.json_response(no.body(), status=no.status, headers=headers)
         if not answer.prepared:
-            answer.headers.update(HEADERS | cors_headers(request, self.rules))
+            answer.headers.update(HEADERS | cors_headers(request, self.options))
         return answer
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
@@ -4623,8 +4649,8 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             return await self._websocket(request, sid)
         if sid is None:
             session = await self._open(request, transport)
-            return self._payload(session.empty())
-        session = self.parting.pop(sid) if method == "GET" and sid in self.parting else self._find(sid)
+            return self._payload(session.pop_packets())
+        session = self.closing_sessions.pop(sid) if method == "GET" and sid in self.closing_sessions else self._find(sid)
         if session.upgraded:
             raise ChatError("BAD_REQUEST", "The session uses a WebSocket.")
         return await (self._poll(session, request) if method == "GET" else self._post(session, request))
@@ -4636,7 +4662,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             session.end(REASON.TRANSPORT_ERROR)
             raise ChatError("BAD_REQUEST", "Two polls at once.")
         session.wake()  # of two polls the one whose client went away takes nothing with it
-        packets = await session.take(request)
+        packets = await session.wait_packets(request)
         if not packets:
             raise ChatError("BAD_REQUEST", "The session has ended.")
         return self._payload(packets)
@@ -4652,11 +4678,11 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
                 raise ChatError("BAD_REQUEST", "Two posts at once.")
             session.posting = True
             for packet in await self._body(request):
-                await session.hear(packet)
+                await session.handle_packet(packet)
                 if session.closed and packet != CLOSE:
                     raise ChatError("BAD_REQUEST", "The session has ended.")
         except ChatError as no:
-            self.fault(session, no)
+            self.end_for_protocol_error(session, no)
             raise
         session.posting = False
         return web.Response(text="ok")
@@ -4667,7 +4693,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             raise ChatError("BAD_REQUEST", "Compressed bodies are not accepted.", status=415)
         if not size:
             raise ChatError("BAD_REQUEST", "The request has no Content-Length.")
-        if size > self.rules.max_payload:
+        if size > self.options.max_payload:
             raise ChatError("TOO_LARGE", "The payload is too large.")
         try:
             async with asyncio.timeout(POST_SECONDS):
@@ -4675,17 +4701,17 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         except (TimeoutError, EOFError, ConnectionError, web.RequestPayloadError):
             raise ChatError("BAD_REQUEST", "The body did not arrive.") from None
 
-    def fault(self, session: Session, fault: Exception) -> None:
+    def end_for_protocol_error(self, session: Session, fault: Exception) -> None:
         """A client broke the protocol: its session ends, and one line tells of it."""
         if not session.closed:
-            self.refusals.say(f"Refused for {session.address}", getattr(fault, "sentence", str(fault)))
-            session.end(REASON.TRANSPORT_ERROR, farewell=None)
+            self.refusals.say(f"Refused for {session.address}", getattr(fault, "detail", str(fault)))
+            session.end(REASON.TRANSPORT_ERROR, final_packet=None)
 
     async def _websocket(self, request: web.Request, sid: str | None) -> web.StreamResponse:
         session = self._find(sid) if sid else await self._open(request, "websocket")
         # Uncompressed: deflating costs each connection 200 KiB and its share of a core.
-        size = self.rules.max_payload + 1
-        socket = web.WebSocketResponse(timeout=LINGER, autoclose=False, autoping=False, compress=False, max_msg_size=size)
+        size = self.options.max_payload + 1
+        socket = web.WebSocketResponse(timeout=CLOSE_GRACE, autoclose=False, autoping=False, compress=False, max_msg_size=size)
         socket.headers.update(HEADERS)
         try:
             await socket.prepare(request)
@@ -4695,12 +4721,12 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             raise ChatError("BAD_REQUEST", "Not a WebSocket handshake.") from None
         link = request.transport
         if link is not None and session.link is None and not session.closed:
-            self.links.add(link)
+            self.tcp_transports.add(link)
             session.link = link
             try:
                 await self.spawn(self._serve(session, socket, upgrade=sid is not None))
             finally:
-                self.links.discard(link)
+                self.tcp_transports.discard(link)
         if session.upgraded and session.closed and link is not None:
             link.close()  # the close frame is out; aiohttp would send another
         await socket.close()
@@ -4709,13 +4735,13 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
     async def _serve(self, session: Session, socket: web.WebSocketResponse, *, upgrade: bool) -> None:
         try:
-            if upgrade and not await self._probe(session, socket):
+            if upgrade and not await self._upgrade(session, socket):
                 return
-            session.adopt()
+            session.use_websocket()
             while (packet := await session.next_frame(socket)) is not None:
-                await session.hear(packet)
+                await session.handle_packet(packet)
         except ChatError as no:
-            self.fault(session, no)
+            self.end_for_protocol_error(session, no)
             await session.next_frame(socket)
         except ConnectionError:
             pass
@@ -4723,7 +4749,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             if session.upgraded:
                 session.end(REASON.TRANSPORT_CLOSE)
 
-    async def _probe(self, session: Session, socket: web.WebSocketResponse) -> bool:
+    async def _upgrade(self, session: Session, socket: web.WebSocketResponse) -> bool:
         """The upgrade handshake. Where it fails the session goes on polling."""
         with contextlib.suppress(TimeoutError, ConnectionError):
             async with asyncio.timeout(POST_SECONDS):
@@ -4731,14 +4757,14 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
                     session.upgrading = True
                     await socket.send_str(PONG + "probe")
                     if session.polled():
-                        session.keep(NOOP)
+                        session.enqueue(NOOP)
                     if await session.next_frame(socket) == UPGRADE and not session.closed:
                         return True
         session.upgrading, session.link = False, None
         return False
 
 
-# ---- Transport -----------------------------------------------------------------------------------------------------
+# ---- Socket.IO server ----------------------------------------------------------------------------------------------
 # Socket.IO on that engine: a socketio.AsyncServer whose clients are heard in order and can harm nobody but themselves. What it
 # uses of the libraries that they do not promise is listed here, and checked at the start.
 
@@ -4764,7 +4790,7 @@ class StrictJson:
             return json.dumps(value, separators=separators)
 
 
-HEAD = re.compile(
+PACKET_HEADER = re.compile(
     r"(?P<type>[0-6])(?:(?P<attachments>[0-9]{1,3})-)?"
     r"(?:(?P<namespace>/[^,?]*)(?:\?[^,]*)?(?:,|$))?(?P<id>[0-9]{1,15})?"
 )
@@ -4778,7 +4804,7 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
     size = 0  # of the attachments so far
 
     def decode(self, encoded_packet: Packet) -> int:
-        head = HEAD.match(encoded_packet) if isinstance(encoded_packet, str) else None
+        head = PACKET_HEADER.match(encoded_packet) if isinstance(encoded_packet, str) else None
         if head is None:
             raise ValueError("not a Socket.IO packet")
         self.packet_type, self.namespace = int(head["type"]), head["namespace"]
@@ -4789,10 +4815,10 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
         except (ValueError, RecursionError):
             raise ValueError("a packet whose data is not JSON") from None
         count = int(head["attachments"] or 0)
-        self._judge(count)
+        self._check_event(count)
         return count
 
-    def _judge(self, attachments: int) -> None:
+    def _check_event(self, attachments: int) -> None:
         kind, data = self.packet_type, self.data
         binary = kind in (wire.BINARY_EVENT, wire.BINARY_ACK)
         fits = attachments > 0 if binary else attachments == 0
@@ -4827,20 +4853,20 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.entered: dict[tuple[str, str], set[str | None]] = {}
+        self.has_joined: dict[tuple[str, str], set[str | None]] = {}
 
     def basic_enter_room(self, sid: str, namespace: str, room: str | None, eio_sid: str | None = None) -> None:
         super().basic_enter_room(sid, namespace, room, eio_sid=eio_sid)
-        self.server.end_batch(namespace, room)
-        self.entered.setdefault((namespace, sid), set()).add(room)
+        self.server.end_room_buffer(namespace, room)
+        self.has_joined.setdefault((namespace, sid), set()).add(room)
 
     def basic_leave_room(self, sid: str, namespace: str, room: str | None) -> None:
         super().basic_leave_room(sid, namespace, room)
-        self.server.end_batch(namespace, room)
-        self.entered.get((namespace, sid), set()).discard(room)
+        self.server.end_room_buffer(namespace, room)
+        self.has_joined.get((namespace, sid), set()).discard(room)
 
     def basic_disconnect(self, sid: str, namespace: str, **_: Any) -> None:
-        for room in self.entered.pop((namespace, sid), ()):
+        for room in self.has_joined.pop((namespace, sid), ()):
             self.basic_leave_room(sid, namespace, room)
         self.callbacks.pop(sid, None)
         for pending in (self.pending_connect, self.pending_disconnect):
@@ -4848,7 +4874,7 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
                 pending[namespace].remove(sid)
 
     def get_rooms(self, sid: str, namespace: str) -> list[str]:
-        return [room for room in self.entered.get((namespace, sid), ()) if room is not None]
+        return [room for room in self.has_joined.get((namespace, sid), ()) if room is not None]
 
     async def emit(self, event: str, data: Any, namespace: str, room: Any = None, skip_sid: Any = None, **options: Any) -> None:
         room = options.pop("to", None) or room
@@ -4875,7 +4901,7 @@ PRIVATE_NAMES: dict[type, str] = {
 }
 
 
-def transport_check() -> list[str]:
+def missing_private_names() -> list[str]:
     """Return what we need of the libraries and do not find."""
     made = [(owner(), name) for owner, names in PRIVATE_NAMES.items() for name in names.split()]
     return [f"{type(thing).__name__}.{name}" for thing, name in made if not hasattr(thing, name)]
@@ -4887,14 +4913,14 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     eio: Engine
     manager: Any
 
-    def __init__(self, rules: Rules, **options: Any) -> None:
-        self.lanes: dict[str, Lane] = {}
+    def __init__(self, options: EngineOptions, **given: Any) -> None:
+        self.packet_queues: dict[str, PacketQueue] = {}
         # The newest batch of each room, while a client still waits for it.
-        self.batches: WeakValueDictionary[tuple[str, str], Batch] = WeakValueDictionary()
-        options.setdefault("client_manager", RoomManager())
+        self.room_buffers: WeakValueDictionary[tuple[str, str], RoomBuffer] = WeakValueDictionary()
+        given.setdefault("client_manager", RoomManager())
         # `call` insists on async_handlers; the order of events is the lanes' doing.
-        options |= {"async_mode": "aiohttp", "async_handlers": True, "serializer": StrictPacket}
-        super().__init__(rules=rules, **options)
+        given |= {"async_mode": "aiohttp", "async_handlers": True, "serializer": StrictPacket}
+        super().__init__(options=options, **given)
 
     def _engineio_server_class(self) -> type[Engine]:
         return Engine
@@ -4917,42 +4943,42 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
                 for packet in packets:
                     session.send(packet)
             return
-        batch = self.batches.get((namespace, room)) if isinstance(room, str) else None
+        batch = self.room_buffers.get((namespace, room)) if isinstance(room, str) else None
         if batch is None or batch.data is not None or batch.size > BATCH_BYTES or any(skipped):
-            batch = self._start_batch(namespace, room, skipped)
+            batch = self._start_room_buffer(namespace, room, skipped)
         batch.add(packets, b"".join(map(frame, packets)))
 
-    def _start_batch(self, namespace: str, room: Any, skipped: Collection[str | None]) -> Batch:
-        sockets, batch = self.eio.sockets, Batch()
+    def _start_room_buffer(self, namespace: str, room: Any, skipped: Collection[str | None]) -> RoomBuffer:
+        sockets, batch = self.eio.sockets, RoomBuffer()
         for sid, eio_sid in self.manager.get_participants(namespace, room):
             if sid not in skipped and (session := sockets.get(eio_sid)) is not None:
-                session.follow(batch)
+                session.join_buffer(batch)
         if isinstance(room, str) and not any(skipped):
-            self.batches[namespace, room] = batch
+            self.room_buffers[namespace, room] = batch
         return batch
 
-    def end_batch(self, namespace: str, room: Any) -> None:
+    def end_room_buffer(self, namespace: str, room: Any) -> None:
         """The room has other members now: the next event is for them."""
-        self.batches.pop((namespace, room), None)
+        self.room_buffers.pop((namespace, room), None)
 
-    def cut(self, sid: str, *, final: bool) -> None:
+    def disconnect_now(self, sid: str, *, no_reconnect: bool) -> None:
         """End this client's connection. It hears nothing that is published after this call;
-        where it is final, a client that keeps the protocol does not come back by itself."""
+        with `no_reconnect`, a client that keeps the protocol does not come back by itself."""
         session = self._session(sid)
         for room in self.manager.get_rooms(sid, "/"):
             self.manager.basic_leave_room(sid, "/", room)
         if session is not None:
-            if final:
+            if no_reconnect:
                 session.send("41")
             # Of a CLOSE a client that polls would make its own: JavaScript's takes it before the rest of that poll and comes
             # back where it should not, Python's stays away where it should come back.
-            session.end(REASON.SERVER_DISCONNECT, farewell="")
+            session.end(REASON.SERVER_DISCONNECT, final_packet="")
 
     async def disconnect(self, sid: str, namespace: str | None = None, ignore_queue: bool = False) -> None:
         session = self._session(sid, namespace or "/")
         await super().disconnect(sid, namespace, ignore_queue=ignore_queue)
         if session is not None and namespace in (None, "/"):
-            session.end(REASON.SERVER_DISCONNECT, farewell="")
+            session.end(REASON.SERVER_DISCONNECT, final_packet="")
 
     async def drain(self, grace: float = 2.0) -> None:
         """Before the end of the process: clients see their connection close, and come back."""
@@ -4965,9 +4991,9 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     def leave(self, sid: str, room: str) -> None:
         self.manager.basic_leave_room(sid, "/", room)
 
-    def vouch(self, sid: str) -> None:
+    def mark_authenticated(self, sid: str) -> None:
         """The user of this client is known: it has a place among the signed-in ones."""
-        self.eio.vouch(self.manager.eio_sid_from_sid(sid, "/") or "")
+        self.eio.mark_authenticated(self.manager.eio_sid_from_sid(sid, "/") or "")
 
     def members(self, room: str) -> list[str]:
         return [sid for sid, _ in self.manager.get_participants("/", room)]
@@ -4985,7 +5011,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     async def _handle_eio_connect(self, eio_sid: str, environ: dict[str, Any]) -> None:
         await super()._handle_eio_connect(eio_sid, environ)
         failed = functools.partial(self.eio.refusals.defect, "A handler failed")
-        self.lanes[eio_sid] = Lane(functools.partial(self._handle_packet, eio_sid), failed, LANE_LENGTH)
+        self.packet_queues[eio_sid] = PacketQueue(functools.partial(self._handle_packet, eio_sid), failed, PACKET_QUEUE_LENGTH)
         self._await_connect(eio_sid)
 
     def _await_connect(self, eio_sid: str) -> None:
@@ -4996,30 +5022,30 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             if session and not any(self.manager.sid_from_eio_sid(eio_sid, n) for n in self.manager.get_namespaces()):
                 session.end(REASON.SERVER_DISCONNECT)
 
-        asyncio.get_running_loop().call_later(self.eio.rules.connect_timeout, check)
+        asyncio.get_running_loop().call_later(self.eio.options.connect_timeout, check)
 
     async def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
         """Release all that is held of a client whose session has ended: its lane, its packets, its place in every namespace."""
-        if lane := self.lanes.pop(eio_sid, None):
+        if lane := self.packet_queues.pop(eio_sid, None):
             lane.close()
         self._binary_packet.pop(eio_sid, None)
         await super()._handle_eio_disconnect(eio_sid, reason)
 
     async def _handle_eio_message(self, eio_sid: str, data: Packet) -> None:
-        session, lane = self.eio.sockets.get(eio_sid), self.lanes.get(eio_sid)
+        session, lane = self.eio.sockets.get(eio_sid), self.packet_queues.get(eio_sid)
         if session is None or lane is None:
             return
         try:
             packet = self._assemble(eio_sid, data)
         except ValueError as fault:
-            return self.eio.fault(session, fault)
+            return self.eio.end_for_protocol_error(session, fault)
         if packet is None:
             return
         if packet.packet_type in (wire.ACK, wire.BINARY_ACK):
             # Past the lane: the handler that runs in it may be the one who waits for this.
             await self._handle_ack(eio_sid, packet.namespace, packet.id, packet.data)
         else:
-            await lane.room()
+            await lane.has_space()
             if not session.closed:
                 lane.put(packet)
 
@@ -5032,7 +5058,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             if packet.attachment_count:
                 self._binary_packet[eio_sid] = packet
                 return None
-        elif not packet.add_attachment(data, self.eio.rules.max_payload):
+        elif not packet.add_attachment(data, self.eio.options.max_payload):
             return None
         self._binary_packet.pop(eio_sid, None)
         return packet
@@ -5056,13 +5082,13 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             await self._send_packet(eio_sid, StrictPacket(wire.CONNECT_ERROR, body, namespace))
             return
         if self.manager.sid_from_eio_sid(eio_sid, namespace) is not None:
-            return self.eio.fault(self.eio.sockets[eio_sid], ValueError("connected twice"))
+            return self.eio.end_for_protocol_error(self.eio.sockets[eio_sid], ValueError("connected twice"))
         try:
             await super()._handle_connect(eio_sid, namespace, data)
         finally:
-            await self._settle(eio_sid, namespace)
+            await self._answer_connect(eio_sid, namespace)
 
-    async def _settle(self, eio_sid: str, namespace: str) -> None:
+    async def _answer_connect(self, eio_sid: str, namespace: str) -> None:
         """After a connect handler that failed, or that outlived its client: leave no ghost."""
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace)
         if sid is None:
@@ -5078,7 +5104,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
 
     async def _handle_disconnect(self, eio_sid: str, namespace: str, reason: str | None = None) -> None:
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace or "/")
-        error = await outcome_of(super()._handle_disconnect(eio_sid, namespace, reason))
+        error = await result_or_exception(super()._handle_disconnect(eio_sid, namespace, reason))
         if isinstance(error, Exception):
             self.eio.refusals.defect("A disconnect handler failed", error)
             await self.manager.disconnect(sid, namespace or "/", ignore_queue=True)
@@ -5088,7 +5114,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         if not self.manager.is_connected(sid, namespace):
             return
         event, *args = data
-        answer = refused or await outcome_of(self._trigger(event, namespace, sid, args))
+        answer = refused or await result_or_exception(self._trigger(event, namespace, sid, args))
         if isinstance(answer, Exception):
             packet = self._failure(event, namespace, id, answer)
             drop_frames(answer)
@@ -5107,7 +5133,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         if id is not None:
             return StrictPacket(wire.ACK, [{"success": False} | error.body()], namespace, id)
         name = event if isinstance(event, str) else StrictJson.dumps(event)
-        failure = Failure(name[:100], error.sentence, error.code, error.reason, error.field)
+        failure = ErrorNotice(name[:100], error.detail, error.code, error.reason, error.field)
         return StrictPacket(wire.EVENT, ["error", msgspec.to_builtins(failure)], namespace)
 
     async def _trigger(self, event: Any, namespace: str, sid: str, args: list[Any]) -> Any:
@@ -5123,29 +5149,29 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     async def _handle_ack(self, eio_sid: str, namespace: Any, id: Any, data: Any) -> None:
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace or "/")
         if id in self.manager.callbacks.get(sid, ()):
-            error = await outcome_of(self.manager.trigger_callback(sid, id, data))
+            error = await result_or_exception(self.manager.trigger_callback(sid, id, data))
             if isinstance(error, Exception):
                 self.eio.refusals.defect("A callback failed", error)
 
 
-def socket_server(**options: Any) -> SocketServer:
-    """A socketio.AsyncServer with this transport; `options` are those of `Rules`, and AsyncServer's own. Raises StartError."""
-    rules = Rules(**{field.name: options.pop(field.name) for field in fields(Rules) if field.name in options})
-    if missing := transport_check():
+def socket_server(**given: Any) -> SocketServer:
+    """Return a Socket.IO server. `given`: the options of `EngineOptions` and of socketio.AsyncServer. Raises StartError."""
+    options = EngineOptions(**{field.name: given.pop(field.name) for field in fields(EngineOptions) if field.name in given})
+    if missing := missing_private_names():
         raise StartError(f"The libraries lack what ChatRTC needs of them: {', '.join(missing)}")
-    more = options.pop("cors_allowed_origins", None) or ()
-    rules.origins = {*rules.origins, *([more] if isinstance(more, str) else more)}
-    rules.max_payload = options.pop("max_http_buffer_size", rules.max_payload)
-    return SocketServer(rules, **options)
+    more = given.pop("cors_allowed_origins", None) or ()
+    options.origins = {*options.origins, *([more] if isinstance(more, str) else more)}
+    options.max_payload = given.pop("max_http_buffer_size", options.max_payload)
+    return SocketServer(options, **given)
 
 
-# ---- Chat ----------------------------------------------------------------------------------------------------------
+# ---- Hub -----------------------------------------------------------------------------------------------------------
 # The living chat: its sockets, who they belong to, and the one function that carries out what operations ask for. Everything
 # here that changes something runs between two awaits, so that nobody sees half of it.
 
 LOGIN_SECONDS = 10  # for a socket to authenticate
 OWN_MARK_SECONDS = 0.05  # between an own post and the event that its read mark moved
-SESSIONS_KEPT = 10_000
+MAX_CACHED_TOKENS = 10_000
 
 LISTENER_EVENTS = 4096  # that may wait for one listener of the program
 
@@ -5156,12 +5182,12 @@ class Connection:
     def __init__(self, sid: str, address: str) -> None:
         self.sid = sid
         self.address = address
-        self.me: Standing | None = None
+        self.user: Principal | None = None
         self.closed = False
         self.servers: dict[int, set[int]] = {}  # joined server -> its channels
         self.timer: asyncio.TimerHandle | None = None  # the end of its time to log in, then of its token
 
-    def until(self, seconds: float, then: Callable[[], None]) -> None:
+    def set_timer(self, seconds: float, then: Callable[[], None]) -> None:
         """Do that in so many seconds, and nothing that was to be done before."""
         if self.timer is not None:
             self.timer.cancel()
@@ -5169,7 +5195,7 @@ class Connection:
 
 
 class Caller(NamedTuple):
-    me: Standing | None
+    user: Principal | None
     address: str
     connection: Connection | None = None
     request: web.Request | None = None
@@ -5181,93 +5207,96 @@ class Caller(NamedTuple):
         return self.connection is not None and self.connection.closed
 
 
-class Chat:
+class Hub:
     """What one ChatRTC is made of. Operations of Live get it whole."""
 
     def __init__(self, settings: Settings, sio: SocketServer) -> None:
         self.settings = settings
         self.sio = sio
-        self.keys = Keys(secrets.token_hex() if settings.secret is None else settings.secret, settings.token_ttl)
-        self.store = Store(Path(settings.database), self.carry_out, settings.disk_reserve << 20)
+        self.signer = TokenSigner(secrets.token_hex() if settings.secret is None else settings.secret, settings.token_ttl)
+        self.store = Store(Path(settings.database), self.apply_effects, settings.disk_reserve << 20)
         self.drawing = asyncio.Lock()  # of QR codes
-        self.passwords = Passwords(bounded=not settings.no_rate_limit)
+        self.password_hasher = PasswordHasher(bounded=not settings.no_rate_limit)
         self.limiter = Limiter(enabled=not settings.no_rate_limit)
         self.presence = Presence()
-        self.pages = Pages()
-        self.typists = Typists()
+        self.pages = PageCache()
+        self.typing_tracker = TypingTracker()
         self._own_marks: dict[int, MarkOwnPost] = {}  # channel -> a read mark to emit soon
-        self.voices = Voices()
+        self.voice_peers = VoicePeers()
         self.own_url = self.lan_url = ""  # where it listens, and how others on the network reach it; set by `serve`
         self.connections: dict[str, Connection] = {}
         self.sockets: dict[int, set[str]] = {}  # user -> authenticated sockets
-        self.listeners: dict[str, list[Lane]] = {}
+        self.listeners: dict[str, list[PacketQueue]] = {}
         self.erase_after = 0.0  # see `erase_texts`
         self.listening = False
-        self._sessions: dict[str, Standing] = {}  # token -> who bears it, while it is known to stand
-        self._carriers: dict[type[Effect], Callable[..., None]] = {
-            Emit: self.tell, OpenChannel: self.open_channel, CloseChannel: self.close_channel, CloseServer: self.close_server,
-            Evict: self.evict, Revoke: self.revoke, SetStatus: self.show_status, Rename: self.rename,
+        self._token_cache: dict[str, Principal] = {}  # token -> its user, while it is known to be valid
+        self._effect_handlers: dict[type[Effect], Callable[..., None]] = {
+            Emit: self.emit, AddChannelRoom: self.add_channel_room, RemoveChannelRoom: self.remove_channel_room,
+            RemoveServerRoom: self.remove_server_room,
+            Evict: self.evict, Revoke: self.revoke, SetStatus: self.emit_status, Rename: self.rename,
             StopTyping: self.stop_typing,
             MarkOwnPost: self.mark_own_post,
-            TellMark: self.tell_mark,
+            EmitReadMark: self.emit_read_mark,
         }  # fmt: skip
 
-    # Asking the database. What is asked by `peek` and acted upon before the next await still holds when it is acted upon.
+    # Reading the database. The result of `read_inline` stays true until the next await: use it before then.
 
-    def allowed(self, db: sqlite3.Connection, who: Who, me: Standing, args: Args, question: Callable[[Scope, Any], R]) -> R:
+    def run_authorized(
+        self, db: sqlite3.Connection, access: Access, user: Principal, args: Args, query: Callable[[OperationContext, Any], R]
+    ) -> R:
         """What the question gives in the transaction that is open, if they may: now, or not at all."""
-        at = Scope(db, me, time.time(), self.presence, self.pages, self.settings)
-        authorize(who, at, args)
-        return question(at, args)
+        at = OperationContext(db, user, time.time(), self.presence, self.pages, self.settings)
+        authorize(access, at, args)
+        return query(at, args)
 
-    def ask(self, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
+    def query(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
         """Ask about what the arguments name, if the caller is a member there. Raises ChatError."""
-        answer: R = self.store.peek(self.allowed, Who.MEMBER, caller.me, args, question)
+        answer: R = self.store.read_inline(self.run_authorized, Access.MEMBER, caller.user, args, query)
         return answer
 
-    async def ask_long(self, caller: Caller, args: Args, question: Callable[[Scope, Any], R]) -> R:
+    async def query_slow(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
         """Ask what may take seconds, in the caller's turn."""
-        return await self.read_long(caller, self.allowed, Who.MEMBER, caller.me, args, question)
+        return await self.read_slow(caller, self.run_authorized, Access.MEMBER, caller.user, args, query)
 
-    async def read_long(self, caller: Caller, question: Question[R], *args: Any) -> R:
+    async def read_slow(self, caller: Caller, query: Query[R], *args: Any) -> R:
         """Read in the caller's turn, while the caller waits for it."""
-        user = caller.me.user_id if caller.me is not None else caller.address
-        return await self.store.read_long(user, caller.gone, question, *args)
+        user = caller.user.user_id if caller.user is not None else caller.address
+        return await self.store.read_slow(user, caller.gone, query, *args)
 
-    def check(self, caller: Caller, args: Args) -> None:
+    def require_member(self, caller: Caller, args: Args) -> None:
         """Raise FORBIDDEN unless the caller is a member."""
-        self.ask(caller, args, lambda at, args: None)
+        self.query(caller, args, lambda ctx, args: None)
 
-    def recognise(self, token: str) -> Standing:
+    def authenticate_token(self, token: str) -> Principal:
         """Return the user of a token. Raises UNAUTHORIZED if it is not valid (any more)."""
-        known = self._sessions.get(token)
+        known = self._token_cache.get(token)
         if known is not None and known.expires > time.time():
             return known
-        user_id, generation, expires = self.keys.read(token)
+        user_id, generation, expires = self.signer.verify(token)
         digest = hashlib.sha256(token.encode()).digest()
-        account = self.store.peek(standing, user_id, digest)
+        account = self.store.read_inline(load_principal, user_id, digest)
         if account is None or account.generation != generation:
-            raise refusal("TOKEN_INVALID")
-        if len(self._sessions) >= SESSIONS_KEPT:
-            del self._sessions[next(iter(self._sessions))]
-        me = self._sessions[token] = account._replace(digest=digest, expires=expires)
-        return me
+            raise chat_error("TOKEN_INVALID")
+        if len(self._token_cache) >= MAX_CACHED_TOKENS:
+            del self._token_cache[next(iter(self._token_cache))]
+        user = self._token_cache[token] = account._replace(digest=digest, expires=expires)
+        return user
 
-    def forget_sessions(self, user_id: int) -> None:
-        self._sessions = {token: me for token, me in self._sessions.items() if me.user_id != user_id}
+    def forget_tokens(self, user_id: int) -> None:
+        self._token_cache = {token: user for token, user in self._token_cache.items() if user.user_id != user_id}
 
     # Carrying out.
 
-    def carry_out(self, effects: Iterable[Effect]) -> None:
+    def apply_effects(self, effects: Iterable[Effect]) -> None:
         """Do what operations ask for beside their answer. Called once what they did is on disk, in the order of commits."""
         for effect in effects:
-            self._carriers[type(effect)](*effect)
+            self._effect_handlers[type(effect)](*effect)
 
-    def tell(self, event: str, to: int, payload: View, *, room: str = "", skip_sid: str | None = None) -> None:
+    def emit(self, event: str, to: int, payload: Payload, *, room: str = "", skip_sid: str | None = None) -> None:
         """Send an event to its room, and to the program's own listeners."""
         self.sio.publish(event, payload, f"{room or EVENTS[event].room}:{to}", skip_sid)
         for lane in self.listeners.get(event, ()) if self.listening else ():
-            if lane.full():
+            if lane.is_full():
                 self.sio.eio.refusals.say(f"A listener of {event} is too slow", "event dropped")
             lane.put(payload)
 
@@ -5275,10 +5304,10 @@ class Chat:
         """Call a coroutine function with each such event, in a lane of its own: a slow one delays no other. At most
         LISTENER_EVENTS wait for it; above that the oldest is dropped, and the log says so once a minute."""
 
-        async def hear(payload: View) -> None:
+        async def hear(payload: Payload) -> None:
             await call(msgspec.to_builtins(payload))
 
-        lane = Lane(hear, lambda error: log.error("a listener failed", exc_info=error), LISTENER_EVENTS)
+        lane = PacketQueue(hear, lambda error: log.error("a listener failed", exc_info=error), LISTENER_EVENTS)
         self.listeners.setdefault(event, []).append(lane)
 
     async def end_listeners(self) -> None:
@@ -5290,10 +5319,10 @@ class Chat:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
-    def of_user(self, user_id: int) -> list[Connection]:
+    def connections_of(self, user_id: int) -> list[Connection]:
         return [self.connections[sid] for sid in self.sockets.get(user_id, ()) if sid in self.connections]
 
-    def open_channel(self, server_id: int, channel_id: int) -> None:
+    def add_channel_room(self, server_id: int, channel_id: int) -> None:
         for sid in self.sio.members(f"server:{server_id}"):
             self.connections[sid].servers[server_id].add(channel_id)
             self.sio.enter(sid, f"channel:{channel_id}")
@@ -5304,16 +5333,16 @@ class Chat:
         user_id, channel_id = own.user_id, own.channel_id
         before = self._own_marks.get(channel_id)
         if before is not None and before.user_id != user_id:
-            self.tell_mark(channel_id)  # what others post comes after it
+            self.emit_read_mark(channel_id)  # what others post comes after it
         if user_id in self.sockets or "channel:read" in self.listeners:
             if channel_id not in self._own_marks:
-                asyncio.get_running_loop().call_later(OWN_MARK_SECONDS, self.tell_mark, channel_id)
+                asyncio.get_running_loop().call_later(OWN_MARK_SECONDS, self.emit_read_mark, channel_id)
             self._own_marks[channel_id] = own
 
-    def tell_mark(self, channel_id: int) -> None:
+    def emit_read_mark(self, channel_id: int) -> None:
         mark = self._own_marks.pop(channel_id, None)
         if mark is not None:
-            self.tell("channel:read", mark.user_id, ReadState(channel_id, mark.message_id, 0, 0))
+            self.emit("channel:read", mark.user_id, ReadState(channel_id, mark.message_id, 0, 0))
 
     def forget_marks(self, server_id: int, user_id: int | None = None) -> None:
         """Nothing of a server is told after its user has left it."""
@@ -5323,93 +5352,93 @@ class Chat:
             if mark.server_id != server_id or user_id not in (None, mark.user_id)
         }
 
-    def close_channel(self, server_id: int, channel_id: int) -> None:
+    def remove_channel_room(self, server_id: int, channel_id: int) -> None:
         self._own_marks.pop(channel_id, None)
-        for peer in self.voices.within(channel_id=channel_id):
-            del self.voices[peer.sid]
+        for peer in self.voice_peers.members_of(channel_id=channel_id):
+            del self.voice_peers[peer.sid]
         for sid in self.sio.members(f"channel:{channel_id}"):
             self.connections[sid].servers[server_id].discard(channel_id)
             self.sio.leave(sid, f"channel:{channel_id}")
-        self.typists.close(channel_id=channel_id)
+        self.typing_tracker.close(channel_id=channel_id)
 
-    def close_server(self, server_id: int) -> None:
+    def remove_server_room(self, server_id: int) -> None:
         self.forget_marks(server_id)
-        for peer in self.voices.within(server_id=server_id):
-            del self.voices[peer.sid]
-        self.typists.close(server_id=server_id)
+        for peer in self.voice_peers.members_of(server_id=server_id):
+            del self.voice_peers[peer.sid]
+        self.typing_tracker.close(server_id=server_id)
         for sid in self.sio.members(f"server:{server_id}"):
             self.leave_server(self.connections[sid], server_id, quietly=True)
 
     def evict(self, server_id: int, user_id: int) -> None:
         self.forget_marks(server_id, user_id)
-        for connection in self.of_user(user_id):
+        for connection in self.connections_of(user_id):
             self.leave_server(connection, server_id)
 
     def revoke(self, user_id: int, digest: bytes | None) -> None:
-        self.forget_sessions(user_id)
-        for connection in self.of_user(user_id):
-            if connection.me is not None and digest in (None, connection.me.digest):
+        self.forget_tokens(user_id)
+        for connection in self.connections_of(user_id):
+            if connection.user is not None and digest in (None, connection.user.digest):
                 self.close(connection)
 
     def rename(self, user_id: int, name: str | None) -> None:
-        self.forget_sessions(user_id)
+        self.forget_tokens(user_id)
         self.pages.clear()  # servers that the user has left keep their number, and show the new name too
-        self.typists.rename(user_id, name)
-        self.voices.rename(user_id, name)
-        for connection in self.of_user(user_id):
-            if connection.me is not None:
-                connection.me = connection.me._replace(name=name)
+        self.typing_tracker.rename(user_id, name)
+        self.voice_peers.rename(user_id, name)
+        for connection in self.connections_of(user_id):
+            if connection.user is not None:
+                connection.user = connection.user._replace(name=name)
 
-    def show_status(self, user: Identity, before: Status, after: Status, server_ids: list[int]) -> None:
+    def emit_status(self, user: Identity, before: Status, after: Status, server_ids: list[int]) -> None:
         """Tell a new status; who turns invisible is seen to go, and only their own sockets hear why."""
         user_id, username, name = user.user_id, user.username, user.name
-        self.forget_sessions(user_id)
+        self.forget_tokens(user_id)
         told = StatusChanged(user_id, username, after, name=name)
         if after == "invisible":
-            for connection in self.of_user(user_id):
+            for connection in self.connections_of(user_id):
                 self.stop_all_typing(connection)  # who saw them begin sees them end
-            self.presence.hidden.add(user_id)
-            self.tell("user:status", user_id, told, room="user")
+            self.presence.invisible.add(user_id)
+            self.emit("user:status", user_id, told, room="user")
         else:
-            self.presence.hidden.discard(user_id)
+            self.presence.invisible.discard(user_id)
             for server_id in server_ids:
-                self.tell("user:status", server_id, told)
+                self.emit("user:status", server_id, told)
         if "invisible" in (before, after) and before != after:
             event = "user:disconnected" if after == "invisible" else "user:connected"
             for server_id in self.presence.servers(user_id):
-                self.tell(event, server_id, PresenceChanged(server_id, user_id, username, name=name))
+                self.emit(event, server_id, PresenceChanged(server_id, user_id, username, name=name))
 
     # Sockets.
 
-    def welcome(self, sid: str) -> Connection:
+    def add_connection(self, sid: str) -> Connection:
         """A socket has come; it has so many seconds to say who it is."""
         connection = self.connections[sid] = Connection(sid, self.sio.address(sid))
-        connection.until(LOGIN_SECONDS, functools.partial(self.close, connection))
+        connection.set_timer(LOGIN_SECONDS, functools.partial(self.close, connection))
         return connection
 
-    def admit(self, connection: Connection, me: Standing) -> None:
+    def bind_principal(self, connection: Connection, user: Principal) -> None:
         """The socket is this user's, until the token ends. Raises CONFLICT, RATE_LIMITED."""
         if connection.closed:
-            raise refusal("CLOSING")
-        if connection.me is not None and connection.me.user_id != me.user_id:
-            raise refusal("SOCKET_TAKEN", name=connection.me.username)
-        sids = self.sockets.setdefault(me.user_id, set())
+            raise chat_error("CLOSING")
+        if connection.user is not None and connection.user.user_id != user.user_id:
+            raise chat_error("SOCKET_TAKEN", name=connection.user.username)
+        sids = self.sockets.setdefault(user.user_id, set())
         if len(sids) >= SOCKETS_PER_USER and connection.sid not in sids and not self.settings.no_rate_limit:
-            raise refusal("TOO_MANY_SOCKETS", retry_after=30, n=SOCKETS_PER_USER)
-        if me.status == "invisible" and not sids:
-            self.presence.hidden.add(me.user_id)
+            raise chat_error("TOO_MANY_SOCKETS", retry_after=30, n=SOCKETS_PER_USER)
+        if user.status == "invisible" and not sids:
+            self.presence.invisible.add(user.user_id)
         sids.add(connection.sid)
-        connection.me = me
-        self.sio.vouch(connection.sid)
-        connection.until(me.expires - time.time(), functools.partial(self.close, connection))
-        self.sio.enter(connection.sid, f"user:{me.user_id}")
+        connection.user = user
+        self.sio.mark_authenticated(connection.sid)
+        connection.set_timer(user.expires - time.time(), functools.partial(self.close, connection))
+        self.sio.enter(connection.sid, f"user:{user.user_id}")
 
     def close(self, connection: Connection) -> None:
         """End a socket, transport included. Its client is told not to come back by itself."""
-        self.dismiss(connection.sid)
-        self.sio.cut(connection.sid, final=True)
+        self.remove_connection(connection.sid)
+        self.sio.disconnect_now(connection.sid, no_reconnect=True)
 
-    def dismiss(self, sid: str) -> None:
+    def remove_connection(self, sid: str) -> None:
         """Release all that is held of a socket that has gone, and tell those who saw it."""
         connection = self.connections.pop(sid, None)
         if connection is None:
@@ -5419,376 +5448,378 @@ class Chat:
             connection.timer.cancel()
         for server_id in list(connection.servers):
             self.leave_server(connection, server_id)
-        self.hush(connection)
-        if connection.me is not None:
-            sids = self.sockets[connection.me.user_id]
+        self.stop_activity(connection)
+        if connection.user is not None:
+            sids = self.sockets[connection.user.user_id]
             sids.discard(sid)
             if not sids:
-                del self.sockets[connection.me.user_id]
-                self.presence.hidden.discard(connection.me.user_id)
+                del self.sockets[connection.user.user_id]
+                self.presence.invisible.discard(connection.user.user_id)
 
-    def hush(self, connection: Connection, server_id: int | None = None) -> None:
+    def stop_activity(self, connection: Connection, server_id: int | None = None) -> None:
         """The socket types and talks no more (in that server)."""
         self.stop_all_typing(connection, server_id)
-        peer = self.voices.get(connection.sid)
+        peer = self.voice_peers.get(connection.sid)
         if peer is not None and server_id in (None, peer.server_id):
             self.leave_voice(connection.sid)
 
     def join_server(self, connection: Connection, server_id: int, channel_ids: Iterable[int]) -> None:
-        me = connection.me
-        if connection.closed or me is None:
-            raise refusal("CLOSING")
+        user = connection.user
+        if connection.closed or user is None:
+            raise chat_error("CLOSING")
         self.sio.enter(connection.sid, f"server:{server_id}")
         connection.servers[server_id] = set(channel_ids)
         for channel_id in channel_ids:
             self.sio.enter(connection.sid, f"channel:{channel_id}")
-        if self.presence.join(server_id, me.user_id, connection.sid):
-            self.tell("user:connected", server_id, PresenceChanged(server_id, me.user_id, me.username, name=me.name))
+        if self.presence.join(server_id, user.user_id, connection.sid):
+            self.emit("user:connected", server_id, PresenceChanged(server_id, user.user_id, user.username, name=user.name))
 
     def leave_server(self, connection: Connection, server_id: int, quietly: bool = False) -> bool:
         """Take the socket out of a server. Return whether it was joined."""
-        me = connection.me
-        if me is None or server_id not in connection.servers:
+        user = connection.user
+        if user is None or server_id not in connection.servers:
             return False
-        self.hush(connection, server_id)
+        self.stop_activity(connection, server_id)
         for channel_id in connection.servers.pop(server_id):
             self.sio.leave(connection.sid, f"channel:{channel_id}")
         self.sio.leave(connection.sid, f"server:{server_id}")
-        if self.presence.leave(server_id, me.user_id, connection.sid) and not quietly:
-            self.tell("user:disconnected", server_id, PresenceChanged(server_id, me.user_id, me.username, name=me.name))
+        if self.presence.leave(server_id, user.user_id, connection.sid) and not quietly:
+            self.emit("user:disconnected", server_id, PresenceChanged(server_id, user.user_id, user.username, name=user.name))
         return True
 
-    def start_typing(self, server_id: int, channel_id: int, me: Standing, sid: str) -> None:
+    def start_typing(self, server_id: int, channel_id: int, user: Principal, sid: str) -> None:
         loop = asyncio.get_running_loop()
-        notice = Typing(channel_id, me.user_id, me.username, name=me.name)
-        heard = self.typists.start(server_id, notice, sid, loop.time())
-        if heard and me.user_id not in self.presence.hidden:
-            self.tell("user:typing", channel_id, notice, skip_sid=sid)
+        notice = Typing(channel_id, user.user_id, user.username, name=user.name)
+        heard = self.typing_tracker.start(server_id, notice, sid, loop.time())
+        if heard and user.user_id not in self.presence.invisible:
+            self.emit("user:typing", channel_id, notice, skip_sid=sid)
         loop.call_later(TYPING_SECONDS + 0.01, self.end_typing)
 
     def end_typing(self) -> None:
-        for channel_id, user_id in self.typists.over(asyncio.get_running_loop().time()):
+        for channel_id, user_id in self.typing_tracker.expired(asyncio.get_running_loop().time()):
             self.stop_typing(channel_id, user_id)
 
     def stop_typing(self, channel_id: int, user_id: int) -> None:
-        typist = self.typists.stop(channel_id, user_id)
-        if typist is not None and user_id not in self.presence.hidden:
-            self.tell("typing_stop", channel_id, typist.notice, skip_sid=typist.sid)
+        typist = self.typing_tracker.stop(channel_id, user_id)
+        if typist is not None and user_id not in self.presence.invisible:
+            self.emit("typing_stop", channel_id, typist.notice, skip_sid=typist.sid)
 
     def stop_all_typing(self, connection: Connection, server_id: int | None = None) -> None:
-        for channel_id, user_id in self.typists.of(connection.sid, server_id):
+        for channel_id, user_id in self.typing_tracker.of_socket(connection.sid, server_id):
             self.stop_typing(channel_id, user_id)
 
     def leave_voice(self, sid: str) -> None:
-        peer = self.voices.pop(sid, None)
+        peer = self.voice_peers.pop(sid, None)
         if peer is not None:
-            self.tell("voice:leave", peer.server_id, peer.notice)
+            self.emit("voice:leave", peer.server_id, peer.notice)
 
 
-# ---- Live ----------------------------------------------------------------------------------------------------------
+# ---- Async operations ----------------------------------------------------------------------------------------------
 # Operations that need more than one transaction: passwords, which take time, and sockets, which are not in the database.
 
 SIGNAL_BYTES = 16 * 1024  # a WebRTC offer for audio has 2 to 6 KiB
 
 
-def remember_signing_in(chat: Chat, caller: Caller, user_id: int) -> None:
+def remember_signing_in(hub: Hub, caller: Caller, user_id: int) -> None:
     """Note the address that somebody signed in from, at most once a day, without making them wait."""
-    digest, clock = chat.keys.address_digest(user_id, caller.address), time.time()
-    seen = chat.store.peek(address_seen, user_id, digest)
+    digest, clock = hub.signer.address_digest(user_id, caller.address), time.time()
+    seen = hub.store.read_inline(address_seen, user_id, digest)
     if seen is None or clock - seen > ADDRESS_SECONDS:
         job = functools.partial(remember_address, user_id=user_id, digest=digest, clock=clock)
-        chat.sio.eio.spawn(outcome_of(chat.store.write(job)))
+        hub.sio.eio.spawn(result_or_exception(hub.store.write(job)))
 
 
-def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: str | None, clock: float) -> Done[Standing]:
+def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: str | None, clock: float) -> Result[Principal]:
     """A new account; with an invite, also a member of its server. The invite comes first: without one nobody learns which
     usernames are taken."""
-    invite = open_invite(db, args.code, utc(clock)) if args.code is not None else None
+    invite = load_valid_invite(db, args.code, utc(clock)) if args.code is not None else None
     username = args.username or free_username(db, args.name or "")
     user_id = insert_user(db, username, password, utc(clock), args.name)
-    account = standing(db, user_id, b"")
+    account = load_principal(db, user_id, b"")
     assert account is not None
-    return Done(account, use_invite(db, invite, user_id, utc(clock)) if invite else [])
+    return Result(account, use_invite(db, invite, user_id, utc(clock)) if invite else [])
 
 
-async def make_account(chat: Chat, caller: Caller, args: NewUser | NewGuest, password: str | None) -> Done[Account]:
+async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, password: str | None) -> Result[AuthResponse]:
     """Create an account for a password or, without one, for a guest."""
     clock = time.time()
-    with chat.limiter.guess("invite", caller.address):
+    with hub.limiter.charge_unknown_code("invite", caller.address):
         if args.code is not None:
-            chat.store.peek(open_invite, args.code, utc(clock))
-        chat.limiter.take("register", caller.address)
+            hub.store.read_inline(load_valid_invite, args.code, utc(clock))
+        hub.limiter.charge("register", caller.address)
         hashed = None
         if password is not None:
-            async with chat.passwords.turn(caller.address):
-                hashed = await chat.passwords.hash(password)
-        account = (await chat.store.write(lambda db: create_account(db, args, hashed, clock))).answer
+            async with hub.password_hasher.turn(caller.address):
+                hashed = await hub.password_hasher.hash(password)
+        account = (await hub.store.write(lambda db: create_account(db, args, hashed, clock))).value
     if hashed is not None:
-        remember_signing_in(chat, caller, account.user_id)
-    return Done(chat.keys.issue(account.user_id, account.username, 0, clock, account.name))
+        remember_signing_in(hub, caller, account.user_id)
+    return Result(hub.signer.issue(account.user_id, account.username, 0, clock, account.name))
 
 
-@operation("live", "POST /auth/register", Who.ANYONE, emits=["member:joined"], status=201)
-async def register(chat: Chat, caller: Caller, args: NewUser) -> Done[Account]:
+@operation("async", "POST /auth/register", Access.ANYONE, emits=["member:joined"], status=201)
+async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthResponse]:
     """Make an account; with `code`, an invite, also become a member."""
-    if chat.settings.registration == "closed":
-        raise refusal("REGISTRATION_CLOSED")
-    if chat.settings.registration == "invite" and args.code is None:
-        raise refusal("INVITE_NEEDED")
-    return await make_account(chat, caller, args, args.password)
+    if hub.settings.registration == "closed":
+        raise chat_error("REGISTRATION_CLOSED")
+    if hub.settings.registration == "invite" and args.code is None:
+        raise chat_error("INVITE_NEEDED")
+    return await make_account(hub, caller, args, args.password)
 
 
-@operation("live", "POST /auth/guest", Who.ANYONE, emits=["member:joined"], status=201)
-async def register_guest(chat: Chat, caller: Caller, args: NewGuest) -> Done[Account]:
+@operation("async", "POST /auth/guest", Access.ANYONE, emits=["member:joined"], status=201)
+async def register_guest(hub: Hub, caller: Caller, args: NewGuest) -> Result[AuthResponse]:
     """Come in by an invite and a name alone; a password can be set later."""
-    if chat.settings.no_guests or chat.settings.registration == "closed":
-        raise refusal("GUESTS_OFF")
-    return await make_account(chat, caller, args, None)
+    if hub.settings.no_guests or hub.settings.registration == "closed":
+        raise chat_error("GUESTS_OFF")
+    return await make_account(hub, caller, args, None)
 
 
-async def is_password(chat: Chat, caller: Caller, username: str, user_id: int, password: str, stored: str | None) -> bool:
+async def is_password(hub: Hub, caller: Caller, username: str, user_id: int, password: str, stored: str | None) -> bool:
     """Return whether it is the account's password. Raises RATE_LIMITED.
 
     Only a wrong password is counted: by account and address together, and more widely if the account never signed in from that
     address. Without an account (`user_id` 0) the work and the limits are the same.
     """
-    name, digest = fold(username), chat.keys.address_digest(user_id, caller.address)
+    name, digest = name_key(username), hub.signer.address_digest(user_id, caller.address)
     limits: list[LimitOf] = [("login", (name, caller.address))]
-    if chat.store.peek(address_seen, user_id, digest) is None:
+    if hub.store.read_inline(address_seen, user_id, digest) is None:
         limits += [("login_account", name), ("login_address", caller.address)]
     for limit in limits:
-        chat.limiter.check(*limit)
-    async with chat.passwords.turn(caller.address):
-        with chat.limiter.trial(limits) as failed:
-            right = await chat.passwords.check(password, stored)
+        hub.limiter.check(*limit)
+    async with hub.password_hasher.turn(caller.address):
+        with hub.limiter.trial(limits) as failed:
+            right = await hub.password_hasher.verify(password, stored)
             if not right:
                 failed()
     return right
 
 
-@operation("live", "POST /auth/link", Who.ANYONE)
-async def use_link(chat: Chat, caller: Caller, args: CodeArgs) -> Done[Account]:
+@operation("async", "POST /auth/link", Access.ANYONE)
+async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthResponse]:
     """Sign in as a guest with a code that an admin made, once."""
     clock = time.time()
-    with chat.limiter.guess("invite", caller.address):
-        chat.store.peek(guest_of_link, args.code, clock)  # a wrong code costs no write
-        me = (await chat.store.write(lambda db: Done(take_link(db, args.code, clock)))).answer
-    return Done(chat.keys.issue(me.user_id, me.username, me.generation, clock, me.name))
+    with hub.limiter.charge_unknown_code("invite", caller.address):
+        hub.store.read_inline(guest_of_link, args.code, clock)  # a wrong code costs no write
+        user = (await hub.store.write(lambda db: Result(take_link(db, args.code, clock)))).value
+    return Result(hub.signer.issue(user.user_id, user.username, user.generation, clock, user.name))
 
 
-def expel_guests(at: Scope, args: ServerArgs) -> Done[int]:
-    guests = guests_below(at.db, at.server_id, at.role)
-    return Done(len(guests), [effect for user_id in guests for effect in expel(at.db, at.server_id, user_id)])
+def remove_next_guests(ctx: OperationContext, args: ServerArgs) -> Result[int]:
+    guests = guests_below(ctx.db, ctx.server_id, ctx.role)
+    return Result(len(guests), [effect for user_id in guests for effect in remove_from_server(ctx.db, ctx.server_id, user_id)])
 
 
-@operation("live", "DELETE /servers/{server_id}/guests", Who.ADMIN, emits=["member:left"], limit="post")
-async def remove_guests(chat: Chat, caller: Caller, args: ServerArgs) -> Done[Removed]:
+@operation("async", "DELETE /servers/{server_id}/guests", Access.ADMIN, emits=["member:left"], limit="post")
+async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Removed]:
     """Remove all guests of a lower role."""
-    removed, step = 0, EXPEL_STEP
-    job = functools.partial(chat.allowed, who=Who.ADMIN, me=caller.me or Standing(0, ""), args=args, question=expel_guests)
-    while step == EXPEL_STEP:  # in steps, so that others are served in between
-        step = (await chat.store.write(job, frees=True)).answer
+    removed, step = 0, GUESTS_PER_STEP
+    job = functools.partial(
+        hub.run_authorized, access=Access.ADMIN, user=caller.user or Principal(0, ""), args=args, query=remove_next_guests
+    )
+    while step == GUESTS_PER_STEP:  # in steps, so that others are served in between
+        step = (await hub.store.write(job, frees=True)).value
         removed += step
-    return Done(Removed(removed))
+    return Result(Removed(removed))
 
 
-@operation("live", "POST /auth/login", Who.ANYONE)
-async def login(chat: Chat, caller: Caller, args: Credentials) -> Done[Account]:
+@operation("async", "POST /auth/login", Access.ANYONE)
+async def login(hub: Hub, caller: Caller, args: Credentials) -> Result[AuthResponse]:
     """Sign in. An unknown name and a wrong password take the same time and get the same answer."""
-    account, stored = chat.store.peek(account_named, args.username) or (Standing(0, ""), None)
-    if not await is_password(chat, caller, args.username, account.user_id, args.password, stored):
-        raise refusal("WRONG_PASSWORD")
-    remember_signing_in(chat, caller, account.user_id)
-    return Done(chat.keys.issue(account.user_id, account.username, account.generation, time.time(), account.name))
+    account, stored = hub.store.read_inline(find_account, args.username) or (Principal(0, ""), None)
+    if not await is_password(hub, caller, args.username, account.user_id, args.password, stored):
+        raise chat_error("WRONG_PASSWORD")
+    remember_signing_in(hub, caller, account.user_id)
+    return Result(hub.signer.issue(account.user_id, account.username, account.generation, time.time(), account.name))
 
 
-def replace_password(db: sqlite3.Connection, user_id: int, before: str | None, password: str) -> Done[int]:
+def replace_password(db: sqlite3.Connection, user_id: int, before: str | None, password: str) -> Result[int]:
     """Set a password, unless somebody else did meanwhile; all tokens end, their sockets too. The new generation."""
     generation = update_password(db, user_id, before, password)
-    return Done(generation, [Revoke(user_id), *([] if before else change_everywhere(db, user_id))])
+    return Result(generation, [Revoke(user_id), *([] if before else change_everywhere(db, user_id))])
 
 
-@operation("live", "POST /auth/password", Who.USER)
-async def change_password(chat: Chat, caller: Caller, args: NewPassword) -> Done[Account]:
+@operation("async", "POST /auth/password", Access.USER)
+async def change_password(hub: Hub, caller: Caller, args: NewPassword) -> Result[AuthResponse]:
     """Change the password (a guest sets the first one without `old_password`); every other token ends, its sockets too."""
-    me = caller.me
-    assert me is not None
-    stored, old = chat.store.peek(password_of, me.user_id), args.old_password
+    user = caller.user
+    assert user is not None
+    stored, old = hub.store.read_inline(password_of, user.user_id), args.old_password
     if stored is not None and old is None:
-        raise refusal("FIELD_MISSING", field="old_password", what="old_password")
-    if stored is not None and not await is_password(chat, caller, me.username, me.user_id, old or "", stored):
-        raise refusal("WRONG_OLD_PASSWORD", field="old_password")
-    async with chat.passwords.turn(caller.address):
-        password = await chat.passwords.hash(args.new_password)
-    done = await chat.store.write(lambda db: replace_password(db, me.user_id, stored, password))
-    remember_signing_in(chat, caller, me.user_id)
-    return Done(chat.keys.issue(me.user_id, me.username, done.answer, time.time(), me.name))
+        raise chat_error("FIELD_MISSING", field="old_password", what="old_password")
+    if stored is not None and not await is_password(hub, caller, user.username, user.user_id, old or "", stored):
+        raise chat_error("WRONG_OLD_PASSWORD", field="old_password")
+    async with hub.password_hasher.turn(caller.address):
+        password = await hub.password_hasher.hash(args.new_password)
+    done = await hub.store.write(lambda db: replace_password(db, user.user_id, stored, password))
+    remember_signing_in(hub, caller, user.user_id)
+    return Result(hub.signer.issue(user.user_id, user.username, done.value, time.time(), user.name))
 
 
-@operation("live", "GET /servers/{server_id}/search", Who.MEMBER)
-async def search_messages(chat: Chat, caller: Caller, args: SearchArgs) -> Done[Messages]:
+@operation("async", "GET /servers/{server_id}/search", Access.MEMBER)
+async def search_messages(hub: Hub, caller: Caller, args: SearchArgs) -> Result[Messages]:
     """Messages that hold every word of `q`, or words that begin so, newest first. A phrase in quotes matches as a whole."""
-    chat.check(caller, args)
-    newest, known = chat.store.peek(search_state)
-    while known < newest and not chat.store.full():  # what is there by now, step by step, so that posting goes on
-        known = (await chat.store.write(index_messages, long=True)).answer
-    return Done(await chat.ask_long(caller, args, lambda at, args: search(at.db, args)))
+    hub.require_member(caller, args)
+    newest, known = hub.store.read_inline(index_progress)
+    while known < newest and not hub.store.is_full():  # what is there by now, step by step, so that posting goes on
+        known = (await hub.store.write(index_messages, slow=True)).value
+    return Result(await hub.query_slow(caller, args, lambda ctx, args: search(ctx.db, args)))
 
 
-@operation("live", "GET /healthz", Who.ANYONE)
-async def check_health(chat: Chat, caller: Caller, args: Nothing) -> Done[Health]:
+@operation("async", "GET /healthz", Access.ANYONE)
+async def check_health(hub: Hub, caller: Caller, args: NoArgs) -> Result[Health]:
     """Whether the server works: the database can be read, and written."""
     try:
         async with asyncio.timeout(2):
-            await chat.store.read(search_state)
-            if chat.store.trouble:
-                await chat.store.write(probe)
-                chat.store.trouble = ""
+            await hub.store.read(index_progress)
+            if hub.store.write_error:
+                await hub.store.write(probe_write)
+                hub.store.write_error = ""
             else:
-                await chat.store.write(lambda db: Done(None))
+                await hub.store.write(lambda db: Result(None))
     except TimeoutError:
-        raise refusal("DATABASE_DOWN") from None
-    return Done(Health("ok", __version__))
+        raise chat_error("DATABASE_DOWN") from None
+    return Result(Health("ok", __version__))
 
 
-@operation("live", "GET /config", Who.ANYONE)
-async def get_configuration(chat: Chat, caller: Caller, args: Nothing) -> Done[Configuration]:
+@operation("async", "GET /config", Access.ANYONE)
+async def get_configuration(hub: Hub, caller: Caller, args: NoArgs) -> Result[PublicSettings]:
     """What a page has to know before anybody signed in."""
-    settings = chat.settings
+    settings = hub.settings
     guests = not settings.no_guests and settings.registration != "closed"
-    public, lan = settings.public_url or UNSET, chat.lan_url or UNSET
-    return Done(Configuration(settings.registration, guests, __version__, settings.create_servers, public, lan))
+    public, lan = settings.public_url or UNSET, hub.lan_url or UNSET
+    return Result(PublicSettings(settings.registration, guests, __version__, settings.create_servers, public, lan))
 
 
-def bearer(caller: Caller) -> tuple[Connection, Standing]:
+def authenticated(caller: Caller) -> tuple[Connection, Principal]:
     assert caller.connection is not None
-    assert caller.me is not None
-    return caller.connection, caller.me
+    assert caller.user is not None
+    return caller.connection, caller.user
 
 
-@operation("live", None, Who.ANYONE, event="authenticate")
-async def authenticate(chat: Chat, caller: Caller, args: TokenArgs) -> Done[Identity]:
+@operation("async", None, Access.ANYONE, event="authenticate")
+async def authenticate(hub: Hub, caller: Caller, args: TokenArgs) -> Result[Identity]:
     """Say who this socket belongs to (or pass `auth: {token}` in the handshake)."""
     assert caller.connection is not None
-    me = chat.recognise(args.token or "")
-    chat.admit(caller.connection, me)
-    return Done(me.identity)
+    user = hub.authenticate_token(args.token or "")
+    hub.bind_principal(caller.connection, user)
+    return Result(user.identity)
 
 
-@operation("live", None, Who.USER, event="ping")
-async def heartbeat(chat: Chat, caller: Caller, args: Nothing) -> Done[None]:
+@operation("async", None, Access.USER, event="ping")
+async def heartbeat(hub: Hub, caller: Caller, args: NoArgs) -> Result[None]:
     """The application's heartbeat."""
-    return Done(None)
+    return Result(None)
 
 
-def missed(at: Scope, args: JoinServer) -> tuple[int, Changes | UnsetType]:
+def missed_changes(ctx: OperationContext, args: JoinServer) -> tuple[int, Changes | UnsetType]:
     """The server's last number, and what came after the one given."""
     if args.after is None:
-        return last_seq(at.db, at.server_id), UNSET
-    since = ChangesArgs(server_id=at.server_id, after=args.after)
-    return last_seq(at.db, at.server_id), changes_since(at.db, since, at.here(), at.me.user_id)
+        return last_seq(ctx.db, ctx.server_id), UNSET
+    since = ChangesArgs(server_id=ctx.server_id, after=args.after)
+    return last_seq(ctx.db, ctx.server_id), changes_since(ctx.db, since, ctx.visible_users(), ctx.user.user_id)
 
 
-@operation("live", None, Who.MEMBER, event="join_server", emits=["user:connected"])
-async def join_server(chat: Chat, caller: Caller, args: JoinServer) -> Done[Joined]:
+@operation("async", None, Access.MEMBER, event="join_server", emits=["user:connected"])
+async def join_server(hub: Hub, caller: Caller, args: JoinServer) -> Result[JoinServerResult]:
     """Hear a server: its events from now on and, with `after`, what came after that number. Nothing falls in between."""
-    connection, me = bearer(caller)
-    channels = chat.ask(caller, args, lambda at, _: channels_of(at.db, at.server_id))
-    chat.join_server(connection, args.server_id, [channel.channel_id for channel in channels])
+    connection, user = authenticated(caller)
+    channels = hub.query(caller, args, lambda ctx, _: channels_of(ctx.db, ctx.server_id))
+    hub.join_server(connection, args.server_id, [channel.channel_id for channel in channels])
     # What was told before this moment is on disk: it is among what is read now.
     if args.after is None:
-        seq, changes = chat.ask(caller, args, missed)
+        seq, changes = hub.query(caller, args, missed_changes)
     else:
-        seq, changes = await chat.ask_long(caller, args, missed)
-    voice = [peer.notice for peer in chat.voices.within(server_id=args.server_id)]
-    return Done(Joined(chat.presence.visible(args.server_id, me.user_id), seq, changes, voice))
+        seq, changes = await hub.query_slow(caller, args, missed_changes)
+    voice = [peer.notice for peer in hub.voice_peers.members_of(server_id=args.server_id)]
+    return Result(JoinServerResult(hub.presence.visible(args.server_id, user.user_id), seq, changes, voice))
 
 
-@operation("live", None, Who.USER, event="leave_server", emits=["user:disconnected"])
-async def leave_server(chat: Chat, caller: Caller, args: ServerArgs) -> Done[None]:
+@operation("async", None, Access.USER, event="leave_server", emits=["user:disconnected"])
+async def leave_server(hub: Hub, caller: Caller, args: ServerArgs) -> Result[None]:
     """Hear a server no longer."""
-    connection, _ = bearer(caller)
-    if not chat.leave_server(connection, args.server_id):
-        chat.check(caller, args)  # says what is wrong, if anything is
-    return Done(None)
+    connection, _ = authenticated(caller)
+    if not hub.leave_server(connection, args.server_id):
+        hub.require_member(caller, args)  # says what is wrong, if anything is
+    return Result(None)
 
 
-def need_joined(connection: Connection, server_id: int) -> None:
+def require_joined(connection: Connection, server_id: int) -> None:
     """Raise FORBIDDEN unless the socket has joined the server."""
     if connection.closed:
-        raise refusal("CLOSING")
+        raise chat_error("CLOSING")
     if server_id not in connection.servers:
-        raise refusal("NOT_JOINED")
+        raise chat_error("NOT_JOINED")
 
 
-def typing_place(chat: Chat, caller: Caller, args: ChannelArgs) -> int:
+def server_of_channel(hub: Hub, caller: Caller, args: ChannelArgs) -> int:
     """Return the server of the channel. Asking for it counts as an event, unless the user types there already."""
-    connection, me = bearer(caller)
-    typist = chat.typists.typing(args.channel_id, me.user_id)
+    connection, user = authenticated(caller)
+    typist = hub.typing_tracker.typing(args.channel_id, user.user_id)
     if typist is None:
-        chat.limiter.take("event", me.user_id)
-    server_id = typist.server_id if typist else chat.ask(caller, args, lambda at, _: at.server_id)
-    need_joined(connection, server_id)
+        hub.limiter.charge("event", user.user_id)
+    server_id = typist.server_id if typist else hub.query(caller, args, lambda ctx, _: ctx.server_id)
+    require_joined(connection, server_id)
     return server_id
 
 
-@operation("live", None, Who.MEMBER, event="typing_start", emits=["user:typing"], limit="itself")
-async def typing_start(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[None]:
+@operation("async", None, Access.MEMBER, event="typing_start", emits=["user:typing"], limit="itself")
+async def typing_start(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
     """I am typing: heard once a second at most, and for three seconds."""
-    connection, me = bearer(caller)
-    chat.start_typing(typing_place(chat, caller, args), args.channel_id, me, connection.sid)
-    return Done(None)
+    connection, user = authenticated(caller)
+    hub.start_typing(server_of_channel(hub, caller, args), args.channel_id, user, connection.sid)
+    return Result(None)
 
 
-@operation("live", None, Who.MEMBER, event="typing_stop", emits=["typing_stop"], limit="itself")
-async def typing_stop(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[None]:
+@operation("async", None, Access.MEMBER, event="typing_stop", emits=["typing_stop"], limit="itself")
+async def typing_stop(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
     """I have stopped typing."""
-    _, me = bearer(caller)
-    typing_place(chat, caller, args)
-    chat.stop_typing(args.channel_id, me.user_id)
-    return Done(None)
+    _, user = authenticated(caller)
+    server_of_channel(hub, caller, args)
+    hub.stop_typing(args.channel_id, user.user_id)
+    return Result(None)
 
 
-def enter_voice(chat: Chat, connection: Connection, me: Standing, channel: Channel) -> Peer:
+def enter_voice(hub: Hub, connection: Connection, user: Principal, channel: Channel) -> Peer:
     """Make the socket the user's one peer in the channel; another device of theirs leaves it. Raise CONFLICT if it is full."""
-    there = chat.voices.within(channel_id=channel.channel_id)
-    mine = [peer for peer in there if peer.notice.user_id == me.user_id]
-    if len(there) - len(mine) >= chat.settings.voice_max:
-        raise refusal("VOICE_FULL", field="channel_id", n=chat.settings.voice_max)
+    there = hub.voice_peers.members_of(channel_id=channel.channel_id)
+    mine = [peer for peer in there if peer.notice.user_id == user.user_id]
+    if len(there) - len(mine) >= hub.settings.voice_max:
+        raise chat_error("VOICE_FULL", field="channel_id", n=hub.settings.voice_max)
     for sid in [connection.sid, *(peer.sid for peer in mine)]:
-        chat.leave_voice(sid)
-    notice = VoiceChanged(channel.channel_id, me.user_id, me.username, secrets.token_urlsafe(9), name=me.name)
-    peer = chat.voices[connection.sid] = Peer(connection.sid, channel.server_id, notice)
-    chat.tell("voice:join", channel.server_id, notice)
+        hub.leave_voice(sid)
+    notice = VoicePeer(channel.channel_id, user.user_id, user.username, secrets.token_urlsafe(9), name=user.name)
+    peer = hub.voice_peers[connection.sid] = Peer(connection.sid, channel.server_id, notice)
+    hub.emit("voice:join", channel.server_id, notice)
     return peer
 
 
-@operation("live", None, Who.MEMBER, event="voice:join", emits=["voice:join", "voice:leave"])
-async def voice_join(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[VoiceJoined]:
+@operation("async", None, Access.MEMBER, event="voice:join", emits=["voice:join", "voice:leave"])
+async def voice_join(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[VoiceJoinResult]:
     """Enter a voice channel, leaving the one that the socket was in, and there take over from another device of yours. The
     answer has the others who are there."""
-    connection, me = bearer(caller)
-    channel = chat.ask(caller, args, lambda at, _: channel_view(at.db, at.channel_id))
-    need_joined(connection, channel.server_id)
+    connection, user = authenticated(caller)
+    channel = hub.query(caller, args, lambda ctx, _: channel_view(ctx.db, ctx.channel_id))
+    require_joined(connection, channel.server_id)
     if channel.kind != "voice":
-        raise refusal("NO_VOICE_CHANNEL", field="channel_id")
-    peer = chat.voices.get(connection.sid)
+        raise chat_error("NO_VOICE_CHANNEL", field="channel_id")
+    peer = hub.voice_peers.get(connection.sid)
     if peer is None or peer.channel_id != args.channel_id:
-        peer = enter_voice(chat, connection, me, channel)
-    servers = [IceServer(urls) for urls in chat.settings.ice_server]
-    return Done(VoiceJoined(peer.notice.peer_id, chat.voices.others(args.channel_id, connection.sid), servers))
+        peer = enter_voice(hub, connection, user, channel)
+    servers = [IceServer(urls) for urls in hub.settings.ice_server]
+    return Result(VoiceJoinResult(peer.notice.peer_id, hub.voice_peers.others(args.channel_id, connection.sid), servers))
 
 
-@operation("live", None, Who.MEMBER, event="voice:leave", emits=["voice:leave"])
-async def voice_leave(chat: Chat, caller: Caller, args: ChannelArgs) -> Done[None]:
+@operation("async", None, Access.MEMBER, event="voice:leave", emits=["voice:leave"])
+async def voice_leave(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
     """Leave a voice channel; nothing happens where the socket is not in it."""
-    connection, _ = bearer(caller)
-    peer = chat.voices.get(connection.sid)
+    connection, _ = authenticated(caller)
+    peer = hub.voice_peers.get(connection.sid)
     if peer is not None and peer.channel_id == args.channel_id:
-        chat.leave_voice(connection.sid)
+        hub.leave_voice(connection.sid)
     else:
-        chat.check(caller, args)
-    return Done(None)
+        hub.require_member(caller, args)
+    return Result(None)
 
 
 def check_signal(data: Any) -> None:
@@ -5796,32 +5827,32 @@ def check_signal(data: Any) -> None:
     try:
         size = len(json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode())
     except TypeError:
-        raise refusal("FIELD_TYPE", field="data", what="data", n="Binary data is not accepted") from None
+        raise chat_error("FIELD_TYPE", field="data", what="data", n="Binary data is not accepted") from None
     if size > SIGNAL_BYTES:
-        raise refusal("FIELD_LONG", field="data", what="data", n=SIGNAL_BYTES)
+        raise chat_error("FIELD_LONG", field="data", what="data", n=SIGNAL_BYTES)
 
 
-@operation("live", None, Who.MEMBER, event="voice:signal", emits=["voice:signal"], limit="itself")
-async def voice_signal(chat: Chat, caller: Caller, args: SignalArgs) -> Done[None]:
+@operation("async", None, Access.MEMBER, event="voice:signal", emits=["voice:signal"], limit="itself")
+async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[None]:
     """Pass a WebRTC signal (`data`: at most 16 KiB of JSON) on to a peer of the voice channel that the socket is in."""
-    connection, me = bearer(caller)
-    chat.limiter.take("signal", me.user_id)
+    connection, user = authenticated(caller)
+    hub.limiter.charge("signal", user.user_id)
     check_signal(args.data)
-    sender = chat.voices.get(connection.sid)
+    sender = hub.voice_peers.get(connection.sid)
     if sender is None or sender.channel_id != args.channel_id:
-        need_joined(connection, chat.ask(caller, ChannelArgs(channel_id=args.channel_id), lambda at, _: at.server_id))
-        raise refusal("NOT_IN_VOICE")
-    peer = chat.voices.named(args.channel_id, args.to)
+        require_joined(connection, hub.query(caller, ChannelArgs(channel_id=args.channel_id), lambda ctx, _: ctx.server_id))
+        raise chat_error("NOT_IN_VOICE")
+    peer = hub.voice_peers.find(args.channel_id, args.to)
     if peer is None:
-        raise refusal("NO_PEER", field="to")
-    if chat.sio.is_behind(peer.sid):  # signals must not fill what may wait for the peer, which would end its connection
-        raise refusal("PEER_BEHIND", retry_after=1)
-    signal = VoiceSignal(args.channel_id, sender.notice.peer_id, me.user_id, args.data)
-    chat.sio.publish("voice:signal", signal, peer.sid)
-    return Done(None)
+        raise chat_error("NO_PEER", field="to")
+    if hub.sio.is_behind(peer.sid):  # signals must not fill what may wait for the peer, which would end its connection
+        raise chat_error("PEER_BEHIND", retry_after=1)
+    signal = VoiceSignal(args.channel_id, sender.notice.peer_id, user.user_id, args.data)
+    hub.sio.publish("voice:signal", signal, peer.sid)
+    return Result(None)
 
 
-# ---- Doors ---------------------------------------------------------------------------------------------------------
+# ---- API -----------------------------------------------------------------------------------------------------------
 # REST and Socket.IO: two ways to the one table of operations, and what is derived from it. A door finds out who calls, makes
 # arguments of what they sent, and turns the outcome into a response or an ack.
 
@@ -5830,44 +5861,44 @@ BODY_SECONDS = 10
 LOGGED = {"ban", "unban", "set_role", "change_password", "delete_server"}  # operations of which the log has a line each
 
 
-async def settle(work: Awaitable[Done[Any]]) -> Done[Any] | ChatError:
+async def result_or_error(work: Awaitable[Result[Any]]) -> Result[Any] | ChatError:
     """Return what a call answered, or its error; a defect is logged and is INTERNAL_ERROR."""
-    match await outcome_of(work):
-        case Done() | ChatError() as outcome:
+    match await result_or_exception(work):
+        case Result() | ChatError() as outcome:
             return outcome
         case TimeoutError():
-            return refusal("TOO_SLOW")
+            return chat_error("TOO_SLOW")
         case defect:
             log.error("a call failed", exc_info=defect)
             return ChatError("INTERNAL_ERROR")
 
 
-async def carry_through(chat: Chat, op: Operation, me: Standing, caller: Caller, args: Any) -> Done[Any]:
+async def dispatch(hub: Hub, op: Operation, user: Principal, caller: Caller, args: Any) -> Result[Any]:
     """Run an operation where its kind belongs: in the next commit, in a snapshot, or on the living chat."""
-    job: Job = functools.partial(chat.allowed, who=op.who, me=me, args=args, question=op.run)
+    job: Job = functools.partial(hub.run_authorized, access=op.access, user=user, args=args, query=op.run)
     if op.kind == "write":
-        return await chat.store.write(job, long=op.long, frees=op.frees)
-    if op.kind == "read" and not op.long:
-        return chat.store.peek(job)
-    async with asyncio.timeout(DEADLINE):
-        done: Done[Any] = await (op.run(chat, caller, args) if op.kind == "live" else chat.read_long(caller, job))
+        return await hub.store.write(job, slow=op.slow, frees=op.frees)
+    if op.kind == "read" and not op.slow:
+        return hub.store.read_inline(job)
+    async with asyncio.timeout(CALL_TIMEOUT):
+        done: Result[Any] = await (op.run(hub, caller, args) if op.kind == "async" else hub.read_slow(caller, job))
     return done
 
 
-async def perform(chat: Chat, op: Operation, caller: Caller, args: Any) -> Done[Any]:
+async def run_operation(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result[Any]:
     """Do what an operation says; nobody else calls it. Raises ChatError, TimeoutError."""
-    me = caller.me or Standing(0, "")
+    user = caller.user or Principal(0, "")
     if op.limit in LIMITS:
         limit = LIMITS[op.limit]
-        whose = caller.address if limit.by == "address" else me.user_id
+        key_owner = caller.address if limit.by == "address" else user.user_id
         if limit.failures:
-            with chat.limiter.guess(op.limit, whose):
-                return await carry_through(chat, op, me, caller, args)
-        chat.limiter.take(op.limit, whose)
-    done = await carry_through(chat, op, me, caller, args)
+            with hub.limiter.charge_unknown_code(op.limit, key_owner):
+                return await dispatch(hub, op, user, caller, args)
+        hub.limiter.charge(op.limit, key_owner)
+    done = await dispatch(hub, op, user, caller, args)
     if op.name in LOGGED:
         named = {name: getattr(args, name) for name in ("server_id", "user_id", "role") if hasattr(args, name)}
-        log.info("%s by user %d from %s %s", op.name, me.user_id, caller.address, named or "")
+        log.info("%s by user %d from %s %s", op.name, user.user_id, caller.address, named or "")
     return done
 
 
@@ -5889,9 +5920,9 @@ def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None)
 async def read_body(request: web.Request) -> bytes:
     """The body, bounded in size and time. Raises BAD_REQUEST, TOO_LARGE."""
     if "Content-Encoding" in request.headers:
-        raise refusal("BODY_COMPRESSED")
+        raise chat_error("BODY_COMPRESSED")
     if (request.content_length or 0) > BODY_MAX:
-        raise refusal("BODY_LONG", n=BODY_MAX)
+        raise chat_error("BODY_LONG", n=BODY_MAX)
     if request.content.is_eof():  # all of it is here, as mostly
         return request.content.read_nowait()
     body = bytearray()
@@ -5900,9 +5931,9 @@ async def read_body(request: web.Request) -> bytes:
             while chunk := await request.content.readany():
                 body += chunk
                 if len(body) > BODY_MAX:
-                    raise refusal("BODY_LONG", n=BODY_MAX)
+                    raise chat_error("BODY_LONG", n=BODY_MAX)
     except (web.HTTPException, ValueError, OSError, aiohttp.ClientError):  # TimeoutError is an OSError
-        raise refusal("BODY_BROKEN") from None
+        raise chat_error("BODY_BROKEN") from None
     return bytes(body)
 
 
@@ -5919,9 +5950,9 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise explain(str(error)) from None
+        raise describe_validation_error(str(error)) from None
     except (ValueError, RecursionError):
-        raise refusal("NOT_JSON") from None
+        raise chat_error("NOT_JSON") from None
 
 
 ANY_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
@@ -5930,32 +5961,32 @@ ANY_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str
 class Route:
     """One operation as REST offers it."""
 
-    def __init__(self, chat: Chat, op: Operation) -> None:
-        self.chat, self.op = chat, op
+    def __init__(self, hub: Hub, op: Operation) -> None:
+        self.hub, self.op = hub, op
         fields = msgspec.json.schema(op.args)["$defs"][op.args.__name__]["properties"]
         self.numeric = {name for name, field in fields.items() if "integer" in json.dumps(field)}
         self.has_body = op.method in ("POST", "PUT", "PATCH")
         self.decoder = msgspec.json.Decoder(op.args)
 
     async def __call__(self, request: web.Request) -> web.Response:
-        address = client_address(request, self.chat.sio.eio.rules)
-        outcome = await settle(self.answer(request, address))
+        address = client_address(request, self.hub.sio.eio.options)
+        outcome = await result_or_error(self.answer(request, address))
         if isinstance(outcome, ChatError):
-            self.chat.sio.eio.refusals.note(address, outcome)
+            self.hub.sio.eio.refusals.note(address, outcome)
             return refuse(outcome)
-        status = self.op.repeat_status if outcome.repeat else self.op.status
-        headers = {"Idempotent-Replayed": "true"} if outcome.repeat else None
-        return respond(None if status == 204 else outcome.answer, status, headers)
+        status = self.op.replay_status if outcome.replayed else self.op.status
+        headers = {"Idempotent-Replayed": "true"} if outcome.replayed else None
+        return respond(None if status == 204 else outcome.value, status, headers)
 
-    async def answer(self, request: web.Request, address: str) -> Done[Any]:
-        me = None
-        if self.op.who is not Who.ANYONE:
+    async def answer(self, request: web.Request, address: str) -> Result[Any]:
+        user = None
+        if self.op.access is not Access.ANYONE:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             if scheme.lower() != "bearer":
-                raise refusal("TOKEN_INVALID")
-            me = self.chat.recognise(token.strip())
-            self.chat.limiter.take("request", me.user_id)
-        return await perform(self.chat, self.op, Caller(me, address, request=request), await self.read_args(request))
+                raise chat_error("TOKEN_INVALID")
+            user = self.hub.authenticate_token(token.strip())
+            self.hub.limiter.charge("request", user.user_id)
+        return await run_operation(self.hub, self.op, Caller(user, address, request=request), await self.read_args(request))
 
     async def read_args(self, request: web.Request) -> Any:
         """Return the operation's arguments, from path, query and body; each may be given once."""
@@ -5971,11 +6002,13 @@ class Route:
         names = [*(name for name, _ in texts), *payload]
         if len(set(names)) < len(names):
             ((twice, _),) = Counter(names).most_common(1)
-            raise refusal("FIELD_TWICE", field=twice, what=twice)
+            raise chat_error("FIELD_TWICE", field=twice, what=twice)
         return read_args(self.op.args, given | payload)
 
 
-def make_guard(rules: Rules, ours: Collection[object], unread: Unread) -> Callable[..., Awaitable[web.StreamResponse]]:
+def origin_middleware(
+    options: EngineOptions, ours: Collection[object], unread: Unread
+) -> Callable[..., Awaitable[web.StreamResponse]]:
     """Return the middleware of our handlers: it checks host and origin, and answers in our way if the router has no route."""
 
     @web.middleware
@@ -5985,7 +6018,7 @@ def make_guard(rules: Rules, ours: Collection[object], unread: Unread) -> Callab
         if request.match_info.http_exception is None and request.match_info.handler not in ours:
             return await handler(request)  # the sockets', which has a check of its own, or one of the application we are in
         try:
-            check_request(request, rules)
+            check_request(request, options)
             asked = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
             await unread.room(request)
             response = respond(None, 204) if asked else await handler(request)
@@ -5993,10 +6026,10 @@ def make_guard(rules: Rules, ours: Collection[object], unread: Unread) -> Callab
             return refuse(error)
         except web.HTTPException as error:
             code = {413: "TOO_LARGE", 404: "NOT_FOUND", 405: "NOT_FOUND"}.get(error.status, "BAD_REQUEST")
-            response = refuse(refusal("NO_ROUTE") if code == "NOT_FOUND" else ChatError(code))
+            response = refuse(chat_error("NO_ROUTE") if code == "NOT_FOUND" else ChatError(code))
             drop_frames(error)  # the request keeps it
         if "Origin" in request.headers:
-            response.headers.update(cors_headers(request, rules))
+            response.headers.update(cors_headers(request, options))
         if isinstance(response, Answer):
             response.unread = unread
         return response
@@ -6006,58 +6039,58 @@ def make_guard(rules: Rules, ours: Collection[object], unread: Unread) -> Callab
 
 # Socket.IO.
 
-EVENTS_IN = {op.event: op for op in OPERATIONS.values() if op.event is not None}
+CLIENT_EVENTS = {op.event: op for op in OPERATIONS.values() if op.event is not None}
 
 
-async def hear(chat: Chat, event: str, sid: str, payload: tuple[Any, ...]) -> Done[Any]:
+async def hear(hub: Hub, event: str, sid: str, payload: tuple[Any, ...]) -> Result[Any]:
     """Do what an event asks for. Raises ChatError, TimeoutError."""
-    op = EVENTS_IN.get(event)
+    op = CLIENT_EVENTS.get(event)
     if op is None:
-        raise refusal("NO_EVENT")
-    connection = chat.connections.get(sid)
+        raise chat_error("NO_EVENT")
+    connection = hub.connections.get(sid)
     if connection is None:
-        raise refusal("CLOSING")
-    if connection.me is None and op.who is not Who.ANYONE:
-        raise refusal("SIGN_IN_FIRST")
+        raise chat_error("CLOSING")
+    if connection.user is None and op.access is not Access.ANYONE:
+        raise chat_error("SIGN_IN_FIRST")
     if op.limit != "itself":
-        chat.limiter.take("event", connection.me.user_id if connection.me else sid)
-    if len(payload) > 1 or (not payload and op.args is not Nothing):
-        raise refusal("ONE_OBJECT")
-    raw = payload[0] if payload and payload != (None,) else ({} if op.args is Nothing else None)
-    return await perform(chat, op, Caller(connection.me, connection.address, connection), read_args(op.args, raw))
+        hub.limiter.charge("event", connection.user.user_id if connection.user else sid)
+    if len(payload) > 1 or (not payload and op.args is not NoArgs):
+        raise chat_error("ONE_OBJECT")
+    raw = payload[0] if payload and payload != (None,) else ({} if op.args is NoArgs else None)
+    return await run_operation(hub, op, Caller(connection.user, connection.address, connection), read_args(op.args, raw))
 
 
-def bind_sockets(chat: Chat) -> None:
+def bind_sockets(hub: Hub) -> None:
     """Handle what sockets do: connect (and authenticate in the handshake), disconnect, and send events."""
-    sio, authenticate = chat.sio, EVENTS_IN["authenticate"]
+    sio, authenticate = hub.sio, CLIENT_EVENTS["authenticate"]
 
-    async def greet(connection: Connection, auth: Any) -> Done[Any]:
+    async def authenticate_handshake(connection: Connection, auth: Any) -> Result[Any]:
         args = read_args(authenticate.args, auth)
-        return await perform(chat, authenticate, Caller(None, connection.address, connection), args)
+        return await run_operation(hub, authenticate, Caller(None, connection.address, connection), args)
 
     @sio.on("connect")  # type: ignore[untyped-decorator]
     async def on_connect(sid: str, environ: Any, auth: Any = None) -> None:
-        connection = chat.welcome(sid)
+        connection = hub.add_connection(sid)
         if not auth:
             return
-        outcome = await settle(greet(connection, auth))
+        outcome = await result_or_error(authenticate_handshake(connection, auth))
         if isinstance(outcome, ChatError):
             sio.eio.refusals.note(connection.address, outcome)
-            chat.dismiss(sid)
-            raise socketio.exceptions.ConnectionRefusedError(outcome.sentence, outcome.body())
+            hub.remove_connection(sid)
+            raise socketio.exceptions.ConnectionRefusedError(outcome.detail, outcome.body())
 
     @sio.on("disconnect")  # type: ignore[untyped-decorator]
     async def on_disconnect(sid: str, reason: str) -> None:
-        chat.dismiss(sid)
+        hub.remove_connection(sid)
 
     @sio.on("*")  # type: ignore[untyped-decorator]
     async def on_event(event: str, sid: str, *payload: Any) -> dict[str, Any] | ChatError:
-        outcome = await settle(hear(chat, event, sid, payload))
+        outcome = await result_or_error(hear(hub, event, sid, payload))
         if isinstance(outcome, ChatError):
-            if (connection := chat.connections.get(sid)) is not None:
+            if (connection := hub.connections.get(sid)) is not None:
                 sio.eio.refusals.note(connection.address, outcome)
             return outcome  # the transport answers it
-        return {"success": True} | (msgspec.to_builtins(outcome.answer) or {} if EVENTS_IN[event].acks else {})
+        return {"success": True} | (msgspec.to_builtins(outcome.value) or {} if CLIENT_EVENTS[event].acks else {})
 
 
 # Descriptions.
@@ -6079,7 +6112,7 @@ def in_json(schema: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def describe_operation(op: Operation) -> dict[str, Any]:
     emits = f" Emits {', '.join(op.emits)}." if op.emits else ""
-    return {"summary": op.sentence, "description": f"Who may: {op.who.value}.{emits}"}
+    return {"summary": op.summary, "description": f"Who may: {op.access.value}.{emits}"}
 
 
 def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
@@ -6087,7 +6120,7 @@ def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     fields, required, in_path = schema["properties"], schema.get("required", []), re.findall(r"{(\w+)}", op.path or "")
     has_body = op.method in ("POST", "PUT", "PATCH")
     places = {name: "path" if name in in_path else "query" for name in fields if name in in_path or not has_body}
-    kind = op.answer.__name__
+    kind = op.result.__name__
     answer = {"description": "Done."} if op.status == 204 else in_json(reference(kind), description=kind)
     route = describe_operation(op) | {
         "operationId": op.name,
@@ -6095,7 +6128,7 @@ def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
             {"name": name, "in": place, "required": name in required, "schema": fields[name]} for name, place in places.items()
         ],
         "responses": {str(op.status): answer, "default": in_json(reference("Error"), description="An error, by its code.")},
-        "security": [] if op.who is Who.ANYONE else [{"token": []}],
+        "security": [] if op.access is Access.ANYONE else [{"token": []}],
     }
     if body := {name: field for name, field in fields.items() if name not in places}:
         needed = [name for name in required if name in body]
@@ -6106,7 +6139,7 @@ def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
 
 def openapi() -> dict[str, Any]:
     """Return the routes as OpenAPI 3.1."""
-    schemas = describe(kind for op in OPERATIONS.values() for kind in (op.args, op.answer))
+    schemas = describe(kind for op in OPERATIONS.values() for kind in (op.args, op.result))
     paths: dict[str, dict[str, Any]] = {}
     for op in OPERATIONS.values():
         if op.path and op.method:
@@ -6134,24 +6167,24 @@ def on_socket(name: str) -> dict[str, Any]:
 
 def ack_schema(op: Operation) -> dict[str, Any]:
     success = {"type": "object", "properties": {"success": {"const": True}}, "required": ["success"]}
-    return {"allOf": [success, reference(op.answer.__name__)]} if op.acks and op.answer is not type(None) else success
+    return {"allOf": [success, reference(op.result.__name__)]} if op.acks and op.result is not type(None) else success
 
 
 def asyncapi() -> dict[str, Any]:
     """Return the events as AsyncAPI 3.0: those that a client may emit, with their acks, and those that it receives."""
-    kinds = [kind for op in EVENTS_IN.values() for kind in (op.args, op.answer)]
+    kinds = [kind for op in CLIENT_EVENTS.values() for kind in (op.args, op.result)]
     schemas = describe([*kinds, *(kind.payload for kind in EVENTS.values())])
     payloads = {name: reference(kind.payload.__name__) for name, kind in EVENTS.items()}
-    payloads |= {f"{name}.in": reference(op.args.__name__) for name, op in EVENTS_IN.items()}
-    payloads |= {f"{name}.ack": ack_schema(op) for name, op in EVENTS_IN.items()}
+    payloads |= {f"{name}.in": reference(op.args.__name__) for name, op in CLIENT_EVENTS.items()}
+    payloads |= {f"{name}.ack": ack_schema(op) for name, op in CLIENT_EVENTS.items()}
     messages = {key: {"name": key.partition(".")[0], "payload": payload} for key, payload in payloads.items()}
     operations: dict[str, Any] = {}
-    for name, op in EVENTS_IN.items():
+    for name, op in CLIENT_EVENTS.items():
         receive = {"action": "receive", "reply": on_socket(f"{name}.ack")}
         operations[f"emit {name}"] = describe_operation(op) | on_socket(f"{name}.in") | receive
     for name, kind in EVENTS.items():
         to = "To the socket." if kind.room == "socket" else f"To room {kind.room}:{{id}}."
-        operations[f"hear {name}"] = on_socket(name) | {"action": "send", "summary": kind.sentence, "description": to}
+        operations[f"hear {name}"] = on_socket(name) | {"action": "send", "summary": kind.description, "description": to}
     return {
         "asyncapi": "3.0.0",
         "info": {"title": "ChatRTC", "version": __version__},
@@ -6164,10 +6197,10 @@ def asyncapi() -> dict[str, Any]:
 # ---- Application ---------------------------------------------------------------------------------------------------
 # Starting, stopping and embedding: an aiohttp application's start-up opens a chat and its clean-up closes it.
 
-CHORES_EVERY = 0.5  # seconds
+MAINTENANCE_INTERVAL = 0.5  # seconds
 CONTROL_SECONDS = 5.0  # for a command to arrive
-TOKENS_EVERY = 7200  # chores
-PICTURES_KEPT = 64  # QR codes, of some 20 KiB
+TOKEN_PURGE_INTERVAL = 7200  # rounds of maintenance
+MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
 SEARCH_LAG = 50_000  # messages: some 2 seconds of catching up for the first search
 KEEPALIVE = 20.0
 PATH = re.compile(r"(/[\w.~!$&'()*+,;=:@%/-]*)?", re.ASCII)
@@ -6175,57 +6208,57 @@ PUBLIC_URL = re.compile(rf"(?i:{ORIGIN.pattern}){PATH.pattern}", re.ASCII)
 PUBLIC_URL_MAX = 300
 
 
-def add_user(db: sqlite3.Connection, username: str, password: str) -> Done[int]:
+def add_user(db: sqlite3.Connection, username: str, password: str) -> Result[int]:
     """Make an account; its id. Raises BAD_REQUEST, CONFLICT."""
-    read_args(NewName, {"username": username})
-    return Done(insert_user(db, username, password, utc(time.time())))
+    read_args(NewIdentity, {"username": username})
+    return Result(insert_user(db, username, password, utc(time.time())))
 
 
-def need_account(db: sqlite3.Connection, username: str) -> Standing:
-    if (found := account_named(db, username)) is None:
-        raise refusal("NO_ACCOUNT", name=username)
+def require_account(db: sqlite3.Connection, username: str) -> Principal:
+    if (found := find_account(db, username)) is None:
+        raise chat_error("NO_ACCOUNT", name=username)
     return found[0]
 
 
-def set_password(db: sqlite3.Connection, username: str, password: str) -> Done[int]:
+def set_password(db: sqlite3.Connection, username: str, password: str) -> Result[int]:
     """Give an account another password; its tokens end."""
-    user_id = need_account(db, username).user_id
+    user_id = require_account(db, username).user_id
     return replace_password(db, user_id, password_of(db, user_id), password)
 
 
-def bequeath(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
+def remove_and_transfer(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
     """Take somebody out of a server, handing it over if they owned it."""
     owned = role_of(db, server_id, user_id) == "owner"
-    effects = expel(db, server_id, user_id)
+    effects = remove_from_server(db, server_id, user_id)
     if not owned:
         return effects
-    if (heir := heir_of(db, server_id)) is not None:
+    if (heir := next_owner(db, server_id)) is not None:
         return [*effects, member_notice(db, server_id, heir, update_role(db, server_id, heir, "owner"))]
-    drop_server(db, server_id)
-    return [CloseServer(server_id)]
+    delete_server_row(db, server_id)
+    return [RemoveServerRoom(server_id)]
 
 
-def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -> Done[int]:
+def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -> Result[int]:
     """Delete an account. Its messages stay, under its name, unless `messages`. A server that it owned goes to its first admin,
     else its first member, and with nobody left is deleted."""
-    user_id = need_account(db, username).user_id
+    user_id = require_account(db, username).user_id
     effects: list[Effect] = []
     for server_id in member_servers(db, user_id):
-        effects += bequeath(db, server_id, user_id)
+        effects += remove_and_transfer(db, server_id, user_id)
     close_account(db, user_id)
     if messages:
         effects += purge_messages_of(db, None, user_id)
-    return Done(user_id, [*effects, Revoke(user_id)])
+    return Result(user_id, [*effects, Revoke(user_id)])
 
 
-def add_server(db: sqlite3.Connection, name: str, owner: str) -> Done[int]:
+def add_server(db: sqlite3.Connection, name: str, owner: str) -> Result[int]:
     """Create a server for an account and return its id. Raises BAD_REQUEST, NOT_FOUND."""
     args = read_args(NameArgs, {"name": name})
-    return Done(make_server(db, args.name, need_account(db, owner).user_id, utc(time.time())))
+    return Result(make_server(db, args.name, require_account(db, owner).user_id, utc(time.time())))
 
 
 # What the command line may have done to the database.
-ADMIN: dict[str, Callable[..., Done[Any]]] = {run.__name__: run for run in (add_user, set_password, delete_user, add_server)}
+ADMIN: dict[str, Callable[..., Result[Any]]] = {run.__name__: run for run in (add_user, set_password, delete_user, add_server)}
 
 
 def origin_of(url: str) -> str:
@@ -6253,7 +6286,7 @@ def read_settings(given: dict[str, Any]) -> Settings:
     try:
         settings = msgspec.convert(given, Settings)
     except msgspec.ValidationError as error:
-        raise StartError(f"A setting does not fit: {explain(str(error)).sentence}") from None
+        raise StartError(f"A setting does not fit: {describe_validation_error(str(error)).detail}") from None
     if (settings.tls_cert is None) != (settings.tls_key is None):
         raise StartError("--tls-cert and --tls-key go together")
     if settings.tls_self_signed and settings.tls_cert is not None:
@@ -6264,21 +6297,21 @@ def read_settings(given: dict[str, Any]) -> Settings:
     return settings
 
 
-def rules_of(settings: Settings) -> dict[str, Any]:
+def engine_options(settings: Settings) -> dict[str, Any]:
     """Return what the settings say about sockets and requests, as options of `socket_server`."""
     origins = [*settings.cors_origin, *([origin_of(settings.public_url)] if settings.public_url else [])]
     names = {parsed[1] for origin in origins if (parsed := parse_origin(origin))} | {settings.host.lower()}
     # A host that is a name may turn out to be this machine only.
     local = is_loopback(settings.host) or (bool(settings.host) and parse_address(settings.host) is None)
-    rules: dict[str, Any] = {
+    options: dict[str, Any] = {
         "origins": origins,
         "proxies": tuple(map(parse_network, settings.trusted_proxy)),
         "hosts": names if local else None,
         "max_anonymous_per_address": ANONYMOUS_PER_ADDRESS,
     }
     if settings.no_rate_limit:
-        rules |= {"max_sessions_per_address": 10**6, "max_anonymous_per_address": None, "frames_per_second": None}
-    return rules
+        options |= {"max_sessions_per_address": 10**6, "max_anonymous_per_address": None, "frames_per_second": None}
+    return options
 
 
 def qr_code(link: str) -> Any:
@@ -6288,84 +6321,84 @@ def qr_code(link: str) -> Any:
     return segno.make(link, micro=False)
 
 
-@functools.lru_cache(PICTURES_KEPT)
+@functools.lru_cache(MAX_CACHED_PICTURES)
 def draw(link: str) -> bytes:
     picture = io.BytesIO()
     qr_code(link).save(picture, kind="svg", scale=8, border=2, light="#fff")
     return picture.getvalue()
 
 
-def public_address(chat: Chat, request: web.Request) -> str:
+def public_address(hub: Hub, request: web.Request) -> str:
     """Return the address under which people reach this chat, for a request to it.
 
     In this order: --public-url, what a trusted proxy says, and the address that the server listens on. Only a chat within
     another application, which does not know that address, takes the name in the request.
     """
-    rules, mount = chat.sio.eio.rules, request.path.partition("/invites/")[0]
-    if chat.settings.public_url is not None:
-        return chat.settings.public_url.rstrip("/")
-    believed = not chat.own_url or is_trusted(request.remote or "", rules)
-    host, scheme = request_host(request, rules) if believed else None, request_scheme(request, rules) or "http"
+    options, mount = hub.sio.eio.options, request.path.partition("/invites/")[0]
+    if hub.settings.public_url is not None:
+        return hub.settings.public_url.rstrip("/")
+    believed = not hub.own_url or is_trusted(request.remote or "", options)
+    host, scheme = request_host(request, options) if believed else None, request_scheme(request, options) or "http"
     if host is None:
-        return (chat.own_url or "http://localhost") + mount
-    before = forwarded(request, rules, "Prefix").rstrip("/")
+        return (hub.own_url or "http://localhost") + mount
+    before = forwarded(request, options, "Prefix").rstrip("/")
     before = before if len(before) <= PUBLIC_URL_MAX and PATH.fullmatch(before) else ""
     return f"{scheme}://{host[0]}{f':{host[1]}' if host[1] else ''}{before}{mount}"
 
 
-async def send_invite_code(chat: Chat, request: web.Request) -> web.Response:
+async def send_invite_code(hub: Hub, request: web.Request) -> web.Response:
     """Send the QR code of an invite's link."""
-    address = client_address(request, chat.sio.eio.rules)
+    address = client_address(request, hub.sio.eio.options)
 
-    async def draw_invite() -> Done[bytes]:
+    async def draw_invite() -> Result[bytes]:
         args = read_args(CodeArgs, dict(request.match_info))
-        invite = await perform(chat, OPERATIONS["get_invite"], Caller(None, address), args)
-        async with chat.drawing:  # one at a time: it is 10 ms of work that holds up the event loop's thread
-            return Done(await asyncio.to_thread(draw, f"{public_address(chat, request)}/#/invite/{invite.answer.code}"))
+        invite = await run_operation(hub, OPERATIONS["get_invite"], Caller(None, address), args)
+        async with hub.drawing:  # one at a time: it is 10 ms of work that holds up the event loop's thread
+            return Result(await asyncio.to_thread(draw, f"{public_address(hub, request)}/#/invite/{invite.value.code}"))
 
-    outcome = await settle(draw_invite())
+    outcome = await result_or_error(draw_invite())
     if isinstance(outcome, ChatError):
-        chat.sio.eio.refusals.note(address, outcome)
+        hub.sio.eio.refusals.note(address, outcome)
         return refuse(outcome)
-    return Answer(body=outcome.answer, headers=HEADERS | {"Content-Type": "image/svg+xml"})
+    return Answer(body=outcome.value, headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
 
-async def erase_texts(chat: Chat) -> None:
+async def erase_texts(hub: Hub) -> None:
     """Remove deleted texts from the search index and from the -wal, if there are any. The next time comes after twenty times as
     long as this took, as a large index is written anew each time."""
     began = time.monotonic()
-    if began < chat.erase_after or not chat.store.peek(has_stale_texts):
+    if began < hub.erase_after or not hub.store.read_inline(has_stale_texts):
         return
-    while not chat.store.busy() and not (await chat.store.write(merge_index, long=True, frees=True)).answer:
+    while not hub.store.is_busy() and not (await hub.store.write(merge_index, slow=True, frees=True)).value:
         pass
-    if not chat.store.busy():
-        await chat.store.write(empty_wal, long=True, frees=True)
-    chat.erase_after = time.monotonic() + 20 * (time.monotonic() - began)
+    if not hub.store.is_busy():
+        await hub.store.write(empty_wal, slow=True, frees=True)
+    hub.erase_after = time.monotonic() + 20 * (time.monotonic() - began)
 
 
-async def do_chores_once(chat: Chat) -> Done[None]:
+async def run_maintenance(hub: Hub) -> Result[None]:
     """Do what waits, in steps, while nobody else writes. Otherwise delete one step, and let search lag only so far behind."""
-    for pending, step in ((pending_purges, purge_messages), (deleted_channels, purge_channels)):
-        while chat.store.peek(pending):
-            await chat.store.write(step, long=True, frees=True)
-            if chat.store.busy():
+    for pending, step in ((pending_purges, purge_messages), (has_deleted_channels, purge_deleted_channel)):
+        while hub.store.read_inline(pending):
+            await hub.store.write(step, slow=True, frees=True)
+            if hub.store.is_busy():
                 break  # one step a turn
-    newest, known = chat.store.peek(search_state)
-    while known < newest and (not chat.store.busy() or newest - known > SEARCH_LAG):
-        known = (await chat.store.write(index_messages, long=True)).answer
-    if not chat.store.busy():
-        await erase_texts(chat)
-    return Done(None)
+    newest, known = hub.store.read_inline(index_progress)
+    while known < newest and (not hub.store.is_busy() or newest - known > SEARCH_LAG):
+        known = (await hub.store.write(index_messages, slow=True)).value
+    if not hub.store.is_busy():
+        await erase_texts(hub)
+    return Result(None)
 
 
-async def do_chores(chat: Chat) -> None:
+async def maintenance_loop(hub: Hub) -> None:
     """Do what can wait, for ever: forget revoked tokens that have expired, delete messages in steps, index messages."""
     for turn in itertools.count():
-        chat.sio.eio.refusals.flush()
-        if turn % TOKENS_EVERY == 0:
-            await settle(chat.store.write(lambda db: purge_tokens(db, time.time()), frees=True))
-        await settle(do_chores_once(chat))
-        await asyncio.sleep(CHORES_EVERY)
+        hub.sio.eio.refusals.flush()
+        if turn % TOKEN_PURGE_INTERVAL == 0:
+            await result_or_error(hub.store.write(lambda db: purge_tokens(db, time.time()), frees=True))
+        await result_or_error(run_maintenance(hub))
+        await asyncio.sleep(MAINTENANCE_INTERVAL)
 
 
 async def add_slash(request: web.Request) -> web.Response:
@@ -6379,7 +6412,7 @@ def takes_gzip(request: web.Request) -> bool:
     return re.search(r"(?i)(^|,)gzip(,|$|;q=(?!0(\.0*)?(,|$)))", accepted) is not None
 
 
-class Still:
+class StaticFile:
     """Sends something that does not change while the server runs: compressed once, and only to clients that have it not."""
 
     def __init__(self, body: bytes, headers: dict[str, str]) -> None:
@@ -6457,32 +6490,32 @@ class ChatRTC:
 
     def __init__(self, **settings: Any) -> None:
         self.settings = read_settings(settings)
-        self.sio = socket_server(**rules_of(self.settings))
-        self.chat = Chat(self.settings, self.sio)
-        self._chores: asyncio.Task[None] | None = None
+        self.sio = socket_server(**engine_options(self.settings))
+        self.hub = Hub(self.settings, self.sio)
+        self._maintenance: asyncio.Task[None] | None = None
         self._control = contextlib.ExitStack()  # the socket for the command line, while it is open
-        bind_sockets(self.chat)
+        bind_sockets(self.hub)
 
     def attach(self, app: web.Application, prefix: str = "") -> None:
         """Mount REST, Socket.IO and the page under `prefix`; the app's start-up and clean-up open and close the chat."""
         place = web.Application() if prefix.strip("/") else app
         ours: set[Any] = set()
-        place.middlewares.append(make_guard(self.sio.eio.rules, ours, self.sio.eio.unread))
+        place.middlewares.append(origin_middleware(self.sio.eio.options, ours, self.sio.eio.unread))
 
         def add(method: str, path: str, handler: Any) -> None:
             ours.add(handler)
             for name in ("GET", "HEAD") if method == "GET" else (method,):
                 place.router.add_route(name, path, handler)
 
-        add("GET", "/invites/{code}.svg", functools.partial(send_invite_code, self.chat))
+        add("GET", "/invites/{code}.svg", functools.partial(send_invite_code, self.hub))
         for op in OPERATIONS.values():
             if op.method and op.path:
                 path = op.path.replace("{emoji}", "{emoji:.+}")  # a brace or a slash may be one, too
-                add(op.method, path, Route(self.chat, op).__call__)
+                add(op.method, path, Route(self.hub, op).__call__)
         for path, text in (("/openapi.json", openapi), ("/asyncapi.json", asyncapi)):
             body = msgspec.json.encode(text())
-            add("GET", path, Still(body, {"Content-Type": "application/json"}).__call__)
-        add("GET", "/", Still(*page_with_headers()).__call__)
+            add("GET", path, StaticFile(body, {"Content-Type": "application/json"}).__call__)
+        add("GET", "/", StaticFile(*page_with_headers()).__call__)
         self.sio.attach(place)
         place.cleanup_ctx.append(self._run)
         place.on_shutdown.append(lambda app: self.sio.drain())
@@ -6497,7 +6530,7 @@ class ChatRTC:
             raise ValueError(f"There is no event named {event}")
 
         def remember(listener: AsyncCall) -> AsyncCall:
-            self.chat.add_listener(event, listener)
+            self.hub.add_listener(event, listener)
             return listener
 
         return remember
@@ -6505,16 +6538,16 @@ class ChatRTC:
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         """An operation as a method."""
         op = OPERATIONS.get(name)
-        if op is None or (op.path is None and op.kind == "live"):
+        if op is None or (op.path is None and op.kind == "async"):
             raise AttributeError(name)
         return functools.partial(self._call, op)
 
     async def _call(self, op: Operation, *, author_id: int | None = None, **args: Any) -> Any:
-        me = self.chat.store.peek(standing, author_id, b"") if author_id is not None else None
-        if me is None and (author_id is not None or op.who is not Who.ANYONE):
-            raise refusal("NO_AUTHOR" if author_id is None else "NO_USER")
-        done = await perform(self.chat, op, Caller(me, "program"), read_args(op.args, args))
-        return done.answer
+        user = self.hub.store.read_inline(load_principal, author_id, b"") if author_id is not None else None
+        if user is None and (author_id is not None or op.access is not Access.ANYONE):
+            raise chat_error("NO_AUTHOR" if author_id is None else "NO_USER")
+        done = await run_operation(self.hub, op, Caller(user, "program"), read_args(op.args, args))
+        return done.value
 
     async def _run(self, app: web.Application) -> AsyncIterator[None]:
         await self.start()
@@ -6525,31 +6558,31 @@ class ChatRTC:
 
     async def start(self) -> None:
         """Open the chat. Raises StartError."""
-        chat = self.chat
+        chat = self.hub
         await chat.store.open()
         try:
             if self.settings.secret is None:
-                chat.keys = Keys(make_secret(chat.store.path), self.settings.token_ttl)
+                chat.signer = TokenSigner(load_or_create_secret(chat.store.path), self.settings.token_ttl)
             token = secrets.token_hex(16)  # with the port in the file of the lock, which only its owner can read
             control = await asyncio.start_server(functools.partial(self._serve_admin, token), "127.0.0.1", 0)
             self._control.callback(control.close)
-            chat.store.lock.tell(f"{control.sockets[0].getsockname()[1]} {token}")
+            chat.store.lock.write_address(f"{control.sockets[0].getsockname()[1]} {token}")
         except BaseException:
             await chat.store.close()
             raise
         chat.listening = True
-        self._chores = asyncio.create_task(do_chores(chat))
+        self._maintenance = asyncio.create_task(maintenance_loop(chat))
 
     async def stop(self) -> None:
         """Close the chat: what was accepted is committed."""
-        if self._chores is not None:
-            self._chores.cancel()
-            await asyncio.gather(self._chores, return_exceptions=True)
-        await self.chat.end_listeners()
+        if self._maintenance is not None:
+            self._maintenance.cancel()
+            await asyncio.gather(self._maintenance, return_exceptions=True)
+        await self.hub.end_listeners()
         self._control.close()
         self.sio.eio.refusals.flush(now=True)
-        self.chat.passwords.close()
-        await self.chat.store.close()
+        self.hub.password_hasher.close()
+        await self.hub.store.close()
 
     async def _serve_admin(self, token: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one line, the token and [name, arguments] as JSON, with one line of JSON."""
@@ -6559,9 +6592,9 @@ class ChatRTC:
             if not hmac.compare_digest(given, token.encode()):
                 raise ValueError("wrong token")
             name, args = json.loads(call)
-            write = self.chat.store.write(lambda db: ADMIN[name](db, *args), long=True, frees=name == "delete_user")
-            outcome = await settle(write)
-            reply = outcome.body() if isinstance(outcome, ChatError) else {"answer": outcome.answer}
+            write = self.hub.store.write(lambda db: ADMIN[name](db, *args), slow=True, frees=name == "delete_user")
+            outcome = await result_or_error(write)
+            reply = outcome.body() if isinstance(outcome, ChatError) else {"answer": outcome.value}
             log.info("%s on the command line for %a: %s", name, args[0] if args else "", reply.get("code", "done"))
             writer.write(json.dumps(reply).encode() + b"\n")
             await writer.drain()
@@ -6573,9 +6606,9 @@ class ChatRTC:
 
 def lan_address() -> str:
     """This machine's address on the local network, as the system would choose it; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect(("192.0.2.1", 9))
-        return str(probe.getsockname()[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe_write, contextlib.suppress(OSError):
+        probe_write.connect(("192.0.2.1", 9))
+        return str(probe_write.getsockname()[0])
     return "127.0.0.1"
 
 
@@ -6625,20 +6658,20 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def announce(chat: Chat, address: tuple[str, int], tls: bool) -> None:
+def announce(hub: Hub, address: tuple[str, int], tls: bool) -> None:
     """Remember and print where the server answers, for this machine and for others."""
-    (host, port), settings, scheme = address, chat.settings, "https" if tls else "http"
+    (host, port), settings, scheme = address, hub.settings, "https" if tls else "http"
     url, lan_url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", f"{scheme}://{lan_address()}:{port}"
     click.echo(f"ChatRTC listening on {url}")
     if settings.public_url is not None:
         click.echo(f"People open {settings.public_url}")
     everywhere = parse_address(host) in (ipaddress.IPv4Address(0), ipaddress.IPv6Address(0))
-    chat.own_url = lan_url if everywhere else url
+    hub.own_url = lan_url if everywhere else url
     if not is_loopback(host):
-        chat.lan_url = chat.own_url
+        hub.lan_url = hub.own_url
         if settings.lan:
-            click.echo(f"Others on your network: {settings.public_url or chat.lan_url}")
-            qr_code(settings.public_url or chat.lan_url).terminal(compact=True, border=2)
+            click.echo(f"Others on your network: {settings.public_url or hub.lan_url}")
+            qr_code(settings.public_url or hub.lan_url).terminal(compact=True, border=2)
         if not tls and not settings.trusted_proxy:
             click.echo("Passwords cross the network unencrypted: add --tls-self-signed to serve https.")
     elif sys.stdout.isatty() and settings.public_url is None:  # for a person; a program reads the first line
@@ -6666,7 +6699,7 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
         except OSError as error:
             why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
             raise StartError(f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {why}") from None
-        announce(chat.chat, runner.addresses[0][:2], context is not None)
+        announce(chat.hub, runner.addresses[0][:2], context is not None)
         # A post costs 10 % less if what is loaded by now is never collected, and the rest seldom. Connections are freed without
         # a collection; what libraries leave in cycles goes with the second generation, at most 500,000 objects.
         gc.collect()
@@ -6685,12 +6718,12 @@ BAR: dict[str, Any] = {"file": sys.stderr, "hidden": not sys.stderr.isatty()}  #
 
 
 @contextlib.contextmanager
-def plainly() -> Iterator[None]:
+def cli_errors() -> Iterator[None]:
     """Whatever is wrong, in one line."""
     try:
         yield
     except (StartError, ChatError) as error:
-        raise click.ClickException(getattr(error, "sentence", str(error))) from None
+        raise click.ClickException(getattr(error, "detail", str(error))) from None
     except sqlite3.Error as error:
         raise click.ClickException(f"The database cannot be used: {error}") from None
     except (BrokenPipeError, click.exceptions.NoArgsIsHelpError):
@@ -6714,12 +6747,12 @@ class Group(click.Group):
         super().add_command(cmd, name)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        with plainly():
+        with cli_errors():
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         os.umask(0o077)
-        with plainly():
+        with cli_errors():
             return super().invoke(ctx)
 
 
@@ -6734,7 +6767,7 @@ def options(*names: str) -> Callable[[Any], Any]:
 
     def decorate(command: Any) -> Any:
         hints = typing.get_type_hints(Settings, include_extras=True)
-        for flag, field in reversed(setting_names()):
+        for flag, field in reversed(setting_flags()):
             inner, meta = typing.get_args(hints[field.name])[:2]
             shape: dict[str, Any] = {"is_flag": inner is bool, "multiple": typing.get_origin(inner) is tuple}
             if typing.get_origin(inner) is Literal:
@@ -6749,7 +6782,7 @@ def options(*names: str) -> Callable[[Any], Any]:
 LOG_LINES = 60  # a minute
 
 
-class Bounded(logging.Filter):
+class LogRateFilter(logging.Filter):
     """Keeps clients from filling the log: so many lines a minute of a level, none on broken HTTP, which may hold a token."""
 
     since, counts = -math.inf, Counter[int]()
@@ -6768,7 +6801,7 @@ class Bounded(logging.Filter):
 def index_all(db: sqlite3.Connection) -> None:
     """Index the messages that search does not know yet, with a progress bar."""
     with click.progressbar(length=count_rows(db)[2], label="Indexing", **BAR) as bar:
-        while (state := search_state(db))[1] < state[0]:
+        while (state := index_progress(db))[1] < state[0]:
             in_transaction(db, [index_messages])
             bar.update(INDEX_STEP)
 
@@ -6777,15 +6810,15 @@ def index_all(db: sqlite3.Connection) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a database that no server uses. Raises StartError."""
     with contextlib.closing(Lock(path)) as lock:
-        if not lock.take():
+        if not lock.acquire():
             raise StartError(f"{path} is in use: stop the server first")
         yield
 
 
 def migrate_file(path: Path) -> None:
     """Bring a database that no server uses to the newest format, if it has an older one. Raises StartError."""
-    header = refuse_other(path)
-    if 0 < int.from_bytes(header[60:64], "big") < VERSION:  # where SQLite keeps the user_version
+    header = read_sqlite_header(path)
+    if 0 < int.from_bytes(header[60:64], "big") < SCHEMA_FORMAT:  # where SQLite keeps the user_version
         with locked(path), contextlib.closing(prepare(path)) as db:
             index_all(db)
 
@@ -6797,7 +6830,7 @@ def serve(**settings: Any) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     log.setLevel(logging.INFO)  # what admins and the command line do
     for handler in logging.getLogger().handlers:
-        handler.addFilter(Bounded())
+        handler.addFilter(LogRateFilter())
     migrate_file(Path(read_settings(settings).database))
     with contextlib.suppress(
         ValueError, OSError
@@ -6813,22 +6846,22 @@ def serve(**settings: Any) -> None:
 
 
 @contextlib.contextmanager
-def reading(database: str, *, any_format: bool = False) -> Iterator[sqlite3.Connection]:
+def open_reader(database: str, *, any_format: bool = False) -> Iterator[sqlite3.Connection]:
     """Open the database in one snapshot, whether or not a server runs; if none does, it is checked first. Raises StartError."""
     path = Path(database)
     if not path.is_file():
         raise StartError(f"There is no database {path}")
-    refuse_other(path)
+    read_sqlite_header(path)
     with contextlib.closing(Lock(path)) as lock:
-        if lock.take():
-            inspect_file(path)
+        if lock.acquire():
+            check_openable(path)
     with snapshot(path) as db:
         if not any_format:
-            require_newest(format_of(db), path)
+            require_newest(read_format(db), path)
         yield db
 
 
-def ask_server(address: str, name: str, args: Sequence[Any]) -> Any:
+def run_on_server(address: str, name: str, args: Sequence[Any]) -> Any:
     """Have the server do something to the database; `address`: what it left in the file of the lock."""
     try:
         port, token = address.split()
@@ -6842,14 +6875,14 @@ def ask_server(address: str, name: str, args: Sequence[Any]) -> Any:
     return reply["answer"]
 
 
-def administer(database: str, name: str, *args: Any) -> Any:
+def run_admin_job(database: str, name: str, *args: Any) -> Any:
     """Have something done to the database: by the server that holds it, or here where none does."""
-    refuse_other(Path(database))
+    read_sqlite_header(Path(database))
     lock = Lock(Path(database))
     patience = time.monotonic() + 10  # for a server that is starting, or another command
-    while not lock.take():
-        if address := lock.ask():
-            return ask_server(address, name, args)
+    while not lock.acquire():
+        if address := lock.read_address():
+            return run_on_server(address, name, args)
         if time.monotonic() > patience:
             raise StartError(f"{database} is in use by another program")
         time.sleep(0.05)
@@ -6857,7 +6890,7 @@ def administer(database: str, name: str, *args: Any) -> Any:
         outcome = in_transaction(db, [lambda db: ADMIN[name](db, *args)])[0]
     if isinstance(outcome, ChatError):
         raise outcome
-    return outcome.answer
+    return outcome.value
 
 
 @main.group()
@@ -6880,15 +6913,15 @@ def ask_password() -> str:
 @options("database")
 def user_add(username: str, database: str) -> None:
     """Make an account; the password is asked for, or read from standard input."""
-    read_args(NewName, {"username": username})
-    click.echo(f"{username} has the id {administer(database, 'add_user', username, ask_password())}")
+    read_args(NewIdentity, {"username": username})
+    click.echo(f"{username} has the id {run_admin_job(database, 'add_user', username, ask_password())}")
 
 
 @user.command("list")
 @options("database")
 def user_list(database: str) -> None:
     """List the accounts: id, name, since when."""
-    with reading(database) as db:
+    with open_reader(database) as db:
         for row in accounts(db):
             click.echo("{}\t{}\t{}".format(*row))
 
@@ -6898,7 +6931,7 @@ def user_list(database: str) -> None:
 @options("database")
 def user_password(username: str, database: str) -> None:
     """Give an account another password; its tokens end, its sockets are closed."""
-    administer(database, "set_password", username, ask_password())
+    run_admin_job(database, "set_password", username, ask_password())
     click.echo(f"{username} has a new password")
 
 
@@ -6909,7 +6942,7 @@ def user_password(username: str, database: str) -> None:
 @click.confirmation_option(prompt="Delete this account? Its servers go to others, or are deleted if nobody is left in them.")
 def user_delete(username: str, messages: bool, database: str) -> None:
     """Delete an account. Its messages stay, under its name, unless --messages is given."""
-    administer(database, "delete_user", username, messages)
+    run_admin_job(database, "delete_user", username, messages)
     click.echo(f"{username} is deleted")
 
 
@@ -6924,7 +6957,7 @@ def server() -> None:
 @options("database")
 def server_add(name: str, owner: str, database: str) -> None:
     """Create a server (a community) with the channel general."""
-    click.echo(f"{name} has the id {administer(database, 'add_server', name, owner)}")
+    click.echo(f"{name} has the id {run_admin_job(database, 'add_server', name, owner)}")
 
 
 @main.command()
@@ -6932,9 +6965,9 @@ def server_add(name: str, owner: str, database: str) -> None:
 @options("database", "secret", "token_ttl")
 def token(username: str, database: str, secret: str | None, token_ttl: int) -> None:
     """Print a token for a user, for scripts and demos."""
-    with reading(database) as db:
-        account = need_account(db, username)
-    keys = Keys(make_secret(Path(database)) if secret is None else secret, token_ttl)
+    with open_reader(database) as db:
+        account = require_account(db, username)
+    keys = TokenSigner(load_or_create_secret(Path(database)) if secret is None else secret, token_ttl)
     click.echo(keys.issue(account.user_id, account.username, account.generation, time.time()).token)
 
 
@@ -6952,15 +6985,15 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
         try:
             copy_database(db, part, show)
             with contextlib.closing(connect_reader(part, immutable=True)) as copy:
-                trouble = find_trouble(copy)
-            if finish is not None and not trouble:
+                write_error = check_integrity(copy)
+            if finish is not None and not write_error:
                 with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as copy:
                     finish(copy)
         except (OSError, sqlite3.Error) as error:
-            trouble = [str(error)]
-    if trouble:
+            write_error = [str(error)]
+    if write_error:
         part.unlink(missing_ok=True)
-        raise StartError(f"{dest} could not be made ({trouble[0]}); what was copied is thrown away")
+        raise StartError(f"{dest} could not be made ({write_error[0]}); what was copied is thrown away")
     return part
 
 
@@ -6971,7 +7004,7 @@ def backup(dest: Path, database: str) -> None:
     """Copy the database to DEST, also while the server runs; verified before it gets that name."""
     if dest.exists():
         raise StartError(f"{dest} exists; it was left as it is")
-    with reading(database, any_format=True) as db:
+    with open_reader(database, any_format=True) as db:
         part = copy_verified(db, dest)
     os.rename(part, dest)
     sync_folder(dest.parent)
@@ -6990,13 +7023,13 @@ def restore(source: Path, database: str) -> None:
 
     def renew(copy: sqlite3.Connection) -> None:
         migrate(copy)
-        skip_numbers(copy, known)
+        skip_ids(copy, known)
         index_all(copy)
 
     with locked(path):
-        inspect_file(source)
+        check_openable(source)
         with contextlib.suppress(StartError, sqlite3.Error), snapshot(path) as db:  # what is replaced may be lost or damaged
-            known = highest_number(db)
+            known = highest_id(db)
         with snapshot(source) as db:
             part = copy_verified(db, path, renew)
         kept = replace_database(path, part)
@@ -7010,15 +7043,15 @@ def migrate_database(database: str) -> None:
     if not Path(database).is_file():
         raise StartError(f"There is no database {database}")
     migrate_file(Path(database))
-    click.echo(f"{database} has format {VERSION}")
+    click.echo(f"{database} has format {SCHEMA_FORMAT}")
 
 
 @main.command()
 @options("database")
 def check(database: str) -> None:
     """Check the database's integrity, and what refers to what; exit status 1 where something is wrong."""
-    with reading(database) as db:
-        lines, counts = find_trouble(db), count_rows(db)
+    with open_reader(database) as db:
+        lines, counts = check_integrity(db), count_rows(db)
     for line in lines:
         click.echo(line)
     if lines:
@@ -7054,8 +7087,8 @@ def write_html(things: Iterable[tuple[str, dict[str, Any]]], output: typing.Text
             edited = " <small style=display:inline>(edited)</small>" if told.get("edited_at") else ""
             output.write(f"<b>{text(name)}</b> <time>{told['created_at']}</time>{edited}\n{text(told['content'])}")
             for reaction in told.get("reactions", ()):
-                who = ", ".join(names.get(user_id, f"#{user_id}") for user_id in reaction["user_ids"])
-                output.write(f"<small>{text(reaction['emoji'])} {text(who)}</small>")
+                access = ", ".join(names.get(user_id, f"#{user_id}") for user_id in reaction["user_ids"])
+                output.write(f"<small>{text(reaction['emoji'])} {text(access)}</small>")
             output.write("</p>\n")
             quotes[told["message_id"]] = f"{name}: {told['content'][:100]}"
             if len(quotes) > EXPORT_QUOTED:
@@ -7083,7 +7116,7 @@ def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iter
 @options("database")
 def export(format: str, server: int | None, output: typing.TextIO, database: str) -> None:
     """Write out one server or all: a JSON object a line, or a page to read."""
-    with reading(database) as db:
+    with open_reader(database) as db:
         chosen = [row for row in all_servers(db) if server in (None, row["server_id"])]
         if server is not None and not chosen:
             raise StartError(f"There is no server {server}")

@@ -69,7 +69,7 @@ def bound(seconds: float) -> float:
     return seconds if SOAK else max(seconds, PATIENCE)
 
 
-# ---- World ----------------------------------------------------------------------------------------------------------
+# ---- Shared helpers -------------------------------------------------------------------------------------------------
 # A server in this process (`world`) or in its own (`Process`), and people who use it with real clients. Waiting is for
 # an event, bounded; that nothing happens is shown by a fence: something later, on the same path, that does happen.
 
@@ -125,7 +125,7 @@ def audit_ack(event: Any, ack: Any) -> None:
     else:
         op = next(op for op in chatrtc.OPERATIONS.values() if op.event == event)
         answer = {key: value for key, value in ack.items() if key != "success"}
-        if not (fits(answer, op.answer) if op.acks and op.answer is not type(None) else answer == {}):
+        if not (fits(answer, op.result) if op.acks and op.result is not type(None) else answer == {}):
             FAULTS.append(f"{event}: ack {ack}")
 
 
@@ -836,7 +836,7 @@ async def test_people_of_one_name_get_usernames_at_once(world: World) -> None:
     invite = await ana.ok("POST", f"/servers/{place.server_id}/invites", {})
     guests = [world.call("POST", "/auth/guest", {"name": "Li Na", "code": invite["code"]}) for _ in range(40)]
     names = [reply.body["username"] for reply in await asyncio.gather(*guests)]
-    assert len({chatrtc.fold(name) for name in names}) == 40
+    assert len({chatrtc.name_key(name) for name in names}) == 40
     assert {"Li.Na", "Li.Na2", "Li.Na3"} <= set(names)
     reply = await world.call("POST", "/auth/guest", {"code": invite["code"]})
     assert (reply.code, reply.body["reason"], reply.body["field"]) == ("BAD_REQUEST", "FIELD_MISSING", "username")
@@ -1643,14 +1643,14 @@ async def test_a_list_of_members_is_in_the_changes_once_however_long(scene: Scen
     """Ten thousand people have joined in between: their list is larger than an answer, and comes once."""
     server_id, start = scene.place.server_id, (await scene.ana.ok("GET", f"{scene.server}/changes"))["seq"]
 
-    def crowd(db: sqlite3.Connection) -> chatrtc.Done[None]:
+    def crowd(db: sqlite3.Connection) -> chatrtc.Result[None]:
         for number in range(10_000):
             user_id = chatrtc.insert_user(db, f"pupil{number}", None, "2026-01-01T00:00:00Z")
             chatrtc.add_member(db, server_id, user_id, "member", "2026-01-01T00:00:00Z")
-        return chatrtc.Done(None)
+        return chatrtc.Result(None)
 
     before = await asyncio.gather(*(scene.ana.post(scene.place.channel_id, "x" * 4000) for _ in range(60)))
-    await scene.world.chat.chat.store.write(crowd, long=True)
+    await scene.world.chat.hub.store.write(crowd, slow=True)
     await asyncio.gather(*(scene.ana.post(scene.place.channel_id, "x" * 4000) for _ in range(90)))
     after, more, lists = start, True, []
     messages: list[Any] = []
@@ -1674,31 +1674,31 @@ FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELEC
 async def test_long_reads_of_one_user_keep_nobody_else_waiting(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chatrtc, "LONG_SECONDS", 1.0)
     monkeypatch.setattr(chatrtc, "TURN_SECONDS", 2.5)
-    store, begun = scene.world.chat.chat.store, Counter[object]()
+    store, begun = scene.world.chat.hub.store, Counter[object]()
 
     def endless(db: sqlite3.Connection, user: object) -> Any:
         begun[user] += 1
         return db.execute(FOREVER).fetchall()
 
-    greedy = [asyncio.ensure_future(store.read_long("eve", lambda: False, endless, "eve")) for _ in range(100)]
-    await until(lambda: begun["eve"] == chatrtc.LONG_READS_PER_USER)
+    greedy = [asyncio.ensure_future(store.read_slow("eve", lambda: False, endless, "eve")) for _ in range(100)]
+    await until(lambda: begun["eve"] == chatrtc.SLOW_READS_PER_USER)
     for person in (scene.ana, scene.ben):
         await person.ok("GET", f"{scene.server}/search?q=before")
         await person.ok("GET", f"{scene.server}/changes")
         await person.ok("GET", "/users/me/reads")
     assert (await scene.world.call("GET", "/healthz")).status == 200
-    assert begun["eve"] == chatrtc.LONG_READS_PER_USER, "the others had no need to wait for any of them"
+    assert begun["eve"] == chatrtc.SLOW_READS_PER_USER, "the others had no need to wait for any of them"
     outcomes = Counter(error.reason for error in await asyncio.gather(*greedy, return_exceptions=True))
-    assert outcomes["TOO_OFTEN"] >= 100 - chatrtc.LONG_READS_WAITING
+    assert outcomes["TOO_OFTEN"] >= 100 - chatrtc.MAX_QUEUED_SLOW_READS
     assert set(outcomes) == {"TOO_OFTEN", "TOO_SLOW"}
-    assert outcomes["TOO_SLOW"] >= chatrtc.LONG_READS_PER_USER
+    assert outcomes["TOO_SLOW"] >= chatrtc.SLOW_READS_PER_USER
     await scene.ana.ok("GET", f"{scene.server}/search?q=before")
 
 
 async def test_a_long_read_ends_with_its_caller(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a socket that closes, by a task that is cancelled: what it held is free soon after."""
     monkeypatch.setattr(chatrtc, "LONG_SECONDS", 600)
-    store, begun, ended = scene.world.chat.chat.store, set[str](), Counter[str]()
+    store, begun, ended = scene.world.chat.hub.store, set[str](), Counter[str]()
 
     def endless(db: sqlite3.Connection, how: str) -> Any:
         begun.add(how)
@@ -1708,7 +1708,7 @@ async def test_a_long_read_ends_with_its_caller(scene: Scene, monkeypatch: pytes
             ended[how] += 1
 
     gone: list[int] = []
-    reads = [asyncio.ensure_future(store.read_long(how, lambda: bool(gone), endless, how)) for how in ("gone", "cancelled")]
+    reads = [asyncio.ensure_future(store.read_slow(how, lambda: bool(gone), endless, how)) for how in ("gone", "cancelled")]
     await until(lambda: len(begun) == 2)
     reads[1].cancel()
     await until(lambda: ended["cancelled"] == 1)
@@ -1718,11 +1718,11 @@ async def test_a_long_read_ends_with_its_caller(scene: Scene, monkeypatch: pytes
     outcomes = await asyncio.gather(*reads, return_exceptions=True)
     assert isinstance(outcomes[0], chatrtc.ChatError)
     assert outcomes[0].reason == "TOO_SLOW"
-    for _ in range(chatrtc.LONG_READERS + 1):
+    for _ in range(chatrtc.SLOW_READERS + 1):
         await scene.ana.ok("GET", f"{scene.server}/changes")
 
 
-def wordy(db: sqlite3.Connection, place: Place, author_id: int, count: int) -> chatrtc.Done[None]:
+def wordy(db: sqlite3.Connection, place: Place, author_id: int, count: int) -> chatrtc.Result[None]:
     """Fill a channel with messages of many words that begin with each letter, and index them."""
     dice, at = random.Random(1), "2026-01-01T00:00:00Z"
     words = ["".join(dice.choices("etaoinshrdlu", k=dice.randint(2, 9))) for _ in range(20_000)]
@@ -1731,15 +1731,15 @@ def wordy(db: sqlite3.Connection, place: Place, author_id: int, count: int) -> c
     many = ((*place, author_id, " ".join(dice.choices(words, k=15)), at, last + n) for n in range(1, count + 1))
     db.executemany(row, many)
     db.execute("UPDATE servers SET seq = seq + ? WHERE server_id = ?", (count, place.server_id))
-    while chatrtc.index_messages(db).answer < chatrtc.search_state(db)[0]:
+    while chatrtc.index_messages(db).value < chatrtc.index_progress(db)[0]:
         pass
-    return chatrtc.Done(None)
+    return chatrtc.Result(None)
 
 
 @pytest.mark.soak
 async def test_a_hundred_searches_of_half_a_million_messages_hold_nobody_up(scene: Scene) -> None:
     for _ in range(100):
-        await scene.world.chat.chat.store.write(lambda db: wordy(db, scene.place, scene.ana.user_id, 5_000), long=True)
+        await scene.world.chat.hub.store.write(lambda db: wordy(db, scene.place, scene.ana.user_id, 5_000), slow=True)
     eve = await scene.world.person("eve")
     invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
     await eve.ok("POST", f"/invites/{invite['code']}")
@@ -2030,25 +2030,25 @@ async def test_an_authors_messages_are_deleted_in_steps_each_reported(
     replica = Replica(scene.cy, scene.place.server_id)
     await replica.come()
 
-    def fill(db: sqlite3.Connection) -> chatrtc.Done[None]:
+    def fill(db: sqlite3.Connection) -> chatrtc.Result[None]:
         for number in range(600):
             person, channel_id = [(scene.ben, scene.place.channel_id), (scene.ana, scene.place.channel_id),
                                   (scene.ben, other.channel_id)][number % 3]  # fmt: skip
-            author = chatrtc.Standing(person.user_id, person.name)
+            author = chatrtc.Principal(person.user_id, person.name)
             server_id = other.server_id if channel_id == other.channel_id else scene.place.server_id
             chatrtc.insert_message(db, server_id, author, chatrtc.NewMessage(channel_id, "spam"), "2026-01-01T00:00:00Z")
-        return chatrtc.Done(None)
+        return chatrtc.Result(None)
 
-    await world.chat.chat.store.write(fill, long=True)
+    await world.chat.hub.store.write(fill, slow=True)
     author = scene.cy if by == "another author's" else scene.ben
     server_id = None if by == "every server's" else scene.place.server_id
     purge = functools.partial(chatrtc.purge_messages_of, server_id=server_id, author_id=author.user_id)
-    await world.chat.chat.store.write(lambda db: chatrtc.Done(None, purge(db)), long=True)
+    await world.chat.hub.store.write(lambda db: chatrtc.Result(None, purge(db)), slow=True)
     await world.chat.stop()  # in the middle
     await world.chat.start()
     posted = await scene.post()  # goes on meanwhile, and a message written after the purge stays
     again = await author.post(scene.place.channel_id, "again")
-    while world.chat.chat.store.peek(chatrtc.pending_purges):
+    while world.chat.hub.store.read_inline(chatrtc.pending_purges):
         await asyncio.sleep(0.02)
     authors = Counter(message["author_id"] for message in await whole_history(scene.ana, scene.place.channel_id))
     spam = 200 if by == "another author's" else 0
@@ -2086,10 +2086,10 @@ async def test_a_defect_in_telling_of_one_job_holds_up_no_other(tmp_path: Path, 
 
     store = chatrtc.Store(tmp_path / "chat.db", publish)
     await store.open()
-    jobs = [functools.partial(lambda number, db: chatrtc.Done(number, [number]), number) for number in range(300)]
+    jobs = [functools.partial(lambda number, db: chatrtc.Result(number, [number]), number) for number in range(300)]
     done = await asyncio.gather(*map(store.write, jobs))
     await store.close()
-    assert [outcome.answer for outcome in done] == told == list(range(300))
+    assert [outcome.value for outcome in done] == told == list(range(300))
     assert "Boom" in caplog.text
 
 
@@ -2173,7 +2173,7 @@ def migrated_schema(path: Path, version: int) -> Any:
 
 @pytest.mark.parametrize("version", RELEASED)
 def test_a_migrated_database_equals_a_new_one(tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(RELEASED) == set(range(1, chatrtc.VERSION))
+    assert set(RELEASED) == set(range(1, chatrtc.SCHEMA_FORMAT))
     with contextlib.closing(chatrtc.prepare(tmp_path / "new.db")) as db:
         new = schema_of(db)
     assert migrated_schema(tmp_path / "old.db", version) == new
@@ -2218,14 +2218,14 @@ chatrtc.migrate(db)
     assert process.returncode == {"an error": 1, "a kill": -signal.SIGKILL}[way], errors
     assert dump(path) == before
     with contextlib.closing(chatrtc.prepare(path)) as db:
-        assert chatrtc.format_of(db) == chatrtc.VERSION
-        assert chatrtc.find_trouble(db) == []
+        assert chatrtc.read_format(db) == chatrtc.SCHEMA_FORMAT
+        assert chatrtc.check_integrity(db) == []
 
 
 async def test_a_hundred_thousand_messages_are_migrated(tmp_path: Path) -> None:
     path = frozen(tmp_path / "chat.db", 1, 100_000)
     ended = await command("migrate", "--database", str(path))
-    assert ended == (0, f"{path} has format {chatrtc.VERSION}\n", "")  # the progress bar is for a terminal
+    assert ended == (0, f"{path} has format {chatrtc.SCHEMA_FORMAT}\n", "")  # the progress bar is for a terminal
     assert (await done("check", "--database", str(path))).startswith("sound: 2 users, 1 servers, 100000 messages")
     ana = (await done("token", "ana", "--database", str(path))).strip()
     process = await Process.start(path)
@@ -2252,7 +2252,7 @@ async def test_an_older_format_is_for_a_start_or_for_migrate(tmp_path: Path) -> 
     await done("restore", str(tmp_path / "copy"), *database)
     for one in (path, copied):
         assert "60 messages" in await done("check", "--database", str(one))
-        assert await done("migrate", "--database", str(one)) == f"{one} has format {chatrtc.VERSION}\n"
+        assert await done("migrate", "--database", str(one)) == f"{one} has format {chatrtc.SCHEMA_FORMAT}\n"
     refused(await command("migrate", "--database", str(tmp_path / "missing.db")), "no database")
 
 
@@ -2298,7 +2298,7 @@ class PresenceMachine(stateful.RuleBasedStateMachine):
     @stateful.rule(server_id=servers, sid=sids)
     def join(self, server_id: int, sid: str) -> None:
         user_id = self.owners[sid]
-        seen = user_id not in self.users(server_id) | self.presence.hidden
+        seen = user_id not in self.users(server_id) | self.presence.invisible
         assert self.presence.join(server_id, user_id, sid) == seen
         self.joined.add((server_id, user_id, sid))
 
@@ -2306,18 +2306,18 @@ class PresenceMachine(stateful.RuleBasedStateMachine):
     def leave(self, server_id: int, sid: str) -> None:
         user_id, before = self.owners[sid], self.users(server_id)
         self.joined.discard((server_id, user_id, sid))
-        seen = user_id in before - self.users(server_id) - self.presence.hidden
+        seen = user_id in before - self.users(server_id) - self.presence.invisible
         assert self.presence.leave(server_id, user_id, sid) == seen
 
     @stateful.rule(user_id=strategies.integers(1, 3))
     def hide_or_show(self, user_id: int) -> None:
-        self.presence.hidden ^= {user_id}
+        self.presence.invisible ^= {user_id}
 
     @stateful.invariant()
     def agrees(self) -> None:
         for server_id in (1, 2):
             for viewer in (0, 1):
-                seen = {user for user in self.users(server_id) if user == viewer or user not in self.presence.hidden}
+                seen = {user for user in self.users(server_id) if user == viewer or user not in self.presence.invisible}
                 assert self.presence.visible(server_id, viewer) == sorted(seen)
         for user_id in (1, 2, 3):
             servers = {server for server, user, _ in self.joined if user == user_id}
@@ -2329,14 +2329,14 @@ TestPresence.settings = settings(max_examples=60, stateful_step_count=30, derand
 
 
 def test_a_user_is_heard_typing_once_a_second_and_for_three() -> None:
-    typists = chatrtc.Typists()
+    typists = chatrtc.TypingTracker()
     assert typists.start(5, chatrtc.Typing(1, 7, "ana"), "a", 10.0)
     assert not typists.start(5, chatrtc.Typing(1, 7, "ana"), "a", 10.9)
     assert not typists.start(5, chatrtc.Typing(2, 7, "ana"), "a", 10.95), "once a second for a user, wherever"
     assert typists.start(5, chatrtc.Typing(1, 8, "ben"), "b", 10.95), "others have their own second"
     assert typists.start(5, chatrtc.Typing(1, 7, "ana"), "a", 11.0)
-    assert typists.over(13.9) == []
-    assert typists.over(14.0) == [(1, 8), (1, 7)] or set(typists.over(14.0)) == {(1, 7), (1, 8)}
+    assert typists.expired(13.9) == []
+    assert typists.expired(14.0) == [(1, 8), (1, 7)] or set(typists.expired(14.0)) == {(1, 7), (1, 8)}
     assert typists.stop(1, 7) is not None
     assert typists.stop(1, 7) is None
 
@@ -2450,7 +2450,7 @@ async def test_a_socket_that_goes_while_it_joins_leaves_no_presence(scene: Scene
     assert ack["connected_users"] == sorted([scene.ana.user_id, scene.ben.user_id])
 
 
-# ---- Keys -----------------------------------------------------------------------------------------------------------
+# ---- Authentication -------------------------------------------------------------------------------------------------
 # Passwords and tokens: what is not a token that we signed, for a user who is there, and that still stands, opens no
 # door.
 
@@ -2490,7 +2490,7 @@ async def logged_out(world: World, person: Person) -> str:
 
 
 async def account_deleted(world: World, person: Person) -> str:
-    await world.chat.chat.store.write(lambda db: chatrtc.delete_user(db, person.name))
+    await world.chat.hub.store.write(lambda db: chatrtc.delete_user(db, person.name))
     return person.token
 
 
@@ -2612,7 +2612,7 @@ async def test_no_other_spelling_of_a_token_outlives_it(world: World) -> None:
     await logged_out(world, ana)
     for spelling in (ana.token + "=", ana.token + "==", stem + same_bytes, stem + "!" + last, ana.token + "\n"):
         with pytest.raises(chatrtc.ChatError, match="UNAUTHORIZED"):
-            world.chat.chat.recognise(spelling)
+            world.chat.hub.authenticate_token(spelling)
 
 
 async def test_a_socket_does_not_outlive_its_token(make_world: MakeWorld) -> None:
@@ -2683,7 +2683,7 @@ async def test_a_socket_stays_its_users(world: World) -> None:
     assert (await ben.ok("GET", "/users/me"))["status"] == "online"
 
 
-# ---- Limits ---------------------------------------------------------------------------------------------------------
+# ---- Rate limits ----------------------------------------------------------------------------------------------------
 # How often: who does too much is told how long to wait, and others notice nothing.
 
 
@@ -2735,7 +2735,7 @@ async def test_only_wrong_passwords_are_counted(make_world: MakeWorld) -> None:
 
 async def test_places_in_the_queue_for_hashing_are_shared_by_address() -> None:
     """The turns go round the addresses; a full queue refuses the newest of the longest line; who gives up leaves no gap."""
-    passwords, turns = chatrtc.Passwords(bounded=True), asyncio.Queue[str]()
+    passwords, turns = chatrtc.PasswordHasher(bounded=True), asyncio.Queue[str]()
     gates = [asyncio.Event() for _ in range(2)]
 
     async def hold(gate: asyncio.Event) -> None:
@@ -2768,12 +2768,14 @@ async def test_places_in_the_queue_for_hashing_are_shared_by_address() -> None:
 
 
 async def test_an_account_keeps_its_newest_addresses(world: World) -> None:
-    ana, store = await world.person("ana"), world.chat.chat.store
+    ana, store = await world.person("ana"), world.chat.hub.store
     for number in range(30):
-        digest = world.chat.chat.keys.address_digest(ana.user_id, f"192.0.2.{number}")
+        digest = world.chat.hub.signer.address_digest(ana.user_id, f"192.0.2.{number}")
         await store.write(functools.partial(chatrtc.remember_address, user_id=ana.user_id, digest=digest, clock=1e10 + number))
     seen = [
-        store.peek(chatrtc.address_seen, ana.user_id, world.chat.chat.keys.address_digest(ana.user_id, f"192.0.2.{number}"))
+        store.read_inline(
+            chatrtc.address_seen, ana.user_id, world.chat.hub.signer.address_digest(ana.user_id, f"192.0.2.{number}")
+        )
         for number in range(30)
     ]
     assert seen == [None] * 10 + [1e10 + number for number in range(10, 30)]
@@ -2911,7 +2913,7 @@ async def test_a_wrong_code_does_not_tell_which_names_are_taken(world: World, ro
     assert taken.body == free.body
 
 
-# ---- Policy ---------------------------------------------------------------------------------------------------------
+# ---- Authorization --------------------------------------------------------------------------------------------------
 # Who may do what: every operation, for everybody, with their own thing, another's, another server's, a deleted one and
 # one that never was, by each door that has it. What is to be expected stands in one table, a row an operation.
 
@@ -3045,9 +3047,9 @@ class Matrix:
     async def user(self) -> Person:
         """A new account, without the time that a password takes."""
         name, now = self.name(), time.time()
-        store = self.chat.chat.store
-        done = await store.write(lambda db: chatrtc.Done(chatrtc.insert_user(db, name, None, "2026-01-01T00:00:00Z")))
-        return Person(self.world, name, done.answer, self.chat.chat.keys.issue(done.answer, name, 0, now).token)
+        store = self.chat.hub.store
+        done = await store.write(lambda db: chatrtc.Result(chatrtc.insert_user(db, name, None, "2026-01-01T00:00:00Z")))
+        return Person(self.world, name, done.value, self.chat.hub.signer.issue(done.value, name, 0, now).token)
 
     async def stage(self, op: chatrtc.Operation, caller: str, whose: str) -> Stage:
         chat = self.chat
@@ -3129,7 +3131,7 @@ class Matrix:
             case "invite":
                 await chat.revoke_invite(author_id=owner.user_id, code=own)
                 return own
-        await chat.chat.store.write(lambda db: chatrtc.delete_user(db, other.name))
+        await chat.hub.store.write(lambda db: chatrtc.delete_user(db, other.name))
         return other.user_id
 
     def arguments(self, op: chatrtc.Operation, ids: dict[str, Any], me: Person) -> dict[str, Any]:
@@ -3204,18 +3206,18 @@ def test_every_operation_that_changes_something_is_limited() -> None:
 
 
 async def test_a_durable_operation_takes_a_number_and_its_event_carries_it(world: World) -> None:
-    matrix, chat = await Matrix(world).open(), world.chat.chat
+    matrix, chat = await Matrix(world).open(), world.chat.hub
     told: list[chatrtc.Emit] = []
-    carry_out = chat.store._publish
+    apply_effects = chat.store._publish
 
     def listen(effects: Sequence[chatrtc.Effect]) -> None:
         told.extend(effect for effect in effects if isinstance(effect, chatrtc.Emit) and has_seq(effect.event))
-        carry_out(effects)
+        apply_effects(effects)
 
     chat.store._publish = listen
 
     def last(server_id: int) -> int:
-        return chat.store.peek(chatrtc.last_seq, server_id)
+        return chat.store.read_inline(chatrtc.last_seq, server_id)
 
     for op in chatrtc.OPERATIONS.values():
         if op.kind != "write" or op.path is None or op.name in ("delete_server", "create_server"):
@@ -3225,7 +3227,7 @@ async def test_a_durable_operation_takes_a_number_and_its_event_carries_it(world
         callers = [(caller, whose) for caller in order for whose in ("other's", "own", "")]
         caller, whose = next(one for one in callers if one[1] in row.whose and not expectation(row, *one))
         stage = await matrix.stage(op, caller, whose)
-        newest = chat.store.peek(lambda db: int(db.execute("SELECT max(server_id) FROM servers").fetchone()[0]))
+        newest = chat.store.read_inline(lambda db: int(db.execute("SELECT max(server_id) FROM servers").fetchone()[0]))
         if op.name == "update_profile":
             stage.args["name"] = "A new name"
         if op.name == "remove_reaction":
@@ -3389,7 +3391,7 @@ async def test_pages(scene: Scene) -> None:
 
 
 async def test_long_pages_are_not_kept_in_memory(scene: Scene) -> None:
-    pages, path = scene.world.chat.chat.pages, f"/channels/{scene.place.channel_id}/messages"
+    pages, path = scene.world.chat.hub.pages, f"/channels/{scene.place.channel_id}/messages"
     for _ in range(9):
         await scene.ana.post(scene.place.channel_id, "\N{GRINNING FACE}" * 4000)
     kept = len(pages._pages)
@@ -3596,7 +3598,7 @@ async def test_search_forgets_all_that_is_deleted(scene: Scene) -> None:
     for text in [*texts, "", "hello"]:
         await scene.ana.post(scene.place.channel_id, text or "to be edited")
     assert await found(scene.ana, scene.server, "hello") == ["hello"]
-    store = scene.world.chat.chat.store
+    store = scene.world.chat.hub.store
     messages = (await scene.ana.ok("GET", f"/channels/{scene.place.channel_id}/messages?limit=100"))["messages"]
     for message, text in zip(messages, reversed(texts), strict=False):
         await scene.ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": text})
@@ -3795,13 +3797,15 @@ async def test_a_guest_comes_back_by_a_link(scene: Scene) -> None:
     assert (account["user_id"], account["username"], account["name"]) == (zoe.user_id, "Zoe.Ray", "Zoe Ray")
     zoe.token = account["token"]
     await zoe.ok("GET", server)
-    store = world.chat.chat.store
+    store = world.chat.hub.store
     late = await scene.ana.ok("POST", path)
-    assert not store.peek(lambda db: db.execute("SELECT 1 FROM links WHERE hex(digest) LIKE ?", (late["code"],)).fetchall())
-    await store.write(lambda db: chatrtc.Done(db.execute("UPDATE links SET expires_at = ?", (time.time() - 1,)).rowcount))
+    assert not store.read_inline(
+        lambda db: db.execute("SELECT 1 FROM links WHERE hex(digest) LIKE ?", (late["code"],)).fetchall()
+    )
+    await store.write(lambda db: chatrtc.Result(db.execute("UPDATE links SET expires_at = ?", (time.time() - 1,)).rowcount))
     assert (await world.call("POST", "/auth/link", {"code": late["code"]})).code == "NOT_FOUND"
     await store.write(lambda db: chatrtc.purge_tokens(db, time.time()))
-    assert store.peek(lambda db: db.execute("SELECT count(*) FROM links").fetchone()) == (0,)
+    assert store.read_inline(lambda db: db.execute("SELECT count(*) FROM links").fetchone()) == (0,)
     last = await scene.ana.ok("POST", path)
     await zoe.ok("POST", "/auth/password", {"new_password": "correct horse"})
     assert (await world.call("POST", "/auth/link", {"code": last["code"]})).code == "NOT_FOUND"
@@ -3850,7 +3854,7 @@ async def test_an_invite_is_ten_characters_however_they_are_typed(scene: Scene) 
         assert account.status == 201, typed
     old = "aB3-_" * 4 + "xy"
     change = "UPDATE invites SET code = ? WHERE rowid = (SELECT min(rowid) FROM invites)"  # as one of the first version
-    await scene.world.chat.chat.store.write(lambda db: chatrtc.Done(db.execute(change, (old,)).rowcount))
+    await scene.world.chat.hub.store.write(lambda db: chatrtc.Result(db.execute(change, (old,)).rowcount))
     assert (await scene.world.call("GET", f"/invites/{old}")).body["code"] == old
     assert (await scene.world.call("GET", f"/invites/{old.lower()}")).body["reason"] == "INVITE_UNKNOWN"
     assert (await scene.ana.call("DELETE", f"/invites/{code.lower()}")).status == 204
@@ -3868,10 +3872,10 @@ async def test_who_may_create_servers(make_world: MakeWorld, tmp_path: Path) -> 
     ):
         options = {"create_servers": setting, "registration": registration}
         world = await make_world(database=str(tmp_path / f"{setting}-{registration}.db"), **options)
-        store = world.chat.chat.store
+        store = world.chat.hub.store
         owner = (
-            await store.write(lambda db: chatrtc.Done(chatrtc.insert_user(db, "ana", None, "2026-01-01T00:00:00Z")))
-        ).answer
+            await store.write(lambda db: chatrtc.Result(chatrtc.insert_user(db, "ana", None, "2026-01-01T00:00:00Z")))
+        ).value
         server = await world.chat.create_server(author_id=owner, name="class")  # the program always may
         place = {"author_id": owner, "server_id": server.server_id}
         code = (await world.chat.create_invite(**place)).code
@@ -3930,7 +3934,7 @@ async def test_lists_take_one_query_each(scene: Scene) -> None:
     asked: list[str] = []
 
     def count(number: int) -> int:
-        with contextlib.closing(chatrtc.connect_reader(scene.world.chat.chat.store.path)) as db:
+        with contextlib.closing(chatrtc.connect_reader(scene.world.chat.hub.store.path)) as db:
             asked.clear()
             db.set_trace_callback(asked.append)
             assert len(chatrtc.servers_of(db, scene.dee.user_id)) == number
@@ -4018,7 +4022,7 @@ async def test_what_a_deleted_server_leaves_is_nothing(scene: Scene) -> None:
     assert again.channel_id > scene.place.channel_id
 
 
-# ---- Engine and Transport -------------------------------------------------------------------------------------------
+# ---- Engine.IO and Socket.IO ----------------------------------------------------------------------------------------
 # The bare server, as `socket_server()` gives it, with raw clients: order, bounds, clean ends, and each attack on it.
 
 
@@ -4209,13 +4213,13 @@ async def test_slow_handler_does_not_hold_up_the_heartbeat():
 async def test_a_full_lane_stops_the_reading_and_loses_nothing(bare):
     bare.sio.eio.rules.frames_per_second = None
     ws = await bare.join()
-    many = 3 * chatrtc.LANE_LENGTH
+    many = 3 * chatrtc.PACKET_QUEUE_LENGTH
     await ws.send(*[event("wait", n) for n in range(many)])
     lane = next(iter(bare.sio.lanes.values()))
     await bare.next_seen()
     for _ in range(100):
         await asyncio.sleep(0)
-    assert len(lane.jobs) <= chatrtc.LANE_LENGTH
+    assert len(lane.jobs) <= chatrtc.PACKET_QUEUE_LENGTH
     bare.gate.set()
     assert [(await bare.next_seen())[1] for _ in range(many)] == list(range(many))
 
@@ -5103,13 +5107,13 @@ async def test_the_librarys_own_client(bare, transports):
 
 
 async def test_a_server_whose_libraries_lack_something_does_not_start(monkeypatch):
-    assert chatrtc.transport_check() == []
+    assert chatrtc.missing_private_names() == []
     monkeypatch.setitem(chatrtc.PRIVATE_NAMES, socketio.AsyncServer, "_no_such_name")
     with pytest.raises(chatrtc.StartError, match=r"^.*AsyncServer\._no_such_name$"):
         chatrtc.socket_server()
 
 
-# ---- Live -----------------------------------------------------------------------------------------------------------
+# ---- Async operations -----------------------------------------------------------------------------------------------
 # What is of the moment: voice and its relay, and registration by its three settings.
 
 
@@ -5208,7 +5212,7 @@ async def test_who_may_register(make_world: MakeWorld, tmp_path: Path) -> None:
     assert (await closed.call("POST", "/auth/register", account)).code == "FORBIDDEN"
     world = await make_world(registration="invite")
     assert (await world.call("POST", "/auth/register", account)).code == "FORBIDDEN"
-    await world.chat.chat.store.write(lambda db: chatrtc.add_user(db, "ana", chatrtc.DUMMY))
+    await world.chat.hub.store.write(lambda db: chatrtc.add_user(db, "ana", chatrtc.DUMMY_HASH))
     server = await world.chat.create_server(author_id=1, name="class")
     invite = await world.chat.create_invite(author_id=1, server_id=server.server_id, max_uses=1)
     ben = {"username": "ben", "password": "correct horse", "code": invite.code}
@@ -5282,7 +5286,7 @@ async def test_a_listener_that_falls_behind_misses_the_oldest_and_the_log_says_s
     assert ["too slow" in record.message for record in caplog.records] == [True], "one line a minute"
 
 
-# ---- Doors ----------------------------------------------------------------------------------------------------------
+# ---- API ------------------------------------------------------------------------------------------------------------
 # What comes in: refusals follow from the declarations, field by field, at both doors; and whatever else anybody sends
 # is answered, and breaks nothing.
 
@@ -5434,7 +5438,7 @@ async def test_whatever_event_is_sent_gets_its_ack(scene: Scene) -> None:
         for payload in ((), ({"server_id": 1},), ("spoofed",), (None,)):
             ack = await scene.mine.call(event, *payload)
             assert (ack["success"], ack["code"]) == (False, "NOT_FOUND"), event
-    for event in chatrtc.EVENTS_IN:
+    for event in chatrtc.CLIENT_EVENTS:
         wrong: list[tuple[Any, ...]] = [({}, {}), (b"\x00\xff",), ({"server_id": b"x"},), ([],), ("x",), (1,), ({"x": 1},)]
         for arguments in wrong if event == "ping" else [*wrong, (), (None,)]:
             ack = await scene.mine.call(event, *arguments)
@@ -5479,10 +5483,10 @@ def almost(draw: strategies.DrawFn, op: chatrtc.Operation) -> dict[str, Any]:
 @strategies.composite
 def emissions(draw: strategies.DrawFn) -> tuple[Any, tuple[Any, ...]]:
     """An event and what it carries, more or less as it should be."""
-    names = [name for name in chatrtc.EVENTS_IN if name is not None]
+    names = [name for name in chatrtc.CLIENT_EVENTS if name is not None]
     event = draw(strategies.sampled_from(names))
     if draw(strategies.integers(0, 4)):
-        return event, (draw(almost(chatrtc.EVENTS_IN[event])),)
+        return event, (draw(almost(chatrtc.CLIENT_EVENTS[event])),)
     wild = SCRAPS | strategies.binary(max_size=9) | strategies.dictionaries(strategies.text(), strategies.binary(), max_size=2)
     event = draw(strategies.sampled_from(names + RESERVED) | strategies.text(max_size=12))
     return event, tuple(draw(strategies.lists(wild, max_size=2)))
@@ -5808,7 +5812,7 @@ async def test_an_application_that_cannot_start_ends(tmp_path: Path, prefix: str
     assert process.returncode == 1
     assert errors.decode().rstrip().endswith("RuntimeError: the host's own error")
     lock = chatrtc.Lock(tmp_path / "chat.db")
-    assert lock.take()
+    assert lock.acquire()
     lock.close()
 
 
@@ -5877,7 +5881,7 @@ async def test_a_chat_lives_under_a_prefix(tmp_path: Path) -> None:
             assert response.status == 404
     assert not (tmp_path / "chat.db-wal").exists()
     lock = chatrtc.Lock(tmp_path / "chat.db")
-    assert lock.take()
+    assert lock.acquire()
     lock.close()
 
 
@@ -6143,7 +6147,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         server_id = chatrtc.insert_server(db, "class", "2026-01-01T00:00:00Z")
         chatrtc.add_member(db, server_id, user_id, "owner", "2026-01-01T00:00:00Z")
         channel, _ = chatrtc.add_channel(db, server_id, "general", "text", "")
-        author = chatrtc.Standing(user_id, "ana", "online", 0)
+        author = chatrtc.Principal(user_id, "ana", "online", 0)
 
         def post(first: int, last: int) -> None:
             db.execute("BEGIN")
@@ -6153,7 +6157,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
             db.execute("COMMIT")
 
         post(0, 2000)
-        while chatrtc.index_messages(db).answer < 2000:
+        while chatrtc.index_messages(db).value < 2000:
             pass
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         stopped = path.read_bytes()
@@ -6238,7 +6242,7 @@ def test_a_damaged_wal_costs_its_end_alone(kind: str, filled: dict[str, bytes], 
         path.write_bytes(filled["killed"])
         Path(f"{path}-wal").write_bytes(damaged(filled["wal"], kind, random) if case else filled["wal"])
         with contextlib.closing(chatrtc.prepare(path)) as db:
-            assert chatrtc.find_trouble(db) == []
+            assert chatrtc.check_integrity(db) == []
             assert chatrtc.count_rows(db)[2] == 2500 if case == 0 else chatrtc.count_rows(db)[2] in (2000, 2500)
 
 
@@ -6257,7 +6261,7 @@ def spoil(folder: Path, name: str, filled: dict[str, bytes]) -> str:
             return "another program"
         case "newer":
             path.write_bytes(filled["stopped"])
-            other_database(path, f"PRAGMA user_version = {chatrtc.VERSION + 1}")
+            other_database(path, f"PRAGMA user_version = {chatrtc.SCHEMA_FORMAT + 1}")
             return "newer"
         case "zeroed":
             path.write_bytes(filled["stopped"][:8192] + bytes(65536) + filled["stopped"][73728:])
@@ -6689,7 +6693,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert await process.wait() == -signal.SIGKILL
     assert (tmp_path / "copy-journal").stat().st_size > 0
     with contextlib.closing(chatrtc.prepare(tmp_path / "copy")) as db:
-        assert chatrtc.find_trouble(db) == []
+        assert chatrtc.check_integrity(db) == []
         assert db.execute("SELECT count(*) FROM messages WHERE content = 'half of it'").fetchone() == (0,)
         seq, after, until = db.execute("SELECT seq, after_seq, until_seq FROM servers JOIN gaps USING (server_id)").fetchone()
         assert after < 3000 < until == seq
@@ -7776,12 +7780,12 @@ class Ordeal:
 
     async def do(self, name: str) -> None:
         """What the command line asks of a running server."""
-        await self.chat.chat.store.write(lambda db: chatrtc.ADMIN[name](db, self.member.name))
+        await self.chat.hub.store.write(lambda db: chatrtc.ADMIN[name](db, self.member.name))
 
 
 async def expire(stage: Ordeal) -> None:
     """Wait until the member's token ends."""
-    _, _, end = stage.chat.chat.keys.read(stage.member.token)
+    _, _, end = stage.chat.hub.signer.verify(stage.member.token)
     await asyncio.sleep(end - time.time())
 
 
@@ -7833,7 +7837,7 @@ async def test_revocation_reaches_live_sockets(make_world: MakeWorld, kind: str,
         owner, witness = await owning.people(f"owner{number}", f"witness{number}")
         member = await owning.person(f"member{number}")
         if kind == "expiry":
-            keys = owning.chat.chat.keys
+            keys = owning.chat.hub.signer
             member.token = keys.issue(member.user_id, member.name, 0, time.time() + 3 - keys._ttl).token
         place = await owning.place(owner, member, witness)
         stage = Ordeal(place, owner, member, witness)
@@ -7866,7 +7870,7 @@ async def test_revocation_closes_a_connection_that_is_full(make_world: MakeWorld
     world = await make_world()
     owner, member, witness = await world.people("owner", "member", "witness")
     if kind == "expiry":
-        keys = world.chat.chat.keys
+        keys = world.chat.hub.signer
         member.token = keys.issue(member.user_id, member.name, 0, time.time() + 6 - keys._ttl).token
     place = await world.place(owner, member, witness)
     before = set(transports())
@@ -7916,7 +7920,7 @@ async def test_nothing_commits_after_a_revocation(world: World, tries: int) -> N
         revoking = asyncio.create_task(asyncio.wait_for(REVOCATIONS[kinds[number % len(kinds)]][0](stage), PATIENCE))
         posts += [asyncio.create_task(member.call("POST", "/messages", body)) for _ in range(25)]
         await revoking
-        ask = world.chat.chat.store.read
+        ask = world.chat.hub.store.read
         (then,) = await ask(lambda db, place=place: db.execute(POSTS, (place.server_id,)).fetchone())
         replies = await asyncio.gather(*posts)
         late = await member.call("POST", "/messages", body)
@@ -8192,9 +8196,9 @@ async def post_timed(people: list[Person], place: Place, count: int) -> list[flo
         while len(seconds) < count:
             began = time.monotonic()
             seconds.append(0)
-            place_of = len(seconds) - 1
+            lookup_target = len(seconds) - 1
             await person.post(place.channel_id, "x" * 4000)
-            seconds[place_of] = time.monotonic() - began
+            seconds[lookup_target] = time.monotonic() - began
             await asyncio.sleep(0.008)
 
     await asyncio.gather(*map(go_on, people))
@@ -8517,8 +8521,8 @@ async def test_a_connection_leaves_no_cycle(make_world: MakeWorld, monkeypatch: 
     async def end(times: int) -> None:
         for _ in range(times):
             await ENDINGS[ending](person, place)
-        await until(lambda: not (engine.sockets or engine.links or engine.tasks or world.chat.chat.connections))
-        await asyncio.sleep(chatrtc.LINGER + 0.1)  # until then a timer may hold the connection
+        await until(lambda: not (engine.sockets or engine.links or engine.tasks or world.chat.hub.connections))
+        await asyncio.sleep(chatrtc.CLOSE_GRACE + 0.1)  # until then a timer may hold the connection
         Wire.made.clear()
 
     await end(1)
@@ -9202,7 +9206,7 @@ async def test_a_failing_disk_turns_health_red(launch: Launch, tmp_path: Path, f
 
 async def test_a_dead_writer_turns_health_red(world: World) -> None:
     assert await is_healthy(world)
-    committer = world.chat.chat.store._committer
+    committer = world.chat.hub.store._committer
     assert committer is not None
     committer.cancel()
     await asyncio.wait([committer])
@@ -9294,7 +9298,21 @@ LOOK_ALIKES = [
     ("josé", ["jose\u0301", "JOSÉ", "JOSE\u0301"]),
     ("\ufb01ona", ["fiona", "FIONA"]),
 ]
-UNSEEN = ["\u200b", "\u200d", "\u202e", "\u2066", "\ufeff", "\u00ad", "\u2060", "\u3164", "\u180e", "\0", "\n", " ", "\ufffe"]
+INVISIBLE_CHARS = [
+    "\u200b",
+    "\u200d",
+    "\u202e",
+    "\u2066",
+    "\ufeff",
+    "\u00ad",
+    "\u2060",
+    "\u3164",
+    "\u180e",
+    "\0",
+    "\n",
+    " ",
+    "\ufffe",
+]
 
 
 async def test_no_two_names_look_alike(world: World) -> None:
@@ -9308,7 +9326,7 @@ async def test_no_two_names_look_alike(world: World) -> None:
             assert (reply.status, reply.code) == (409, "CONFLICT"), (name, other, reply)
             signed_in = await world.call("POST", "/auth/login", {"username": other, "password": "correct horse"})
             assert signed_in.body["username"] == name
-    for sign in UNSEEN:
+    for sign in INVISIBLE_CHARS:
         for name in (f"bob{sign}by", f"{sign}bobby", f"bobby{sign}"):
             reply = await world.call("POST", "/auth/register", {"username": name, "password": "correct horse"})
             assert reply.status == 400, (ascii(name), reply)
@@ -9930,7 +9948,7 @@ async def test_mention_unread_and_search(two: Any) -> None:
 
 # What is typed
 
-SHOWN = """(ids) => {
+VISIBLE_TEXT = """(ids) => {
     const escape = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
     const inside = (node) => [...node.childNodes].map(say).join("");
     const tag = (name, note, node) => `<${note ? `${name} ${escape(note)}` : name}>${inside(node)}</${name}>`;
@@ -9953,7 +9971,7 @@ async def shown(tab: Tab, who: Rest, channel_id: int, texts: list[str]) -> list[
     """Post the texts and return how the page shows them, as simplified HTML."""
     ids = [(await who.say(channel_id, text))["message_id"] for text in texts]
     await expect(tab.locator(f'#log .row[data-id="{ids[-1]}"]')).to_have_count(1)
-    found: list[str] = await tab.evaluate(SHOWN, ids)
+    found: list[str] = await tab.evaluate(VISIBLE_TEXT, ids)
     return found
 
 
@@ -9977,8 +9995,8 @@ async def test_a_chip_is_where_the_server_counts_a_mention(rest: Rest, tab: Any)
     page = await tab(ana)
     texts = list(MENTION_CASES)
     for text, drawn in zip(texts, await shown(page, ana, channel_id, texts), strict=True):
-        chips = {chatrtc.fold(chip) for chip in re.findall("<at>@(.*?)</at>", drawn)}
-        assert chips == {chatrtc.fold(name) for name in MENTION_CASES[text].split()}, (text, drawn)
+        chips = {chatrtc.name_key(chip) for chip in re.findall("<at>@(.*?)</at>", drawn)}
+        assert chips == {chatrtc.name_key(name) for name in MENTION_CASES[text].split()}, (text, drawn)
 
 
 PIECES = [
@@ -11941,7 +11959,7 @@ async def test_a_real_run_fits_its_description(world: World) -> None:
         assert ("allOf" in schema) == bool(answer)
         if answer:
             has_shape(asyncapi, schema["allOf"][1], answer)
-        tried.add(chatrtc.EVENTS_IN[event].name)
+        tried.add(chatrtc.CLIENT_EVENTS[event].name)
         return ack
 
     listener, talker = await ben.socket(), await world.socket()
@@ -12007,21 +12025,21 @@ async def test_a_real_run_fits_its_description(world: World) -> None:
 # ---- The tree itself ------------------------------------------------------------------------------------------------
 # What makes the one file readable, held by what reads it.
 
-ROOM = re.compile(r"^# ---- (.+?) -+$", re.MULTILINE)
+SECTION = re.compile(r"^# ---- (.+?) -+$", re.MULTILINE)
 SOURCE = (HERE / "chatrtc.py").read_text("utf-8")
 TREE = ast.parse(SOURCE)
 AnyFunction = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def rooms(source: str) -> dict[str, range]:
-    """The lines of each room."""
-    found = [(match[1], source.count("\n", 0, match.start()) + 1) for match in ROOM.finditer(source)]
+def sections(source: str) -> dict[str, range]:
+    """The lines of each section."""
+    found = [(match[1], source.count("\n", 0, match.start()) + 1) for match in SECTION.finditer(source)]
     ends = [line for _, line in found[1:]] + [source.count("\n") + 2]
     return {name: range(line, end) for (name, line), end in zip(found, ends, strict=True)}
 
 
-def room_of(node: ast.stmt | ast.expr) -> str:
-    return next((name for name, lines in rooms(SOURCE).items() if node.lineno in lines), "")
+def section_of(node: ast.stmt | ast.expr) -> str:
+    return next((name for name, lines in sections(SOURCE).items() if node.lineno in lines), "")
 
 
 def functions() -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -12063,8 +12081,10 @@ def test_names_point_upward() -> None:
     assert downward == []
 
 
-def test_the_map_names_the_rooms() -> None:
-    assert re.findall(r"^    ([A-Z][a-z ]+?)  +\S", ast.get_docstring(TREE, clean=False) or "", re.M) == list(rooms(SOURCE))
+def test_the_map_names_the_sections() -> None:
+    assert re.findall(r"^    ([A-Z][A-Za-z. ]+?)  +\S", ast.get_docstring(TREE, clean=False) or "", re.M) == list(
+        sections(SOURCE)
+    )
 
 
 def calls_of(*attributes: str) -> list[ast.Call]:
@@ -12078,7 +12098,7 @@ def calls_of(*attributes: str) -> list[ast.Call]:
 def test_sql_is_in_the_store() -> None:
     calls = calls_of("execute", "executemany", "executescript")
     assert len(calls) > 80
-    assert {room_of(call) for call in calls} == {"Files", "Store", "Questions", "Message questions"}
+    assert {section_of(call) for call in calls} == {"Files", "Store", "Queries", "Message queries"}
 
 
 def test_no_data_is_formatted_into_sql() -> None:
@@ -12087,7 +12107,7 @@ def test_no_data_is_formatted_into_sql() -> None:
         "name",
         "value",
         "steps",
-        "VERSION",
+        "SCHEMA_FORMAT",
         "also",
         "table",
         "where",
@@ -12102,7 +12122,7 @@ def test_no_data_is_formatted_into_sql() -> None:
         if isinstance(part, ast.FormattedValue)
     }
     assert formatted <= ours
-    assert not [call for call in calls_of("format") if room_of(call) in ("Files", "Store", "Questions", "Message questions")]
+    assert not [call for call in calls_of("format") if section_of(call) in ("Files", "Store", "Queries", "Message queries")]
 
 
 def test_one_place_catches_everything() -> None:
@@ -12122,9 +12142,10 @@ def names_in(node: ast.AST) -> set[str]:
 
 
 def test_events_leave_by_one_function() -> None:
-    """Chat.tell, but for what goes to a single socket; and publish is all that emits."""
+    """`Hub.emit` is the only caller of `publish`, apart from answers to a single socket; nothing uses the library's `emit`."""
     assert len(calls_of("publish")) <= 3
-    assert {room_of(call) for call in calls_of("emit")} <= {"Transport"}
+    emitters = [call.func for call in calls_of("emit") if section_of(call) != "Socket.IO server"]
+    assert {ast.unparse(func.value) for func in emitters if isinstance(func, ast.Attribute)} == {"hub", "self"}
 
 
 def test_functions_are_small() -> None:
@@ -12153,7 +12174,7 @@ def code(text: str) -> str:
 def told(op: chatrtc.Operation) -> str:
     """What an operation does, who may, and what it emits."""
     emits = " → " + " ".join(map(code, op.emits)) if op.emits else ""
-    return f"{op.sentence.split('. ')[0].rstrip('.')} ({op.who.value}){emits}"
+    return f"{op.summary.split('. ')[0].rstrip('.')} ({op.access.value}){emits}"
 
 
 def operation_rows() -> list[tuple[str, str]]:
@@ -12173,7 +12194,7 @@ def event_rows() -> list[tuple[str, str, str, str]]:
         keys = ", ".join(field.encode_name for field in msgspec.structs.fields(kind.payload))
         alike.setdefault((kind.room, keys), []).append(name)
     return [
-        (" ".join(map(code, names)), " ".join(chatrtc.EVENTS[name].sentence for name in names),
+        (" ".join(map(code, names)), " ".join(chatrtc.EVENTS[name].description for name in names),
          code(f"{room}:{{id}}") if room != "socket" else "the socket", keys)
         for (room, keys), names in alike.items()
     ]  # fmt: skip
@@ -12187,9 +12208,9 @@ def readme_tables() -> dict[str, str]:
     ]
     settings = [
         (code(flag), "" if field.default in (None, (), False) else code(str(field.default)), sentence_of(field))
-        for flag, field in chatrtc.setting_names()
+        for flag, field in chatrtc.setting_flags()
     ]
-    reasons = [(code(name), code(reason.code), reason.sentence) for name, reason in chatrtc.REASONS.items()]
+    reasons = [(code(name), code(reason.code), reason.detail) for name, reason in chatrtc.REASONS.items()]
     return {
         "reasons": table(("reason", "code", "sentence"), *reasons),
         "operations": table(("route or event", "what, who may, and what it emits"), *operation_rows()),
