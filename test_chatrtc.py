@@ -74,7 +74,7 @@ def bound(seconds: float) -> float:
 # an event, bounded; that nothing happens is shown by a fence: something later, on the same path, that does happen.
 
 
-def tool(name: str) -> str:
+def find_program(name: str) -> str:
     """The path of a program that some tests need; they are skipped without it, but not in CI."""
     path = shutil.which(name)
     if path is None:
@@ -102,7 +102,7 @@ class Boom(Exception):
 FAULTS: list[str] = []
 
 
-def fits(payload: Any, kind: Any) -> bool:
+def matches_type(payload: Any, kind: Any) -> bool:
     """Whether these are exactly the keys that the type allows, and the values are of its types."""
     fields = {field.encode_name: field.required for field in msgspec.structs.fields(kind)}
     try:
@@ -113,7 +113,7 @@ def fits(payload: Any, kind: Any) -> bool:
 
 
 def audit_event(event: str, *payload: Any) -> None:
-    if event not in chatrtc.EVENTS or len(payload) != 1 or not fits(payload[0], chatrtc.EVENTS[event].payload):
+    if event not in chatrtc.EVENTS or len(payload) != 1 or not matches_type(payload[0], chatrtc.EVENTS[event].payload):
         FAULTS.append(f"event {event}: {payload}")
 
 
@@ -121,25 +121,25 @@ def audit_ack(event: Any, ack: Any) -> None:
     if not isinstance(ack, dict) or not isinstance(ack.get("success"), bool):
         FAULTS.append(f"{event}: an ack says whether it succeeded: {ack}")
     elif not ack["success"]:
-        audit_refusal({key: value for key, value in ack.items() if key != "success"})
+        audit_error({key: value for key, value in ack.items() if key != "success"})
     else:
         op = next(op for op in chatrtc.OPERATIONS.values() if op.event == event)
         answer = {key: value for key, value in ack.items() if key != "success"}
-        if not (fits(answer, op.result) if op.acks and op.result is not type(None) else answer == {}):
+        if not (matches_type(answer, op.result) if op.acks and op.result is not type(None) else answer == {}):
             FAULTS.append(f"{event}: ack {ack}")
 
 
 def audit_reply(reply: Reply) -> None:
     if reply.status < 400:
         return
-    audit_refusal(reply.body)
+    audit_error(reply.body)
     if isinstance(reply.body, dict) and reply.code in chatrtc.ERRORS:
         retry_after = str(reply.body["retry_after"]) if "retry_after" in reply.body else None
         if reply.status != chatrtc.ERRORS[reply.code].status or reply.headers.get("Retry-After") != retry_after:
             FAULTS.append(f"reply {reply}")
 
 
-def audit_refusal(body: Any) -> None:
+def audit_error(body: Any) -> None:
     known = isinstance(body, dict) and body.get("code") in chatrtc.ERRORS and bool(body.get("error"))
     keys = {"error", "code"} | ({"retry_after"} if known and body["code"] == "RATE_LIMITED" else set())
     if not known or not keys <= set(body) <= keys | {"reason", "field"}:
@@ -166,18 +166,18 @@ class Socket:
 
     def __init__(self) -> None:
         self.client = socketio.AsyncClient(reconnection=False)
-        self.heard: list[tuple[str, Any]] = []
+        self.received: list[tuple[str, Any]] = []
         self.closed = asyncio.Event()
         self._read = 0
-        self._news = asyncio.Condition()
-        self.client.on("*", self._hear)
+        self._changed = asyncio.Condition()
+        self.client.on("*", self._handle_event)
         self.client.on("disconnect", self._leave)
 
-    async def _hear(self, event: str, *payload: Any) -> None:
+    async def _handle_event(self, event: str, *payload: Any) -> None:
         audit_event(event, *payload)
-        async with self._news:
-            self.heard.append((event, payload[0] if payload else None))
-            self._news.notify_all()
+        async with self._changed:
+            self.received.append((event, payload[0] if payload else None))
+            self._changed.notify_all()
 
     async def _leave(self, reason: str = "") -> None:
         self.closed.set()
@@ -199,25 +199,27 @@ class Socket:
         assert ack["success"] is True, ack
         return ack
 
-    async def hears(self, event: str, **fields: Any) -> Any:
+    async def receive(self, event: str, **fields: Any) -> Any:
         """The next such event, among those not yet looked at; earlier others are passed over."""
-        async with asyncio.timeout(PATIENCE), self._news:
+        async with asyncio.timeout(PATIENCE), self._changed:
             while True:
-                for index in range(self._read, len(self.heard)):
-                    name, payload = self.heard[index]
+                for index in range(self._read, len(self.received)):
+                    name, payload = self.received[index]
                     if name == event and all(payload.get(key) == value for key, value in fields.items()):
                         self._read = index + 1
                         return payload
-                await self._news.wait()
+                await self._changed.wait()
 
-    async def hears_not(self, *events: str, **fields: Any) -> None:
+    async def receive_none(self, *events: str, **fields: Any) -> None:
         """None of these (with such fields) has come by the time that an ack of now comes."""
         await self.call("ping")
-        heard = [(name, told) for name, told in self.heard[self._read :] if name in events]
-        assert not [told for _, told in heard if all(told.get(key) == value for key, value in fields.items())], heard
+        received = [(name, payload) for name, payload in self.received[self._read :] if name in events]
+        assert not [payload for _, payload in received if all(payload.get(key) == value for key, value in fields.items())], (
+            received
+        )
 
     def names(self) -> list[str]:
-        return [name for name, _ in self.heard]
+        return [name for name, _ in self.received]
 
     async def close(self) -> None:
         await self.client.disconnect()
@@ -613,13 +615,13 @@ MARKDOWN_CASES = {
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
-class Ended(NamedTuple):
+class Finished(NamedTuple):
     status: int
     out: str
     err: str
 
 
-async def command(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> Ended:
+async def run_command(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> Finished:
     """Run a command of chatrtc to its end."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(HERE / "chatrtc.py"), *args, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
@@ -631,17 +633,17 @@ async def command(*args: str, stdin: str = "", env: dict[str, str] | None = None
     finally:
         if process.returncode is None:
             process.kill()
-    return Ended(process.returncode or 0, out.decode(), err.decode())
+    return Finished(process.returncode or 0, out.decode(), err.decode())
 
 
-async def done(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+async def run_ok(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
     """What a command that succeeds prints."""
-    ended = await command(*args, stdin=stdin, env=env, cwd=cwd)
+    ended = await run_command(*args, stdin=stdin, env=env, cwd=cwd)
     assert ended.status == 0, ended
     return ended.out
 
 
-def refused(ended: Ended, *words: str) -> None:
+def expect_error(ended: Finished, *words: str) -> None:
     """It ended with one clear line and a status of its own, and no traceback."""
     assert ended.status in (1, 2), ended
     assert ended.out == "", ended
@@ -863,10 +865,10 @@ async def test_what_does_not_fit_is_said_to_a_person(world: World, body: Any, se
 async def test_a_plain_message_has_the_keys_of_the_specification_and_seq(world: World) -> None:
     ana, ben = await world.people("ana", "ben")
     place = await world.place(ana, ben)
-    hears = await ben.socket(place.server_id)
+    listener = await ben.socket(place.server_id)
     message = await ana.post(place.channel_id, "hello")
     assert set(message) == MESSAGE_KEYS
-    assert await hears.hears("message:new") == message
+    assert await listener.receive("message:new") == message
     assert await ben.ok("GET", f"/messages/{message['message_id']}") == message
     history = await ben.ok("GET", f"/channels/{place.channel_id}/messages")
     assert history == {"messages": [message], "has_more": False}
@@ -938,10 +940,10 @@ class Scene:
     cy: Person
     dee: Person
     place: Place
-    mine: Socket  # Ana's
-    here: Socket  # Ben's
-    away: Socket  # Cy's
-    elsewhere: Socket  # Dee's
+    ana_socket: Socket  # Ana's
+    ben_socket: Socket  # Ben's
+    cy_socket: Socket  # Cy's
+    dee_socket: Socket  # Dee's
 
     @classmethod
     async def make(cls, world: World) -> Scene:
@@ -950,12 +952,12 @@ class Scene:
         self.ana, self.ben, self.cy, self.dee = await world.people("ana", "ben", "cy", "dee")
         self.place = await world.place(self.ana, self.ben, self.cy)
         other = await world.place(self.dee, name="other")
-        self.mine = await self.ana.socket(self.place.server_id)
-        self.here = await self.ben.socket(self.place.server_id)
-        self.away = await self.cy.socket()
-        self.elsewhere = await self.dee.socket(other.server_id)
+        self.ana_socket = await self.ana.socket(self.place.server_id)
+        self.ben_socket = await self.ben.socket(self.place.server_id)
+        self.cy_socket = await self.cy.socket()
+        self.dee_socket = await self.dee.socket(other.server_id)
         await self.ana.post(self.place.channel_id, "before")  # what came before is over
-        await asyncio.gather(self.mine.hears("message:new"), self.here.hears("message:new"))
+        await asyncio.gather(self.ana_socket.receive("message:new"), self.ben_socket.receive("message:new"))
         return self
 
     async def post(self) -> Any:
@@ -978,17 +980,17 @@ class Story(NamedTuple):
     event: str
     keys: set[str]
     act: Act
-    speaker_hears: bool = True
+    actor_receives: bool = True
 
 
 STORIES: dict[str, Story] = {}
 
 
-def story(event: str, keys: set[str], speaker_hears: bool = True) -> Callable[[Act], Act]:
+def story(event: str, keys: set[str], actor_receives: bool = True) -> Callable[[Act], Act]:
     """What Ana does so that those who listen hear this event; it returns what must stand in the event."""
 
     def tell(act: Act) -> Act:
-        STORIES[f"{event} {act.__name__}".replace("_", " ")] = Story(event, keys, act, speaker_hears)
+        STORIES[f"{event} {act.__name__}".replace("_", " ")] = Story(event, keys, act, actor_receives)
         return act
 
     return tell
@@ -1011,7 +1013,7 @@ async def by_editing(at: Scene) -> dict[str, Any]:
 @story("message:edit", MESSAGE_KEYS | {"edited_at"})
 async def by_editing_over_the_socket(at: Scene) -> dict[str, Any]:
     message = await at.post()
-    ack = await at.mine.ok("message:edit", {"message_id": message["message_id"], "content": "better"})
+    ack = await at.ana_socket.ok("message:edit", {"message_id": message["message_id"], "content": "better"})
     return {key: value for key, value in ack.items() if key != "success"} | {"content": "better"}
 
 
@@ -1035,7 +1037,7 @@ async def by_reacting(at: Scene) -> dict[str, Any]:
 @story("reaction:add", REACTION_KEYS)
 async def by_reacting_over_the_socket(at: Scene) -> dict[str, Any]:
     message = await at.post()
-    assert await at.mine.ok("reaction:add", {"message_id": message["message_id"], "emoji": "a/b"}) == {"success": True}
+    assert await at.ana_socket.ok("reaction:add", {"message_id": message["message_id"], "emoji": "a/b"}) == {"success": True}
     return {"message_id": message["message_id"], "emoji": "a/b"}
 
 
@@ -1051,48 +1053,48 @@ async def by_taking_it_back(at: Scene) -> dict[str, Any]:
 async def by_taking_it_back_over_the_socket(at: Scene) -> dict[str, Any]:
     message = await at.post()
     reaction = {"message_id": message["message_id"], "emoji": ":+1:"}
-    await at.mine.ok("reaction:add", reaction)
-    assert await at.mine.ok("reaction:remove", reaction) == {"success": True}
+    await at.ana_socket.ok("reaction:add", reaction)
+    assert await at.ana_socket.ok("reaction:remove", reaction) == {"success": True}
     return reaction
 
 
-@story("user:typing", TYPING_KEYS, speaker_hears=False)
+@story("user:typing", TYPING_KEYS, actor_receives=False)
 async def by_typing(at: Scene) -> dict[str, Any]:
-    assert await at.mine.ok("typing_start", {"channel_id": at.place.channel_id}) == {"success": True}
+    assert await at.ana_socket.ok("typing_start", {"channel_id": at.place.channel_id}) == {"success": True}
     return {"channel_id": at.place.channel_id, "user_id": at.ana.user_id, "username": "ana"}
 
 
-@story("typing_stop", TYPING_KEYS, speaker_hears=False)
+@story("typing_stop", TYPING_KEYS, actor_receives=False)
 async def by_stopping(at: Scene) -> dict[str, Any]:
-    await at.mine.ok("typing_start", {"channel_id": at.place.channel_id})
-    assert await at.mine.ok("typing_stop", {"channel_id": at.place.channel_id}) == {"success": True}
+    await at.ana_socket.ok("typing_start", {"channel_id": at.place.channel_id})
+    assert await at.ana_socket.ok("typing_stop", {"channel_id": at.place.channel_id}) == {"success": True}
     return {"channel_id": at.place.channel_id, "user_id": at.ana.user_id, "username": "ana"}
 
 
-@story("typing_stop", TYPING_KEYS, speaker_hears=False)
+@story("typing_stop", TYPING_KEYS, actor_receives=False)
 async def by_posting_what_was_typed(at: Scene) -> dict[str, Any]:
-    await at.mine.ok("typing_start", {"channel_id": at.place.channel_id})
+    await at.ana_socket.ok("typing_start", {"channel_id": at.place.channel_id})
     await at.post()
     return {"user_id": at.ana.user_id}
 
 
-@story("typing_stop", TYPING_KEYS, speaker_hears=False)
+@story("typing_stop", TYPING_KEYS, actor_receives=False)
 async def by_leaving_while_typing(at: Scene) -> dict[str, Any]:
-    await at.mine.ok("typing_start", {"channel_id": at.place.channel_id})
-    await at.mine.ok("leave_server", {"server_id": at.place.server_id})
+    await at.ana_socket.ok("typing_start", {"channel_id": at.place.channel_id})
+    await at.ana_socket.ok("leave_server", {"server_id": at.place.server_id})
     return {"user_id": at.ana.user_id}
 
 
-@story("user:disconnected", PLACE_KEYS, speaker_hears=False)
+@story("user:disconnected", PLACE_KEYS, actor_receives=False)
 async def by_leaving_the_room(at: Scene) -> dict[str, Any]:
-    assert await at.mine.ok("leave_server", {"server_id": at.place.server_id}) == {"success": True}
+    assert await at.ana_socket.ok("leave_server", {"server_id": at.place.server_id}) == {"success": True}
     return {"server_id": at.place.server_id, "user_id": at.ana.user_id, "username": "ana"}
 
 
 @story("user:connected", PLACE_KEYS)
 async def by_coming_back(at: Scene) -> dict[str, Any]:
-    await at.mine.ok("leave_server", {"server_id": at.place.server_id})
-    await at.mine.ok("join_server", {"server_id": at.place.server_id})
+    await at.ana_socket.ok("leave_server", {"server_id": at.place.server_id})
+    await at.ana_socket.ok("join_server", {"server_id": at.place.server_id})
     return {"server_id": at.place.server_id, "user_id": at.ana.user_id, "username": "ana"}
 
 
@@ -1105,7 +1107,7 @@ async def by_setting_a_status(at: Scene) -> dict[str, Any]:
 
 @story("user:status", {"user_id", "username", "status"})
 async def by_setting_a_status_over_the_socket(at: Scene) -> dict[str, Any]:
-    assert await at.mine.ok("user:status", {"status": "away"}) == {"success": True}
+    assert await at.ana_socket.ok("user:status", {"status": "away"}) == {"success": True}
     return {"user_id": at.ana.user_id, "username": "ana", "status": "away"}
 
 
@@ -1202,7 +1204,7 @@ VOICE_KEYS = {"channel_id", "user_id", "username", "peer_id"}
 
 async def talk(at: Scene) -> tuple[int, Any]:
     voice = await at.ana.ok("POST", f"{at.server}/channels", {"name": "talk", "kind": "voice"})
-    return voice["channel_id"], await at.mine.ok("voice:join", {"channel_id": voice["channel_id"]})
+    return voice["channel_id"], await at.ana_socket.ok("voice:join", {"channel_id": voice["channel_id"]})
 
 
 @story("voice:join", VOICE_KEYS)
@@ -1215,24 +1217,24 @@ async def by_entering(at: Scene) -> dict[str, Any]:
 @story("voice:leave", VOICE_KEYS)
 async def by_leaving_it(at: Scene) -> dict[str, Any]:
     channel_id, ack = await talk(at)
-    assert await at.mine.ok("voice:leave", {"channel_id": channel_id}) == {"success": True}
+    assert await at.ana_socket.ok("voice:leave", {"channel_id": channel_id}) == {"success": True}
     return {"channel_id": channel_id, "user_id": at.ana.user_id, "username": "ana", "peer_id": ack["peer_id"]}
 
 
 @pytest.mark.parametrize("name", STORIES)
 async def test_an_event_reaches_its_room_and_nobody_else(scene: Scene, name: str) -> None:
     story = STORIES[name]
-    told = await story.act(scene)
-    heard = await scene.here.hears(story.event)
-    assert set(heard) == story.keys
-    assert {key: heard[key] for key in told} == told
-    if story.speaker_hears:
-        assert await scene.mine.hears(story.event) == heard
+    expected = await story.act(scene)
+    received = await scene.ben_socket.receive(story.event)
+    assert set(received) == story.keys
+    assert {key: received[key] for key in expected} == expected
+    if story.actor_receives:
+        assert await scene.ana_socket.receive(story.event) == received
     else:
-        await scene.mine.hears_not(story.event)
-    await scene.elsewhere.hears_not(story.event, **heard)
-    if not scene.away.closed.is_set():
-        await scene.away.hears_not(story.event, **heard)
+        await scene.ana_socket.receive_none(story.event)
+    await scene.dee_socket.receive_none(story.event, **received)
+    if not scene.cy_socket.closed.is_set():
+        await scene.cy_socket.receive_none(story.event, **received)
 
 
 def test_every_event_of_the_contract_has_its_story() -> None:
@@ -1244,10 +1246,10 @@ async def test_a_mention_reaches_each_socket_of_who_is_named_but_not_its_author(
     text = "@BEN, @cy. @ana @dee @nobody"
     message = await scene.ana.post(scene.place.channel_id, text)
     assert message["mentions"] == sorted(person.user_id for person in (scene.ana, scene.ben, scene.cy))
-    for hears in (scene.here, scene.away):  # one who has joined, one who has not
-        assert await hears.hears("mention") == message | {"server_id": scene.place.server_id}
-    await scene.mine.hears_not("mention")
-    await scene.elsewhere.hears_not("mention")
+    for listener in (scene.ben_socket, scene.cy_socket):  # one who has joined, one who has not
+        assert await listener.receive("mention") == message | {"server_id": scene.place.server_id}
+    await scene.ana_socket.receive_none("mention")
+    await scene.dee_socket.receive_none("mention")
 
 
 async def test_a_mention_is_counted_where_the_table_says(world: World) -> None:
@@ -1265,10 +1267,10 @@ async def test_a_reply_mentions_the_author_of_the_original(scene: Scene) -> None
     original = await scene.ben.post(channel_id, "who is coming?")
     reply = await scene.ana.post(channel_id, "me, and @cy", reply_to=original["message_id"])
     assert reply["mentions"] == sorted([scene.ben.user_id, scene.cy.user_id])
-    assert await scene.here.hears("mention") == reply | {"server_id": scene.place.server_id}
+    assert await scene.ben_socket.receive("mention") == reply | {"server_id": scene.place.server_id}
     edited = await scene.ana.ok("PATCH", f"/messages/{reply['message_id']}", {"content": "only me"})
     assert edited["mentions"] == [scene.ben.user_id]
-    await scene.here.hears_not("mention")
+    await scene.ben_socket.receive_none("mention")
     own = await scene.ben.post(channel_id, "anybody?", reply_to=original["message_id"])
     assert "mentions" not in own
     await scene.ben.ok("DELETE", f"/servers/{scene.place.server_id}/members/{scene.ben.user_id}")
@@ -1291,11 +1293,11 @@ async def test_a_message_mentions_fifty_members_at_most(world: World) -> None:
 
 async def test_an_edit_notifies_those_whom_it_names_anew(scene: Scene) -> None:
     message = await scene.ana.post(scene.place.channel_id, "@ben")
-    await scene.here.hears("mention")
+    await scene.ben_socket.receive("mention")
     edited = await scene.ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": "@ben @cy"})
-    assert await scene.away.hears("mention") == edited | {"server_id": scene.place.server_id}
-    await scene.here.hears("message:edit")
-    await scene.here.hears_not("mention")
+    assert await scene.cy_socket.receive("mention") == edited | {"server_id": scene.place.server_id}
+    await scene.ben_socket.receive("message:edit")
+    await scene.ben_socket.receive_none("mention")
 
 
 async def test_a_read_mark_that_moves_is_told_to_its_owners_sockets(scene: Scene) -> None:
@@ -1303,18 +1305,18 @@ async def test_a_read_mark_that_moves_is_told_to_its_owners_sockets(scene: Scene
     first, second = await scene.post(), await scene.ana.post(scene.place.channel_id, "@ben")
     await scene.ben.ok("PUT", path, {"message_id": first["message_id"]})
     state = {"channel_id": scene.place.channel_id, "last_read_id": first["message_id"], "unread": 1, "mentions": 1}
-    assert await scene.here.hears("channel:read") == state
+    assert await scene.ben_socket.receive("channel:read") == state
     own = await scene.ben.post(scene.place.channel_id)
     posted = state | {"last_read_id": own["message_id"], "unread": 0, "mentions": 0}
-    assert await scene.here.hears("channel:read") == posted
+    assert await scene.ben_socket.receive("channel:read") == posted
     await scene.ben.ok("PUT", path, {"message_id": own["message_id"]})
     await scene.ben.ok("PUT", path, {"message_id": second["message_id"]})
-    await scene.here.hears_not("channel:read")
+    await scene.ben_socket.receive_none("channel:read")
     await scene.ben.ok("PUT", path, {"message_id": first["message_id"], "back": True})
-    assert await scene.here.hears("channel:read") == state
-    for socket in (scene.away, scene.elsewhere):
-        await socket.hears_not("channel:read")
-    await scene.mine.hears_not("channel:read", last_read_id=own["message_id"])
+    assert await scene.ben_socket.receive("channel:read") == state
+    for socket in (scene.cy_socket, scene.dee_socket):
+        await socket.receive_none("channel:read")
+    await scene.ana_socket.receive_none("channel:read", last_read_id=own["message_id"])
 
 
 def told_name(thing: dict[str, Any]) -> Any:
@@ -1326,25 +1328,28 @@ async def things_with_names(scene: Scene, seq: int, voice: int) -> list[dict[str
     ana, server, channel_id = scene.ana, scene.server, scene.place.channel_id
     message = await ana.post(channel_id, "@ben hello")
     number = {"message_id": message["message_id"]}
-    await scene.mine.ok("reaction:add", number | {"emoji": "x"})
-    edited = await scene.mine.ok("message:edit", number | {"content": "better"})
-    heard = [await scene.here.hears(event) for event in ("message:new", "mention", "reaction:add", "message:edit")]
+    await scene.ana_socket.ok("reaction:add", number | {"emoji": "x"})
+    edited = await scene.ana_socket.ok("message:edit", number | {"content": "better"})
+    received = [await scene.ben_socket.receive(event) for event in ("message:new", "mention", "reaction:add", "message:edit")]
     async with asyncio.timeout(PATIENCE):
-        while "user:typing" not in scene.here.names()[scene.here._read :]:
-            await scene.mine.ok("typing_start", {"channel_id": channel_id})  # heard once a second
-            await scene.here.ok("ping")
-    await scene.mine.ok("typing_stop", {"channel_id": channel_id})
-    heard += [await scene.here.hears(event) for event in ("user:typing", "typing_stop")]
+        while "user:typing" not in scene.ben_socket.names()[scene.ben_socket._read :]:
+            await scene.ana_socket.ok("typing_start", {"channel_id": channel_id})  # heard once a second
+            await scene.ben_socket.ok("ping")
+    await scene.ana_socket.ok("typing_stop", {"channel_id": channel_id})
+    received += [await scene.ben_socket.receive(event) for event in ("user:typing", "typing_stop")]
     await ana.ok("PATCH", "/users/me", {"status": "busy"})
-    heard.append(await scene.here.hears("user:status"))
-    joined = await scene.here.ok("join_server", {"server_id": scene.place.server_id, "after": seq})
-    talking = await scene.here.ok("voice:join", {"channel_id": voice})
-    await scene.here.ok("voice:leave", {"channel_id": voice})
-    await scene.mine.ok("leave_server", {"server_id": scene.place.server_id})
-    heard += [await scene.here.hears("voice:leave", user_id=ana.user_id), await scene.here.hears("user:disconnected")]
-    await scene.mine.ok("join_server", {"server_id": scene.place.server_id})
-    await scene.mine.ok("voice:join", {"channel_id": voice})
-    heard += [await scene.here.hears("user:connected"), await scene.here.hears("voice:join")]
+    received.append(await scene.ben_socket.receive("user:status"))
+    joined = await scene.ben_socket.ok("join_server", {"server_id": scene.place.server_id, "after": seq})
+    talking = await scene.ben_socket.ok("voice:join", {"channel_id": voice})
+    await scene.ben_socket.ok("voice:leave", {"channel_id": voice})
+    await scene.ana_socket.ok("leave_server", {"server_id": scene.place.server_id})
+    received += [
+        await scene.ben_socket.receive("voice:leave", user_id=ana.user_id),
+        await scene.ben_socket.receive("user:disconnected"),
+    ]
+    await scene.ana_socket.ok("join_server", {"server_id": scene.place.server_id})
+    await scene.ana_socket.ok("voice:join", {"channel_id": voice})
+    received += [await scene.ben_socket.receive("user:connected"), await scene.ben_socket.receive("voice:join")]
     history = (await scene.ben.ok("GET", f"/channels/{channel_id}/messages"))["messages"]
     account = await scene.world.call("POST", "/auth/login", {"username": "ana", "password": "correct horse"})
     listed = await scene.ben.ok("GET", f"{server}/members")
@@ -1355,28 +1360,28 @@ async def things_with_names(scene: Scene, seq: int, voice: int) -> list[dict[str
         await ana.ok("GET", "/users/me"),
         await ana.ok("GET", f"/messages/{number['message_id']}"),
     ]
-    return [*heard, *more, history[0], listed["members"][0], joined["changes"]["members"][0], talking["participants"][0]]
+    return [*received, *more, history[0], listed["members"][0], joined["changes"]["members"][0], talking["participants"][0]]
 
 
 async def test_a_name_goes_with_every_username(scene: Scene) -> None:
     voice = (await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "talk", "kind": "voice"}))["channel_id"]
-    await scene.mine.ok("typing_start", {"channel_id": scene.place.channel_id})
-    await scene.mine.ok("voice:join", {"channel_id": voice})
-    seq = (await scene.here.ok("join_server", {"server_id": scene.place.server_id}))["seq"]
+    await scene.ana_socket.ok("typing_start", {"channel_id": scene.place.channel_id})
+    await scene.ana_socket.ok("voice:join", {"channel_id": voice})
+    seq = (await scene.ben_socket.ok("join_server", {"server_id": scene.place.server_id}))["seq"]
     for _ in range(2):  # again: no change
         assert (await scene.ana.ok("PATCH", "/users/me", {"name": "Ana Lima"}))["name"] == "Ana Lima"
-    told = await scene.here.hears("member:updated")
+    updated = await scene.ben_socket.receive("member:updated")
     facts = {"user_id": scene.ana.user_id, "username": "ana", "name": "Ana Lima", "role": "owner", "seq": seq + 1}
-    assert told == {"server_id": scene.place.server_id} | facts
+    assert updated == {"server_id": scene.place.server_id} | facts
     assert {told_name(thing) for thing in await things_with_names(scene, seq, voice)} == {"Ana Lima"}
     assert "name" not in await scene.ana.ok("PATCH", "/users/me", {"name": None})
-    assert "name" not in await scene.here.hears("member:updated")
+    assert "name" not in await scene.ben_socket.receive("member:updated")
     assert {told_name(thing) for thing in await things_with_names(scene, seq, voice)} == {None}
 
 
 async def test_a_name_equal_to_the_username_is_none(scene: Scene) -> None:
     assert "name" not in await scene.ana.ok("PATCH", "/users/me", {"name": "ana"})
-    await scene.here.hears_not("member:updated")
+    await scene.ben_socket.receive_none("member:updated")
     ack = await (await scene.ana.socket()).ok("authenticate", {"token": scene.ana.token})
     assert ack == {"success": True, "user_id": scene.ana.user_id, "username": "ana"}
 
@@ -1403,13 +1408,13 @@ async def test_the_name_of_who_left_is_still_told(scene: Scene) -> None:
 async def test_a_role_is_told(scene: Scene) -> None:
     member = await scene.ana.ok("PATCH", f"{scene.server}/members/{scene.ben.user_id}", {"role": "admin"})
     assert member["role"] == "admin"
-    heard = await scene.here.hears("member:updated")
-    assert heard == {"server_id": scene.place.server_id, "user_id": scene.ben.user_id} | {
+    received = await scene.ben_socket.receive("member:updated")
+    assert received == {"server_id": scene.place.server_id, "user_id": scene.ben.user_id} | {
         "username": "ben",
         "role": "admin",
-        "seq": heard["seq"],
+        "seq": received["seq"],
     }
-    await scene.elsewhere.hears_not("member:updated")
+    await scene.dee_socket.receive_none("member:updated")
 
 
 def test_every_event_is_emitted_by_an_operation() -> None:
@@ -1418,13 +1423,13 @@ def test_every_event_is_emitted_by_an_operation() -> None:
 
 
 async def test_an_event_without_an_ack_that_fails_is_answered_by_an_error_event(scene: Scene) -> None:
-    await scene.here.client.emit("typing_start", {"channel_id": 999})
-    heard = await scene.here.hears("error")
-    assert set(heard) == {"event", "error", "code", "reason"}
-    assert (heard["event"], heard["code"], heard["reason"]) == ("typing_start", "NOT_FOUND", "NO_CHANNEL")
-    assert (await scene.here.call("typing_start", {"channel_id": 999}))["code"] == "NOT_FOUND"
-    await scene.here.hears_not("error")  # what asked for an ack has been answered by it
-    await scene.mine.hears_not("error")
+    await scene.ben_socket.client.emit("typing_start", {"channel_id": 999})
+    received = await scene.ben_socket.receive("error")
+    assert set(received) == {"event", "error", "code", "reason"}
+    assert (received["event"], received["code"], received["reason"]) == ("typing_start", "NOT_FOUND", "NO_CHANNEL")
+    assert (await scene.ben_socket.call("typing_start", {"channel_id": 999}))["code"] == "NOT_FOUND"
+    await scene.ben_socket.receive_none("error")  # what asked for an ack has been answered by it
+    await scene.ana_socket.receive_none("error")
 
 
 async def test_who_is_banned_or_removed_hears_nothing_more(scene: Scene) -> None:
@@ -1434,13 +1439,13 @@ async def test_who_is_banned_or_removed_hears_nothing_more(scene: Scene) -> None
         await eve.ok("POST", f"/invites/{invite['code']}")
         socket = await eve.socket(scene.place.server_id)
         await scene.post()
-        await socket.hears("message:new")
+        await socket.receive("message:new")
         await scene.ana.ok(verb, f"{scene.server}/{path}/{eve.user_id}")
         after = await scene.post()
-        await scene.here.hears("message:new", message_id=after["message_id"])
-        await socket.hears("member:left", user_id=eve.user_id)
-        await socket.hears_not("message:new")
-        assert after not in [payload for _, payload in socket.heard]
+        await scene.ben_socket.receive("message:new", message_id=after["message_id"])
+        await socket.receive("member:left", user_id=eve.user_id)
+        await socket.receive_none("message:new")
+        assert after not in [payload for _, payload in socket.received]
         assert (await socket.call("join_server", {"server_id": scene.place.server_id}))["code"] == "FORBIDDEN"
         assert (await eve.call("GET", f"/channels/{scene.place.channel_id}/messages")).code == "FORBIDDEN"
 
@@ -1461,11 +1466,11 @@ async def test_a_socket_stays_for_the_other_servers_of_its_user(scene: Scene, tr
             await scene.ana.ok("DELETE", f"{scene.server}/members/{scene.cy.user_id}")
         case "leaving":
             await scene.cy.ok("DELETE", f"{scene.server}/members/{scene.cy.user_id}")
-    await scene.here.hears("typing_stop", user_id=scene.cy.user_id)
-    await scene.here.hears("voice:leave", user_id=scene.cy.user_id)
-    await scene.here.hears("user:disconnected", user_id=scene.cy.user_id)
+    await scene.ben_socket.receive("typing_stop", user_id=scene.cy.user_id)
+    await scene.ben_socket.receive("voice:leave", user_id=scene.cy.user_id)
+    await scene.ben_socket.receive("user:disconnected", user_id=scene.cy.user_id)
     await scene.post()
-    await scene.here.hears("message:new")
+    await scene.ben_socket.receive("message:new")
     for event, payload in (
         ("typing_start", {"channel_id": scene.place.channel_id}),
         ("typing_stop", {"channel_id": scene.place.channel_id}),
@@ -1473,8 +1478,8 @@ async def test_a_socket_stays_for_the_other_servers_of_its_user(scene: Scene, tr
         ("voice:signal", {"channel_id": channel_id, "to": "nobody", "data": {}}),
     ):
         assert (await socket.call(event, payload))["code"] == "FORBIDDEN"
-    told = await scene.dee.post(other.channel_id, "elsewhere")
-    assert await socket.hears("message:new") == told, "the first message since, of either server"
+    posted = await scene.dee.post(other.channel_id, "elsewhere")
+    assert await socket.receive("message:new") == posted, "the first message since, of either server"
     await socket.close()
 
 
@@ -1482,8 +1487,8 @@ async def test_a_socket_that_has_not_joined_types_and_talks_nowhere(scene: Scene
     channel_id, mine = await talk(scene)
     typing = {"channel_id": scene.place.channel_id}
     second = await scene.ana.socket()  # another tab of somebody who types and talks here
-    await scene.mine.ok("typing_start", typing)
-    for socket in (second, scene.away):
+    await scene.ana_socket.ok("typing_start", typing)
+    for socket in (second, scene.cy_socket):
         for event, payload in (
             ("typing_start", typing),
             ("typing_stop", typing),
@@ -1492,32 +1497,32 @@ async def test_a_socket_that_has_not_joined_types_and_talks_nowhere(scene: Scene
         ):
             ack = await socket.call(event, payload)
             assert (ack["code"], ack["reason"]) == ("FORBIDDEN", "NOT_JOINED"), event
-    await scene.here.hears("user:typing", user_id=scene.ana.user_id)
-    await scene.here.hears_not("typing_stop", "user:typing", "voice:leave")
+    await scene.ben_socket.receive("user:typing", user_id=scene.ana.user_id)
+    await scene.ben_socket.receive_none("typing_stop", "user:typing", "voice:leave")
     await second.close()
 
 
 async def test_nobody_types_or_talks_in_a_server_that_is_deleted(scene: Scene) -> None:
     channel_id, mine = await talk(scene)
     typing = {"channel_id": scene.place.channel_id}
-    await scene.away.ok("join_server", {"server_id": scene.place.server_id})
-    await scene.away.ok("typing_start", typing)
-    await scene.away.ok("voice:join", {"channel_id": channel_id})
+    await scene.cy_socket.ok("join_server", {"server_id": scene.place.server_id})
+    await scene.cy_socket.ok("typing_start", typing)
+    await scene.cy_socket.ok("voice:join", {"channel_id": channel_id})
     await scene.ana.ok("DELETE", scene.server)
     signal_to_ana = {"channel_id": channel_id, "to": mine["peer_id"], "data": {}}
     for event, payload in (("typing_start", typing), ("voice:signal", signal_to_ana)):
-        assert (await scene.away.call(event, payload))["code"] == "NOT_FOUND"
-    await scene.here.hears("server:deleted")
-    await scene.here.hears_not("voice:leave", "typing_stop")
+        assert (await scene.cy_socket.call(event, payload))["code"] == "NOT_FOUND"
+    await scene.ben_socket.receive("server:deleted")
+    await scene.ben_socket.receive_none("voice:leave", "typing_stop")
 
 
 async def test_who_leaves_hears_it_and_then_nothing(scene: Scene) -> None:
     await scene.ben.ok("DELETE", f"{scene.server}/members/{scene.ben.user_id}")
-    assert (await scene.here.hears("member:left"))["user_id"] == scene.ben.user_id
+    assert (await scene.ben_socket.receive("member:left"))["user_id"] == scene.ben.user_id
     await scene.post()
-    await scene.mine.hears("message:new")
-    await scene.here.hears_not("message:new")
-    assert (await scene.here.call("join_server", {"server_id": scene.place.server_id}))["code"] == "FORBIDDEN"
+    await scene.ana_socket.receive("message:new")
+    await scene.ben_socket.receive_none("message:new")
+    assert (await scene.ben_socket.call("join_server", {"server_id": scene.place.server_id}))["code"] == "FORBIDDEN"
 
 
 # ---- Store ----------------------------------------------------------------------------------------------------------
@@ -1543,9 +1548,9 @@ async def test_every_durable_change_takes_the_next_number(scene: Scene) -> None:
     await ana.ok("PATCH", f"{server}/members/{scene.ben.user_id}", {"role": "admin"})
     await ana.ok("DELETE", f"{server}/members/{scene.cy.user_id}")
     assert (await ana.ok("GET", f"{server}/changes"))["seq"] == start + 11
-    await scene.here.hears("member:left")
-    told = [payload["seq"] for _, payload in scene.here.heard if "seq" in payload]
-    assert told[-11:] == [start + 1 + step for step in range(11)]
+    await scene.ben_socket.receive("member:left")
+    emitted = [payload["seq"] for _, payload in scene.ben_socket.received if "seq" in payload]
+    assert emitted[-11:] == [start + 1 + step for step in range(11)]
 
 
 async def test_changes_tell_what_came_after_a_number(scene: Scene) -> None:
@@ -1577,16 +1582,16 @@ async def test_changes_tell_what_came_after_a_number(scene: Scene) -> None:
 
 
 async def test_joining_with_after_gives_the_changes_and_then_the_events(scene: Scene) -> None:
-    ack = await scene.away.ok("join_server", {"server_id": scene.place.server_id})
+    ack = await scene.cy_socket.ok("join_server", {"server_id": scene.place.server_id})
     assert set(ack) == {"success", "connected_users", "seq"}
     assert ack["connected_users"] == sorted(person.user_id for person in (scene.ana, scene.ben, scene.cy))
-    await scene.away.ok("leave_server", {"server_id": scene.place.server_id})
+    await scene.cy_socket.ok("leave_server", {"server_id": scene.place.server_id})
     missed = await scene.post()
-    again = await scene.away.ok("join_server", {"server_id": scene.place.server_id, "after": ack["seq"]})
+    again = await scene.cy_socket.ok("join_server", {"server_id": scene.place.server_id, "after": ack["seq"]})
     assert again["changes"] == {"seq": missed["seq"], "has_more": False, "messages": [missed], "deleted": []}
     assert again["seq"] == missed["seq"]
-    told = await scene.post()
-    assert (await scene.away.hears("message:new"))["seq"] == told["seq"] == again["seq"] + 1
+    posted = await scene.post()
+    assert (await scene.cy_socket.receive("message:new"))["seq"] == posted["seq"] == again["seq"] + 1
 
 
 async def test_changes_come_in_pages(scene: Scene) -> None:
@@ -1633,7 +1638,7 @@ async def test_answers_are_bounded_in_bytes(scene: Scene) -> None:
     around = await scene.ana.ok("GET", f"{pages}&around={ids[35]}")
     assert ids[35] in [message["message_id"] for message in around["messages"]]
     assert around["has_more"]
-    ack = await scene.away.ok("join_server", {"server_id": scene.place.server_id, "after": start})
+    ack = await scene.cy_socket.ok("join_server", {"server_id": scene.place.server_id, "after": start})
     assert ack["changes"]["has_more"]
     for answer in (around, ack):
         assert len(json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()) <= ANSWER_MAX
@@ -1722,7 +1727,7 @@ async def test_a_long_read_ends_with_its_caller(scene: Scene, monkeypatch: pytes
         await scene.ana.ok("GET", f"{scene.server}/changes")
 
 
-def wordy(db: sqlite3.Connection, place: Place, author_id: int, count: int) -> chatrtc.Result[None]:
+def insert_words(db: sqlite3.Connection, place: Place, author_id: int, count: int) -> chatrtc.Result[None]:
     """Fill a channel with messages of many words that begin with each letter, and index them."""
     dice, at = random.Random(1), "2026-01-01T00:00:00Z"
     words = ["".join(dice.choices("etaoinshrdlu", k=dice.randint(2, 9))) for _ in range(20_000)]
@@ -1739,7 +1744,7 @@ def wordy(db: sqlite3.Connection, place: Place, author_id: int, count: int) -> c
 @pytest.mark.soak
 async def test_a_hundred_searches_of_half_a_million_messages_hold_nobody_up(scene: Scene) -> None:
     for _ in range(100):
-        await scene.world.chat.hub.store.write(lambda db: wordy(db, scene.place, scene.ana.user_id, 5_000), slow=True)
+        await scene.world.chat.hub.store.write(lambda db: insert_words(db, scene.place, scene.ana.user_id, 5_000), slow=True)
     eve = await scene.world.person("eve")
     invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
     await eve.ok("POST", f"/invites/{invite['code']}")
@@ -1774,8 +1779,8 @@ async def test_nothing_falls_between_the_ack_of_joining_and_the_events(scene: Sc
         missed = [message["seq"] for message in page["messages"]]
         assert not page["has_more"]
         await socket.ok("ping")
-        told = [payload["seq"] for event, payload in socket.heard if event == "message:new"]
-        assert missed + [seq for seq in told if seq > page["seq"]] == expected
+        live = [payload["seq"] for event, payload in socket.received if event == "message:new"]
+        assert missed + [seq for seq in live if seq > page["seq"]] == expected
 
 
 class Replica:
@@ -1830,14 +1835,14 @@ class Replica:
         self.seq = changes["seq"]
 
     def drop_strays(self) -> None:
-        self.messages = {key: told for key, told in self.messages.items() if told["channel_id"] in self.channels}
+        self.messages = {key: message for key, message in self.messages.items() if message["channel_id"] in self.channels}
 
     async def listen(self) -> None:
         """Take in what was heard so far."""
         assert self.socket is not None
         await self.socket.call("ping")
-        while self.read < len(self.socket.heard):
-            event, payload = self.socket.heard[self.read]
+        while self.read < len(self.socket.received):
+            event, payload = self.socket.received[self.read]
             self.read += 1
             if "seq" not in payload or event == "mention" or payload["seq"] <= self.seq:
                 continue
@@ -1847,38 +1852,38 @@ class Replica:
                 self.apply(event, dict(payload))
                 self.seq = payload["seq"]
 
-    def apply(self, event: str, told: Any) -> None:
-        message = self.messages.get(told.get("message_id"))
+    def apply(self, event: str, payload: Any) -> None:
+        message = self.messages.get(payload.get("message_id"))
         match event:
             case "message:new" | "message:edit":
-                self.messages[told["message_id"]] = told
+                self.messages[payload["message_id"]] = payload
             case "message:deleted":
-                self.messages.pop(told["message_id"], None)
+                self.messages.pop(payload["message_id"], None)
             case "reaction:add" | "reaction:remove" if message is not None:
                 pairs = {(one["emoji"], user) for one in message.pop("reactions", []) for user in one["user_ids"]}
-                pair = {(told["emoji"], told["user_id"])}
+                pair = {(payload["emoji"], payload["user_id"])}
                 pairs = pairs | pair if event == "reaction:add" else pairs - pair
                 emojis = sorted({emoji for emoji, _ in pairs})
                 if emojis:
                     message["reactions"] = [
                         {"emoji": emoji, "user_ids": sorted(user for one, user in pairs if one == emoji)} for emoji in emojis
                     ]
-                message["seq"] = told["seq"]
+                message["seq"] = payload["seq"]
             case "channel:created" | "channel:updated":
-                plain = {"kind": "text", "topic": ""} | told
+                plain = {"kind": "text", "topic": ""} | payload
                 plain.pop("seq")
-                self.channels[told["channel_id"]] = plain
+                self.channels[payload["channel_id"]] = plain
             case "channel:deleted":
-                del self.channels[told["channel_id"]]
+                del self.channels[payload["channel_id"]]
                 self.drop_strays()
             case "member:joined":
-                self.members[told["user_id"]] = "member"
+                self.members[payload["user_id"]] = "member"
             case "member:left":
-                self.members.pop(told["user_id"], None)
+                self.members.pop(payload["user_id"], None)
             case "member:updated":
-                self.members[told["user_id"]] = told["role"]
+                self.members[payload["user_id"]] = payload["role"]
             case "server:updated":
-                self.name = told["name"]
+                self.name = payload["name"]
 
     def state(self) -> Any:
         return {
@@ -1890,7 +1895,7 @@ class Replica:
         }
 
 
-async def truth(person: Person, server_id: int) -> Any:
+async def server_state(person: Person, server_id: int) -> Any:
     """The same, as GET has it."""
     server = f"/servers/{server_id}"
     channels = (await person.ok("GET", f"{server}/channels"))["channels"]
@@ -1972,7 +1977,7 @@ async def converge(scene: Scene, seed: int, steps: int) -> None:
     if flighty.socket is None:
         await flighty.come()
     await asyncio.gather(steady.listen(), flighty.listen())
-    expected = await truth(scene.ben, scene.place.server_id)
+    expected = await server_state(scene.ben, scene.place.server_id)
     assert steady.state() == expected
     assert flighty.state() == expected
     assert steady.asked == 0, "who never left is never missing a number"
@@ -2003,7 +2008,7 @@ async def frames(person: Person, server_id: int, session: aiohttp.ClientSession)
     return socket
 
 
-async def hear_posts(socket: aiohttp.ClientWebSocketResponse, count: int) -> list[Any]:
+async def receive_posts(socket: aiohttp.ClientWebSocketResponse, count: int) -> list[Any]:
     posts: list[Any] = []
     async with asyncio.timeout(30):
         while len(posts) < count:
@@ -2059,7 +2064,7 @@ async def test_an_authors_messages_are_deleted_in_steps_each_reported(
     await replica.listen()
     assert {posted["message_id"], again["message_id"]} <= set(replica.messages)
     await replica.catch_up()
-    assert replica.state() == await truth(scene.cy, scene.place.server_id)
+    assert replica.state() == await server_state(scene.cy, scene.place.server_id)
 
 
 async def test_a_thousand_concurrent_posts_are_heard_by_a_hundred_sockets_in_order(world: World) -> None:
@@ -2068,19 +2073,19 @@ async def test_a_thousand_concurrent_posts_are_heard_by_a_hundred_sockets_in_ord
     start = (await ana.ok("GET", f"/servers/{place.server_id}/changes"))["seq"]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         sockets = [await frames(ben, place.server_id, session) for _ in range(100)]
-        hearing = [asyncio.create_task(hear_posts(socket, 1000)) for socket in sockets]
+        receiving = [asyncio.create_task(receive_posts(socket, 1000)) for socket in sockets]
         replies = await asyncio.gather(*(ana.post(place.channel_id, str(number)) for number in range(1000)))
-        heard = await asyncio.gather(*hearing)
+        received = await asyncio.gather(*receiving)
     assert sorted(reply["seq"] for reply in replies) == [start + 1 + number for number in range(1000)]
     expected = sorted(replies, key=lambda reply: int(reply["seq"]))
-    assert all(posts == expected for posts in heard)
+    assert all(posts == expected for posts in received)
 
 
 async def test_a_defect_in_telling_of_one_job_holds_up_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    told: list[Any] = []
+    published: list[Any] = []
 
     def publish(effects: Any) -> None:
-        told.extend(effects)
+        published.extend(effects)
         if effects[0] % 2:
             raise Boom
 
@@ -2089,7 +2094,7 @@ async def test_a_defect_in_telling_of_one_job_holds_up_no_other(tmp_path: Path, 
     jobs = [functools.partial(lambda number, db: chatrtc.Result(number, [number]), number) for number in range(300)]
     done = await asyncio.gather(*map(store.write, jobs))
     await store.close()
-    assert [outcome.value for outcome in done] == told == list(range(300))
+    assert [outcome.value for outcome in done] == published == list(range(300))
     assert "Boom" in caplog.text
 
 
@@ -2112,7 +2117,7 @@ RELEASED = {
 }  # fmt: skip
 
 
-def frozen(path: Path, version: int, messages: int = 60) -> Path:
+def released_database(path: Path, version: int, messages: int = 60) -> Path:
     """Make a database of a released format, with two people, a server, a deleted channel and messages, all of them indexed."""
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA journal_mode = wal")
@@ -2166,7 +2171,7 @@ def schema_of(db: sqlite3.Connection) -> Any:
 
 
 def migrated_schema(path: Path, version: int) -> Any:
-    frozen(path, version)
+    released_database(path, version)
     with contextlib.closing(chatrtc.prepare(path)) as db:
         return schema_of(db)
 
@@ -2202,7 +2207,7 @@ def dump(path: Path) -> str:
 
 @pytest.mark.parametrize("way", ["an error", "a kill"])
 async def test_a_migration_that_is_cut_off_leaves_the_old_format(tmp_path: Path, way: str) -> None:
-    path = frozen(tmp_path / "chat.db", 1)
+    path = released_database(tmp_path / "chat.db", 1)
     before = dump(path)
     last = {"an error": "INSERT INTO missing VALUES (1)", "a kill": "SELECT cut_off()"}[way]
     code = f"""
@@ -2223,11 +2228,11 @@ chatrtc.migrate(db)
 
 
 async def test_a_hundred_thousand_messages_are_migrated(tmp_path: Path) -> None:
-    path = frozen(tmp_path / "chat.db", 1, 100_000)
-    ended = await command("migrate", "--database", str(path))
+    path = released_database(tmp_path / "chat.db", 1, 100_000)
+    ended = await run_command("migrate", "--database", str(path))
     assert ended == (0, f"{path} has format {chatrtc.SCHEMA_FORMAT}\n", "")  # the progress bar is for a terminal
-    assert (await done("check", "--database", str(path))).startswith("sound: 2 users, 1 servers, 100000 messages")
-    ana = (await done("token", "ana", "--database", str(path))).strip()
+    assert (await run_ok("check", "--database", str(path))).startswith("sound: 2 users, 1 servers, 100000 messages")
+    ana = (await run_ok("token", "ana", "--database", str(path))).strip()
     process = await Process.start(path)
     async with process.world() as world:
         found = await world.call("GET", "/servers/1/search?q=number99998", token=ana)
@@ -2238,22 +2243,22 @@ async def test_a_hundred_thousand_messages_are_migrated(tmp_path: Path) -> None:
 
 
 async def test_an_older_format_is_for_a_start_or_for_migrate(tmp_path: Path) -> None:
-    path = frozen(tmp_path / "chat.db", 1)
+    path = released_database(tmp_path / "chat.db", 1)
     database = ("--database", str(path))
     before = dump(path)
     for line in ("export", "check", "user list", "token ana", "user add cy", "user delete ana --yes"):
-        refused(await command(*line.split(), *database, stdin="correct horse\n"), "older format", "`chatrtc migrate`")
-    assert "verified" in await done("backup", str(tmp_path / "copy"), *database)
+        expect_error(await run_command(*line.split(), *database, stdin="correct horse\n"), "older format", "`chatrtc migrate`")
+    assert "verified" in await run_ok("backup", str(tmp_path / "copy"), *database)
     assert dump(path) == dump(tmp_path / "copy") == before
     copied = tmp_path / "copied.db"  # by hand, and started
     shutil.copy(tmp_path / "copy", copied)
     process = await Process.start(copied)
     assert await process.stop() == (0, "")
-    await done("restore", str(tmp_path / "copy"), *database)
+    await run_ok("restore", str(tmp_path / "copy"), *database)
     for one in (path, copied):
-        assert "60 messages" in await done("check", "--database", str(one))
-        assert await done("migrate", "--database", str(one)) == f"{one} has format {chatrtc.SCHEMA_FORMAT}\n"
-    refused(await command("migrate", "--database", str(tmp_path / "missing.db")), "no database")
+        assert "60 messages" in await run_ok("check", "--database", str(one))
+        assert await run_ok("migrate", "--database", str(one)) == f"{one} has format {chatrtc.SCHEMA_FORMAT}\n"
+    expect_error(await run_command("migrate", "--database", str(tmp_path / "missing.db")), "no database")
 
 
 async def test_a_server_that_starts_again_has_all_that_it_acknowledged(tmp_path: Path) -> None:
@@ -2345,51 +2350,51 @@ async def test_typing_is_heard_once_a_second_and_ends_after_three(scene: Scene) 
     loop, typing = asyncio.get_running_loop(), {"channel_id": scene.place.channel_id}
     start = loop.time()
     for _ in range(5):
-        await scene.mine.ok("typing_start", typing)
-    assert await scene.here.hears("user:typing") == typing | {"user_id": scene.ana.user_id, "username": "ana"}
-    await scene.here.hears_not("user:typing")
-    stop = await scene.here.hears("typing_stop")
+        await scene.ana_socket.ok("typing_start", typing)
+    assert await scene.ben_socket.receive("user:typing") == typing | {"user_id": scene.ana.user_id, "username": "ana"}
+    await scene.ben_socket.receive_none("user:typing")
+    stop = await scene.ben_socket.receive("typing_stop")
     assert stop == typing | {"user_id": scene.ana.user_id, "username": "ana"}
     assert 2.9 <= loop.time() - start < 4.5
-    await scene.mine.ok("typing_start", typing)
-    await scene.here.hears("user:typing")
-    await scene.mine.close()
-    await scene.here.hears("typing_stop", user_id=scene.ana.user_id)
+    await scene.ana_socket.ok("typing_start", typing)
+    await scene.ben_socket.receive("user:typing")
+    await scene.ana_socket.close()
+    await scene.ben_socket.receive("typing_stop", user_id=scene.ana.user_id)
 
 
 async def test_typing_is_heard_by_the_other_tab_of_who_types(scene: Scene) -> None:
     tab = await scene.ana.socket(scene.place.server_id)
-    await scene.mine.ok("typing_start", {"channel_id": scene.place.channel_id})
-    await tab.hears("user:typing", user_id=scene.ana.user_id)
-    await scene.mine.hears_not("user:typing")
+    await scene.ana_socket.ok("typing_start", {"channel_id": scene.place.channel_id})
+    await tab.receive("user:typing", user_id=scene.ana.user_id)
+    await scene.ana_socket.receive_none("user:typing")
 
 
 async def test_several_tabs_are_one_person(scene: Scene) -> None:
-    scene.here.heard.clear()
-    scene.here._read = 0
+    scene.ben_socket.received.clear()
+    scene.ben_socket._read = 0
     tabs = [await scene.cy.socket(scene.place.server_id) for _ in range(3)]
-    assert (await scene.here.hears("user:connected"))["user_id"] == scene.cy.user_id
+    assert (await scene.ben_socket.receive("user:connected"))["user_id"] == scene.cy.user_id
     await tabs[0].close()
     await tabs[1].ok("leave_server", {"server_id": scene.place.server_id})
-    await scene.here.hears_not("user:connected", "user:disconnected")
-    ack = await scene.here.ok("join_server", {"server_id": scene.place.server_id})
+    await scene.ben_socket.receive_none("user:connected", "user:disconnected")
+    ack = await scene.ben_socket.ok("join_server", {"server_id": scene.place.server_id})
     assert scene.cy.user_id in ack["connected_users"]
     await tabs[2].close()
-    assert (await scene.here.hears("user:disconnected"))["user_id"] == scene.cy.user_id
-    ack = await scene.here.ok("join_server", {"server_id": scene.place.server_id})
+    assert (await scene.ben_socket.receive("user:disconnected"))["user_id"] == scene.cy.user_id
+    ack = await scene.ben_socket.ok("join_server", {"server_id": scene.place.server_id})
     assert ack["connected_users"] == sorted([scene.ana.user_id, scene.ben.user_id])
 
 
 async def test_joining_twice_is_joining_once(scene: Scene) -> None:
-    await scene.mine.ok("join_server", {"server_id": scene.place.server_id})
-    await scene.here.hears_not("user:connected")
+    await scene.ana_socket.ok("join_server", {"server_id": scene.place.server_id})
+    await scene.ben_socket.receive_none("user:connected")
     await scene.post()
-    await scene.mine.hears("message:new")
-    await scene.mine.hears_not("message:new")
-    await scene.mine.ok("leave_server", {"server_id": scene.place.server_id})
-    await scene.here.hears("user:disconnected", user_id=scene.ana.user_id)
-    await scene.mine.ok("leave_server", {"server_id": scene.place.server_id})  # again: nothing to do
-    await scene.here.hears_not("user:disconnected")
+    await scene.ana_socket.receive("message:new")
+    await scene.ana_socket.receive_none("message:new")
+    await scene.ana_socket.ok("leave_server", {"server_id": scene.place.server_id})
+    await scene.ben_socket.receive("user:disconnected", user_id=scene.ana.user_id)
+    await scene.ana_socket.ok("leave_server", {"server_id": scene.place.server_id})  # again: nothing to do
+    await scene.ben_socket.receive_none("user:disconnected")
 
 
 async def connected(person: Person, scene: Scene) -> dict[int, bool]:
@@ -2401,40 +2406,40 @@ async def test_the_invisible_count_as_not_connected_to_others(scene: Scene) -> N
     ana = scene.ana.user_id
     assert (await connected(scene.ben, scene))[ana]
     assert not (await connected(scene.ben, scene))[scene.cy.user_id], "who has not joined is not connected"
-    await scene.mine.ok("user:status", {"status": "invisible"})
-    assert (await scene.here.hears("user:disconnected"))["user_id"] == ana
+    await scene.ana_socket.ok("user:status", {"status": "invisible"})
+    assert (await scene.ben_socket.receive("user:disconnected"))["user_id"] == ana
     assert not (await connected(scene.ben, scene))[ana]
     assert (await connected(scene.ana, scene))[ana]
-    ack = await scene.here.ok("join_server", {"server_id": scene.place.server_id})
+    ack = await scene.ben_socket.ok("join_server", {"server_id": scene.place.server_id})
     assert ack["connected_users"] == [scene.ben.user_id]
     members = (await scene.ben.ok("GET", f"{scene.server}/members"))["members"]
     assert "invisible" not in {member["status"] for member in members}
-    await scene.mine.ok("typing_start", {"channel_id": scene.place.channel_id})
+    await scene.ana_socket.ok("typing_start", {"channel_id": scene.place.channel_id})
     tab = await scene.ana.socket(scene.place.server_id)
-    await scene.mine.close()
-    await scene.here.hears_not("user:connected", "user:disconnected", "user:typing", "typing_stop", "user:status")
+    await scene.ana_socket.close()
+    await scene.ben_socket.receive_none("user:connected", "user:disconnected", "user:typing", "typing_stop", "user:status")
     await tab.ok("user:status", {"status": "online"})
-    assert (await scene.here.hears("user:connected"))["user_id"] == ana
-    assert "user:status" in scene.here.names()
+    assert (await scene.ben_socket.receive("user:connected"))["user_id"] == ana
+    assert "user:status" in scene.ben_socket.names()
     assert (await connected(scene.ben, scene))[ana]
 
 
 async def test_who_turns_invisible_is_seen_to_stop_typing(scene: Scene) -> None:
-    await scene.mine.ok("typing_start", {"channel_id": scene.place.channel_id})
-    await scene.here.hears("user:typing", user_id=scene.ana.user_id)
-    await scene.mine.ok("user:status", {"status": "invisible"})
-    await scene.here.hears("typing_stop", user_id=scene.ana.user_id)
-    await scene.here.hears("user:disconnected", user_id=scene.ana.user_id)
+    await scene.ana_socket.ok("typing_start", {"channel_id": scene.place.channel_id})
+    await scene.ben_socket.receive("user:typing", user_id=scene.ana.user_id)
+    await scene.ana_socket.ok("user:status", {"status": "invisible"})
+    await scene.ben_socket.receive("typing_stop", user_id=scene.ana.user_id)
+    await scene.ben_socket.receive("user:disconnected", user_id=scene.ana.user_id)
 
 
 async def test_who_comes_invisible_is_not_seen_to_come(scene: Scene) -> None:
     await scene.cy.ok("PATCH", "/users/me", {"status": "invisible"})
-    await scene.away.close()
+    await scene.cy_socket.close()
     socket = await scene.cy.socket()
     ack = await socket.ok("join_server", {"server_id": scene.place.server_id})
     assert ack["connected_users"] == sorted(person.user_id for person in (scene.ana, scene.ben, scene.cy)), "oneself included"
     await socket.close()
-    await scene.here.hears_not("user:connected", "user:disconnected", "user:status")
+    await scene.ben_socket.receive_none("user:connected", "user:disconnected", "user:status")
 
 
 async def test_a_socket_that_goes_while_it_joins_leaves_no_presence(scene: Scene) -> None:
@@ -2445,8 +2450,8 @@ async def test_a_socket_that_goes_while_it_joins_leaves_no_presence(scene: Scene
         await socket.close()
     last = await scene.cy.socket(scene.place.server_id)
     await last.close()
-    await scene.here.hears("user:disconnected", user_id=scene.cy.user_id)
-    ack = await scene.here.ok("join_server", {"server_id": scene.place.server_id})
+    await scene.ben_socket.receive("user:disconnected", user_id=scene.cy.user_id)
+    ack = await scene.ben_socket.ok("join_server", {"server_id": scene.place.server_id})
     assert ack["connected_users"] == sorted([scene.ana.user_id, scene.ben.user_id])
 
 
@@ -2653,11 +2658,11 @@ async def test_logging_in_as_nobody_is_as_much_work(world: World, monkeypatch: p
 
 
 async def test_a_handshake_that_is_refused_says_why(world: World) -> None:
-    socket, told = Socket(), asyncio.get_running_loop().create_future()
-    socket.client.on("connect_error", told.set_result)
+    socket, rejected = Socket(), asyncio.get_running_loop().create_future()
+    socket.client.on("connect_error", rejected.set_result)
     with pytest.raises(socketio.exceptions.ConnectionError):
         await socket.connect(world.url, "not a token")
-    refusal = await asyncio.wait_for(told, PATIENCE)
+    refusal = await asyncio.wait_for(rejected, PATIENCE)
     assert refusal == {
         "message": "Invalid token",
         "data": {"error": "Invalid token", "code": "UNAUTHORIZED", "reason": "TOKEN_INVALID"},
@@ -3207,11 +3212,11 @@ def test_every_operation_that_changes_something_is_limited() -> None:
 
 async def test_a_durable_operation_takes_a_number_and_its_event_carries_it(world: World) -> None:
     matrix, chat = await Matrix(world).open(), world.chat.hub
-    told: list[chatrtc.Emit] = []
+    emitted: list[chatrtc.Emit] = []
     apply_effects = chat.store._publish
 
     def listen(effects: Sequence[chatrtc.Effect]) -> None:
-        told.extend(effect for effect in effects if isinstance(effect, chatrtc.Emit) and has_seq(effect.event))
+        emitted.extend(effect for effect in effects if isinstance(effect, chatrtc.Emit) and has_seq(effect.event))
         apply_effects(effects)
 
     chat.store._publish = listen
@@ -3233,11 +3238,11 @@ async def test_a_durable_operation_takes_a_number_and_its_event_carries_it(world
         if op.name == "remove_reaction":
             await by_rest(world, stage.token, chatrtc.OPERATIONS["add_reaction"], stage.args)
         before = last(newest)
-        told.clear()
+        emitted.clear()
         reply = await by_rest(world, stage.token, op, stage.args)
         assert reply.status < 300, (op.name, reply)
-        numbers = [emit.payload.seq for emit in told]  # type: ignore[attr-defined]
-        assert {emit.event for emit in told} <= durable, op.name
+        numbers = [emit.payload.seq for emit in emitted]  # type: ignore[attr-defined]
+        assert {emit.event for emit in emitted} <= durable, op.name
         assert numbers == list(range(before + 1, last(newest) + 1)), (
             f"{op.name}: take each number by next_seq() in its transaction, and carry it as `seq` of one event"
         )
@@ -3307,8 +3312,8 @@ async def test_a_repeated_nonce_gives_the_first_message_and_no_second_event(scen
     for content in ("once", "something else"):
         again = await scene.ana.call("POST", "/messages", body | {"content": content})
         assert (again.status, again.body, again.headers["Idempotent-Replayed"]) == (201, first.body, "true")
-    assert await scene.here.hears("message:new") == first.body
-    await scene.here.hears_not("message:new")
+    assert await scene.ben_socket.receive("message:new") == first.body
+    await scene.ben_socket.receive_none("message:new")
     other = await scene.ben.call("POST", "/messages", body)  # a nonce is its author's own
     assert other.body["message_id"] != first.body["message_id"]
     channel = await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "next"})
@@ -3427,14 +3432,14 @@ async def test_reactions_are_idempotent(scene: Scene) -> None:
     path = f"/messages/{message['message_id']}"
     for _ in range(2):
         assert (await scene.ben.call("PUT", f"{path}/reactions/👍🏽")).status == 204
-    await scene.here.hears("reaction:add")
-    await scene.here.hears_not("reaction:add")
+    await scene.ben_socket.receive("reaction:add")
+    await scene.ben_socket.receive_none("reaction:add")
     assert (await scene.ana.ok("GET", path))["reactions"] == [{"emoji": "👍🏽", "user_ids": [scene.ben.user_id]}]
     assert (await scene.ana.call("DELETE", f"{path}/reactions/👍🏽")).status == 204, "not mine, and nothing happens"
     for _ in range(2):
         assert (await scene.ben.call("DELETE", f"{path}/reactions/👍🏽")).status == 204
-    await scene.here.hears("reaction:remove", user_id=scene.ben.user_id)
-    await scene.here.hears_not("reaction:remove")
+    await scene.ben_socket.receive("reaction:remove", user_id=scene.ben.user_id)
+    await scene.ben_socket.receive_none("reaction:remove")
 
 
 async def test_an_emoji_with_and_without_its_variation_selector_is_one_reaction(scene: Scene) -> None:
@@ -3442,15 +3447,15 @@ async def test_an_emoji_with_and_without_its_variation_selector_is_one_reaction(
     for first, second in (("\u2764\ufe0f", "\u2764"), ("\u2764", "\u2764\ufe0f"), ("🏳\ufe0f\u200d🌈", "🏳\u200d🌈")):
         path = f"/messages/{(await scene.post())['message_id']}"
         await ana.ok("PUT", f"{path}/reactions/{first}")
-        assert (await scene.here.hears("reaction:add"))["emoji"] == first
+        assert (await scene.ben_socket.receive("reaction:add"))["emoji"] == first
         await ana.ok("PUT", f"{path}/reactions/{second}")  # changes nothing
         await ben.ok("PUT", f"{path}/reactions/{second}")
-        assert (await scene.here.hears("reaction:add"))["emoji"] == first, "the form that is on the message"
+        assert (await scene.ben_socket.receive("reaction:add"))["emoji"] == first, "the form that is on the message"
         both = [{"emoji": first, "user_ids": [ana.user_id, ben.user_id]}]
         assert (await ana.ok("GET", path))["reactions"] == both
         for person in (ana, ben):
             await person.ok("DELETE", f"{path}/reactions/{second}")
-            assert (await scene.here.hears("reaction:remove"))["emoji"] == first
+            assert (await scene.ben_socket.receive("reaction:remove"))["emoji"] == first
         assert "reactions" not in await ana.ok("GET", path)
 
 
@@ -3676,8 +3681,8 @@ async def test_a_server_is_handed_over(scene: Scene) -> None:
     seen = await ben.ok("GET", server)
     assert (seen["owner_id"], seen["role"]) == (ben.user_id, "owner")
     assert (await ana.ok("GET", server))["role"] == "admin"
-    told = [await scene.here.hears("member:updated") for _ in range(2)]
-    assert {(one["user_id"], one["role"]) for one in told} == {(ana.user_id, "admin"), (ben.user_id, "owner")}
+    updates = [await scene.ben_socket.receive("member:updated") for _ in range(2)]
+    assert {(one["user_id"], one["role"]) for one in updates} == {(ana.user_id, "admin"), (ben.user_id, "owner")}
     assert (await ana.call("DELETE", server)).code == "FORBIDDEN"
     await ana.ok("DELETE", f"{server}/members/{ana.user_id}")
     assert (await ana.call("GET", server)).code == "FORBIDDEN"
@@ -3741,7 +3746,7 @@ async def test_a_ban_can_take_the_invite_and_the_messages_with_it(scene: Scene) 
     await zoe.ok("DELETE", f"{server}/members/{zoe.user_id}")  # who left in time is banned all the same
     ban = {"revoke_invite": True, "delete_messages": True}
     assert (await scene.ana.call("PUT", f"{server}/bans/{zoe.user_id}", ban)).status == 204
-    deleted = [(await scene.here.hears("message:deleted"))["message_id"] for _ in posted]
+    deleted = [(await scene.ben_socket.receive("message:deleted"))["message_id"] for _ in posted]
     assert sorted(deleted) == posted
     page = await scene.ana.ok("GET", f"/channels/{channel_id}/messages")
     assert [message["message_id"] for message in page["messages"]][-1] == kept["message_id"]
@@ -3755,7 +3760,7 @@ async def test_a_ban_can_take_the_invite_and_the_messages_with_it(scene: Scene) 
 async def test_members_tell_admins_alone_by_which_invite_they_came(scene: Scene) -> None:
     invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
     zoe = await guest(scene, invite["code"], "Zoe Ray")
-    joined = await scene.here.hears("member:joined")
+    joined = await scene.ben_socket.receive("member:joined")
     facts = {
         "server_id": scene.place.server_id,
         "user_id": zoe.user_id,
@@ -3772,8 +3777,8 @@ async def test_members_tell_admins_alone_by_which_invite_they_came(scene: Scene)
             assert member == facts | hidden | seen
     assert (await zoe.ok("GET", "/users/me"))["guest"] is True
     account = await zoe.ok("POST", "/auth/password", {"new_password": "correct horse"})
-    told = await scene.here.hears("member:updated")
-    assert ("guest" in told, told["role"], told["name"]) == (False, "member", "Zoe Ray")
+    updated = await scene.ben_socket.receive("member:updated")
+    assert ("guest" in updated, updated["role"], updated["name"]) == (False, "member", "Zoe Ray")
     zoe.token = account["token"]
     assert "guest" not in await zoe.ok("GET", "/users/me")
 
@@ -3830,12 +3835,12 @@ async def test_all_guests_are_removed_at_once(scene: Scene, monkeypatch: pytest.
     await scene.ana.ok("PATCH", f"{scene.server}/members/{scene.ben.user_id}", {"role": "admin"})
     await scene.ana.ok("PATCH", f"{scene.server}/members/{guests[0].user_id}", {"role": "admin"})
     assert await scene.ben.ok("DELETE", f"{scene.server}/guests") == {"removed": 4}
-    left = [await scene.here.hears("member:left") for _ in range(4)]
+    left = [await scene.ben_socket.receive("member:left") for _ in range(4)]
     assert [one["user_id"] for one in left] == [one.user_id for one in guests[1:]]
-    await socket.hears("member:left", user_id=guests[1].user_id)
+    await socket.receive("member:left", user_id=guests[1].user_id)
     await scene.post()
-    await scene.here.hears("message:new")
-    await socket.hears_not("message:new")
+    await scene.ben_socket.receive("message:new")
+    await socket.receive_none("message:new")
     assert await scene.ana.ok("DELETE", f"{scene.server}/guests") == {"removed": 1}
     members = (await scene.ana.ok("GET", f"{scene.server}/members"))["members"]
     assert [member["username"] for member in members] == ["ana", "ben", "cy"]
@@ -3902,7 +3907,7 @@ async def test_there_is_a_most_of_servers_channels_and_invites(scene: Scene, mon
     for name, most in (("SERVERS_MAX", 3), ("CHANNELS_MAX", 3), ("INVITES_MAX", 4)):
         monkeypatch.setattr(chatrtc, name, most)
 
-    async def refused(person: Person, method: str, path: str, body: Any) -> None:
+    async def expect_limit(person: Person, method: str, path: str, body: Any) -> None:
         reply = await person.call(method, path, body)
         assert (reply.code, reply.body["reason"]) == ("CONFLICT", "TOO_MANY"), path
 
@@ -3911,22 +3916,22 @@ async def test_there_is_a_most_of_servers_channels_and_invites(scene: Scene, mon
         await ana.ok("POST", f"{server}/channels", {"name": name})
         await ben.ok("POST", "/servers", {"name": name})
     await ben.ok("POST", "/servers", {"name": "one"})
-    await refused(ana, "POST", "/servers", {"name": "four"})
-    await refused(ana, "PATCH", f"{server}/members/{ben.user_id}", {"role": "owner"})
-    await refused(ana, "POST", f"{server}/channels", {"name": "four"})
+    await expect_limit(ana, "POST", "/servers", {"name": "four"})
+    await expect_limit(ana, "PATCH", f"{server}/members/{ben.user_id}", {"role": "owner"})
+    await expect_limit(ana, "POST", f"{server}/channels", {"name": "four"})
     listed = (await ana.ok("GET", "/servers"))["servers"]
     assert listed == [await ana.ok("GET", f"/servers/{one['server_id']}") for one in listed]
     assert [len(one["channels"]) for one in listed] == [3, 1, 1]
     first = (await ana.ok("GET", f"{server}/invites"))["invites"]
     spent = await ana.ok("POST", f"{server}/invites", {"max_uses": 1})
     live = [await ana.ok("POST", f"{server}/invites", {}) for _ in range(2)]
-    await refused(ana, "POST", f"{server}/invites", {})
+    await expect_limit(ana, "POST", f"{server}/invites", {})
     await scene.dee.ok("POST", f"/invites/{spent['code']}")
     assert (await scene.world.call("GET", f"/invites/{spent['code']}")).body["reason"] == "INVITE_SPENT"
     new = await ana.ok("POST", f"{server}/invites", {})
     listed = (await ana.ok("GET", f"{server}/invites"))["invites"]
     assert [one["code"] for one in listed] == [one["code"] for one in [*first, *live, new]], "the spent one made room"
-    await refused(ana, "POST", f"{server}/invites", {})
+    await expect_limit(ana, "POST", f"{server}/invites", {})
 
 
 async def test_lists_take_one_query_each(scene: Scene) -> None:
@@ -3969,7 +3974,7 @@ async def test_invites_end_by_use_and_by_time(scene: Scene) -> None:
     assert [invite["uses"] for invite in listed if invite["code"] == once["code"]] == [1]
     async with asyncio.timeout(PATIENCE):  # until its second is over
         while (await scene.world.call("GET", f"/invites/{brief['code']}")).status == 200:
-            await scene.here.ok("ping")
+            await scene.ben_socket.ok("ping")
     assert (await eve.call("POST", f"/invites/{brief['code']}")).body["reason"] == "INVITE_EXPIRED"
     assert (await scene.cy.call("POST", f"/invites/{brief['code']}")).status == 200, "a member may follow it"
     revoked = await scene.ana.ok("POST", f"{server}/invites", {})
@@ -3997,26 +4002,26 @@ async def test_channel_names_are_unique_in_their_server(scene: Scene) -> None:
 
 async def test_a_new_channel_is_heard_at_once_and_a_deleted_one_no_more(scene: Scene) -> None:
     channel = await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "new"})
-    await scene.here.hears("channel:created")
-    await scene.mine.ok("typing_start", {"channel_id": channel["channel_id"]})
-    await scene.here.hears("user:typing", channel_id=channel["channel_id"])
+    await scene.ben_socket.receive("channel:created")
+    await scene.ana_socket.ok("typing_start", {"channel_id": channel["channel_id"]})
+    await scene.ben_socket.receive("user:typing", channel_id=channel["channel_id"])
     await scene.ana.ok("DELETE", f"/channels/{channel['channel_id']}")
-    await scene.here.hears("channel:deleted")
+    await scene.ben_socket.receive("channel:deleted")
     for reply in (
         await scene.ana.call("GET", f"/channels/{channel['channel_id']}/messages"),
         await scene.ana.call("POST", "/messages", {"channel_id": channel["channel_id"], "content": "x"}),
     ):
         assert reply.code == "NOT_FOUND"
-    assert (await scene.mine.call("typing_start", {"channel_id": channel["channel_id"]}))["code"] == "NOT_FOUND"
+    assert (await scene.ana_socket.call("typing_start", {"channel_id": channel["channel_id"]}))["code"] == "NOT_FOUND"
 
 
 async def test_what_a_deleted_server_leaves_is_nothing(scene: Scene) -> None:
     message = await scene.post()
     await scene.ana.ok("DELETE", scene.server)
-    await scene.here.hears("server:deleted")
+    await scene.ben_socket.receive("server:deleted")
     for path in (scene.server, f"/channels/{scene.place.channel_id}/messages", f"/messages/{message['message_id']}"):
         assert (await scene.ben.call("GET", path)).code == "NOT_FOUND"
-    assert (await scene.here.call("join_server", {"server_id": scene.place.server_id}))["code"] == "NOT_FOUND"
+    assert (await scene.ben_socket.call("join_server", {"server_id": scene.place.server_id}))["code"] == "NOT_FOUND"
     again = await scene.world.place(scene.ana)
     assert again.server_id > scene.place.server_id, "an id is never used again"
     assert again.channel_id > scene.place.channel_id
@@ -4253,18 +4258,18 @@ async def test_broadcasts_acks_and_emits_keep_their_order(bare):
         expected.append(f'42["e",{{"n":{n}}}]')
         if n % 10 == 0:
             expected += [f'42["f",{n}]', f'42["g",{n}]']
-    heard = [await clients[0].next() for _ in expected]
+    received = [await clients[0].next() for _ in expected]
     polled: list[str] = []
     while len(polled) < len(expected):
         polled += (await clients[1].get())[1].split("\x1e")
-    assert heard == expected
+    assert received == expected
     assert [p for p in polled if p != "2"] == expected
 
 
 async def test_a_rooms_batch_keeps_the_order_of_all_that_a_client_is_told(bare):
     """Interleaved rooms, single clients, skipped clients and changing members: each hears its own, in the order of telling."""
     clients = [await bare.join() for _ in range(3)]
-    told: dict[str, list[str]] = {client.sid: [] for client in clients}
+    expected: dict[str, list[str]] = {client.sid: [] for client in clients}
     rooms: dict[str, set[str]] = {"r": set(), "s": set()}
     chance = random.Random(7)
     for number in range(400):
@@ -4278,17 +4283,17 @@ async def test_a_rooms_batch_keeps_the_order_of_all_that_a_client_is_told(bare):
                 rooms[room].discard(client.sid)
             case 2:
                 bare.sio.publish("e", number, client.sid)
-                told[client.sid].append(f'42["e",{number}]')
+                expected[client.sid].append(f'42["e",{number}]')
             case 3:
                 await asyncio.sleep(0)
             case skip:
                 skipped = client.sid if skip == 4 else None
                 bare.sio.publish("e", number, room, skipped)
                 for sid in rooms[room] - {skipped}:
-                    told[sid].append(f'42["e",{number}]')
-    assert min(map(len, told.values())) > 50
+                    expected[sid].append(f'42["e",{number}]')
+    assert min(map(len, expected.values())) > 50
     for client in clients:
-        assert [await client.next() for _ in told[client.sid]] == told[client.sid]
+        assert [await client.next() for _ in expected[client.sid]] == expected[client.sid]
 
 
 async def test_a_poll_brings_no_more_than_any_client_takes(bare):
@@ -4296,12 +4301,12 @@ async def test_a_poll_brings_no_more_than_any_client_takes(bare):
     for number in range(40):
         bare.sio.publish("e", number, client.sio_sid)
     sizes: list[int] = []
-    heard: list[str] = []
-    while len(heard) < 40:
+    received: list[str] = []
+    while len(received) < 40:
         packets = [packet for packet in (await client.get())[1].split("\x1e") if packet != "2"]
         sizes.append(len(packets))
-        heard += packets
-    assert heard == [f'42["e",{number}]' for number in range(40)] and max(sizes) <= chatrtc.POLL_PACKETS
+        received += packets
+    assert received == [f'42["e",{number}]' for number in range(40)] and max(sizes) <= chatrtc.POLL_PACKETS
 
 
 async def test_nothing_is_kept_for_rooms_where_nobody_is(bare):
@@ -4651,7 +4656,7 @@ async def test_http_errors_are_json(bare):
 
 
 @pytest.mark.parametrize(
-    ("told", "address"),
+    ("forwarded", "address"),
     {
         "": "127.0.0.1", "203.0.113.9": "203.0.113.9", "198.51.100.1, 203.0.113.9": "203.0.113.9",
         "203.0.113.9, 10.1.2.3": "203.0.113.9", "10.1.2.3, 10.1.2.4": "10.1.2.3", "garbage": "127.0.0.1",
@@ -4661,14 +4666,14 @@ async def test_http_errors_are_json(bare):
         "203.0.113.9," + ",".join(["10.0.0.1"] * 40): "10.0.0.1", "1.2.3.4\t": "1.2.3.4", "\"1.2.3.4\"": "127.0.0.1",
     }.items(),
 )  # fmt: skip
-async def test_a_trusted_proxy_tells_the_address_of_a_client(told: str, address: str):
+async def test_a_trusted_proxy_tells_the_address_of_a_client(forwarded: str, address: str):
     async with Bare(proxies=[chatrtc.parse_network("127.0.0.1"), chatrtc.parse_network("10.0.0.0/8")]) as bare:
-        ws = await bare.ws(headers={"X-Forwarded-For": told})
+        ws = await bare.ws(headers={"X-Forwarded-For": forwarded})
         await ws.next()
         await ws.ask("40")
         assert list(bare.sio.eio.per_address) == [address]
     async with Bare(proxies=[chatrtc.parse_network("10.0.0.0/8"), None]) as bare:
-        await (await bare.ws(headers={"X-Forwarded-For": told})).next()
+        await (await bare.ws(headers={"X-Forwarded-For": forwarded})).next()
         assert list(bare.sio.eio.per_address) == ["127.0.0.1"], "nobody else is believed"
 
 
@@ -4763,10 +4768,10 @@ ORIGINS = [  # the origin, the name that was asked for, what a proxy says, wheth
 
 @pytest.mark.parametrize("number", range(len(ORIGINS)))
 async def test_pages_of_other_origins_are_refused(make_world: MakeWorld, number: int) -> None:
-    origin, host, told, allowed = ORIGINS[number]
-    trust = {"trusted_proxy": ["127.0.0.0/8"]} if told else {"host": "0.0.0.0"}
+    origin, host, forwarded, allowed = ORIGINS[number]
+    trust = {"trusted_proxy": ["127.0.0.0/8"]} if forwarded else {"host": "0.0.0.0"}
     world = await make_world(cors_origin=["https://OK.example"], **trust)
-    headers = {"Origin": origin, "Host": host} | {f"X-Forwarded-{name}": value for name, value in told.items()}
+    headers = {"Origin": origin, "Host": host} | {f"X-Forwarded-{name}": value for name, value in forwarded.items()}
     reply = await world.call("GET", "/healthz", headers=headers)
     assert (reply.status, reply.body.get("reason")) == ((200, None) if allowed else (403, "ORIGIN"))
     assert reply.headers.get("Access-Control-Allow-Origin") == (origin if allowed else None)
@@ -4824,7 +4829,7 @@ async def upgrade(bare, client):
 async def test_upgrade_under_fire_keeps_the_order(bare):
     client = await bare.poller()
     bare.sio.enter(client.sio_sid, "r")
-    poll, heard, count = asyncio.create_task(client.get()), [], 0
+    poll, received, count = asyncio.create_task(client.get()), [], 0
 
     def fire(times):
         nonlocal count
@@ -4835,16 +4840,16 @@ async def test_upgrade_under_fire_keeps_the_order(bare):
     fire(10)
     ws = await upgrade(bare, client)
     fire(10)
-    heard += (await poll)[1].split("\x1e")
+    received += (await poll)[1].split("\x1e")
     await ws.send("5")
     fire(10)
     while not bare.sio.eio.sockets[client.sid].upgraded:
         fire(1)
         await asyncio.sleep(0)
     fire(10)
-    while len([h for h in heard if h != "6"]) < count:
-        heard.append(await ws.next())
-    assert [h for h in heard if h != "6"] == [f'42["e",{n}]' for n in range(count)]
+    while len([h for h in received if h != "6"]) < count:
+        received.append(await ws.next())
+    assert [h for h in received if h != "6"] == [f'42["e",{n}]' for n in range(count)]
     assert (await client.get())[0] == 400
     assert await ws.ask(event("echo", ack=1)) == "431[]"
 
@@ -4892,10 +4897,10 @@ async def test_cut_of_a_websocket(bare, final):
     bare.sio.cut(ws.sid, final=final)
     bare.sio.publish("after", 1, "r")
     assert bare.sio.members("r") == [other.sid]
-    heard = []
+    received = []
     while (packet := await ws.next()) is not None:
-        heard.append(packet)
-    assert heard == ['42["before",1]'] + ["41"] * final
+        received.append(packet)
+    assert received == ['42["before",1]'] + ["41"] * final
     assert (await bare.next_gone())[0] == ws.sid
     assert [await other.next(), await other.next()] == ['42["before",1]', '42["after",1]']
     bare.sio.cut(ws.sid, final=final)
@@ -5122,43 +5127,45 @@ async def test_two_people_talk_through_the_relay(make_world: MakeWorld) -> None:
     at = await Scene.make(world)
     voice = await at.ana.ok("POST", f"{at.server}/channels", {"name": "talk", "kind": "voice"})
     channel = {"channel_id": voice["channel_id"]}
-    first = await at.mine.ok("voice:join", channel)
+    first = await at.ana_socket.ok("voice:join", channel)
     assert first["participants"] == []
     assert first["ice_servers"] == [{"urls": "stun:example.org:3478"}]
-    second = await at.here.ok("voice:join", channel)
+    second = await at.ben_socket.ok("voice:join", channel)
     assert second["participants"] == [{"user_id": at.ana.user_id, "username": "ana", "peer_id": first["peer_id"]}]
     offer = {"type": "offer", "sdp": "v=0", "list": [1, None, {"deep": True}]}
-    assert await at.here.ok("voice:signal", channel | {"to": first["peer_id"], "data": offer}) == {"success": True}
-    heard = await at.mine.hears("voice:signal")
-    assert heard == channel | {"from": second["peer_id"], "user_id": at.ben.user_id, "data": offer}
-    await at.here.hears_not("voice:signal")
-    outsider = await at.away.call("voice:signal", channel | {"to": first["peer_id"], "data": offer})
+    assert await at.ben_socket.ok("voice:signal", channel | {"to": first["peer_id"], "data": offer}) == {"success": True}
+    received = await at.ana_socket.receive("voice:signal")
+    assert received == channel | {"from": second["peer_id"], "user_id": at.ben.user_id, "data": offer}
+    await at.ben_socket.receive_none("voice:signal")
+    outsider = await at.cy_socket.call("voice:signal", channel | {"to": first["peer_id"], "data": offer})
     assert outsider["code"] == "FORBIDDEN"
-    assert (await at.here.call("voice:signal", channel | {"to": "nobody", "data": 1}))["code"] == "NOT_FOUND"
-    await at.mine.hears_not("voice:signal")
-    assert (await at.here.ok("voice:join", channel))["peer_id"] == second["peer_id"], "again: nothing changes"
-    await at.mine.close()
-    assert (await at.here.hears("voice:leave"))["peer_id"] == first["peer_id"]
+    assert (await at.ben_socket.call("voice:signal", channel | {"to": "nobody", "data": 1}))["code"] == "NOT_FOUND"
+    await at.ana_socket.receive_none("voice:signal")
+    assert (await at.ben_socket.ok("voice:join", channel))["peer_id"] == second["peer_id"], "again: nothing changes"
+    await at.ana_socket.close()
+    assert (await at.ben_socket.receive("voice:leave"))["peer_id"] == first["peer_id"]
     text = {"channel_id": at.place.channel_id}
-    assert (await at.here.call("voice:join", text))["code"] == "BAD_REQUEST"
-    assert await at.here.ok("voice:leave", text) == {"success": True}, "not in it: nothing happens"
+    assert (await at.ben_socket.call("voice:join", text))["code"] == "BAD_REQUEST"
+    assert await at.ben_socket.ok("voice:leave", text) == {"success": True}, "not in it: nothing happens"
 
 
 async def test_a_second_device_takes_over_in_voice(scene: Scene) -> None:
     channel_id, mine = await talk(scene)
     channel = {"channel_id": channel_id}
-    await scene.here.ok("voice:join", channel)
+    await scene.ben_socket.ok("voice:join", channel)
     phone = await scene.ana.socket(scene.place.server_id)
     ack = await phone.ok("voice:join", channel)
     assert [peer["username"] for peer in ack["participants"]] == ["ben"]
-    assert (await scene.mine.hears("voice:leave"))["peer_id"] == mine["peer_id"] != ack["peer_id"]
-    assert (await scene.here.hears("voice:join", user_id=scene.ana.user_id, peer_id=ack["peer_id"]))["channel_id"] == channel_id
+    assert (await scene.ana_socket.receive("voice:leave"))["peer_id"] == mine["peer_id"] != ack["peer_id"]
+    assert (await scene.ben_socket.receive("voice:join", user_id=scene.ana.user_id, peer_id=ack["peer_id"]))[
+        "channel_id"
+    ] == channel_id
     signal_to_ben = channel | {"to": ack["participants"][0]["peer_id"], "data": 1}
-    assert (await scene.mine.call("voice:signal", signal_to_ben))["reason"] == "NOT_IN_VOICE"
+    assert (await scene.ana_socket.call("voice:signal", signal_to_ben))["reason"] == "NOT_IN_VOICE"
     await phone.ok("voice:signal", signal_to_ben)
-    assert (await scene.here.hears("voice:signal"))["from"] == ack["peer_id"]
-    await scene.mine.ok("voice:leave", channel)  # it is out already: the phone stays
-    assert len((await scene.here.ok("voice:join", channel))["participants"]) == 1
+    assert (await scene.ben_socket.receive("voice:signal"))["from"] == ack["peer_id"]
+    await scene.ana_socket.ok("voice:leave", channel)  # it is out already: the phone stays
+    assert len((await scene.ben_socket.ok("voice:join", channel))["participants"]) == 1
 
 
 async def test_a_voice_channel_takes_so_many_people(make_world: MakeWorld) -> None:
@@ -5166,43 +5173,43 @@ async def test_a_voice_channel_takes_so_many_people(make_world: MakeWorld) -> No
     channel_id, _ = await talk(at)
     other = await at.ana.ok("POST", f"{at.server}/channels", {"name": "second", "kind": "voice"})
     channel = {"channel_id": channel_id}
-    await at.here.ok("voice:join", channel)
-    await at.away.ok("join_server", {"server_id": at.place.server_id})
-    first = await at.away.ok("voice:join", {"channel_id": other["channel_id"]})
-    refused = await at.away.call("voice:join", channel)
+    await at.ben_socket.ok("voice:join", channel)
+    await at.cy_socket.ok("join_server", {"server_id": at.place.server_id})
+    first = await at.cy_socket.ok("voice:join", {"channel_id": other["channel_id"]})
+    refused = await at.cy_socket.call("voice:join", channel)
     assert (refused["code"], refused["reason"]) == ("CONFLICT", "VOICE_FULL")
-    assert await at.away.ok("voice:join", {"channel_id": other["channel_id"]}) == first, "still where they were"
+    assert await at.cy_socket.ok("voice:join", {"channel_id": other["channel_id"]}) == first, "still where they were"
     phone = await at.ben.socket(at.place.server_id)
     await phone.ok("voice:join", channel)  # one device for another
-    await at.mine.ok("voice:leave", channel)
-    await at.away.ok("voice:join", channel)
+    await at.ana_socket.ok("voice:leave", channel)
+    await at.cy_socket.ok("voice:join", channel)
 
 
 async def test_signals_are_limited_by_user(make_world: MakeWorld) -> None:
     at = await Scene.make(await make_world(no_rate_limit=False))
     channel_id, mine = await talk(at)
     to_me = {"channel_id": channel_id, "to": mine["peer_id"], "data": 1}
-    acks = await asyncio.gather(*(at.mine.call("voice:signal", to_me) for _ in range(330)))
+    acks = await asyncio.gather(*(at.ana_socket.call("voice:signal", to_me) for _ in range(330)))
     assert acks[299]["success"] and acks[-1]["reason"] == "TOO_OFTEN"
-    await at.mine.ok("ping")  # a limit of their own
+    await at.ana_socket.ok("ping")  # a limit of their own
 
 
 async def test_signals_are_bounded_and_drop_nobody(scene: Scene) -> None:
     at, (channel_id, _) = scene, await talk(scene)
     wire = await Wire.join(at.ben, at.place, window=4096)  # a peer that stops reading for a while
     await wire.say('421["voice:join",' + json.dumps({"channel_id": channel_id}) + "]")
-    joined = await at.mine.hears("voice:join", user_id=at.ben.user_id)
+    joined = await at.ana_socket.receive("voice:join", user_id=at.ben.user_id)
     to_ben = {"channel_id": channel_id, "to": joined["peer_id"]}
     for data in ("x" * 120_000, {"sdp": "ä" * 8192}, ["x" * 16384]):
-        refused = await at.mine.call("voice:signal", to_ben | {"data": data})
+        refused = await at.ana_socket.call("voice:signal", to_ben | {"data": data})
         assert (refused["code"], refused["reason"], refused["field"]) == ("TOO_LARGE", "FIELD_LONG", "data")
-    assert (await at.mine.call("voice:signal", to_ben | {"data": {"sdp": b"x"}}))["code"] == "BAD_REQUEST"
-    acks = [await at.mine.call("voice:signal", to_ben | {"data": "x" * 16382}) for _ in range(400)]
+    assert (await at.ana_socket.call("voice:signal", to_ben | {"data": {"sdp": b"x"}}))["code"] == "BAD_REQUEST"
+    acks = [await at.ana_socket.call("voice:signal", to_ben | {"data": "x" * 16382}) for _ in range(400)]
     assert acks[0] == {"success": True}
     assert acks[-1]["reason"] == "PEER_BEHIND", "what waits for the peer has a bound well under its end"
     wire.listen()
-    await until(lambda: sum(event == "voice:signal" for _, event, _ in wire.heard) == acks.count({"success": True}))
-    await at.mine.ok("voice:signal", to_ben | {"data": 1})
+    await until(lambda: sum(event == "voice:signal" for _, event, _ in wire.received) == acks.count({"success": True}))
+    await at.ana_socket.ok("voice:signal", to_ben | {"data": 1})
     assert wire.open()
 
 
@@ -5229,52 +5236,52 @@ async def test_the_program_itself_has_no_token_to_end(world: World) -> None:
 
 
 async def test_a_listener_hears_what_sockets_hear(world: World) -> None:
-    told: asyncio.Queue[Any] = asyncio.Queue()
+    published: asyncio.Queue[Any] = asyncio.Queue()
 
     @world.chat.on("message:new")
     async def listen(payload: Any) -> None:
-        await told.put(payload)
+        await published.put(payload)
 
     ana = await world.person("ana")
     place = await world.place(ana)
     socket = await ana.socket(place.server_id)
     posted = await world.chat.post_message(author_id=ana.user_id, channel_id=place.channel_id, content="by program")
-    heard = await socket.hears("message:new")
-    assert heard == msgspec.to_builtins(posted) == await asyncio.wait_for(told.get(), PATIENCE)
+    received = await socket.receive("message:new")
+    assert received == msgspec.to_builtins(posted) == await asyncio.wait_for(published.get(), PATIENCE)
 
 
 async def test_a_listener_that_sleeps_delays_no_other(world: World) -> None:
-    heard: dict[str, list[str]] = {"slow": [], "quick": []}
+    received: dict[str, list[str]] = {"slow": [], "quick": []}
     gate = asyncio.Event()
 
     @world.chat.on("message:new")
     async def slow(payload: Any) -> None:
-        heard["slow"].append(payload["content"])
+        received["slow"].append(payload["content"])
         await gate.wait()
 
     @world.chat.on("message:new")
     async def quick(payload: Any) -> None:
-        heard["quick"].append(payload["content"])
+        received["quick"].append(payload["content"])
 
     ana = await world.person("ana")
     place = await world.place(ana)
     posted = [(await ana.post(place.channel_id, str(number)))["content"] for number in range(20)]
-    await until(lambda: heard["quick"] == posted)
-    assert heard["slow"] == ["0"]
+    await until(lambda: received["quick"] == posted)
+    assert received["slow"] == ["0"]
     gate.set()
-    await until(lambda: heard["slow"] == posted)
+    await until(lambda: received["slow"] == posted)
 
 
 async def test_a_listener_that_falls_behind_misses_the_oldest_and_the_log_says_so(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(chatrtc, "LISTENER_EVENTS", 4)
-    heard: list[str] = []
+    received: list[str] = []
     gate = asyncio.Event()
 
     @world.chat.on("message:new")
     async def slow(payload: Any) -> None:
-        heard.append(payload["content"])
+        received.append(payload["content"])
         await gate.wait()
 
     ana = await world.person("ana")
@@ -5282,7 +5289,7 @@ async def test_a_listener_that_falls_behind_misses_the_oldest_and_the_log_says_s
     for number in range(20):
         await ana.post(place.channel_id, str(number))
     gate.set()
-    await until(lambda: heard == ["0", "16", "17", "18", "19"])
+    await until(lambda: received == ["0", "16", "17", "18", "19"])
     assert ["too slow" in record.message for record in caplog.records] == [True], "one line a minute"
 
 
@@ -5384,7 +5391,7 @@ async def test_what_does_not_fit_is_refused_by_its_declaration(scene: Scene, doo
             if door == "rest":
                 got = (await by_rest(scene.world, scene.ana.token, op, args)).code
             else:
-                got = (await scene.mine.call(op.event or "", args)).get("code")
+                got = (await scene.ana_socket.call(op.event or "", args)).get("code")
             tried += 1
             if got != mistake.code:
                 wrong.append(f"{op.name}: {mistake.field} {mistake.wrong}: {got}, expected {mistake.code}")
@@ -5423,11 +5430,11 @@ async def test_events_of_one_socket_are_handled_in_the_order_they_were_sent(scen
     await socket.client.emit("leave_server", {"server_id": scene.place.server_id})
     await socket.client.emit("join_server", {"server_id": scene.place.server_id})
     for number in range(30):
-        assert (await scene.here.hears("message:edit"))["content"] == str(number)
-    await scene.here.hears("user:typing")
-    await scene.here.hears("typing_stop")
-    await socket.hears("message:edit", content="29")
-    await socket.hears_not("error")
+        assert (await scene.ben_socket.receive("message:edit"))["content"] == str(number)
+    await scene.ben_socket.receive("user:typing")
+    await scene.ben_socket.receive("typing_stop")
+    await socket.receive("message:edit", content="29")
+    await socket.receive_none("error")
 
 
 RESERVED = ["connect", "disconnect", "connect_error", "newListener", "message", "*", "error", "", "__proto__"]
@@ -5436,16 +5443,16 @@ RESERVED = ["connect", "disconnect", "connect_error", "newListener", "message", 
 async def test_whatever_event_is_sent_gets_its_ack(scene: Scene) -> None:
     for event in [*RESERVED, "message:new", "user:connected", "x" * 5000]:
         for payload in ((), ({"server_id": 1},), ("spoofed",), (None,)):
-            ack = await scene.mine.call(event, *payload)
+            ack = await scene.ana_socket.call(event, *payload)
             assert (ack["success"], ack["code"]) == (False, "NOT_FOUND"), event
     for event in chatrtc.CLIENT_EVENTS:
         wrong: list[tuple[Any, ...]] = [({}, {}), (b"\x00\xff",), ({"server_id": b"x"},), ([],), ("x",), (1,), ({"x": 1},)]
         for arguments in wrong if event == "ping" else [*wrong, (), (None,)]:
-            ack = await scene.mine.call(event, *arguments)
+            ack = await scene.ana_socket.call(event, *arguments)
             assert (ack["success"], ack["code"]) == (False, "BAD_REQUEST"), (event, arguments)
-    assert (await scene.mine.call("ping", None))["success"] is True
-    await scene.mine.ok("ping")
-    await scene.here.hears_not("user:disconnected")
+    assert (await scene.ana_socket.call("ping", None))["success"] is True
+    await scene.ana_socket.ok("ping")
+    await scene.ben_socket.receive_none("user:disconnected")
 
 
 SCRAPS = strategies.recursive(
@@ -5503,10 +5510,10 @@ NEVER = {"INTERNAL_ERROR", "UNAVAILABLE"}
 
 async def try_emissions(scene: Scene, tries: list[tuple[Any, tuple[Any, ...]]]) -> None:
     for event, payload in tries:
-        ack = await scene.mine.call(event, *payload)
+        ack = await scene.ana_socket.call(event, *payload)
         assert ack.get("code") not in NEVER, (event, payload, ack)
-    assert not scene.mine.closed.is_set()
-    await scene.mine.ok("ping")
+    assert not scene.ana_socket.closed.is_set()
+    await scene.ana_socket.ok("ping")
 
 
 @fuzz(80)
@@ -5624,7 +5631,7 @@ socket.on('disconnect', (reason) => console.log('GONE ' + reason));
 
 async def node(folder: Path, script: str) -> asyncio.subprocess.Process:
     """Run a script that finds the packages beside the tests."""
-    program, packages = tool("node"), HERE / "node_modules"
+    program, packages = find_program("node"), HERE / "node_modules"
     if not (packages / "socket.io-client").is_dir():
         refuse = pytest.fail if os.environ.get("CI") else pytest.skip
         refuse("npm install --no-save --no-package-lock socket.io-client@^4.8 has not been run")
@@ -5641,13 +5648,13 @@ async def test_the_sample_of_the_specification_works_as_it_stands(world: World, 
     for name in ("two", "three"):
         channel = await ana.ok("POST", f"/servers/{place.server_id}/channels", {"name": name})
     assert (place.server_id, channel["channel_id"]) == (1, 3)
-    hears = await ana.socket(place.server_id)
+    listener = await ana.socket(place.server_id)
     script = SAMPLE.replace("http://localhost:3000", world.url).replace("YOUR_JWT_TOKEN", ben.token)
     process = await node(tmp_path, script + REPORT)
     try:
         who = {"user_id": ben.user_id, "username": "john_doe"}
-        assert await hears.hears("user:connected", user_id=ben.user_id) == who | {"server_id": 1}
-        assert await hears.hears("user:typing") == who | {"channel_id": 3}
+        assert await listener.receive("user:connected", user_id=ben.user_id) == who | {"server_id": 1}
+        assert await listener.receive("user:typing") == who | {"channel_id": 3}
         message = await ana.post(3, "Hello world!")
         assert process.stdout is not None
         async with asyncio.timeout(PATIENCE):
@@ -5664,7 +5671,7 @@ async def test_the_sample_of_the_specification_works_as_it_stands(world: World, 
     finally:
         process.kill()
         await process.wait()
-    assert (await hears.hears("user:disconnected"))["user_id"] == ben.user_id
+    assert (await listener.receive("user:disconnected"))["user_id"] == ben.user_id
 
 
 # ---- Application ----------------------------------------------------------------------------------------------------
@@ -5834,7 +5841,7 @@ async def test_the_log_tells_of_refusals_and_of_what_admins_do(tmp_path: Path) -
         await ana.ok("DELETE", f"/servers/{place.server_id}")
         words = {"old_password": "correct horse", "new_password": "battery staple"}
         assert (await ben.call("POST", "/auth/password", words)).status == 200
-        await done("user", "delete", "ben", "--yes", "--database", str(tmp_path / "chat.db"))
+        await run_ok("user", "delete", "ben", "--yes", "--database", str(tmp_path / "chat.db"))
     status, log = await process.stop()
     assert status == 0
     for address in ("203.0.113.5", "2001:db8::/64", "127.0.0.1"):
@@ -5870,7 +5877,7 @@ async def test_a_chat_lives_under_a_prefix(tmp_path: Path) -> None:
             world.sockets.append(await socket.connect(url, ana.token, path="chat/socket.io", transports=transports))
             await socket.ok("join_server", {"server_id": place.server_id})
             posted = await ana.post(place.channel_id)
-            assert await socket.hears("message:new") == posted
+            assert await socket.receive("message:new") == posted
         async with world.session.get(f"{url}/") as response:
             assert await response.text() == "mine"
             assert "Content-Security-Policy" not in response.headers
@@ -5886,11 +5893,11 @@ async def test_a_chat_lives_under_a_prefix(tmp_path: Path) -> None:
 
 
 async def test_the_program_does_what_a_route_does(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    chat, told = world.chat, asyncio.Queue[Any]()
+    chat, published = world.chat, asyncio.Queue[Any]()
 
     @chat.on("message:new")
     async def remember(message: Any) -> None:
-        await told.put(message)
+        await published.put(message)
         if message["content"] == "stumble":
             raise ValueError("a listener's own defect")
 
@@ -5902,11 +5909,11 @@ async def test_the_program_does_what_a_route_does(world: World, caplog: pytest.L
     for content in ("stumble", "hello"):
         message = await chat.post_message(channel_id=place.channel_id, author_id=ana.user_id, content=content)
         assert isinstance(message, chatrtc.Message)
-        heard = await socket.hears("message:new")
-        assert heard["content"] == content
-        assert heard["message_id"] == message.message_id
+        received = await socket.receive("message:new")
+        assert received["content"] == content
+        assert received["message_id"] == message.message_id
         async with asyncio.timeout(PATIENCE):
-            assert await told.get() == heard
+            assert await published.get() == received
     assert [record.getMessage() for record in caplog.records] == ["a listener failed"]
     caplog.clear()
     page = await chat.list_messages(channel_id=place.channel_id, author_id=ana.user_id)
@@ -5951,21 +5958,21 @@ async def test_two_chats_in_one_application(tmp_path: Path) -> None:
     for name, chat in chats.items():
         chat.attach(app, prefix=f"/{name}")
     async with running(app) as url, aiohttp.ClientSession() as session:
-        heard = {}
+        received = {}
         for name, chat in chats.items():
             world = World(f"{url}/{name}", session, chat)
             ana = await world.person("ana")
             place = await world.place(ana)
             assert (ana.user_id, place) == (1, Place(1, 1))
-            heard[name] = await Socket().connect(url, ana.token, path=f"{name}/socket.io")
-            await heard[name].ok("join_server", {"server_id": 1})
+            received[name] = await Socket().connect(url, ana.token, path=f"{name}/socket.io")
+            await received[name].ok("join_server", {"server_id": 1})
         stranger = await World(f"{url}/two", session).call("GET", "/users/me", token=ana.token)
         assert stranger.status == 200
         assert (await World(f"{url}/one", session).call("GET", "/users/me", token=ana.token)).status == 401
         await chats["one"].post_message(channel_id=1, author_id=1, content="in one")
-        await heard["one"].hears("message:new", content="in one")
-        await heard["two"].hears_not("message:new")
-        for socket in heard.values():
+        await received["one"].receive("message:new", content="in one")
+        await received["two"].receive_none("message:new")
+        for socket in received.values():
             await socket.close()
 
 
@@ -6078,7 +6085,7 @@ async def test_a_signal_ends_the_server_cleanly(tmp_path: Path, number: signal.S
                 kept.extend([f"{writer}.{turn}"] * (reply.status == 201))
 
     writers = [asyncio.create_task(post(writer)) for writer in range(8)]
-    await sockets[0].hears("message:new")
+    await sockets[0].receive("message:new")
     begun = time.monotonic()
     for _ in range(times):
         process.process.send_signal(number)
@@ -6090,7 +6097,7 @@ async def test_a_signal_ends_the_server_cleanly(tmp_path: Path, number: signal.S
         await asyncio.wait_for(socket.closed.wait(), PATIENCE)
     await world.close()
     assert kept
-    exported = [json.loads(line) for line in (await done("export", "--database", str(tmp_path / "chat.db"))).splitlines()]
+    exported = [json.loads(line) for line in (await run_ok("export", "--database", str(tmp_path / "chat.db"))).splitlines()]
     assert set(kept) <= {thing["content"] for thing in exported if thing["type"] == "message"}
 
 
@@ -6300,10 +6307,10 @@ async def test_what_is_no_database_of_ours_is_left_as_it_is(name: str, filled: d
     word = spoil(tmp_path, name, filled)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     database = ("--database", str(tmp_path / "chat.db"))
-    refused(await command("serve", "--port", "0", *database), word)
-    refused(await command("user", "add", "ana", *database, stdin="correct horse\n"), word)
+    expect_error(await run_command("serve", "--port", "0", *database), word)
+    expect_error(await run_command("user", "add", "ana", *database, stdin="correct horse\n"), word)
     for args in (["check"], ["backup", str(tmp_path / "copy")]):
-        refused(await command(*args, *database))
+        expect_error(await run_command(*args, *database))
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert {name: after.get(name) for name in before} == before
     assert set(after) - set(before) <= {"chat.db.lock", "chat.db-shm"}
@@ -6341,14 +6348,14 @@ WRONG = {
 
 @pytest.mark.parametrize("line", WRONG)
 async def test_a_wrong_command_is_one_clear_line(line: str, tmp_path: Path) -> None:
-    refused(await command(*line.split(), cwd=tmp_path, stdin="correct horse\n"), WRONG[line])
+    expect_error(await run_command(*line.split(), cwd=tmp_path, stdin="correct horse\n"), WRONG[line])
     assert {path.name for path in tmp_path.iterdir()} <= {"chatrtc.db", "chatrtc.db.lock", "chatrtc.db.secret"}
     assert not (tmp_path / "chatrtc.db").exists() or "--host" in line
 
 
 async def test_a_bad_variable_is_refused_like_a_bad_option(tmp_path: Path) -> None:
-    refused(await command("serve", env={"CHATRTC_PORT": "x"}, cwd=tmp_path), "--port")
-    refused(await command("serve", env={"CHATRTC_SECRET": "short"}, cwd=tmp_path), "32 bytes")
+    expect_error(await run_command("serve", env={"CHATRTC_PORT": "x"}, cwd=tmp_path), "--port")
+    expect_error(await run_command("serve", env={"CHATRTC_SECRET": "short"}, cwd=tmp_path), "32 bytes")
 
 
 async def test_the_command_line_reaches_a_server_without_temporary_folders(tmp_path: Path) -> None:
@@ -6360,7 +6367,7 @@ async def test_the_command_line_reaches_a_server_without_temporary_folders(tmp_p
     await killed.stop(signal.SIGKILL)
     process = await Process.start(folder / "chat.db", env=nowhere)
     try:
-        assert "has the id 1" in await done("user", "add", "ana", *database, stdin="correct horse\n", env=nowhere)
+        assert "has the id 1" in await run_ok("user", "add", "ana", *database, stdin="correct horse\n", env=nowhere)
         port, token = (folder / "chat.db.lock").read_text().split()
         for line in (b"", b"wrong []\n", b"\n", token[:-1].encode() + b" []\n", b"x" * 200_000, b"[" * 60_000 + b"\n",
                      f"{token} [[\n".encode(), f"{token} {'[' * 9000}\n".encode(), f"{token} 7\n".encode(),
@@ -6371,7 +6378,7 @@ async def test_the_command_line_reaches_a_server_without_temporary_folders(tmp_p
                 writer.write_eof()
                 assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
             writer.close()
-        assert (await done("user", "list", *database)).count("\n") == 1
+        assert (await run_ok("user", "list", *database)).count("\n") == 1
     finally:
         status, log = await process.stop()
     assert (status, "Traceback" in log) == (0, False), log
@@ -6387,13 +6394,13 @@ async def test_a_command_has_to_arrive_in_time(world: World, tmp_path: Path, mon
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux tells the limits of another process")
 async def test_the_server_may_open_as_many_files_as_the_system_allows(tmp_path: Path) -> None:
-    process = await Process.start(tmp_path / "chat.db", prefix=(tool("prlimit"), "--nofile=256:1024", "--"))
+    process = await Process.start(tmp_path / "chat.db", prefix=(find_program("prlimit"), "--nofile=256:1024", "--"))
     assert resource.prlimit(process.process.pid, resource.RLIMIT_NOFILE) == (1024, 1024)
     assert (await process.stop())[0] == 0
 
 
 async def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
-    process = await Process.start(tmp_path / "chat.db", prefix=(tool("nohup"),))
+    process = await Process.start(tmp_path / "chat.db", prefix=(find_program("nohup"),))
     process.process.send_signal(signal.SIGHUP)
     async with process.world() as world:
         assert (await world.call("GET", "/healthz")).status == 200
@@ -6441,7 +6448,7 @@ async def test_a_file_that_others_could_read_or_have_put_there_is_refused(
         pytest.skip("only root can give a file away")
     database = ("--database", str(tmp_path / "chat.db"))
     target = squat(tmp_path, f"chat.db{name}", kind)
-    refused(await command("serve", "--port", "0", "--tls-self-signed", *database), word)
+    expect_error(await run_command("serve", "--port", "0", "--tls-self-signed", *database), word)
     assert target.read_text() == "t" * 64
 
 
@@ -6455,9 +6462,9 @@ async def test_an_unfinished_file_of_somebody_else_is_not_used(tmp_path: Path, n
     with contextlib.ExitStack() as stack:
         if kind != "a pipe":
             held = stack.enter_context((tmp_path / name).open("rb"))  # a squatter would keep it open
-        await done("user", "add", "ana", *database, stdin="correct horse\n")
-        await done("token", "ana", *database)
-        await done("backup", str(tmp_path / "copy"), *database)
+        await run_ok("user", "add", "ana", *database, stdin="correct horse\n")
+        await run_ok("token", "ana", *database)
+        await run_ok("backup", str(tmp_path / "copy"), *database)
         assert kind == "a pipe" or held.read(64) in (b"s" * 64, b"t" * 64)
     assert target.read_text() == "t" * 64
     assert set(modes_of(tmp_path).values()) == {"0o600"}
@@ -6469,12 +6476,12 @@ async def test_what_root_does_leaves_the_files_to_their_owner(tmp_path: Path, fi
     folder.mkdir()
     os.chown(folder, OTHER_OWNER, OTHER_OWNER)
     database = ("--database", str(folder / "chat.db"))
-    await done("user", "add", "ana", *database, stdin="correct horse\n")
-    await done("token", "ana", *database)
-    await done("backup", str(backup), *database)
+    await run_ok("user", "add", "ana", *database, stdin="correct horse\n")
+    await run_ok("token", "ana", *database)
+    await run_ok("backup", str(backup), *database)
     (folder / "chat.db").chmod(0o640)
     os.chown(folder, 0, 0)
-    await done("restore", str(backup), *database)
+    await run_ok("restore", str(backup), *database)
     assert (folder / "chat.db").stat().st_mode & 0o777 == 0o640
 
     def owners() -> set[tuple[int, int]]:
@@ -6484,32 +6491,32 @@ async def test_what_root_does_leaves_the_files_to_their_owner(tmp_path: Path, fi
     for file in folder.iterdir():
         file.unlink()
     os.chown(folder, OTHER_OWNER, OTHER_OWNER)  # without a database before, the owner of the folder counts
-    await done("restore", str(backup), *database)
-    await done("token", "ana", *database)
+    await run_ok("restore", str(backup), *database)
+    await run_ok("token", "ana", *database)
     assert owners() == {(OTHER_OWNER, OTHER_OWNER)}
 
 
 @pytest.mark.parametrize("content", [b"short", b"\xff" * 64], ids=["short", "no text"])
 async def test_a_secret_file_that_holds_none_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "chat.db.secret").write_bytes(content)
-    refused(await command("serve", "--port", "0", "--database", str(tmp_path / "chat.db")), "chat.db.secret")
+    expect_error(await run_command("serve", "--port", "0", "--database", str(tmp_path / "chat.db")), "chat.db.secret")
     assert (tmp_path / "chat.db.secret").read_bytes() == content
 
 
 async def test_help_is_there_for_everything() -> None:
     for name in ["", "user", *all_commands()]:
-        out = await done(*name.split(), "--help")
+        out = await run_ok(*name.split(), "--help")
         assert out.startswith("Usage: chatrtc")
-    refused(await command("user", "bogus"))
-    assert (await done("--version")).split() == ["ChatRTC,", "version", chatrtc.__version__]
+    expect_error(await run_command("user", "bogus"))
+    assert (await run_ok("--version")).split() == ["ChatRTC,", "version", chatrtc.__version__]
 
 
 async def test_a_port_or_a_database_in_use_is_refused(tmp_path: Path) -> None:
     process = await Process.start(tmp_path / "chat.db")
     port = str(urlsplit(process.url).port)
-    refused(await command("serve", "--port", port, "--database", str(tmp_path / "other.db")), "Address already in use")
-    refused(await command("serve", "--port", "0", "--database", str(tmp_path / "chat.db")), "in use by another")
-    refused(await command("restore", str(tmp_path / "other.db"), "--database", str(tmp_path / "chat.db")), "in use")
+    expect_error(await run_command("serve", "--port", port, "--database", str(tmp_path / "other.db")), "Address already in use")
+    expect_error(await run_command("serve", "--port", "0", "--database", str(tmp_path / "chat.db")), "in use by another")
+    expect_error(await run_command("restore", str(tmp_path / "other.db"), "--database", str(tmp_path / "chat.db")), "in use")
     async with process.world() as world:
         assert (await world.call("GET", "/healthz")).status == 200
     assert await process.stop() == (0, "")
@@ -6519,20 +6526,20 @@ async def test_accounts_are_managed_while_the_server_runs(tmp_path: Path) -> Non
     process = await Process.start(tmp_path / "chat.db")
     database = ("--database", str(tmp_path / "chat.db"))
     async with process.world() as world:
-        assert await done("user", "add", "ana", *database, stdin="correct horse\n") == "ana has the id 1\n"
+        assert await run_ok("user", "add", "ana", *database, stdin="correct horse\n") == "ana has the id 1\n"
         login = await world.call("POST", "/auth/login", {"username": "ana", "password": "correct horse"})
         ana = Person(world, "ana", login.body["user_id"], login.body["token"])
         ben = await world.person("ben")
         place = await world.place(ana, ben)
         sockets = [await one.socket(place.server_id) for one in (ana, ben)]
-        refused(await command("user", "add", "ANA", *database, stdin="correct horse\n"), "taken")
-        refused(await command("user", "add", "a b", *database, stdin="correct horse\n"), "username")
-        refused(await command("user", "add", "cy", *database, stdin="short\n"), "8 characters or more")
-        refused(await command("user", "password", "nobody", *database, stdin="correct horse\n"), "nobody")
-        rows = [line.split("\t") for line in (await done("user", "list", *database)).splitlines()]
+        expect_error(await run_command("user", "add", "ANA", *database, stdin="correct horse\n"), "taken")
+        expect_error(await run_command("user", "add", "a b", *database, stdin="correct horse\n"), "username")
+        expect_error(await run_command("user", "add", "cy", *database, stdin="short\n"), "8 characters or more")
+        expect_error(await run_command("user", "password", "nobody", *database, stdin="correct horse\n"), "nobody")
+        rows = [line.split("\t") for line in (await run_ok("user", "list", *database)).splitlines()]
         assert [row[:2] for row in rows] == [["1", "ana"], ["2", "ben"]]
 
-        assert await done("user", "password", "ana", *database, stdin="another horse\n") == "ana has a new password\n"
+        assert await run_ok("user", "password", "ana", *database, stdin="another horse\n") == "ana has a new password\n"
         await asyncio.wait_for(sockets[0].closed.wait(), PATIENCE)
         assert (await ana.call("GET", "/users/me")).status == 401
         assert (await ben.call("GET", "/users/me")).status == 200
@@ -6540,24 +6547,24 @@ async def test_accounts_are_managed_while_the_server_runs(tmp_path: Path) -> Non
             reply = await world.call("POST", "/auth/login", {"username": "ana", "password": password})
             assert reply.status == status
 
-        ana.token = (await done("token", "ana", *database)).strip()
+        ana.token = (await run_ok("token", "ana", *database)).strip()
         posted = await ana.post(place.channel_id, "said before")
-        assert await done("user", "delete", "ana", "--yes", *database) == "ana is deleted\n"
+        assert await run_ok("user", "delete", "ana", "--yes", *database) == "ana is deleted\n"
         assert (await ana.call("GET", "/users/me")).status == 401
-        assert (await sockets[1].hears("member:left"))["user_id"] == ana.user_id
-        assert (await sockets[1].hears("member:updated"))["role"] == "owner"
+        assert (await sockets[1].receive("member:left"))["user_id"] == ana.user_id
+        assert (await sockets[1].receive("member:updated"))["role"] == "owner"
         assert (await ben.ok("GET", f"/messages/{posted['message_id']}"))["author_username"] == "ana"
-        refused(await command("token", "ana", *database), "ana")
-        assert (await done("user", "list", *database)).split("\t")[1:2] == ["ben"]
+        expect_error(await run_command("token", "ana", *database), "ana")
+        assert (await run_ok("user", "list", *database)).split("\t")[1:2] == ["ben"]
     assert (await process.stop())[0] == 0  # each command has its line in the log
-    assert (await done("check", *database)).startswith("sound: 2 users, 1 servers, 1 messages")
+    assert (await run_ok("check", *database)).startswith("sound: 2 users, 1 servers, 1 messages")
 
 
 async def test_commands_at_the_same_time_wait_for_one_another(tmp_path: Path) -> None:
     database = ("--database", str(tmp_path / "chat.db"))
     names = [f"user{number}" for number in range(6)]
-    await asyncio.gather(*(done("user", "add", name, *database, stdin="correct horse\n") for name in names))
-    assert {line.split("\t")[1] for line in (await done("user", "list", *database)).splitlines()} == set(names)
+    await asyncio.gather(*(run_ok("user", "add", name, *database, stdin="correct horse\n") for name in names))
+    assert {line.split("\t")[1] for line in (await run_ok("user", "list", *database)).splitlines()} == set(names)
 
 
 async def test_a_live_database_is_backed_up_and_restored(tmp_path: Path) -> None:
@@ -6577,7 +6584,7 @@ async def test_a_live_database_is_backed_up_and_restored(tmp_path: Path) -> None
     copies: dict[str, int] = {}
     for name in ("one", "two", "three"):
         copies[name] = len(kept)
-        assert "verified" in await done("backup", str(tmp_path / name), *database)
+        assert "verified" in await run_ok("backup", str(tmp_path / name), *database)
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
     await process.stop(signal.SIGKILL)
     await asyncio.gather(*writers)
@@ -6588,11 +6595,11 @@ async def test_a_live_database_is_backed_up_and_restored(tmp_path: Path) -> None
     # A person copies the backup over the database; the -wal of the other one is still there, and would be mixed in.
     crashed = {end: Path(f"{tmp_path}/chat.db{end}").read_bytes() for end in ("", "-wal")}
     shutil.copy(tmp_path / "three", tmp_path / "chat.db")
-    refused(await command("serve", "--port", "0", *database), "-wal of another database", "chatrtc restore")
+    expect_error(await run_command("serve", "--port", "0", *database), "-wal of another database", "chatrtc restore")
     assert (tmp_path / "chat.db-wal").read_bytes() == crashed["-wal"]
     (tmp_path / "chat.db").write_bytes(crashed[""])
 
-    out = await done("restore", str(tmp_path / "three"), *database)
+    out = await run_ok("restore", str(tmp_path / "three"), *database)
     aside = Path(out.strip().rpartition(" kept as ")[2])
     assert {end: Path(f"{aside}{end}").read_bytes() for end in ("", "-wal")} == crashed
     assert (tmp_path / "chat.db").stat().st_mode & 0o777 == 0o600
@@ -6607,7 +6614,7 @@ async def test_a_live_database_is_backed_up_and_restored(tmp_path: Path) -> None
         posted = await ana.post(place.channel_id, "after the restore")
         assert posted["message_id"] > history[-1]
     assert await process.stop() == (0, "")
-    assert "sound" in await done("check", "--database", str(aside))  # and the way back leads back
+    assert "sound" in await run_ok("check", "--database", str(aside))  # and the way back leads back
     with contextlib.closing(sqlite3.connect(aside)) as db:
         assert {row[0] for row in db.execute("SELECT message_id FROM messages")} >= set(kept)
 
@@ -6630,7 +6637,7 @@ async def test_after_a_restore_every_number_is_new(tmp_path: Path, way: str, mon
     await ana.ok("DELETE", f"/messages/{posted[0]['message_id']}")
     await missed.listen()  # up to the very last number of the backup
     await missed.go()
-    await done("backup", str(tmp_path / "copy"), *database)
+    await run_ok("backup", str(tmp_path / "copy"), *database)
     lost = [await ana.post(place.channel_id, "lost") for _ in range(5)]
     await ana.ok("PATCH", server, {"name": "lost"})
     channel = await ana.ok("POST", f"{server}/channels", {"name": "lost"})
@@ -6650,7 +6657,7 @@ async def test_after_a_restore_every_number_is_new(tmp_path: Path, way: str, mon
         assert chatrtc.main(["restore", str(tmp_path / "copy"), *database], standalone_mode=False) is None
         monkeypatch.undo()
     else:
-        await done("restore", str(tmp_path / "copy"), *database)
+        await run_ok("restore", str(tmp_path / "copy"), *database)
     process = await Process.start(path, "--no-rate-limit")
     async with process.world() as world:
         ana.world = ben.world = world
@@ -6664,7 +6671,7 @@ async def test_after_a_restore_every_number_is_new(tmp_path: Path, way: str, mon
         await ana.ok("PATCH", f"/messages/{new['message_id']}", {"content": "newer"})
         for replica in (early, stayed, missed, late):
             await replica.listen()
-            assert replica.state() == await truth(ana, place.server_id) | {"seq": new["seq"] + 1}
+            assert replica.state() == await server_state(ana, place.server_id) | {"seq": new["seq"] + 1}
         assert (new["message_id"] > lost[-1]["message_id"], new["seq"] > lost[-1]["seq"] + 2) == (True, True)
         assert (await world.person("dee")).user_id > cy.user_id
         assert (await ana.ok("POST", f"{server}/channels", {"name": "new"}))["channel_id"] > channel["channel_id"]
@@ -6679,7 +6686,7 @@ async def test_a_copy_stays_marked_until_its_numbers_are_new(tmp_path: Path, fil
     """A power cut while a copied backup is made ready leaves a -journal, which the next start rolls back."""
     path = tmp_path / "chat.db"
     path.write_bytes(filled["stopped"])
-    await done("backup", str(tmp_path / "copy"), "--database", str(path))
+    await run_ok("backup", str(tmp_path / "copy"), "--database", str(path))
     code = """
 import os, signal, sqlite3, sys
 db = sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -6717,15 +6724,15 @@ async def test_a_backup_that_cannot_be_made_leaves_nothing(filled: dict[str, byt
     (tmp_path / "chat.db").write_bytes(filled["stopped"])
     database = ("--database", str(tmp_path / "chat.db"))
     (tmp_path / "there").write_text("keep me")
-    refused(await command("backup", str(tmp_path / "there"), *database), "exists")
+    expect_error(await run_command("backup", str(tmp_path / "there"), *database), "exists")
     assert (tmp_path / "there").read_text() == "keep me"
-    refused(await command("backup", str(tmp_path / "missing" / "copy"), *database), "does not exist")
+    expect_error(await run_command("backup", str(tmp_path / "missing" / "copy"), *database), "does not exist")
     limited = f"ulimit -f 100; exec {sys.executable} {HERE / 'chatrtc.py'} backup {tmp_path}/full {' '.join(database)}"
     process = await asyncio.create_subprocess_exec("sh", "-c", limited, stderr=asyncio.subprocess.PIPE)
     _, err = await process.communicate()  # a limit on the size of files stands for a full disk
-    refused(Ended(process.returncode or 0, "", err.decode()), "thrown away")
+    expect_error(Finished(process.returncode or 0, "", err.decode()), "thrown away")
     assert not list(tmp_path.glob("full*"))
-    assert "verified" in await done("backup", str(tmp_path / "copy"), *database)
+    assert "verified" in await run_ok("backup", str(tmp_path / "copy"), *database)
     assert (tmp_path / "chat.db").read_bytes() == filled["stopped"]
 
 
@@ -6735,18 +6742,18 @@ async def test_only_a_sound_backup_is_restored(name: str, filled: dict[str, byte
     spoil(tmp_path / "backups", name, filled)
     (tmp_path / "chat.db").write_bytes(filled["stopped"])
     restore = ("restore", str(tmp_path / "backups" / "chat.db"), "--database", str(tmp_path / "chat.db"))
-    refused(await command(*restore))
+    expect_error(await run_command(*restore))
     assert (tmp_path / "chat.db").read_bytes() == filled["stopped"]
     assert {path.name for path in tmp_path.iterdir()} <= {"backups", "chat.db", "chat.db.lock"}
 
 
 async def test_a_restore_needs_no_database_to_replace(filled: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "copy").write_bytes(filled["stopped"])
-    await done("restore", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
-    assert "2000 messages" in await done("check", "--database", str(tmp_path / "chat.db"))
+    await run_ok("restore", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
+    assert "2000 messages" in await run_ok("check", "--database", str(tmp_path / "chat.db"))
     (tmp_path / "chat.db").write_bytes(bytes(4096))  # and a damaged one may be replaced
-    await done("restore", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
-    assert "2000 messages" in await done("check", "--database", str(tmp_path / "chat.db"))
+    await run_ok("restore", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
+    assert "2000 messages" in await run_ok("check", "--database", str(tmp_path / "chat.db"))
 
 
 @pytest.mark.parametrize(
@@ -6762,9 +6769,9 @@ async def test_a_restore_needs_no_database_to_replace(filled: dict[str, bytes], 
 async def test_check_finds_what_sqlite_does_not(statement: str, filled: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "chat.db").write_bytes(filled["stopped"])
     database = ("--database", str(tmp_path / "chat.db"))
-    assert (await command("check", *database)).status == 0
+    assert (await run_command("check", *database)).status == 0
     other_database(tmp_path / "chat.db", statement)
-    ended = await command("check", *database)
+    ended = await run_command("check", *database)
     assert ended.status == 1
     assert ended.out
     assert "wrong" in ended.err
@@ -6780,23 +6787,23 @@ async def test_export_writes_what_there_is(world: World, tmp_path: Path) -> None
     gone = await ana.post(places[0].channel_id, "deleted since")
     await ana.ok("DELETE", f"/messages/{gone['message_id']}")
 
-    things = [json.loads(line) for line in (await done("export", *database)).splitlines()]
+    things = [json.loads(line) for line in (await run_ok("export", *database)).splitlines()]
     kinds = [thing["type"] for thing in things]
     assert kinds == ["server", "member", "member", "channel", "message"] * 2
     message = await ana.ok("GET", f"/messages/{posted[0]['message_id']}")
     assert message["reactions"]
     assert things[4] == {"type": "message"} | message
-    one = await done("export", "--server", str(places[1].server_id), *database)
+    one = await run_ok("export", "--server", str(places[1].server_id), *database)
     assert [json.loads(line)["type"] for line in one.splitlines()] == kinds[:5]
-    refused(await command("export", "--server", "99", *database), "no server 99")
+    expect_error(await run_command("export", "--server", "99", *database), "no server 99")
 
-    await done("export", "--format", "html", "--output", str(tmp_path / "all.html"), *database)
+    await run_ok("export", "--format", "html", "--output", str(tmp_path / "all.html"), *database)
     written = (tmp_path / "all.html").read_text("utf-8")
     assert html.escape(nasty) in written
     assert "<h1>&lt;b&gt;first&lt;/b&gt;</h1>" in written
     assert "<script" not in written
     assert "deleted since" not in written
-    refused(await command("export", "--output", "/dev/full", *database), "No space left")
+    expect_error(await run_command("export", "--output", "/dev/full", *database), "No space left")
 
 
 async def test_an_exported_page_shows_replies_reactions_and_edits(world: World, tmp_path: Path) -> None:
@@ -6809,7 +6816,7 @@ async def test_an_exported_page_shows_replies_reactions_and_edits(world: World, 
         await person.ok("PUT", f"/messages/{first['message_id']}/reactions/<3")
     await cyd.ok("DELETE", f"/servers/{place.server_id}/members/{cyd.user_id}")
     database = ("--database", str(tmp_path / "chat.db"))
-    page = await done("export", "--format", "html", *database)
+    page = await run_ok("export", "--format", "html", *database)
     assert '<small>In reply to <a href="#m1">ana: &lt;i&gt;first&lt;/i&gt; line</a></small>' in page
     assert "(edited)</small>\nbetter &lt;b&gt;</p>" in page
     assert page.count("(edited)") == 1
@@ -6820,20 +6827,20 @@ async def test_an_exported_page_shows_replies_reactions_and_edits(world: World, 
 async def test_servers_are_added_while_the_server_runs(world: World, tmp_path: Path) -> None:
     database = ("--database", str(tmp_path / "chat.db"))
     ana = await world.person("ana")
-    assert await done("server", "add", "Our class", "--owner", "ANA", *database) == "Our class has the id 1\n"
+    assert await run_ok("server", "add", "Our class", "--owner", "ANA", *database) == "Our class has the id 1\n"
     (server,) = (await ana.ok("GET", "/servers"))["servers"]
     assert (server["name"], server["role"], server["channels"][0]["name"]) == ("Our class", "owner", "general")
-    refused(await command("server", "add", "x", "--owner", "nobody", *database), "nobody")
-    refused(await command("server", "add", "", "--owner", "ana", *database), "name")
-    refused(await command("server", "add", "x", *database), "--owner")
+    expect_error(await run_command("server", "add", "x", "--owner", "nobody", *database), "nobody")
+    expect_error(await run_command("server", "add", "", "--owner", "ana", *database), "name")
+    expect_error(await run_command("server", "add", "x", *database), "--owner")
 
 
 async def test_an_account_is_deleted_with_its_messages(scene: Scene, tmp_path: Path) -> None:
     posted = [await scene.ben.post(scene.place.channel_id, str(number)) for number in range(3)]
     database = ("--database", str(tmp_path / "chat.db"))
-    await done("user", "delete", "ben", "--yes", "--messages", *database)
+    await run_ok("user", "delete", "ben", "--yes", "--messages", *database)
     for message in reversed(posted):
-        assert (await scene.mine.hears("message:deleted"))["message_id"] == message["message_id"]
+        assert (await scene.ana_socket.receive("message:deleted"))["message_id"] == message["message_id"]
     history = await whole_history(scene.ana, scene.place.channel_id)
     assert [message["content"] for message in history] == ["before"]
 
@@ -6870,7 +6877,7 @@ async def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
     process = await Process.start(tmp_path / "chat.db", prefix=lax)
     async with process.world() as world:
         await world.person("ana")
-        await done("backup", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
+        await run_ok("backup", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
         modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     await process.stop()
     names = ["chat.db", "chat.db-shm", "chat.db-wal", "chat.db.lock", "chat.db.secret", "copy", "copy.lock"]
@@ -6883,8 +6890,8 @@ async def test_secrets_stay_secret(tmp_path: Path) -> None:
     secret, password = "a secret of thirty-two bytes or so", "correct horse battery"
     process = await Process.start(tmp_path / "chat.db", env={"CHATRTC_SECRET": secret})
     database = ("--database", str(tmp_path / "chat.db"))
-    printed = await done("user", "add", "ana", *database, stdin=password + "\n")
-    token = (await done("token", "ana", *database, env={"CHATRTC_SECRET": secret})).strip()
+    printed = await run_ok("user", "add", "ana", *database, stdin=password + "\n")
+    token = (await run_ok("token", "ana", *database, env={"CHATRTC_SECRET": secret})).strip()
     async with process.world() as world:
         assert (await world.call("GET", "/users/me", token=token)).status == 200
         await world.call("POST", "/auth/login", {"username": "ana", "password": password})
@@ -6902,7 +6909,7 @@ async def test_secrets_stay_secret(tmp_path: Path) -> None:
     for text in (printed, errors, arguments):
         for word in (secret, password, token):
             assert word not in text
-    refused(await command("serve", "--secret", secret[:31], *database))
+    expect_error(await run_command("serve", "--secret", secret[:31], *database))
 
 
 # ---- Guarantees -----------------------------------------------------------------------------------------------------
@@ -6936,7 +6943,7 @@ class Writers:
         self.answered: dict[str, Any] = {}  # nonce -> the message of the first 201
         self.asked: dict[str, Person] = {}
         self.refused: list[Reply] = []
-        self.told: list[Any] = []  # what sockets heard of
+        self.received: list[Any] = []  # what sockets heard of
         self._number = 0
 
     @property
@@ -6969,12 +6976,12 @@ class Writers:
     async def listen(self, world: World) -> Socket:
         """A socket whose news are kept in `told`."""
         socket = await world.socket(self.people[0].token)
-        socket.client.on("message:new", self._hear)
+        socket.client.on("message:new", self._handle_event)
         await socket.ok("join_server", {"server_id": self.place.server_id})
         return socket
 
-    async def _hear(self, message: Any) -> None:
-        self.told.append(message)
+    async def _handle_event(self, message: Any) -> None:
+        self.received.append(message)
 
     async def settle(self, world: World) -> None:
         """Ask again for all that got no answer."""
@@ -6996,7 +7003,7 @@ class Writers:
         return {
             "lost": [nonce for nonce, message in self.answered.items() if message not in by_nonce.get(nonce, [])],
             "twice": [nonce for nonce, messages in by_nonce.items() if len(messages) > 1],
-            "told but not stored": [told for told in self.told if by_id.get(told["message_id"]) != told],
+            "received but not stored": [message for message in self.received if by_id.get(message["message_id"]) != message],
             "not asked for": [nonce for nonce in by_nonce if nonce not in self.asked],
             "out of order": [] if in_order and seqs == list(range(first, first + len(seqs))) else seqs,
         }
@@ -7215,7 +7222,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs LD_PRELOAD")
     folder = tmp_path_factory.mktemp("faults")
     (folder / "faults.c").write_text(SHIM)
-    command = [tool("cc"), "-shared", "-fPIC", "-O2", "-w", "-o", "faults.so", "faults.c", "-lpthread"]
+    command = [find_program("cc"), "-shared", "-fPIC", "-O2", "-w", "-o", "faults.so", "faults.c", "-lpthread"]
     subprocess.run(command, cwd=folder, check=True)
     return folder / "faults.so"
 
@@ -7393,7 +7400,7 @@ async def test_a_power_cut_would_show_a_missing_sync(launch: Launch, tmp_path: P
     world = process.world()
     losses = await writers.losses(world)
     assert losses["lost"]
-    assert losses["told but not stored"]
+    assert losses["received but not stored"]
     await process.stop()
 
 
@@ -7404,7 +7411,7 @@ async def test_a_power_cut_would_show_a_missing_sync(launch: Launch, tmp_path: P
 async def test_a_nonce_posts_once(world: World, tries: int) -> None:
     ana, ben = await world.people("ana", "ben")
     place = await world.place(ana, ben)
-    hears = await ben.socket(place.server_id)
+    listener = await ben.socket(place.server_id)
     for start in range(0, tries, 50):
         nonces = [f"nonce-{number}" for number in range(start, min(start + 50, tries))]
         posts = [{"channel_id": place.channel_id, "content": nonce, "nonce": nonce} for nonce in nonces]
@@ -7423,8 +7430,8 @@ async def test_a_nonce_posts_once(world: World, tries: int) -> None:
     assert again.status == 409, again
     stored = await history(world, place.server_id, ana.token)
     assert len(stored) == tries  # one deleted, one of ben's
-    await hears.hears("message:new", message_id=theirs["message_id"])
-    assert hears.names().count("message:new") == tries + 1
+    await listener.receive("message:new", message_id=theirs["message_id"])
+    assert listener.names().count("message:new") == tries + 1
 
 
 class Copy:
@@ -7464,8 +7471,8 @@ class Copy:
     async def follow(self) -> None:
         """Apply what was heard."""
         assert self.socket is not None
-        while self._read < len(self.socket.heard):
-            event, payload = self.socket.heard[self._read]
+        while self._read < len(self.socket.received):
+            event, payload = self.socket.received[self._read]
             seq = (payload or {}).get("seq", 0)
             if seq > self.seq + 1:
                 self.asked += 1
@@ -7486,9 +7493,9 @@ class Copy:
             reactions = {reaction["emoji"]: set(reaction["user_ids"]) for reaction in message.get("reactions", [])}
             whose = reactions.setdefault(payload["emoji"], set())
             (whose.add if event == "reaction:add" else whose.discard)(payload["user_id"])
-            told = [{"emoji": emoji, "user_ids": sorted(ids)} for emoji, ids in reactions.items() if ids]
-            message["reactions"] = told
-            if not told:
+            kept = [{"emoji": emoji, "user_ids": sorted(ids)} for emoji, ids in reactions.items() if ids]
+            message["reactions"] = kept
+            if not kept:
                 del message["reactions"]
 
     def as_it_is(self) -> list[Any]:
@@ -7597,7 +7604,7 @@ async def test_a_cut_leaves_no_gap(launch: Launch, tmp_path: Path, tries: int) -
     await people[0].ok("PATCH", f"/servers/{place.server_id}", {"name": "the end"})
     for copy in copies:
         assert copy.socket is not None
-        await copy.socket.hears("server:updated", name="the end")
+        await copy.socket.receive("server:updated", name="the end")
         await copy.follow()
     stored = [normal(message) for message in await history(world, place.server_id, people[0].token)]
     stored.sort(key=lambda message: int(message["message_id"]))
@@ -7618,7 +7625,7 @@ class Wire:
     def __init__(self, connection: socket_module.socket) -> None:
         self.connection = connection
         self.made.append(self)
-        self.heard: list[tuple[float, str, Any]] = []  # when, event, payload
+        self.received: list[tuple[float, str, Any]] = []  # when, event, payload
         self.acks: set[int] = set()
         self.closed: float | None = None  # when the server closed, as far as was read
         self.data = b""
@@ -7728,7 +7735,7 @@ class Wire:
                 if payload == b"2":
                     await self.say("3")
                 elif payload.startswith(b"42"):
-                    self.heard.append((time.monotonic(), *json.loads(payload[2:])))
+                    self.received.append((time.monotonic(), *json.loads(payload[2:])))
                 elif payload.startswith(b"43"):
                     self.acks.add(int(payload[2 : payload.index(b"[")]))
         except (OSError, TimeoutError):
@@ -7847,17 +7854,17 @@ async def test_revocation_reaches_live_sockets(make_world: MakeWorld, kind: str,
         looking = await Wire.join(witness, place)
         looking.listen()
         async with posting(owner, place.channel_id) as taken:
-            await until(lambda taken=taken, reading=reading: len(taken) > 5 and len(reading.heard) > 5)  # type: ignore[misc]
+            await until(lambda taken=taken, reading=reading: len(taken) > 5 and len(reading.received) > 5)  # type: ignore[misc]
             await revoke(stage)
             answered = time.monotonic()
             if closes:
                 slowest = max(slowest, await until(lambda wires=(reading, frozen): not any(w.open() for w in wires), 1))  # type: ignore[misc]
             await asyncio.sleep(max(0.0, answered + 0.5 - time.monotonic()))
-        heard = [when - answered for when, event, _ in reading.heard if event.startswith("message")]
-        latest = max(latest, *heard, 0)
+        received = [when - answered for when, event, _ in reading.received if event.startswith("message")]
+        latest = max(latest, *received, 0)
         assert not closes or not (reading.open() or frozen.open())
         if "deleted" not in kind or kind == "deleted user":
-            assert looking.heard[-1][0] > answered + 0.25, "nothing was to be heard by anybody"
+            assert looking.received[-1][0] > answered + 0.25, "nothing was to be heard by anybody"
         for wire in (reading, frozen, looking):
             await wire.end()
     print(f"{kind}: {tries} times, last event {latest * 1000:.0f} ms after, closed within {slowest * 1000:.0f} ms")
@@ -8095,10 +8102,10 @@ class Crowd(RuleBasedStateMachine):
             perhaps = {self.people[name].user_id for name, _, gone in self.frozen if now < gone}
             members = (await self.people["owner"].ok("GET", f"/servers/{self.place.server_id}/members"))["members"]
             said = {member["user_id"] for member in members if member["connected"]}
-            for event, payload in self.witness.heard:
+            for event, payload in self.witness.received:
                 if event in ("user:connected", "user:disconnected"):
                     (self.seen.add if event == "user:connected" else self.seen.discard)(payload["user_id"])
-            self.witness.heard.clear()
+            self.witness.received.clear()
             if here <= said <= here | perhaps and self.seen == said and not (patient and perhaps):
                 return
             assert now - began < 2 or (patient and perhaps), (here, perhaps, said, self.seen)
@@ -8141,13 +8148,13 @@ async def test_who_freezes_is_gone_in_time(make_world: MakeWorld, monkeypatch: p
     awake, asleep = await Wire.join(ben, place), await Wire.join(cat, place)
     awake.listen()
     froze = time.monotonic()
-    await looks.hears("user:disconnected", user_id=cat.user_id)
+    await looks.receive("user:disconnected", user_id=cat.user_id)
     seconds = time.monotonic() - froze
     print(f"frozen client gone after {seconds:.2f} s")
     assert seconds <= bound(GHOST_SECONDS)
     await until(lambda: not asleep.open(), 1)
     assert awake.open()
-    assert "user:disconnected" not in [event for event, payload in looks.heard if payload["user_id"] == ben.user_id]
+    assert "user:disconnected" not in [event for event, payload in looks.received if payload["user_id"] == ben.user_id]
 
 
 # 5. A slow client costs at most 1 MiB and is dropped; others notice nothing.
@@ -8994,7 +9001,7 @@ async def test_recovery_is_quick(launch: Launch, tmp_path: Path, tries: int) -> 
 
 
 async def test_out_of_file_descriptors_and_back(launch: Launch, tmp_path: Path) -> None:
-    limited = (tool("prlimit"), "--nofile=256", "--")
+    limited = (find_program("prlimit"), "--nofile=256", "--")
     process = await launch(tmp_path / "chat.db", prefix=limited)
     world = process.world()
     ana = await world.person("ana")
@@ -9048,13 +9055,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder with room for 3 MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = tool("mount")
+    mount = find_program("mount")
     done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=3m,mode=700", "none", folder], capture_output=True)
     if done.returncode:
         message = "a small disk cannot be mounted here: " + done.stderr.decode().strip()
         pytest.fail(message) if os.environ.get("CI") and os.geteuid() == 0 else pytest.skip(message)
     yield folder
-    subprocess.run([tool("umount"), "-l", folder], check=True)
+    subprocess.run([find_program("umount"), "-l", folder], check=True)
 
 
 async def is_healthy(world: World) -> bool:
@@ -9091,7 +9098,7 @@ async def test_a_full_disk_is_not_fatal(launch: Launch, small_disk: Path, tries:
         page = await ana.ok("GET", f"/channels/{writers.place.channel_id}/messages")
         assert page["messages"][-1] in acknowledged
         size = 3 + 8 * (number + 1)
-        subprocess.run([tool("mount"), "-o", f"remount,size={size}m", small_disk], check=True)
+        subprocess.run([find_program("mount"), "-o", f"remount,size={size}m", small_disk], check=True)
         await until_healthy(world)
         last = await ana.post(writers.place.channel_id, "there is room again")
         stored = {message["message_id"]: message for message in await history(world, writers.place.server_id, ana.token)}
@@ -9129,7 +9136,7 @@ async def test_a_reserve_of_the_disk_is_left_for_deleting(make_world: MakeWorld,
     assert (await world.call("POST", "/auth/logout", token=login.body["token"])).status == 204
     for route in (path, f"/channels/{place.channel_id}", f"{server}/members/{ben.user_id}", server):
         await ana.ok("DELETE", route)
-    assert "is deleted" in await done("user", "delete", "ben", "--yes", "--database", str(small_disk / "chat.db"))
+    assert "is deleted" in await run_ok("user", "delete", "ben", "--yes", "--database", str(small_disk / "chat.db"))
     (small_disk / "ballast").unlink()
     await until_healthy(world)
     await ana.ok("POST", "/servers", {"name": "x"})
@@ -9491,10 +9498,10 @@ ATTACKS = (
 )  # fmt: skip
 
 
-def from_address(url: str, address: str, told: str) -> World:
+def from_address(url: str, address: str, forwarded: str) -> World:
     """A client at that loopback address, that says (as a proxy would) whom it speaks for."""
     connector = aiohttp.TCPConnector(local_addr=(address, 0), limit=0)
-    return World(url, aiohttp.ClientSession(connector=connector, headers={"X-Forwarded-For": told}))
+    return World(url, aiohttp.ClientSession(connector=connector, headers={"X-Forwarded-For": forwarded}))
 
 
 async def sign_in_as(world: World, name: str) -> Person:
@@ -9545,7 +9552,7 @@ async def school(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Place,
     await process.stop()
     with contextlib.closing(sqlite3.connect(path)) as db:
         for _ in range(10):
-            wordy(db, theirs, mallory.user_id, 10_000)
+            insert_words(db, theirs, mallory.user_id, 10_000)
             db.commit()
     return path, place, theirs
 
@@ -9587,7 +9594,7 @@ async def test_one_hostile_client_stops_nobody(
         grown = memory(process) - before
         print(f"{attack.__name__} from {address}: health within {slowest[0]:.2f} s, memory {grown / 2**20:+.0f} MiB")
         assert [outcome for outcome in outcomes if outcome is not None] == []
-        greetings = {payload["content"] for event, payload in here.heard if event == "message:new"}
+        greetings = {payload["content"] for event, payload in here.received if event == "message:new"}
         assert {f"good morning from {name}" for name in PUPILS} <= greetings
         await here.ok("ping")
         assert not health.done(), health
@@ -10386,10 +10393,10 @@ async def test_signed_in_person_follows_an_invite(two: Any, rest: Rest) -> None:
 
 
 async def test_late_settings_do_not_change_the_form_that_was_chosen(tab: Any) -> None:
-    visitor, told = await tab(), asyncio.Event()
+    visitor, notified = await tab(), asyncio.Event()
 
     async def hold(route: Any) -> None:
-        await told.wait()
+        await notified.wait()
         await route.continue_()
 
     await visitor.page.route("**/config", hold)
@@ -10397,7 +10404,7 @@ async def test_late_settings_do_not_change_the_form_that_was_chosen(tab: Any) ->
     await visitor.click('#swap [data-mode="code"]')
     await visitor.fill("#code", "K7QF2")
     async with visitor.page.expect_response("**/config") as answer:
-        told.set()
+        notified.set()
     await (await answer.value).finished()
     await expect(visitor.locator('#swap [data-mode="register"]')).to_be_visible()
     await expect(visitor.locator("#code")).to_have_value("K7QF2")
@@ -11143,7 +11150,7 @@ async def test_page_reads_again_after_a_restore(tmp_path: Path, tab: Any, unused
         _, channel_id = await maya_api.found()
         await maya_api.say(channel_id, "kept;")
         gone = await maya_api.say(channel_id, "deleted after the backup;")
-        await done("backup", str(tmp_path / "copy"), *database)
+        await run_ok("backup", str(tmp_path / "copy"), *database)
         maya = await tab(maya_api, at=process.url)
         maya.tolerate = "ERR_|WebSocket|Failed to load"
         await maya.sees("kept;")
@@ -11151,7 +11158,7 @@ async def test_page_reads_again_after_a_restore(tmp_path: Path, tab: Any, unused
         await maya_api.call("DELETE", f"/messages/{gone['message_id']}")
         await maya.sees("lost;")
         await process.stop()
-        await done("restore", str(tmp_path / "copy"), *database)
+        await run_ok("restore", str(tmp_path / "copy"), *database)
         process = await Process.start(tmp_path / "restored.db", *address)
         await expect(maya.locator("#offline")).to_be_hidden(timeout=30000)
         await expect(maya.locator("#log .row .said")).to_have_text(["kept;", "deleted after the backup;"])
@@ -11879,7 +11886,7 @@ async def test_the_wheel_serves(tmp_path: Path) -> None:
             socket = Socket()
             world.sockets.append(await socket.connect(match[0], ana.token, path=f"{prefix}/socket.io"))
             await socket.ok("join_server", {"server_id": place.server_id})
-            assert await ana.post(place.channel_id) == await socket.hears("message:new")
+            assert await ana.post(place.channel_id) == await socket.receive("message:new")
             assert b"<title>" in (await world.call("GET", "/")).body
         process.terminate()
         async with asyncio.timeout(PATIENCE):
@@ -12007,7 +12014,7 @@ async def test_a_real_run_fits_its_description(world: World) -> None:
     await rest("unban", user_id=cy.user_id)
     await rest("set_role", {"role": "admin"})
     await listener.client.emit("typing_start", {"channel_id": 999})
-    await listener.hears("error")
+    await listener.receive("error")
     await emit(talker, "leave_server", {"server_id": place.server_id})
     await rest("create_server", {"name": "another"}, who=cy)
     await rest("remove_member", user_id=ben.user_id, who=ben)
@@ -12017,9 +12024,9 @@ async def test_a_real_run_fits_its_description(world: World) -> None:
     await rest("change_password", {"old_password": "correct horse", "new_password": "another horse"}, who=cy)
     await rest("logout")
     assert tried == set(chatrtc.OPERATIONS)
-    for event, payload in listener.heard + talker.heard:
+    for event, payload in listener.received + talker.received:
         has_shape(asyncapi, resolve(asyncapi, f"#/channels/socket/messages/{event}")["payload"], payload)
-    assert set(chatrtc.EVENTS) - {name for name, _ in listener.heard + talker.heard} <= {"server:deleted"}
+    assert set(chatrtc.EVENTS) - {name for name, _ in listener.received + talker.received} <= {"server:deleted"}
 
 
 # ---- The tree itself ------------------------------------------------------------------------------------------------
@@ -12171,7 +12178,7 @@ def code(text: str) -> str:
     return f"`{text}`"
 
 
-def told(op: chatrtc.Operation) -> str:
+def description_of(op: chatrtc.Operation) -> str:
     """What an operation does, who may, and what it emits."""
     emits = " → " + " ".join(map(code, op.emits)) if op.emits else ""
     return f"{op.summary.split('. ')[0].rstrip('.')} ({op.access.value}){emits}"
@@ -12182,7 +12189,7 @@ def operation_rows() -> list[tuple[str, str]]:
     paths: dict[str, list[str]] = {}
     for op in chatrtc.OPERATIONS.values():
         also = f", or the event {code(op.event)}" if op.event else ""
-        what = f"{code(op.method)}{also}: {told(op)}" if op.method else told(op)
+        what = f"{code(op.method)}{also}: {description_of(op)}" if op.method else description_of(op)
         paths.setdefault(op.path or op.event or "", []).append(what)
     return [(code(path), "<br>".join(what)) for path, what in paths.items()]
 
