@@ -5194,17 +5194,42 @@ class Connection:
         self.timer = asyncio.get_running_loop().call_later(max(0.0, min(seconds, 10.0**8)), then)
 
 
+NOBODY = Principal(0, "")  # the user of a call without a token
+
+
 class Caller(NamedTuple):
-    user: Principal | None
+    """The user and address of a call, and the socket or request that it came by (neither if the program itself makes it)."""
+
+    user: Principal
     address: str
     connection: Connection | None = None
     request: web.Request | None = None
 
     def gone(self) -> bool:
-        """Whether nobody waits for the answer any more."""
+        """Return whether nobody waits for the result any more."""
         if self.request is not None:
             return not connected(self.request)
         return self.connection is not None and self.connection.closed
+
+
+@dataclass(slots=True)
+class AuthorizedJob(Generic[R]):
+    """An operation or a query for one user, as `dispatch` passes it to the store.
+
+    The store calls it with the connection on which a transaction is open: it authorizes the user, then runs.
+    """
+
+    hub: Hub
+    access: Access
+    user: Principal
+    args: Args
+    run: Callable[[OperationContext, Any], R]
+
+    def __call__(self, db: sqlite3.Connection) -> R:
+        hub = self.hub
+        ctx = OperationContext(db, self.user, time.time(), hub.presence, hub.pages, hub.settings)
+        authorize(self.access, ctx, self.args)
+        return self.run(ctx, self.args)
 
 
 class Hub:
@@ -5241,27 +5266,17 @@ class Hub:
 
     # Reading the database. The result of `read_inline` stays true until the next await: use it before then.
 
-    def run_authorized(
-        self, db: sqlite3.Connection, access: Access, user: Principal, args: Args, query: Callable[[OperationContext, Any], R]
-    ) -> R:
-        """What the question gives in the transaction that is open, if they may: now, or not at all."""
-        at = OperationContext(db, user, time.time(), self.presence, self.pages, self.settings)
-        authorize(access, at, args)
-        return query(at, args)
-
     def query(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
-        """Ask about what the arguments name, if the caller is a member there. Raises ChatError."""
-        answer: R = self.store.read_inline(self.run_authorized, Access.MEMBER, caller.user, args, query)
-        return answer
+        """Run a fast query on the target of the arguments, if the caller is a member there. Raises ChatError."""
+        return self.store.read_inline(AuthorizedJob(self, Access.MEMBER, caller.user, args, query))
 
     async def query_slow(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
-        """Ask what may take seconds, in the caller's turn."""
-        return await self.read_slow(caller, self.run_authorized, Access.MEMBER, caller.user, args, query)
+        """Do the same for a query that may take seconds, in the caller's turn."""
+        return await self.read_slow(caller, AuthorizedJob(self, Access.MEMBER, caller.user, args, query))
 
-    async def read_slow(self, caller: Caller, query: Query[R], *args: Any) -> R:
-        """Read in the caller's turn, while the caller waits for it."""
-        user = caller.user.user_id if caller.user is not None else caller.address
-        return await self.store.read_slow(user, caller.gone, query, *args)
+    async def read_slow(self, caller: Caller, job: AuthorizedJob[R]) -> R:
+        """Run a slow job in the caller's turn. It is interrupted when the caller has gone."""
+        return await self.store.read_slow(caller.user.user_id or caller.address, caller.gone, job)
 
     def require_member(self, caller: Caller, args: Args) -> None:
         """Raise FORBIDDEN unless the caller is a member."""
@@ -5614,9 +5629,7 @@ def remove_next_guests(ctx: OperationContext, args: ServerArgs) -> Result[int]:
 async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Removed]:
     """Remove all guests of a lower role."""
     removed, step = 0, GUESTS_PER_STEP
-    job = functools.partial(
-        hub.run_authorized, access=Access.ADMIN, user=caller.user or Principal(0, ""), args=args, query=remove_next_guests
-    )
+    job = AuthorizedJob(hub, Access.ADMIN, caller.user, args, remove_next_guests)
     while step == GUESTS_PER_STEP:  # in steps, so that others are served in between
         step = (await hub.store.write(job, frees=True)).value
         removed += step
@@ -5626,7 +5639,7 @@ async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Re
 @operation("async", "POST /auth/login", Access.ANYONE)
 async def login(hub: Hub, caller: Caller, args: Credentials) -> Result[AuthResponse]:
     """Sign in. An unknown name and a wrong password take the same time and get the same answer."""
-    account, stored = hub.store.read_inline(find_account, args.username) or (Principal(0, ""), None)
+    account, stored = hub.store.read_inline(find_account, args.username) or (NOBODY, None)
     if not await is_password(hub, caller, args.username, account.user_id, args.password, stored):
         raise chat_error("WRONG_PASSWORD")
     remember_signing_in(hub, caller, account.user_id)
@@ -5643,7 +5656,6 @@ def replace_password(db: sqlite3.Connection, user_id: int, before: str | None, p
 async def change_password(hub: Hub, caller: Caller, args: NewPassword) -> Result[AuthResponse]:
     """Change the password (a guest sets the first one without `old_password`); every other token ends, its sockets too."""
     user = caller.user
-    assert user is not None
     stored, old = hub.store.read_inline(password_of, user.user_id), args.old_password
     if stored is not None and old is None:
         raise chat_error("FIELD_MISSING", field="old_password", what="old_password")
@@ -5693,7 +5705,6 @@ async def get_configuration(hub: Hub, caller: Caller, args: NoArgs) -> Result[Pu
 
 def authenticated(caller: Caller) -> tuple[Connection, Principal]:
     assert caller.connection is not None
-    assert caller.user is not None
     return caller.connection, caller.user
 
 
@@ -5873,33 +5884,35 @@ async def result_or_error(work: Awaitable[Result[Any]]) -> Result[Any] | ChatErr
             return ChatError("INTERNAL_ERROR")
 
 
-async def dispatch(hub: Hub, op: Operation, user: Principal, caller: Caller, args: Any) -> Result[Any]:
-    """Run an operation where its kind belongs: in the next commit, in a snapshot, or on the living chat."""
-    job: Job = functools.partial(hub.run_authorized, access=op.access, user=user, args=args, query=op.run)
+async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result[Any]:
+    """Run an operation as its kind requires: in the next write transaction, in a read snapshot, or as a coroutine."""
+    if op.kind == "async":
+        async with asyncio.timeout(CALL_TIMEOUT):
+            result: Result[Any] = await op.run(hub, caller, args)
+        return result
+    job: AuthorizedJob[Result[Any]] = AuthorizedJob(hub, op.access, caller.user, args, op.run)
     if op.kind == "write":
         return await hub.store.write(job, slow=op.slow, frees=op.frees)
-    if op.kind == "read" and not op.slow:
+    if not op.slow:
         return hub.store.read_inline(job)
     async with asyncio.timeout(CALL_TIMEOUT):
-        done: Result[Any] = await (op.run(hub, caller, args) if op.kind == "async" else hub.read_slow(caller, job))
-    return done
+        return await hub.read_slow(caller, job)
 
 
 async def run_operation(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result[Any]:
-    """Do what an operation says; nobody else calls it. Raises ChatError, TimeoutError."""
-    user = caller.user or Principal(0, "")
+    """Run an operation within its rate limit, and log it if it is in LOGGED. Raises ChatError, TimeoutError."""
     if op.limit in LIMITS:
         limit = LIMITS[op.limit]
-        key_owner = caller.address if limit.by == "address" else user.user_id
+        key_owner = caller.address if limit.by == "address" else caller.user.user_id
         if limit.failures:
             with hub.limiter.charge_unknown_code(op.limit, key_owner):
-                return await dispatch(hub, op, user, caller, args)
+                return await dispatch(hub, op, caller, args)
         hub.limiter.charge(op.limit, key_owner)
-    done = await dispatch(hub, op, user, caller, args)
+    result = await dispatch(hub, op, caller, args)
     if op.name in LOGGED:
-        named = {name: getattr(args, name) for name in ("server_id", "user_id", "role") if hasattr(args, name)}
-        log.info("%s by user %d from %s %s", op.name, user.user_id, caller.address, named or "")
-    return done
+        target = {name: getattr(args, name) for name in ("server_id", "user_id", "role") if hasattr(args, name)}
+        log.info("%s by user %d from %s %s", op.name, caller.user.user_id, caller.address, target or "")
+    return result
 
 
 # REST.
@@ -5979,7 +5992,7 @@ class Route:
         return respond(None if status == 204 else outcome.value, status, headers)
 
     async def answer(self, request: web.Request, address: str) -> Result[Any]:
-        user = None
+        user = NOBODY
         if self.op.access is not Access.ANYONE:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             if scheme.lower() != "bearer":
@@ -6057,7 +6070,9 @@ async def hear(hub: Hub, event: str, sid: str, payload: tuple[Any, ...]) -> Resu
     if len(payload) > 1 or (not payload and op.args is not NoArgs):
         raise chat_error("ONE_OBJECT")
     raw = payload[0] if payload and payload != (None,) else ({} if op.args is NoArgs else None)
-    return await run_operation(hub, op, Caller(connection.user, connection.address, connection), read_args(op.args, raw))
+    return await run_operation(
+        hub, op, Caller(connection.user or NOBODY, connection.address, connection), read_args(op.args, raw)
+    )
 
 
 def bind_sockets(hub: Hub) -> None:
@@ -6066,7 +6081,7 @@ def bind_sockets(hub: Hub) -> None:
 
     async def authenticate_handshake(connection: Connection, auth: Any) -> Result[Any]:
         args = read_args(authenticate.args, auth)
-        return await run_operation(hub, authenticate, Caller(None, connection.address, connection), args)
+        return await run_operation(hub, authenticate, Caller(NOBODY, connection.address, connection), args)
 
     @sio.on("connect")  # type: ignore[untyped-decorator]
     async def on_connect(sid: str, environ: Any, auth: Any = None) -> None:
@@ -6352,7 +6367,7 @@ async def send_invite_code(hub: Hub, request: web.Request) -> web.Response:
 
     async def draw_invite() -> Result[bytes]:
         args = read_args(CodeArgs, dict(request.match_info))
-        invite = await run_operation(hub, OPERATIONS["get_invite"], Caller(None, address), args)
+        invite = await run_operation(hub, OPERATIONS["get_invite"], Caller(NOBODY, address), args)
         async with hub.drawing:  # one at a time: it is 10 ms of work that holds up the event loop's thread
             return Result(await asyncio.to_thread(draw, f"{public_address(hub, request)}/#/invite/{invite.value.code}"))
 
@@ -6546,7 +6561,7 @@ class ChatRTC:
         user = self.hub.store.read_inline(load_principal, author_id, b"") if author_id is not None else None
         if user is None and (author_id is not None or op.access is not Access.ANYONE):
             raise chat_error("NO_AUTHOR" if author_id is None else "NO_USER")
-        done = await run_operation(self.hub, op, Caller(user, "program"), read_args(op.args, args))
+        done = await run_operation(self.hub, op, Caller(user or NOBODY, "program"), read_args(op.args, args))
         return done.value
 
     async def _run(self, app: web.Application) -> AsyncIterator[None]:
