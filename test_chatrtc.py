@@ -1677,7 +1677,7 @@ FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELEC
 
 
 async def test_long_reads_of_one_user_keep_nobody_else_waiting(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chatrtc, "LONG_SECONDS", 1.0)
+    monkeypatch.setattr(chatrtc, "SLOW_READ_SECONDS", 1.0)
     monkeypatch.setattr(chatrtc, "TURN_SECONDS", 2.5)
     store, begun = scene.world.chat.hub.store, Counter[object]()
 
@@ -1702,7 +1702,7 @@ async def test_long_reads_of_one_user_keep_nobody_else_waiting(scene: Scene, mon
 
 async def test_a_long_read_ends_with_its_caller(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a socket that closes, by a task that is cancelled: what it held is free soon after."""
-    monkeypatch.setattr(chatrtc, "LONG_SECONDS", 600)
+    monkeypatch.setattr(chatrtc, "SLOW_READ_SECONDS", 600)
     store, begun, ended = scene.world.chat.hub.store, set[str](), Counter[str]()
 
     def endless(db: sqlite3.Connection, how: str) -> Any:
@@ -2787,7 +2787,7 @@ async def test_an_account_keeps_its_newest_addresses(world: World) -> None:
 
 
 def test_a_full_table_of_a_limit_forgets_no_bucket_that_is_not_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chatrtc, "BUCKETS_KEPT", 100)
+    monkeypatch.setattr(chatrtc, "MAX_BUCKETS", 100)
     limiter = chatrtc.Limiter(enabled=True)
     limiter.count("login_account", "ana", 50)
     for number in range(1000):
@@ -3828,7 +3828,7 @@ async def test_a_link_does_not_lead_into_other_servers(scene: Scene) -> None:
 
 
 async def test_all_guests_are_removed_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chatrtc, "EXPEL_STEP", 2)
+    monkeypatch.setattr(chatrtc, "GUESTS_PER_STEP", 2)
     invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
     guests = [await guest(scene, invite["code"]) for _ in range(5)]
     socket = await guests[1].socket(scene.place.server_id)
