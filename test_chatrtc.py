@@ -4122,8 +4122,8 @@ class Bare:
         """Nothing is left of clients that went: neither sessions nor rooms nor lanes."""
         sio = self.sio
         for _ in range(200):
-            rest = [sio.eio.sockets, sio.manager.rooms, sio.lanes, sio.environ, sio._binary_packet]
-            rest += [sio.eio.per_address, sio.manager.callbacks, sio.eio.links]
+            rest = [sio.eio.sockets, sio.manager.rooms, sio.packet_queues, sio.environ, sio._binary_packet]
+            rest += [sio.eio.per_address, sio.manager.callbacks, sio.eio.tcp_transports]
             if not any(rest):
                 return True
             await asyncio.sleep(0.01)
@@ -4216,11 +4216,11 @@ async def test_slow_handler_does_not_hold_up_the_heartbeat():
 
 
 async def test_a_full_lane_stops_the_reading_and_loses_nothing(bare):
-    bare.sio.eio.rules.frames_per_second = None
+    bare.sio.eio.options.frames_per_second = None
     ws = await bare.join()
     many = 3 * chatrtc.PACKET_QUEUE_LENGTH
     await ws.send(*[event("wait", n) for n in range(many)])
-    lane = next(iter(bare.sio.lanes.values()))
+    lane = next(iter(bare.sio.packet_queues.values()))
     await bare.next_seen()
     for _ in range(100):
         await asyncio.sleep(0)
@@ -4233,7 +4233,7 @@ async def test_waiting_events_are_discarded_on_disconnect(bare):
     ws = await bare.join()
     await bare.next_seen()
     await ws.send(event("wait", 1, ack=1), event("wait", 2), "3")
-    while not next(iter(bare.sio.lanes.values())).jobs:
+    while not next(iter(bare.sio.packet_queues.values())).jobs:
         await asyncio.sleep(0)
     await ws.ws.close()
     assert (await bare.next_gone())[1] == "transport close"
@@ -4316,10 +4316,10 @@ async def test_nothing_is_kept_for_rooms_where_nobody_is(bare):
         bare.sio.publish("e", number, "nobody")
         bare.sio.publish("e", number, "r")
         assert await ws.next() == f'42["e",{number}]'
-    assert set(bare.sio.batches) <= {("/", "r")}
+    assert set(bare.sio.room_buffers) <= {("/", "r")}
     await ws.ws.close()
     await bare.next_gone()
-    assert await bare.settled() and not bare.sio.batches
+    assert await bare.settled() and not bare.sio.room_buffers
 
 
 async def test_call_from_a_handler_gets_its_answer(bare):
@@ -4687,7 +4687,7 @@ async def test_several_headers_are_one_list():
 async def test_sessions_that_have_not_signed_in_take_nobody_elses_place(make_world: MakeWorld) -> None:
     world = await make_world(no_rate_limit=False)
     engine, (ana, ben) = world.chat.sio.eio, await world.people("ana", "ben")
-    engine.rules.max_sessions_per_address, engine.rules.max_anonymous_per_address = 2, 3
+    engine.options.max_sessions_per_address, engine.options.max_anonymous_per_address = 2, 3
     first = await ana.socket(transports=["websocket"])
     crowd = [await world.socket(transports=["websocket"]) for _ in range(9)]
     second = await ben.socket(transports=["websocket"])
@@ -4698,7 +4698,7 @@ async def test_sessions_that_have_not_signed_in_take_nobody_elses_place(make_wor
     assert len(engine.anonymous) <= 3
     with pytest.raises(socketio.exceptions.ConnectionError):
         await ben.socket(transports=["websocket"])
-    engine.rules.max_sessions_per_address, engine.rules.max_sessions = 9, 4 * 2
+    engine.options.max_sessions_per_address, engine.options.max_sessions = 9, 4 * 2
     for address in ("127.0.0.2", "127.0.0.3", "127.0.0.4"):
         url = f"{world.url}/socket.io/?EIO=4&transport=polling"
         async with world.at(address) as elsewhere, elsewhere.session.get(url) as response:
@@ -4808,12 +4808,12 @@ async def test_session_caps():
         await first.ws.close()
         assert (await bare.next_gone())[0] != second.sid
         client = await bare.poller()
-        bare.sio.eio.rules.max_sessions = 2
+        bare.sio.eio.options.max_sessions = 2
         status, body = await bare.polling().get()
         assert status == 503 and json.loads(body)["code"] == "UNAVAILABLE"
         await client.post("1")
         await bare.next_gone()
-        bare.sio.eio.rules.max_sessions = 3
+        bare.sio.eio.options.max_sessions = 3
         await bare.poller()
 
 
@@ -4888,35 +4888,35 @@ async def test_upgrade_that_fails_leaves_polling_intact(bare):
 # Ends
 
 
-@pytest.mark.parametrize("final", [True, False])
-async def test_cut_of_a_websocket(bare, final):
+@pytest.mark.parametrize("no_reconnect", [True, False])
+async def test_cut_of_a_websocket(bare, no_reconnect):
     ws, other = await bare.join(), await bare.join()
     for client in (ws, other):
         bare.sio.enter(client.sid, "r")
     bare.sio.publish("before", 1, "r")
-    bare.sio.cut(ws.sid, final=final)
+    bare.sio.disconnect_now(ws.sid, no_reconnect=no_reconnect)
     bare.sio.publish("after", 1, "r")
     assert bare.sio.members("r") == [other.sid]
     received = []
     while (packet := await ws.next()) is not None:
         received.append(packet)
-    assert received == ['42["before",1]'] + ["41"] * final
+    assert received == ['42["before",1]'] + ["41"] * no_reconnect
     assert (await bare.next_gone())[0] == ws.sid
     assert [await other.next(), await other.next()] == ['42["before",1]', '42["after",1]']
-    bare.sio.cut(ws.sid, final=final)
-    bare.sio.cut("nobody", final=final)
+    bare.sio.disconnect_now(ws.sid, no_reconnect=no_reconnect)
+    bare.sio.disconnect_now("nobody", no_reconnect=no_reconnect)
 
 
-@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("no_reconnect", [True, False])
 @pytest.mark.parametrize("pending", [True, False])
-async def test_cut_of_a_polling_client(bare, final, pending):
+async def test_cut_of_a_polling_client(bare, no_reconnect, pending):
     client = await bare.poller()
     poll = asyncio.create_task(client.get()) if pending else None
     while pending and not bare.sio.eio.sockets[client.sid].polled():
         await asyncio.sleep(0)
-    bare.sio.cut(client.sio_sid, final=final)
+    bare.sio.disconnect_now(client.sio_sid, no_reconnect=no_reconnect)
     status, body = await (poll or client.get())
-    assert (status, body) == (200, "41") if final else status == 400  # a CLOSE would keep Python's client away for ever
+    assert (status, body) == (200, "41") if no_reconnect else status == 400  # a CLOSE would keep Python's client away for ever
     assert (await client.get())[0] == 400 and (await client.post(event("echo")))[0] == 400
     assert (await bare.next_gone())[0] == client.sio_sid and await bare.settled()
 
@@ -4925,7 +4925,7 @@ async def test_cut_of_a_polling_client(bare, final, pending):
 async def test_cut_in_the_middle_of_an_upgrade(bare, last):
     client = await bare.poller()
     ws = await upgrade(bare, client)
-    bare.sio.cut(client.sio_sid, final=True)
+    bare.sio.disconnect_now(client.sio_sid, no_reconnect=True)
     bare.sio.publish("after", 1, client.sio_sid)
     if last == "poll":
         assert await client.get() == (200, "41")
@@ -4963,11 +4963,11 @@ def masked(text):
 
 async def test_cut_of_a_client_that_does_not_read(bare):
     sock, sid = await deaf(bare)
-    while not (link := next(iter(bare.sio.eio.links))).get_write_buffer_size():
+    while not (link := next(iter(bare.sio.eio.tcp_transports))).get_write_buffer_size():
         bare.sio.publish("e", "x" * 50000, sid)
         await asyncio.sleep(0)
     began = time.monotonic()
-    bare.sio.cut(sid, final=True)
+    bare.sio.disconnect_now(sid, no_reconnect=True)
     assert (await bare.next_gone())[0] == sid and time.monotonic() - began < bound(0.2)
     assert await bare.settled() and time.monotonic() - began < bound(1.0)
     assert link.is_closing()
@@ -5074,7 +5074,7 @@ async def test_oversized_messages_end_the_connection(bare):
 
 @pytest.mark.parametrize("frame", [b"\x89\x80\0\0\0\0", b"\x8a\x80\0\0\0\0"], ids=["ping", "pong"])
 async def test_control_frames_count(bare, frame):
-    bare.sio.eio.rules.frames_per_second = 10
+    bare.sio.eio.options.frames_per_second = 10
     sock, sid = await deaf(bare)
     for _ in range(100):
         await asyncio.get_running_loop().sock_sendall(sock, frame)
@@ -8289,7 +8289,7 @@ async def test_who_does_not_read_an_answer_is_given_up(world: World, monkeypatch
     for wire in [*wires, slow]:
         await wire.send(asking(person, place, 40))
     frozen = await Wire.join(person, place, window=4096)
-    while not any(link in unread.waiting for link in world.chat.sio.eio.links):
+    while not any(link in unread.waiting for link in world.chat.sio.eio.tcp_transports):
         world.chat.sio.publish("e", "x" * 400_000, f"user:{person.user_id}")
         await asyncio.sleep(0.1)
     poller = await polling(person, place)
@@ -8519,16 +8519,16 @@ async def test_a_connection_leaves_no_cycle(make_world: MakeWorld, monkeypatch: 
     monkeypatch.setattr(chatrtc, "LOGIN_SECONDS", 0.2)
     world = await make_world()
     engine = world.chat.sio.eio
-    engine.rules.connect_timeout = 0.2
+    engine.options.connect_timeout = 0.2
     if WAITS.get(ending, 0) > 10:
-        engine.rules.ping_interval = engine.rules.ping_timeout = 0.2
+        engine.options.ping_interval = engine.options.ping_timeout = 0.2
     person = await world.person("ana")
     place = await world.place(person)
 
     async def end(times: int) -> None:
         for _ in range(times):
             await ENDINGS[ending](person, place)
-        await until(lambda: not (engine.sockets or engine.links or engine.tasks or world.chat.hub.connections))
+        await until(lambda: not (engine.sockets or engine.tcp_transports or engine.tasks or world.chat.hub.connections))
         await asyncio.sleep(chatrtc.CLOSE_GRACE + 0.1)  # until then a timer may hold the connection
         Wire.made.clear()
 
