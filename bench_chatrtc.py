@@ -1028,6 +1028,10 @@ class Bench:
         for key, value in figures.items():
             self.results[server.name, key].append(value)
 
+    def median(self, server: str, key: str) -> float | None:
+        values = self.results.get((server, key))
+        return statistics.median(values) if values else None
+
     def run_work(self, server: Server, work: Work, record: bool = False) -> tuple[Span, list[float]]:
         """Do the work and return its steady part and [p50, p99] of the answers in ms; check all deliveries."""
         self.ask_listeners("reset")
@@ -1096,9 +1100,8 @@ def connect_all(bench: Bench, server: Server, steps: set[str]) -> None:
         rate = fan_out(bench, server, "all", server.rooms) / plan.clients / 2
         if "latency" in steps:
             latency(bench, server, rate, "half")
-            node = bench.results["node", "all /s"]
-            if server.name == "chatrtc" and node:
-                latency(bench, server, statistics.median(node) / plan.clients / 2, "node")
+            if server.name == "chatrtc" and (node := bench.median("node", "all /s")):
+                latency(bench, server, node / plan.clients / 2, "node")
     bench.leave(server)
 
 
@@ -1272,17 +1275,12 @@ ROWS = (  # title, key, decimals
 )
 
 
-def median(bench: Bench, server: str, key: str) -> float | None:
-    values = bench.results.get((server, key))
-    return statistics.median(values) if values else None
-
-
 def table_of_figures(bench: Bench) -> list[str]:
     servers = [name for name in LABELS if any(server == name for server, _ in bench.results)]
     lines = ["| | " + " | ".join(LABELS[name] for name in servers) + " |"]
     lines.append("| --- |" + " ---: |" * len(servers))
     for title, key, decimals in ROWS:
-        values = [median(bench, name, key) for name in servers]
+        values = [bench.median(name, key) for name in servers]
         if any(value is not None for value in values):
             cells = ["" if value is None else f"{value:,.{decimals}f}" for value in values]
             lines.append(f"| {filled_in(bench, title)} | " + " | ".join(cells) + " |")
@@ -1324,8 +1322,8 @@ TARGETS = (  # title, key, server and key of the divisor (if any), comparison, t
 def table_of_targets(bench: Bench) -> list[str]:
     lines = ["| ChatRTC | target | measured | |", "| --- | ---: | ---: | --- |"]
     for title, key, server, other, sign, target, unit in TARGETS:
-        value = median(bench, "chatrtc", key)
-        base = median(bench, server, other or key) if server else 1.0
+        value = bench.median("chatrtc", key)
+        base = bench.median(server, other or key) if server else 1.0
         if value is not None and base is not None:
             value = value / base if base else float("inf")
             met = value >= target if sign == ">=" else value <= target
