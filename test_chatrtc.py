@@ -12179,13 +12179,13 @@ def code(text: str) -> str:
 
 
 def description_of(op: chatrtc.Operation) -> str:
-    """What an operation does, who may, and what it emits."""
+    """Return what an operation does, who may do it, and which events it emits."""
     emits = " → " + " ".join(map(code, op.emits)) if op.emits else ""
     return f"{op.summary.split('. ')[0].rstrip('.')} ({op.access.value}){emits}"
 
 
 def operation_rows() -> list[tuple[str, str]]:
-    """A row for each path, with its methods, and one for each event that has no route."""
+    """Return a row for each path, with its methods, and one for each event that has no route."""
     paths: dict[str, list[str]] = {}
     for op in chatrtc.OPERATIONS.values():
         also = f", or the event {code(op.event)}" if op.event else ""
@@ -12195,7 +12195,7 @@ def operation_rows() -> list[tuple[str, str]]:
 
 
 def event_rows() -> list[tuple[str, str, str, str]]:
-    """A row for all events that carry the same to the same room."""
+    """Return a row for each group of events with the same keys and the same room."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name, kind in chatrtc.EVENTS.items():
         keys = ", ".join(field.encode_name for field in msgspec.structs.fields(kind.payload))
@@ -12208,7 +12208,7 @@ def event_rows() -> list[tuple[str, str, str, str]]:
 
 
 def readme_tables() -> dict[str, str]:
-    """The README's tables, as the tables of the program have them."""
+    """Return the generated tables of docs/, each with its name in the comment before it."""
     limits = [
         (limit.counts, f"{limit.burst:g}, then {limit.per_second * 60:g} a minute", limit.by)
         for limit in chatrtc.LIMITS.values()
@@ -12219,12 +12219,12 @@ def readme_tables() -> dict[str, str]:
     ]
     reasons = [(code(name), code(reason.code), reason.detail) for name, reason in chatrtc.REASONS.items()]
     return {
-        "reasons": table(("reason", "code", "sentence"), *reasons),
-        "operations": table(("route or event", "what, who may, and what it emits"), *operation_rows()),
-        "events": table(("event", "when", "to", "keys; those that have nothing to say are left out"), *event_rows()),
+        "reasons": table(("reason", "code", "text"), *reasons),
+        "operations": table(("route or event", "what it does (who may do it) → events it emits"), *operation_rows()),
+        "events": table(("event", "when", "to", "keys (optional keys are omitted when empty)"), *event_rows()),
         "errors": " · ".join(f"{code(name)} {kind.status}" for name, kind in chatrtc.ERRORS.items()),
-        "limits": table(("what", "at once", "for each"), *limits),
-        "settings": table(("option", "default", "what it sets"), *settings),
+        "limits": table(("what", "burst, then rate", "for each"), *limits),
+        "settings": table(("option", "default", "meaning"), *settings),
     }
 
 
@@ -12233,12 +12233,12 @@ def sentence_of(field: msgspec.structs.FieldInfo) -> str:
 
 
 def documents() -> dict[Path, str]:
-    """README.md and the pages of docs/, with their text."""
+    """Return README.md and the pages of docs/, with their text."""
     return {path: path.read_text("utf-8") for path in [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]}
 
 
 def test_the_readme_has_the_tables() -> None:
-    """README.md and docs/ are in step with the program; README=write makes them so."""
+    """The generated tables of docs/ equal the program's; README=write renews them."""
     missing = set(readme_tables())
     for path, text in documents().items():
         written = text
@@ -12248,8 +12248,8 @@ def test_the_readme_has_the_tables() -> None:
             written = block.sub(lambda match, rows=rows: match[1] + rows + "\n" + match[2], written)  # type: ignore[misc]
         if os.environ.get("README") == "write":
             path.write_text(written, "utf-8")
-        assert path.read_text("utf-8") == written
-    assert not missing, f"no place for the tables {missing}"
+        assert path.read_text("utf-8") == written, f"{path.name} is stale: run README=write python -m pytest -q -k readme"
+    assert not missing, f"no document has the tables {missing}"
     assert (HERE / "README.md").read_text("utf-8").count("\n") <= 200
 
 
@@ -12260,7 +12260,7 @@ def test_the_readme_names_every_command() -> None:
 
 
 def readme_program(marker: str) -> str:
-    """The program of README.md that contains the marker."""
+    """Return the Python block of README.md that contains the marker."""
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
     return str(next(block for block in blocks if marker in block))
 
