@@ -381,7 +381,7 @@ def is_username(name: str) -> bool:
 
 # The text of a message, as far as mentions need it: where its code, links and addresses are. The page reads text by the same
 # rules (its section Text); tables of cases in the tests check both. No pattern here backtracks.
-MENTIONS_MAX = 50  # in one message
+MAX_MENTIONS = 50  # in one message
 MENTION_KEYS_MAX = 500  # handles that are looked up for one message
 # Scripts written without spaces (Thai, Lao, Burmese, Khmer, Han, Kana): a handle may begin and end anywhere. Hangul appends
 # particles to names, so there a handle may end anywhere.
@@ -519,7 +519,7 @@ def mention_runs(content: str) -> list[list[str]]:
     lines = text_lines(content.split("\n")) if "`" in content else [content]
     texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line, TOKEN if marked else AT_SIGN))
     runs: list[list[str]] = []
-    for text in itertools.islice(texts, MENTIONS_MAX):
+    for text in itertools.islice(texts, MAX_MENTIONS):
         if sum(map(len, runs)) < MENTION_KEYS_MAX:
             runs.append(handle_keys(text))
     return runs
@@ -2035,10 +2035,10 @@ NEXT_SEQ = {
     "members": "UPDATE servers SET seq = seq + 1, members_seq = seq + 1 WHERE server_id = ?",
     "name": "UPDATE servers SET seq = seq + 1, name_seq = seq + 1 WHERE server_id = ?",
 }
-FORMER_MAX = 1000  # former members of a server that are listed
-SERVERS_MAX = 100  # of one owner
-CHANNELS_MAX = 500  # in one server
-INVITES_MAX = 200  # in one server
+MAX_FORMER_MEMBERS = 1000  # former members of a server that are listed
+MAX_OWNED_SERVERS = 100  # of one owner
+MAX_CHANNELS = 500  # in one server
+MAX_INVITES = 200  # in one server
 GUESTS_PER_STEP = 50  # guests that are removed in one transaction
 MAX_KNOWN_ADDRESSES = 20  # from which an account signed in
 
@@ -2074,16 +2074,16 @@ class Principal(NamedTuple):
         return Identity(self.user_id, self.username, name=self.name)
 
 
-password_of: Query[str | None] = first_value("SELECT password FROM users WHERE user_id = ?")
-address_seen: Query[float | None] = first_value("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?")
+load_password_hash: Query[str | None] = first_value("SELECT password FROM users WHERE user_id = ?")
+load_address_seen_at: Query[float | None] = first_value("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?")
 close_account = statement(
     "DELETE FROM known_addresses WHERE user_id = ?",
     "UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?",
 )
 update_status = statement("UPDATE users SET status = ?2 WHERE user_id = ?1")
 update_display_name = statement("UPDATE users SET name = ?2 WHERE user_id = ?1")
-insert_revoked = statement("INSERT OR IGNORE INTO revoked_tokens VALUES (?, ?)")
-member_servers = rows_as(int, "SELECT server_id FROM members WHERE user_id = ? ORDER BY server_id")
+insert_revoked_token = statement("INSERT OR IGNORE INTO revoked_tokens VALUES (?, ?)")
+load_server_ids = rows_as(int, "SELECT server_id FROM members WHERE user_id = ? ORDER BY server_id")
 ACCOUNT = "SELECT u.user_id, u.username, u.status, u.generation, u.name, u.password FROM users u "
 
 
@@ -2094,13 +2094,13 @@ def load_principal(db: sqlite3.Connection, user_id: int, digest: bytes) -> Princ
     return Principal(*row[:5]) if row else None
 
 
-def find_account(db: sqlite3.Connection, username: str) -> tuple[Principal, str | None] | None:
+def load_account(db: sqlite3.Connection, username: str) -> tuple[Principal, str | None] | None:
     """Return the account of that name, however it is spelled, and its password's hash."""
     row = db.execute(ACCOUNT + "WHERE username_key = ? AND deleted = 0", (name_key(username),)).fetchone()
     return (Principal(*row[:5]), row[5]) if row else None
 
 
-def free_username(db: sqlite3.Connection, name: str) -> str:
+def find_free_username(db: sqlite3.Connection, name: str) -> str:
     """Return a username that nobody has for a display name: `Tim.Meier`, else `Tim.Meier2`, ... It takes few look-ups, however
     many people have that name."""
     handle = handle_of(name)
@@ -2125,7 +2125,7 @@ def insert_user(db: sqlite3.Connection, username: str, password: str | None, now
     return int(row[0])
 
 
-def remember_address(db: sqlite3.Connection, user_id: int, digest: bytes, clock: float) -> Result[None]:
+def insert_known_address(db: sqlite3.Connection, user_id: int, digest: bytes, clock: float) -> Result[None]:
     """Note that the account signed in from that address; the newest ADDRESSES_KEPT are kept."""
     db.execute("INSERT OR REPLACE INTO known_addresses VALUES (?, ?, ?)", (user_id, digest, clock))
     db.execute(
@@ -2146,24 +2146,24 @@ def update_password(db: sqlite3.Connection, user_id: int, before: str | None, pa
     return int(row[0])
 
 
-def accounts(db: sqlite3.Connection) -> list[tuple[int, str, str]]:
+def load_accounts(db: sqlite3.Connection) -> list[tuple[int, str, str]]:
     """Return the id, username and creation time of each account that is not deleted."""
     return db.execute("SELECT user_id, username, created_at FROM users WHERE deleted = 0 ORDER BY user_id").fetchall()
 
 
-def profile(db: sqlite3.Connection, user_id: int) -> Profile:
+def load_profile(db: sqlite3.Connection, user_id: int) -> Profile:
     query = "SELECT username, status, created_at, password IS NULL AND deleted = 0, name FROM users WHERE user_id = ?"
     username, status, created_at, guest, name = db.execute(query, (user_id,)).fetchone()
     return Profile(user_id, username, status, created_at, bool(guest), name=name)
 
 
-last_seq: Query[int] = first_value("SELECT seq FROM servers WHERE server_id = ?")
+load_seq: Query[int] = first_value("SELECT seq FROM servers WHERE server_id = ?")
 
 
 def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
     """Take the server's next number; `part`: for a change of its "channels", its "members" or its "name"."""
     db.execute(NEXT_SEQ[part], (server_id,))
-    return last_seq(db, server_id)  # in the place of RETURNING, which costs a post 4 us more
+    return load_seq(db, server_id)  # in the place of RETURNING, which costs a post 4 us more
 
 
 def server_change(part: str, *queries: str) -> Query[int]:
@@ -2178,9 +2178,9 @@ def server_change(part: str, *queries: str) -> Query[int]:
 
 
 insert_server: Query[int] = first_value("INSERT INTO servers (name, created_at) VALUES (?, ?) RETURNING server_id")
-update_name = server_change("name", "UPDATE servers SET name = ?2 WHERE server_id = ?1")
+update_server_name = server_change("name", "UPDATE servers SET name = ?2 WHERE server_id = ?1")
 delete_server_row = statement("DELETE FROM servers WHERE server_id = ?")
-channels_of = rows_as(Channel, CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id")
+load_channels = rows_as(Channel, CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id")
 SERVER_ROWS = """SELECT s.server_id, s.name, o.user_id, s.created_at, m.role FROM members m
     JOIN servers s ON s.server_id = m.server_id LEFT JOIN members o ON o.server_id = s.server_id AND o.role = 'owner' """
 
@@ -2195,13 +2195,13 @@ def lookup_target(
     return found
 
 
-def server_view(db: sqlite3.Connection, server_id: int, user_id: int) -> Server:
+def load_server(db: sqlite3.Connection, server_id: int, user_id: int) -> Server:
     query = SERVER_ROWS + "WHERE m.server_id = ? AND m.user_id = ?"
     _, name, owner_id, created_at, role = db.execute(query, (server_id, user_id)).fetchone()
-    return Server(server_id, name, owner_id, created_at, role, channels_of(db, server_id))
+    return Server(server_id, name, owner_id, created_at, role, load_channels(db, server_id))
 
 
-def servers_of(db: sqlite3.Connection, user_id: int) -> list[Server]:
+def load_servers(db: sqlite3.Connection, user_id: int) -> list[Server]:
     """Return a member's servers with their channels, in two queries however many there are."""
     rows = db.execute(SERVER_ROWS + "WHERE m.user_id = ? ORDER BY s.server_id", (user_id,))
     servers = {server_id: Server(server_id, name, owner, at, role, []) for server_id, name, owner, at, role in rows}
@@ -2214,15 +2214,15 @@ def servers_of(db: sqlite3.Connection, user_id: int) -> list[Server]:
 def check_owned(db: sqlite3.Connection, user_id: int) -> None:
     """Raise CONFLICT if the account owns as many servers as it may."""
     (owned,) = db.execute("SELECT count(*) FROM members WHERE user_id = ? AND role = 'owner'", (user_id,)).fetchone()
-    if owned >= SERVERS_MAX:
-        raise chat_error("TOO_MANY", n=SERVERS_MAX)
+    if owned >= MAX_OWNED_SERVERS:
+        raise chat_error("TOO_MANY", n=MAX_OWNED_SERVERS)
 
 
-def channel_view(db: sqlite3.Connection, channel_id: int) -> Channel:
+def load_channel(db: sqlite3.Connection, channel_id: int) -> Channel:
     return Channel(*db.execute(CHANNEL_ROWS + "WHERE channel_id = ?", (channel_id,)).fetchone())
 
 
-def members_of(db: sqlite3.Connection, server_id: int, present: Collection[int], viewer: int) -> list[Member]:
+def load_members(db: sqlite3.Connection, server_id: int, present: Collection[int], viewer: int) -> list[Member]:
     """Return the members. `present`: ids of those who are connected. Invisible members look as if they were not."""
     rows = db.execute(
         """SELECT m.user_id, u.username, m.role,
@@ -2239,23 +2239,23 @@ def members_of(db: sqlite3.Connection, server_id: int, present: Collection[int],
     ]
 
 
-def former_members_of(db: sqlite3.Connection, server_id: int) -> list[Identity]:
-    """Return those who left, the newest `FORMER_MAX` accounts, by id."""
+def load_former_members(db: sqlite3.Connection, server_id: int) -> list[Identity]:
+    """Return those who left, the newest `MAX_FORMER_MEMBERS` accounts, by id."""
     rows = db.execute(
         """SELECT f.user_id, u.username, u.name FROM former_members f JOIN users u ON u.user_id = f.user_id
            WHERE f.server_id = ? ORDER BY f.user_id DESC LIMIT ?""",
-        (server_id, FORMER_MAX),
+        (server_id, MAX_FORMER_MEMBERS),
     ).fetchall()
     return [Identity(user_id, username, name=name) for user_id, username, name in reversed(rows)]
 
 
 def load_member_facts(db: sqlite3.Connection, user_id: int) -> dict[str, Any]:
     """Return what events about a member say of the account: `username`, `name` and `guest`."""
-    account = profile(db, user_id)
+    account = load_profile(db, user_id)
     return {"username": account.username, "name": account.name, "guest": account.guest}
 
 
-role_of: Query[Role | None] = first_value("SELECT role FROM members WHERE server_id = ? AND user_id = ?")
+load_role: Query[Role | None] = first_value("SELECT role FROM members WHERE server_id = ? AND user_id = ?")
 update_role = server_change("members", "UPDATE members SET role = ?3 WHERE server_id = ?1 AND user_id = ?2")
 delete_member = server_change(
     "members",
@@ -2263,7 +2263,7 @@ delete_member = server_change(
     "DELETE FROM members WHERE server_id = ? AND user_id = ?",
 )
 # Who comes after the owner: the first admin, else the first member.
-next_owner: Query[int | None] = first_value(
+load_next_owner: Query[int | None] = first_value(
     "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1"
 )
 # Whether an account that is not deleted was a member and is not one now.
@@ -2282,7 +2282,7 @@ insert_ban = statement("INSERT OR IGNORE INTO bans VALUES (?, ?, ?, ?)")
 delete_ban = statement("DELETE FROM bans WHERE server_id = ? AND user_id = ?")
 
 
-def bans_of(db: sqlite3.Connection, args: BansArgs) -> Bans:
+def load_bans(db: sqlite3.Connection, args: BansArgs) -> Bans:
     rows = db.execute(
         """SELECT b.server_id, b.user_id, u.username, b.banned_by, b.banned_at, u.name
            FROM bans b JOIN users u ON u.user_id = b.user_id
@@ -2292,7 +2292,7 @@ def bans_of(db: sqlite3.Connection, args: BansArgs) -> Bans:
     return Bans([Ban(*row[:5], name=row[5]) for row in rows[: args.limit]], len(rows) > args.limit)
 
 
-def guests_below(db: sqlite3.Connection, server_id: int, role: Role | None) -> list[int]:
+def load_guests_below(db: sqlite3.Connection, server_id: int, role: Role | None) -> list[int]:
     """Return the next guests of a lower role."""
     query = """SELECT m.user_id FROM members m JOIN users u ON u.user_id = m.user_id
                WHERE m.server_id = ? AND u.password IS NULL AND (m.role = 'member' OR (m.role = 'admin' AND ? = 'owner'))
@@ -2306,7 +2306,7 @@ def insert_link(db: sqlite3.Connection, user_id: int, code: str, expires: float)
     db.execute("INSERT INTO links VALUES (?, ?, ?)", (hashlib.sha256(code.encode()).digest(), user_id, expires))
 
 
-def guest_of_link(db: sqlite3.Connection, code: str, now: float) -> Principal:
+def load_link_guest(db: sqlite3.Connection, code: str, now: float) -> Principal:
     """Return the guest whom a sign-in code is for. Raises NOT_FOUND."""
     valid = """JOIN links l ON u.user_id = l.user_id
                WHERE l.digest = ? AND l.expires_at > ? AND u.password IS NULL AND u.deleted = 0"""
@@ -2316,8 +2316,8 @@ def guest_of_link(db: sqlite3.Connection, code: str, now: float) -> Principal:
     return Principal(*row[:5])
 
 
-def take_link(db: sqlite3.Connection, code: str, now: float) -> Principal:
-    guest = guest_of_link(db, code, now)
+def delete_link(db: sqlite3.Connection, code: str, now: float) -> Principal:
+    guest = load_link_guest(db, code, now)
     db.execute("DELETE FROM links WHERE user_id = ?", (guest.user_id,))
     return guest
 
@@ -2328,14 +2328,14 @@ def make_room_for_invite(db: sqlite3.Connection, server_id: int, now: str) -> No
     oldest = """DELETE FROM invites WHERE rowid = (
                     SELECT rowid FROM invites WHERE server_id = ? AND (uses >= max_uses OR expires_at <= ?)
                     ORDER BY rowid LIMIT 1)"""
-    if count >= INVITES_MAX and db.execute(oldest, (server_id, now)).rowcount == 0:
-        raise chat_error("TOO_MANY", n=INVITES_MAX)
+    if count >= MAX_INVITES and db.execute(oldest, (server_id, now)).rowcount == 0:
+        raise chat_error("TOO_MANY", n=MAX_INVITES)
 
 
-invites_of = rows_as(Invite, INVITE + "WHERE server_id = ? ORDER BY rowid")
+load_invites = rows_as(Invite, INVITE + "WHERE server_id = ? ORDER BY rowid")
 insert_invite = statement("INSERT INTO invites (code, server_id, created_by, max_uses, expires_at) VALUES (?, ?, ?, ?, ?)")
-server_of_invite: Query[int | None] = first_value("SELECT server_id FROM invites WHERE code = ?")  # used up or not
-count_invite_use = statement("UPDATE invites SET uses = uses + 1 WHERE code = ?")
+load_invite_server: Query[int | None] = first_value("SELECT server_id FROM invites WHERE code = ?")  # used up or not
+update_invite_uses = statement("UPDATE invites SET uses = uses + 1 WHERE code = ?")
 delete_invite = statement("DELETE FROM invites WHERE code = ?")
 # Deletes the invite by which a current or former member (server, user) came, if it is known.
 delete_invite_used_by = statement(
@@ -2345,7 +2345,7 @@ delete_invite_used_by = statement(
 )
 
 
-def invite_preview(db: sqlite3.Connection, invite: Invite) -> InvitePreview:
+def load_invite_preview(db: sqlite3.Connection, invite: Invite) -> InvitePreview:
     query = "SELECT name, (SELECT count(*) FROM members m WHERE m.server_id = s.server_id) FROM servers s WHERE server_id = ?"
     return InvitePreview(invite.code, invite.server_id, *db.execute(query, (invite.server_id,)).fetchone())
 
@@ -2363,7 +2363,7 @@ def load_valid_invite(db: sqlite3.Connection, code: str, now: str) -> Invite:
     return invite
 
 
-def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str, code: str | None = None) -> int:
+def insert_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str, code: str | None = None) -> int:
     """Make an account a member, by the invite `code` if there was one. Return the number of that change."""
     db.execute(
         """INSERT INTO members (server_id, user_id, role, joined_at, invited_by, read_from)  -- older messages are not unread
@@ -2375,14 +2375,14 @@ def add_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role,
 
 
 # Takes a channel out of its server; its messages go later (`purge_deleted_channel`).
-delete_channel_row = server_change("channels", "UPDATE channels SET server_id = NULL WHERE server_id = ? AND channel_id = ?")
+detach_channel = server_change("channels", "UPDATE channels SET server_id = NULL WHERE server_id = ? AND channel_id = ?")
 
 
-def add_channel(db: sqlite3.Connection, server_id: int, name: str, kind: ChannelKind, topic: str) -> tuple[Channel, int]:
+def insert_channel(db: sqlite3.Connection, server_id: int, name: str, kind: ChannelKind, topic: str) -> tuple[Channel, int]:
     """Return the new channel and the number of that change. Raises CONFLICT if the name is taken or there are too many."""
     (count,) = db.execute("SELECT count(*) FROM channels WHERE server_id = ?", (server_id,)).fetchone()
-    if count >= CHANNELS_MAX:
-        raise chat_error("TOO_MANY", n=CHANNELS_MAX)
+    if count >= MAX_CHANNELS:
+        raise chat_error("TOO_MANY", n=MAX_CHANNELS)
     row = db.execute(
         """INSERT INTO channels (server_id, name, name_key, kind, topic) VALUES (?, ?, ?, ?, ?)
            ON CONFLICT (server_id, name_key) DO NOTHING RETURNING server_id, channel_id, name, kind, topic""",
@@ -2401,7 +2401,7 @@ def update_channel(db: sqlite3.Connection, server_id: int, channel_id: int, name
     return next_seq(db, server_id, "channels")
 
 
-def purge_tokens(db: sqlite3.Connection, now: float) -> Result[None]:
+def delete_expired_tokens(db: sqlite3.Connection, now: float) -> Result[None]:
     """Delete revoked tokens and sign-in codes that have expired."""
     db.execute("DELETE FROM revoked_tokens WHERE expires_at < ?", (now,))
     db.execute("DELETE FROM links WHERE expires_at < ?", (now,))
@@ -2421,7 +2421,7 @@ def count_rows(db: sqlite3.Connection) -> list[int]:
     return list(db.execute(counts).fetchone())
 
 
-def all_servers(db: sqlite3.Connection) -> list[dict[str, Any]]:
+def load_all_servers(db: sqlite3.Connection) -> list[dict[str, Any]]:
     rows = db.execute("SELECT server_id, name, created_at, seq FROM servers ORDER BY server_id")
     return [dict(zip(("server_id", "name", "created_at", "seq"), row, strict=True)) for row in rows]
 
@@ -2484,17 +2484,17 @@ READ_MARK = """
     SELECT max(m.read_from, coalesce(r.last_read_id, 0)) FROM channels c JOIN members m ON m.server_id = c.server_id
     LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE c.channel_id = ? AND m.user_id = ?
 """
-UNREAD_MAX = 1000
-READ_LIMITS = {"most": UNREAD_MAX, "steps": 2 * UNREAD_MAX}  # steps: messages looked at, the user's own included
+MAX_UNREAD = 1000
+READ_LIMITS = {"most": MAX_UNREAD, "steps": 2 * MAX_UNREAD}  # steps: messages looked at, the user's own included
 ANSWER_BYTES = 448 * 1024  # of messages and lists in one answer, in JSON: with all else in it, 512 KiB
 VARIATION = "\ufe0f"  # asks for the coloured form of an emoji: with and without it, a reaction is the same
-REACTIONS_MAX = 50  # different ones on one message
+MAX_REACTIONS = 50  # different ones on one message
 INDEX_STEP = 500  # messages that search learns of in one transaction
 PURGE_STEP = 200  # messages of one author that are deleted in one transaction
-PURGE_SCAN = 5000  # messages that are looked at for it
+PURGE_SCAN_STEP = 5000  # messages that are looked at for it
 
 
-def to_message(row: Sequence[Any]) -> Message:
+def message_from_row(row: Sequence[Any]) -> Message:
     message = Message(*row[:10])
     message.author_name = row[13]
     if row[10] is not None:
@@ -2506,22 +2506,22 @@ def to_message(row: Sequence[Any]) -> Message:
     return message
 
 
-def message_view(db: sqlite3.Connection, message_id: int) -> Message | None:
+def load_message(db: sqlite3.Connection, message_id: int) -> Message | None:
     """Return the message, unless it is deleted or does not exist."""
     row = db.execute(MESSAGE_ROWS + "WHERE m.message_id = ? AND m.deleted = 0", (message_id,)).fetchone()
-    return to_message(row) if row else None
+    return message_from_row(row) if row else None
 
 
-def find_by_nonce(db: sqlite3.Connection, author_id: int, channel_id: int, nonce: str) -> Message | None:
+def load_message_by_nonce(db: sqlite3.Connection, author_id: int, channel_id: int, nonce: str) -> Message | None:
     """Return the message that was posted with this nonce. Raises CONFLICT if it was deleted."""
     posted = "WHERE m.author_id = ? AND m.channel_id = ? AND m.nonce = ?"
     row = db.execute(MESSAGE_ROWS + posted, (author_id, channel_id, nonce)).fetchone()
     if row is not None and row[12]:
         raise chat_error("MESSAGE_DELETED")
-    return to_message(row) if row else None
+    return message_from_row(row) if row else None
 
 
-def find_mentioned(db: sqlite3.Connection, server_id: int, content: str) -> list[int]:
+def load_named_members(db: sqlite3.Connection, server_id: int, content: str) -> list[int]:
     """Return the members whose `@handle` is in the text, ascending: for each `@` the longest handle that fits."""
     runs = mention_runs(content)
     if not any(runs):
@@ -2537,29 +2537,31 @@ def find_mentioned(db: sqlite3.Connection, server_id: int, content: str) -> list
 
 
 # The author of the message that a reply answers, if that is another user (?3) and still a member (of ?1).
-answered_member = rows_as(
+load_answered_author = rows_as(
     int,
     """SELECT b.user_id FROM messages m JOIN members b ON b.server_id = ?1 AND b.user_id = m.author_id
        WHERE m.message_id = ?2 AND m.author_id != ?3""",
 )
 
 
-def mentioned(db: sqlite3.Connection, server_id: int, author_id: int, content: str, reply_to: int | None) -> list[int]:
-    """Return the members that a message mentions by `@handle` or answers, ascending and at most `MENTIONS_MAX`."""
-    named = find_mentioned(db, server_id, content) if "@" in content else []
+def find_mentioned_members(
+    db: sqlite3.Connection, server_id: int, author_id: int, content: str, reply_to: int | None
+) -> list[int]:
+    """Return the members that a message mentions by `@handle` or answers, ascending and at most `MAX_MENTIONS`."""
+    named = load_named_members(db, server_id, content) if "@" in content else []
     if reply_to is None:
         return named
-    answered = answered_member(db, server_id, reply_to, author_id)
-    return sorted(list(dict.fromkeys(answered + named))[:MENTIONS_MAX])
+    answered = load_answered_author(db, server_id, reply_to, author_id)
+    return sorted(list(dict.fromkeys(answered + named))[:MAX_MENTIONS])
 
 
-def set_mentions(db: sqlite3.Connection, message_id: int, channel_id: int, mentions: list[int]) -> None:
+def insert_mentions(db: sqlite3.Connection, message_id: int, channel_id: int, mentions: list[int]) -> None:
     for user_id in mentions:
         db.execute("INSERT INTO mentions VALUES (?, ?, ?)", (message_id, user_id, channel_id))
 
 
 def insert_message(db: sqlite3.Connection, server_id: int, author: Principal, args: NewMessage, now: str) -> Message:
-    mentions = mentioned(db, server_id, author.user_id, args.content, args.reply_to)
+    mentions = find_mentioned_members(db, server_id, author.user_id, args.content, args.reply_to)
     seq = next_seq(db, server_id)
     message_id = db.execute(
         """INSERT INTO messages (server_id, channel_id, author_id, content, created_at, reply_to, nonce, seq, extras)
@@ -2567,7 +2569,7 @@ def insert_message(db: sqlite3.Connection, server_id: int, author: Principal, ar
         (server_id, args.channel_id, author.user_id, args.content, now, args.reply_to, args.nonce, seq, bool(mentions)),
     ).lastrowid
     assert message_id is not None
-    set_mentions(db, message_id, args.channel_id, mentions)
+    insert_mentions(db, message_id, args.channel_id, mentions)
     return Message(
         args.channel_id, message_id, args.content, author.user_id, author.username, now, seq,
         reply_to=args.reply_to, nonce=args.nonce, mentions=mentions, author_name=author.name,
@@ -2613,8 +2615,8 @@ def update_message(db: sqlite3.Connection, server_id: int, message: Message, con
     if indexed:
         index_rows(db, [(message.message_id, content, server_id)])
     db.execute("DELETE FROM mentions WHERE message_id = ?", (message.message_id,))
-    mentions = mentioned(db, server_id, message.author_id, content, message.reply_to)
-    set_mentions(db, message.message_id, message.channel_id, mentions)
+    mentions = find_mentioned_members(db, server_id, message.author_id, content, message.reply_to)
+    insert_mentions(db, message.message_id, message.channel_id, mentions)
 
 
 def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
@@ -2627,12 +2629,12 @@ def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> i
     return seq
 
 
-has_deleted_channels = first_value("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1")
+load_deleted_channel = first_value("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1")
 
 
 def purge_deleted_channel(db: sqlite3.Connection) -> Result[None]:
     """Delete the next messages of a deleted channel, or the channel if it has none. Nothing happens if there is no such."""
-    channel_id = has_deleted_channels(db)
+    channel_id = load_deleted_channel(db)
     last = "SELECT max(message_id) FROM (SELECT message_id FROM messages WHERE channel_id = ? ORDER BY message_id LIMIT ?)"
     (until,) = db.execute(last, (channel_id, INDEX_STEP)).fetchone()
     if until is None:
@@ -2643,16 +2645,16 @@ def purge_deleted_channel(db: sqlite3.Connection) -> Result[None]:
     return Result(None)
 
 
-pending_purges: Query[int | None] = first_value("SELECT 1 FROM purges LIMIT 1")
+load_pending_purge: Query[int | None] = first_value("SELECT 1 FROM purges LIMIT 1")
 
 
-def purge_messages(db: sqlite3.Connection) -> Result[None]:
+def purge_next_messages(db: sqlite3.Connection) -> Result[None]:
     """Delete the next messages of the purge that was asked for last, newest first, each reported like any deletion."""
     row = db.execute("SELECT purge_id, server_id, author_id, last_id FROM purges ORDER BY purge_id DESC LIMIT 1").fetchone()
     if row is None:
         return Result(None)
     purge_id, server_id, author_id, last_id = row
-    values = (last_id - PURGE_SCAN, last_id, author_id, server_id, PURGE_STEP)
+    values = (last_id - PURGE_SCAN_STEP, last_id, author_id, server_id, PURGE_STEP)
     rows = db.execute(
         """SELECT m.message_id, m.channel_id, c.server_id FROM messages m JOIN channels c ON c.channel_id = m.channel_id
            WHERE m.message_id > ? AND m.message_id <= ? AND m.author_id = ? AND m.deleted = 0
@@ -2663,7 +2665,7 @@ def purge_messages(db: sqlite3.Connection) -> Result[None]:
         Emit("message:deleted", server, MessageDeleted(channel_id, message_id, delete_message(db, server, message_id)))
         for message_id, channel_id, server in rows
     ]
-    before = rows[-1][0] - 1 if len(rows) == PURGE_STEP else last_id - PURGE_SCAN
+    before = rows[-1][0] - 1 if len(rows) == PURGE_STEP else last_id - PURGE_SCAN_STEP
     (left,) = db.execute("SELECT max(message_id) FROM messages WHERE message_id <= ?", (before,)).fetchone()
     if left is None:
         db.execute("DELETE FROM purges WHERE purge_id = ?", (purge_id,))
@@ -2672,15 +2674,15 @@ def purge_messages(db: sqlite3.Connection) -> Result[None]:
     return Result(None, effects)
 
 
-def purge_messages_of(db: sqlite3.Connection, server_id: int | None, author_id: int) -> list[Effect]:
+def start_purge(db: sqlite3.Connection, server_id: int | None, author_id: int) -> list[Effect]:
     """Delete an author's messages in a server (None: in every server): the newest now, the others in steps, later. Return the
     effects of what is deleted now. It takes some milliseconds: the operation has to be a `slow` one."""
     newest = "SELECT ?, ?, coalesce(max(message_id), 0) FROM messages"
     db.execute("INSERT INTO purges (server_id, author_id, last_id) " + newest, (server_id, author_id))
-    return list(purge_messages(db).effects)
+    return list(purge_next_messages(db).effects)
 
 
-def renumber_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
+def update_message_seq(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
     """Take a number for a change of the message's reactions."""
     seq = next_seq(db, server_id)
     db.execute("UPDATE messages SET seq = ?, extras = 1 WHERE message_id = ?", (seq, message_id))
@@ -2695,7 +2697,7 @@ def first_messages(rows: Iterable[Sequence[Any]], limit: int, most: int = ANSWER
     """Return the first messages, at most `limit` and `most` bytes of JSON but one at least."""
     found = Messages([], False)
     for row in rows:
-        message = to_message(row)
+        message = message_from_row(row)
         most -= len(msgspec.json.encode(message))
         if limit == 0 or (found.messages and (most < 0 or len(found.messages) == limit)):
             return Messages(found.messages, True)
@@ -2741,7 +2743,7 @@ class PageCache:
         self._pages.clear()
 
     def get(self, db: sqlite3.Connection, server_id: int, args: PageArgs) -> Messages:
-        key, seq = msgspec.structs.astuple(args), last_seq(db, server_id)
+        key, seq = msgspec.structs.astuple(args), load_seq(db, server_id)
         kept_seq, messages = self._pages.pop(key, (-1, None))
         if messages is None or kept_seq != seq:
             messages = page(db, args)
@@ -2752,7 +2754,7 @@ class PageCache:
         return messages
 
 
-def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection[int], viewer: int) -> Changes:
+def load_changes(db: sqlite3.Connection, args: ChangesArgs, present: Collection[int], viewer: int) -> Changes:
     """Return what came after a number (everything on `reset`): at most `limit` messages and `ANSWER_BYTES`, but one change at
     least. A list is in the answer that passes its number."""
     seq, channels_seq, members_seq, name_seq, name = db.execute(
@@ -2761,10 +2763,10 @@ def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection
     gap = "SELECT 1 FROM gaps WHERE server_id = ? AND after_seq < ? AND ? < until_seq"
     reset = args.after > seq or db.execute(gap, (args.server_id, args.after, args.after)).fetchone() is not None
     after = 0 if reset else args.after
-    members = functools.partial(members_of, db, args.server_id, present, viewer)
+    members = functools.partial(load_members, db, args.server_id, present, viewer)
     lists: dict[int, Callable[[], dict[str, Any]]] = {
-        channels_seq: lambda: {"channels": channels_of(db, args.server_id)},
-        members_seq: lambda: {"members": members(), "former": former_members_of(db, args.server_id)},
+        channels_seq: lambda: {"channels": load_channels(db, args.server_id)},
+        members_seq: lambda: {"members": members(), "former": load_former_members(db, args.server_id)},
         name_seq: lambda: {"name": name},
     }
     numbers = [(number, None) for number in sorted(lists) if number > after]
@@ -2772,7 +2774,7 @@ def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection
     changes = Changes(after, False, [], [], reset=reset, name=name if reset else UNSET)
     size = 0
     for number, row in heapq.merge(rows, numbers, key=operator.itemgetter(0)):
-        value: Any = lists[number]() if row is None else Deletion(row[0], row[1], number) if row[12] else to_message(row)
+        value: Any = lists[number]() if row is None else Deletion(row[0], row[1], number) if row[12] else message_from_row(row)
         size += len(msgspec.json.encode(value))
         is_full = row is not None and len(changes.messages) + len(changes.deleted) == args.limit
         if is_full or (size > ANSWER_BYTES and changes.seq > after):
@@ -2787,13 +2789,13 @@ def changes_since(db: sqlite3.Connection, args: ChangesArgs, present: Collection
     return changes
 
 
-def read_states(db: sqlite3.Connection, user_id: int) -> list[ReadState]:
+def load_read_states(db: sqlite3.Connection, user_id: int) -> list[ReadState]:
     """Return the read state of each text channel of a user, in one query."""
     values = {"user_id": user_id} | READ_LIMITS
     return [ReadState(*row) for row in db.execute(READS + "WHERE kind = 'text' ORDER BY channel_id", values)]
 
 
-def read_state(db: sqlite3.Connection, user_id: int, channel_id: int) -> ReadState:
+def load_read_state(db: sqlite3.Connection, user_id: int, channel_id: int) -> ReadState:
     """Return a member's read state of a channel."""
     values = {"user_id": user_id, "channel_id": channel_id} | READ_LIMITS
     return ReadState(*db.execute(READS + "WHERE channel_id = :channel_id", values).fetchone())
@@ -2816,11 +2818,11 @@ def update_read(db: sqlite3.Connection, user_id: int, args: MarkReadArgs) -> Rea
     if args.message_id == before or (args.message_id < before and not args.back):
         return None
     set_read(db, user_id, args.channel_id, args.message_id)
-    after = read_state(db, user_id, args.channel_id)
+    after = load_read_state(db, user_id, args.channel_id)
     return after if after.last_read_id != before else None
 
 
-def index_progress(db: sqlite3.Connection) -> tuple[int, int]:
+def load_index_progress(db: sqlite3.Connection) -> tuple[int, int]:
     """Return the ids of the newest message and of the last one that is in the search index."""
     newest, known = db.execute("SELECT (SELECT max(message_id) FROM messages), indexed_id FROM search").fetchone()
     return newest or 0, known
@@ -2840,7 +2842,7 @@ def index_messages(db: sqlite3.Connection) -> Result[int]:
     return Result(known)
 
 
-def search(db: sqlite3.Connection, args: SearchArgs) -> Messages:
+def load_search_results(db: sqlite3.Connection, args: SearchArgs) -> Messages:
     """Return messages that hold every word and phrase, newest first."""
     match = f'server_id : "{args.server_id}" AND content : ({search_phrases(args.q)})'
     before = args.before if args.before is not None else 2**63 - 1
@@ -2850,10 +2852,10 @@ def search(db: sqlite3.Connection, args: SearchArgs) -> Messages:
     return first_messages(rows, args.limit)
 
 
-def messages_of(db: sqlite3.Connection, channel_id: int) -> Iterator[Message]:
+def load_channel_messages(db: sqlite3.Connection, channel_id: int) -> Iterator[Message]:
     """Return an iterator over all messages of a channel that are not deleted, oldest first."""
     rows = db.execute(MESSAGE_ROWS + "WHERE m.channel_id = ? AND m.deleted = 0 ORDER BY m.message_id", (channel_id,))
-    return map(to_message, rows)
+    return map(message_from_row, rows)
 
 
 # ---- Presence ------------------------------------------------------------------------------------------------------
@@ -2960,7 +2962,7 @@ class VoicePeers(dict[str, Peer]):
     """Who talks where, by socket: one voice channel each."""
 
     def others(self, channel_id: int, sid: str) -> list[Participant]:
-        notices = [peer.notice for peer in self.members_of(channel_id=channel_id) if peer.sid != sid]
+        notices = [peer.notice for peer in self.in_channel(channel_id) if peer.sid != sid]
         return [Participant(notice.user_id, notice.username, notice.peer_id, name=notice.name) for notice in notices]
 
     def rename(self, user_id: int, name: str | None) -> None:
@@ -2969,10 +2971,13 @@ class VoicePeers(dict[str, Peer]):
                 peer.notice.name = name
 
     def find(self, channel_id: int, peer_id: str) -> Peer | None:
-        return next((peer for peer in self.members_of(channel_id=channel_id) if peer.notice.peer_id == peer_id), None)
+        return next((peer for peer in self.in_channel(channel_id) if peer.notice.peer_id == peer_id), None)
 
-    def members_of(self, *, server_id: int | None = None, channel_id: int | None = None) -> list[Peer]:
-        return [p for p in self.values() if server_id == p.server_id or channel_id == p.channel_id]
+    def in_server(self, server_id: int) -> list[Peer]:
+        return [peer for peer in self.values() if peer.server_id == server_id]
+
+    def in_channel(self, channel_id: int) -> list[Peer]:
+        return [peer for peer in self.values() if peer.channel_id == channel_id]
 
 
 # ---- Authentication ------------------------------------------------------------------------------------------------
@@ -3129,8 +3134,8 @@ LIMITS = {
 }
 SOCKETS_PER_USER = 20
 MAX_BUCKETS = 20_000  # of each limit: some 4 MiB
-OTHERS = object()  # whose bucket is shared by those who find their limit's table full
-GUESSES = {"INVITE_UNKNOWN", "LINK_UNKNOWN"}  # the reasons by which a code is counted as a guess
+SHARED_BUCKET = object()  # whose bucket is shared by those who find their limit's table full
+UNKNOWN_CODE_REASONS = {"INVITE_UNKNOWN", "LINK_UNKNOWN"}  # the reasons by which a code is counted as a guess
 LimitOf = tuple[str, object]  # a limit, and whose
 
 
@@ -3150,7 +3155,7 @@ class Limiter:
                 table.move_to_end(oldest)
             else:
                 del table[oldest]
-        key = key_owner if key_owner in table or len(table) < MAX_BUCKETS else OTHERS
+        key = key_owner if key_owner in table or len(table) < MAX_BUCKETS else SHARED_BUCKET
         return key, max(now, table.get(key, now))
 
     def count(self, name: str, key_owner: object, times: int = 1) -> None:
@@ -3178,12 +3183,12 @@ class Limiter:
         try:
             yield
         except ChatError as error:
-            if error.reason in GUESSES:
+            if error.reason in UNKNOWN_CODE_REASONS:
                 self.charge(name, key_owner)
             raise
 
     @contextlib.contextmanager
-    def trial(self, limits: Sequence[LimitOf]) -> Iterator[Callable[[], None]]:
+    def attempt(self, limits: Sequence[LimitOf]) -> Iterator[Callable[[], None]]:
         """Count one try under each limit, and give it back at the end unless the function in the result was called. Counting
         first keeps tries that are under way at once within the limits. Raises RATE_LIMITED."""
         for limit in limits:
@@ -3210,17 +3215,17 @@ class RateLimitedLog:
         self._counts: dict[str, Counter[str]] = {}  # subject -> what happened since its last line
         self._since = time.monotonic()
 
-    def note(self, address: str, error: ChatError) -> None:
+    def record_error(self, address: str, error: ChatError) -> None:
         what = REFUSED.get(error.reason or "") or ("limit" if error.code == "RATE_LIMITED" else "")
         if what:
-            self.say(f"Refused for {address}", what)
+            self.record(f"Refused for {address}", what)
 
-    def defect(self, text: str, error: Exception) -> None:
+    def record_bug(self, text: str, error: Exception) -> None:
         """Note a defect; the first one of a place in the code is logged with its traceback."""
         places = [f"{frame.name}, line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__, -1)]
-        self.say(f"{text} ({''.join(places)})", type(error).__name__, error)
+        self.record(f"{text} ({''.join(places)})", type(error).__name__, error)
 
-    def say(self, subject: str, what: str, error: Exception | None = None) -> None:
+    def record(self, subject: str, what: str, error: Exception | None = None) -> None:
         self.flush()
         if error is None and subject not in self._counts and len(self._counts) >= MAX_LOG_SUBJECTS:
             subject = "Refused for other addresses"
@@ -3323,7 +3328,7 @@ def resolve_target(ctx: OperationContext, args: Args) -> bool:
     if found[2] != ctx.user.name:  # changed since the token was last looked up
         ctx.user = ctx.user._replace(name=found[2])
     if key == "message_id":
-        ctx.message = message_view(ctx.db, number)
+        ctx.message = load_message(ctx.db, number)
     ctx.channel_id = number if key == "channel_id" else ctx.message.channel_id if ctx.message else 0
     return ctx.server_id > 0
 
@@ -3331,7 +3336,7 @@ def resolve_target(ctx: OperationContext, args: Args) -> bool:
 def load_target_role(ctx: OperationContext, access: Access, user_id: int) -> None:
     """Find the role of the member, for a ban also of the former member, that the arguments name. Raises NOT_FOUND, which does
     not say whether the account exists."""
-    ctx.target_role = role_of(ctx.db, ctx.server_id, user_id)
+    ctx.target_role = load_role(ctx.db, ctx.server_id, user_id)
     if ctx.target_role is None and not (access is Access.OUTRANKS and has_left(ctx.db, ctx.server_id, user_id)):
         raise chat_error("NO_MEMBER" if access is not Access.OUTRANKS else "NO_USER")
 
@@ -3343,13 +3348,13 @@ def check_settings(access: Access, ctx: OperationContext) -> None:
         return
     if access is Access.CREATOR and may == "nobody":
         raise chat_error("CREATE_SERVERS_OFF")
-    if (access is Access.CREATOR or closed) and profile(ctx.db, ctx.user.user_id).guest:
+    if (access is Access.CREATOR or closed) and load_profile(ctx.db, ctx.user.user_id).guest:
         raise chat_error("NOT_FOR_GUESTS")
 
 
 def check_guest(ctx: OperationContext, user_id: int) -> None:
     """Raise FORBIDDEN unless that is a guest whom the caller could remove from all of their servers, which a link opens."""
-    if not profile(ctx.db, user_id).guest:
+    if not load_profile(ctx.db, user_id).guest:
         raise chat_error("NOT_A_GUEST")
     if is_out_of_reach(ctx.db, user_id, ctx.user.user_id):
         raise chat_error("LINK_ELSEWHERE")
@@ -3434,25 +3439,25 @@ def operation(kind: Literal["write", "read", "async"], http: str | None, access:
 @operation("read", "GET /users/me", Access.USER)
 def get_profile(ctx: OperationContext, args: NoArgs) -> Result[Profile]:
     """Who I am."""
-    return Result(profile(ctx.db, ctx.user.user_id))
+    return Result(load_profile(ctx.db, ctx.user.user_id))
 
 
 def change_status(ctx: OperationContext, status: Status) -> SetStatus:
-    before = profile(ctx.db, ctx.user.user_id).status
+    before = load_profile(ctx.db, ctx.user.user_id).status
     update_status(ctx.db, ctx.user.user_id, status)
-    return SetStatus(ctx.user.identity, before, status, member_servers(ctx.db, ctx.user.user_id))
+    return SetStatus(ctx.user.identity, before, status, load_server_ids(ctx.db, ctx.user.user_id))
 
 
-def member_notice(db: sqlite3.Connection, server_id: int, user_id: int, seq: int) -> Emit:
+def member_updated(db: sqlite3.Connection, server_id: int, user_id: int, seq: int) -> Emit:
     """Return the `member:updated` that tells of a change that took that number."""
-    role = role_of(db, server_id, user_id) or "member"
+    role = load_role(db, server_id, user_id) or "member"
     updated = MemberUpdated(server_id, user_id, seq=seq, role=role, **load_member_facts(db, user_id))
     return Emit("member:updated", server_id, updated)
 
 
-def change_everywhere(db: sqlite3.Connection, user_id: int) -> list[Effect]:
+def member_updated_everywhere(db: sqlite3.Connection, user_id: int) -> list[Effect]:
     """Number a change of the account in each of its servers."""
-    return [member_notice(db, one, user_id, next_seq(db, one, "members")) for one in member_servers(db, user_id)]
+    return [member_updated(db, one, user_id, next_seq(db, one, "members")) for one in load_server_ids(db, user_id)]
 
 
 STATUS_EVENTS = ["user:status", "user:connected", "user:disconnected"]
@@ -3466,17 +3471,17 @@ def update_profile(ctx: OperationContext, args: EditProfile) -> Result[Profile]:
     if name != ctx.user.name:
         ctx.user = ctx.user._replace(name=name)
         update_display_name(ctx.db, ctx.user.user_id, name)
-        effects += [Rename(ctx.user.user_id, name), *change_everywhere(ctx.db, ctx.user.user_id)]
+        effects += [Rename(ctx.user.user_id, name), *member_updated_everywhere(ctx.db, ctx.user.user_id)]
     if args.status is not UNSET:
         effects.append(change_status(ctx, args.status))
-    return Result(profile(ctx.db, ctx.user.user_id), effects)
+    return Result(load_profile(ctx.db, ctx.user.user_id), effects)
 
 
 @operation("write", None, Access.USER, event="user:status", emits=STATUS_EVENTS, acks=False)
 def set_status(ctx: OperationContext, args: StatusArgs) -> Result[Profile]:
     """Set my status."""
     effects = [change_status(ctx, args.status)]
-    return Result(profile(ctx.db, ctx.user.user_id), effects)
+    return Result(load_profile(ctx.db, ctx.user.user_id), effects)
 
 
 @operation("write", "POST /auth/logout", Access.USER, status=204, frees=True)
@@ -3484,21 +3489,21 @@ def logout(ctx: OperationContext, args: NoArgs) -> Result[None]:
     """End the token that the request came with; its sockets are disconnected."""
     if not ctx.user.digest:
         raise chat_error("NO_TOKEN")
-    insert_revoked(ctx.db, ctx.user.digest, ctx.user.expires)
+    insert_revoked_token(ctx.db, ctx.user.digest, ctx.user.expires)
     return Result(None, [Revoke(ctx.user.user_id, ctx.user.digest)])
 
 
 @operation("read", "GET /servers", Access.USER, slow=True)
 def list_servers(ctx: OperationContext, args: NoArgs) -> Result[Servers]:
     """The servers that I am a member of."""
-    return Result(Servers(servers_of(ctx.db, ctx.user.user_id)))
+    return Result(Servers(load_servers(ctx.db, ctx.user.user_id)))
 
 
-def make_server(db: sqlite3.Connection, name: str, owner_id: int, now: str) -> int:
+def insert_owned_server(db: sqlite3.Connection, name: str, owner_id: int, now: str) -> int:
     """Create a server with the channel `general` and return its id."""
     server_id = insert_server(db, name, now)
-    add_member(db, server_id, owner_id, "owner", now)
-    add_channel(db, server_id, "general", "text", "")
+    insert_member(db, server_id, owner_id, "owner", now)
+    insert_channel(db, server_id, "general", "text", "")
     return server_id
 
 
@@ -3506,21 +3511,21 @@ def make_server(db: sqlite3.Connection, name: str, owner_id: int, now: str) -> i
 def create_server(ctx: OperationContext, args: NameArgs) -> Result[Server]:
     """Create a server, with the channel `general`; its creator owns it."""
     check_owned(ctx.db, ctx.user.user_id)
-    server_id = make_server(ctx.db, args.name, ctx.user.user_id, ctx.now)
-    return Result(server_view(ctx.db, server_id, ctx.user.user_id))
+    server_id = insert_owned_server(ctx.db, args.name, ctx.user.user_id, ctx.now)
+    return Result(load_server(ctx.db, server_id, ctx.user.user_id))
 
 
 @operation("read", "GET /servers/{server_id}", Access.MEMBER)
 def get_server(ctx: OperationContext, args: ServerArgs) -> Result[Server]:
     """A server, with its channels and my role in it."""
-    return Result(server_view(ctx.db, ctx.server_id, ctx.user.user_id))
+    return Result(load_server(ctx.db, ctx.server_id, ctx.user.user_id))
 
 
 @operation("write", "PATCH /servers/{server_id}", Access.ADMIN, emits=["server:updated"])
 def rename_server(ctx: OperationContext, args: RenameServer) -> Result[Server]:
     """Rename a server."""
-    renamed = ServerRenamed(ctx.server_id, args.name, update_name(ctx.db, ctx.server_id, args.name))
-    return Result(server_view(ctx.db, ctx.server_id, ctx.user.user_id), [Emit("server:updated", ctx.server_id, renamed)])
+    renamed = ServerRenamed(ctx.server_id, args.name, update_server_name(ctx.db, ctx.server_id, args.name))
+    return Result(load_server(ctx.db, ctx.server_id, ctx.user.user_id), [Emit("server:updated", ctx.server_id, renamed)])
 
 
 @operation("write", "DELETE /servers/{server_id}", Access.OWNER, emits=["server:deleted"], status=204, slow=True, frees=True)
@@ -3534,8 +3539,8 @@ def delete_server(ctx: OperationContext, args: ServerArgs) -> Result[None]:
 @operation("read", "GET /servers/{server_id}/members", Access.MEMBER, slow=True)
 def list_members(ctx: OperationContext, args: ServerArgs) -> Result[Members]:
     """The members, with their roles and whether they are connected."""
-    members = members_of(ctx.db, ctx.server_id, ctx.visible_users(), ctx.user.user_id)
-    return Result(Members(members, former_members_of(ctx.db, ctx.server_id)))
+    members = load_members(ctx.db, ctx.server_id, ctx.visible_users(), ctx.user.user_id)
+    return Result(Members(members, load_former_members(ctx.db, ctx.server_id)))
 
 
 @operation("write", "PATCH /servers/{server_id}/members/{user_id}", Access.OWNER, emits=["member:updated"])
@@ -3548,8 +3553,8 @@ def set_role(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
         check_owned(ctx.db, args.user_id)
         changed = {ctx.user.user_id: "admin", args.user_id: "owner"}
     change = functools.partial(update_role, ctx.db, ctx.server_id)
-    effects = [member_notice(ctx.db, ctx.server_id, user_id, change(user_id, role)) for user_id, role in changed.items()]
-    members = members_of(ctx.db, ctx.server_id, ctx.visible_users(), ctx.user.user_id)
+    effects = [member_updated(ctx.db, ctx.server_id, user_id, change(user_id, role)) for user_id, role in changed.items()]
+    members = load_members(ctx.db, ctx.server_id, ctx.visible_users(), ctx.user.user_id)
     return Result(next(member for member in members if member.user_id == args.user_id), effects)
 
 
@@ -3585,7 +3590,7 @@ def create_link(ctx: OperationContext, args: MemberArgs) -> Result[Link]:
 @operation("read", "GET /servers/{server_id}/bans", Access.ADMIN, slow=True)
 def list_bans(ctx: OperationContext, args: BansArgs) -> Result[Bans]:
     """Who is banned, by user id."""
-    return Result(bans_of(ctx.db, args))
+    return Result(load_bans(ctx.db, args))
 
 
 @operation(
@@ -3599,7 +3604,7 @@ def ban(ctx: OperationContext, args: BanArgs) -> Result[None]:
     insert_ban(ctx.db, ctx.server_id, args.user_id, ctx.user.user_id, ctx.now)
     effects = remove_from_server(ctx.db, ctx.server_id, args.user_id) if ctx.target_role else []
     if args.delete_messages:
-        effects += purge_messages_of(ctx.db, ctx.server_id, args.user_id)
+        effects += start_purge(ctx.db, ctx.server_id, args.user_id)
     return Result(None, effects)
 
 
@@ -3624,18 +3629,18 @@ def create_invite(ctx: OperationContext, args: NewInvite) -> Result[Invite]:
 @operation("read", "GET /servers/{server_id}/invites", Access.ADMIN)
 def list_invites(ctx: OperationContext, args: ServerArgs) -> Result[Invites]:
     """The invites, used up and expired ones included."""
-    return Result(Invites(invites_of(ctx.db, ctx.server_id)))
+    return Result(Invites(load_invites(ctx.db, ctx.server_id)))
 
 
 @operation("read", "GET /invites/{code}", Access.ANYONE, limit="invite")
 def get_invite(ctx: OperationContext, args: CodeArgs) -> Result[InvitePreview]:
     """Where an invite leads."""
-    return Result(invite_preview(ctx.db, load_valid_invite(ctx.db, args.code, ctx.now)))
+    return Result(load_invite_preview(ctx.db, load_valid_invite(ctx.db, args.code, ctx.now)))
 
 
 def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, now: str) -> list[Effect]:
-    count_invite_use(db, invite.code)
-    seq = add_member(db, invite.server_id, user_id, "member", now, invite.code)
+    update_invite_uses(db, invite.code)
+    seq = insert_member(db, invite.server_id, user_id, "member", now, invite.code)
     joined = MemberChanged(invite.server_id, user_id, seq=seq, **load_member_facts(db, user_id))
     return [Emit("member:joined", invite.server_id, joined)]
 
@@ -3643,20 +3648,20 @@ def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, now: str) -
 @operation("write", "POST /invites/{code}", Access.USER, emits=["member:joined"], status=201, replay_status=200, limit="invite")
 def accept_invite(ctx: OperationContext, args: CodeArgs) -> Result[Server]:
     """Become a member by an invite; 200 for who is one already."""
-    server_id = server_of_invite(ctx.db, args.code)
-    if server_id is not None and role_of(ctx.db, server_id, ctx.user.user_id):
-        return Result(server_view(ctx.db, server_id, ctx.user.user_id), replayed=True)
+    server_id = load_invite_server(ctx.db, args.code)
+    if server_id is not None and load_role(ctx.db, server_id, ctx.user.user_id):
+        return Result(load_server(ctx.db, server_id, ctx.user.user_id), replayed=True)
     invite = load_valid_invite(ctx.db, args.code, ctx.now)
     if is_banned(ctx.db, invite.server_id, ctx.user.user_id):
         raise chat_error("BANNED")
     effects = use_invite(ctx.db, invite, ctx.user.user_id, ctx.now)
-    return Result(server_view(ctx.db, invite.server_id, ctx.user.user_id), effects)
+    return Result(load_server(ctx.db, invite.server_id, ctx.user.user_id), effects)
 
 
 @operation("write", "DELETE /invites/{code}", Access.USER, status=204, limit="invite", frees=True)
 def revoke_invite(ctx: OperationContext, args: CodeArgs) -> Result[None]:
     """Take an invite back (admins and the owner of its server)."""
-    server_id = server_of_invite(ctx.db, args.code)
+    server_id = load_invite_server(ctx.db, args.code)
     if server_id is None:
         raise chat_error("INVITE_UNKNOWN", field="code")
     authorize(Access.ADMIN, ctx, ServerArgs(server_id=server_id))
@@ -3667,7 +3672,7 @@ def revoke_invite(ctx: OperationContext, args: CodeArgs) -> Result[None]:
 @operation("read", "GET /servers/{server_id}/channels", Access.MEMBER)
 def list_channels(ctx: OperationContext, args: ServerArgs) -> Result[Channels]:
     """The channels of a server."""
-    return Result(Channels(channels_of(ctx.db, ctx.server_id)))
+    return Result(Channels(load_channels(ctx.db, ctx.server_id)))
 
 
 def channel_notice(event: str, channel: Channel, seq: int) -> Emit:
@@ -3680,14 +3685,14 @@ def channel_notice(event: str, channel: Channel, seq: int) -> Emit:
 @operation("write", "POST /servers/{server_id}/channels", Access.ADMIN, emits=["channel:created"], status=201, limit="post")
 def create_channel(ctx: OperationContext, args: NewChannel) -> Result[Channel]:
     """Create a text or a voice channel; who is connected to the server hears it at once."""
-    channel, seq = add_channel(ctx.db, ctx.server_id, args.name, args.kind, args.topic)
+    channel, seq = insert_channel(ctx.db, ctx.server_id, args.name, args.kind, args.topic)
     return Result(channel, [AddChannelRoom(ctx.server_id, channel.channel_id), channel_notice("channel:created", channel, seq)])
 
 
 @operation("write", "PATCH /channels/{channel_id}", Access.ADMIN, emits=["channel:updated"])
 def edit_channel(ctx: OperationContext, args: EditChannel) -> Result[Channel]:
     """Rename a channel, or give it another topic."""
-    channel = channel_view(ctx.db, ctx.channel_id)
+    channel = load_channel(ctx.db, ctx.channel_id)
     channel.name = channel.name if args.name is None else args.name
     channel.topic = channel.topic if args.topic is None else args.topic
     seq = update_channel(ctx.db, ctx.server_id, ctx.channel_id, channel.name, channel.topic)
@@ -3697,7 +3702,7 @@ def edit_channel(ctx: OperationContext, args: EditChannel) -> Result[Channel]:
 @operation("write", "DELETE /channels/{channel_id}", Access.ADMIN, emits=["channel:deleted"], status=204, frees=True)
 def delete_channel(ctx: OperationContext, args: ChannelArgs) -> Result[None]:
     """Delete a channel with its messages."""
-    deleted = ChannelDeleted(ctx.server_id, ctx.channel_id, delete_channel_row(ctx.db, ctx.server_id, ctx.channel_id))
+    deleted = ChannelDeleted(ctx.server_id, ctx.channel_id, detach_channel(ctx.db, ctx.server_id, ctx.channel_id))
     return Result(None, [Emit("channel:deleted", ctx.server_id, deleted), RemoveChannelRoom(ctx.server_id, ctx.channel_id)])
 
 
@@ -3717,10 +3722,10 @@ def mention_notices(ctx: OperationContext, message: Message, known: Collection[i
 def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
     """Post a message, and mark the channel as read. A repeat of a `nonce` by the same author in the same channel gives the
     first message again."""
-    if args.nonce is not None and (first := find_by_nonce(ctx.db, ctx.user.user_id, args.channel_id, args.nonce)):
+    if args.nonce is not None and (first := load_message_by_nonce(ctx.db, ctx.user.user_id, args.channel_id, args.nonce)):
         return Result(first, replayed=True)
     if args.reply_to is not None:
-        original = message_view(ctx.db, args.reply_to)
+        original = load_message(ctx.db, args.reply_to)
         if original is None or original.channel_id != args.channel_id:
             raise chat_error("NO_REPLY_TARGET", field="reply_to")
     message = insert_message(ctx.db, ctx.server_id, ctx.user, args, ctx.now)
@@ -3762,7 +3767,7 @@ def edit_message(ctx: OperationContext, args: EditMessage) -> Result[Message]:
     """Change a message's text."""
     old = the_message(ctx)
     update_message(ctx.db, ctx.server_id, old, args.content, ctx.now)
-    new = message_view(ctx.db, args.message_id)
+    new = load_message(ctx.db, args.message_id)
     assert new is not None
     return Result(new, [Emit("message:edit", ctx.server_id, new), *mention_notices(ctx, new, old.mentions)])
 
@@ -3781,7 +3786,7 @@ def same_reactions(ctx: OperationContext, emoji: str) -> list[Reaction]:
 
 def reaction_notice(ctx: OperationContext, event: str, emoji: str) -> Emit:
     message_id = the_message(ctx).message_id
-    seq = renumber_message(ctx.db, ctx.server_id, message_id)
+    seq = update_message_seq(ctx.db, ctx.server_id, message_id)
     changed = ReactionChanged(ctx.channel_id, message_id, ctx.user.user_id, ctx.user.username, emoji, seq, name=ctx.user.name)
     return Emit(event, ctx.server_id, changed)
 
@@ -3793,8 +3798,8 @@ def reaction_notice(ctx: OperationContext, event: str, emoji: str) -> Emit:
 def add_reaction(ctx: OperationContext, args: ReactionArgs) -> Result[None]:
     """React to a message; nothing happens where I did so already."""
     same = same_reactions(ctx, args.emoji)
-    if not same and len({reaction.emoji.replace(VARIATION, "") for reaction in the_message(ctx).reactions}) >= REACTIONS_MAX:
-        raise chat_error("TOO_MANY_REACTIONS", n=REACTIONS_MAX)
+    if not same and len({reaction.emoji.replace(VARIATION, "") for reaction in the_message(ctx).reactions}) >= MAX_REACTIONS:
+        raise chat_error("TOO_MANY_REACTIONS", n=MAX_REACTIONS)
     if any(ctx.user.user_id in reaction.user_ids for reaction in same):
         return Result(None, replayed=True)
     emoji = same[0].emoji if same else args.emoji
@@ -3817,13 +3822,13 @@ def remove_reaction(ctx: OperationContext, args: ReactionArgs) -> Result[None]:
 @operation("read", "GET /users/me/reads", Access.USER, slow=True)
 def list_reads(ctx: OperationContext, args: NoArgs) -> Result[ReadStates]:
     """How far I have read each of my text channels."""
-    return Result(ReadStates(read_states(ctx.db, ctx.user.user_id)))
+    return Result(ReadStates(load_read_states(ctx.db, ctx.user.user_id)))
 
 
 @operation("read", "GET /channels/{channel_id}/read", Access.MEMBER)
 def get_read(ctx: OperationContext, args: ChannelArgs) -> Result[ReadState]:
     """How far I have read a channel, and what is unread: messages of others, and those that name me, counted to 1,000."""
-    return Result(read_state(ctx.db, ctx.user.user_id, ctx.channel_id))
+    return Result(load_read_state(ctx.db, ctx.user.user_id, ctx.channel_id))
 
 
 @operation("write", "PUT /channels/{channel_id}/read", Access.MEMBER, emits=["channel:read"], status=204)
@@ -3838,7 +3843,7 @@ def mark_read(ctx: OperationContext, args: MarkReadArgs) -> Result[None]:
 @operation("read", "GET /servers/{server_id}/changes", Access.MEMBER, slow=True)
 def list_changes(ctx: OperationContext, args: ChangesArgs) -> Result[Changes]:
     """What came after a number of the server's sequence."""
-    return Result(changes_since(ctx.db, args, ctx.visible_users(), ctx.user.user_id))
+    return Result(load_changes(ctx.db, args, ctx.visible_users(), ctx.user.user_id))
 
 
 # ---- Engine.IO sessions --------------------------------------------------------------------------------------------
@@ -4519,7 +4524,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.anonymous_at: Counter[str] = Counter()
         self.tcp_transports: set[asyncio.Transport] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.flusher, self.unread, self.refusals, self.draining = Flusher(), Unread(), RateLimitedLog(), False
+        self.flusher, self.unread, self.client_log, self.draining = Flusher(), Unread(), RateLimitedLog(), False
 
     # What the Socket.IO server and its users call
 
@@ -4627,7 +4632,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             await self.unread.room(request)
             answer = await self._answer(request)
         except ChatError as no:
-            self.refusals.note(client_address(request, self.options), no)
+            self.client_log.record_error(client_address(request, self.options), no)
             headers = {"Retry-After": str(RETRY_SECONDS)} if no.retry_after else {}
             answer = web.json_response(no.body(), status=no.status, headers=headers)
         if not answer.prepared:
@@ -4704,7 +4709,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     def end_for_protocol_error(self, session: Session, fault: Exception) -> None:
         """A client broke the protocol: its session ends, and one line tells of it."""
         if not session.closed:
-            self.refusals.say(f"Refused for {session.address}", getattr(fault, "detail", str(fault)))
+            self.client_log.record(f"Refused for {session.address}", getattr(fault, "detail", str(fault)))
             session.end(REASON.TRANSPORT_ERROR, final_packet=None)
 
     async def _websocket(self, request: web.Request, sid: str | None) -> web.StreamResponse:
@@ -5010,7 +5015,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
 
     async def _handle_eio_connect(self, eio_sid: str, environ: dict[str, Any]) -> None:
         await super()._handle_eio_connect(eio_sid, environ)
-        failed = functools.partial(self.eio.refusals.defect, "A handler failed")
+        failed = functools.partial(self.eio.client_log.record_bug, "A handler failed")
         self.packet_queues[eio_sid] = PacketQueue(functools.partial(self._handle_packet, eio_sid), failed, PACKET_QUEUE_LENGTH)
         self._await_connect(eio_sid)
 
@@ -5106,7 +5111,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace or "/")
         error = await result_or_exception(super()._handle_disconnect(eio_sid, namespace, reason))
         if isinstance(error, Exception):
-            self.eio.refusals.defect("A disconnect handler failed", error)
+            self.eio.client_log.record_bug("A disconnect handler failed", error)
             await self.manager.disconnect(sid, namespace or "/", ignore_queue=True)
 
     async def _handle_event(self, eio_sid: str, namespace: str, id: int | None, data: Any, refused: Any = None) -> None:
@@ -5128,7 +5133,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     def _failure(self, event: Any, namespace: str, id: int | None, error: Exception) -> StrictPacket:
         """Return the answer to an event that failed: its ack or, if it asked for none, an `error` event. Log a defect."""
         if not isinstance(error, ChatError):
-            self.eio.refusals.defect("A handler failed", error)
+            self.eio.client_log.record_bug("A handler failed", error)
             error = ChatError("INTERNAL_ERROR")
         if id is not None:
             return StrictPacket(wire.ACK, [{"success": False} | error.body()], namespace, id)
@@ -5151,7 +5156,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         if id in self.manager.callbacks.get(sid, ()):
             error = await result_or_exception(self.manager.trigger_callback(sid, id, data))
             if isinstance(error, Exception):
-                self.eio.refusals.defect("A callback failed", error)
+                self.eio.client_log.record_bug("A callback failed", error)
 
 
 def socket_server(**given: Any) -> SocketServer:
@@ -5312,7 +5317,7 @@ class Hub:
         self.sio.publish(event, payload, f"{room or EVENTS[event].room}:{to}", skip_sid)
         for lane in self.listeners.get(event, ()) if self.listening else ():
             if lane.is_full():
-                self.sio.eio.refusals.say(f"A listener of {event} is too slow", "event dropped")
+                self.sio.eio.client_log.record(f"A listener of {event} is too slow", "event dropped")
             lane.put(payload)
 
     def add_listener(self, event: str, call: AsyncCall) -> None:
@@ -5369,7 +5374,7 @@ class Hub:
 
     def remove_channel_room(self, server_id: int, channel_id: int) -> None:
         self._own_marks.pop(channel_id, None)
-        for peer in self.voice_peers.members_of(channel_id=channel_id):
+        for peer in self.voice_peers.in_channel(channel_id):
             del self.voice_peers[peer.sid]
         for sid in self.sio.members(f"channel:{channel_id}"):
             self.connections[sid].servers[server_id].discard(channel_id)
@@ -5378,7 +5383,7 @@ class Hub:
 
     def remove_server_room(self, server_id: int) -> None:
         self.forget_marks(server_id)
-        for peer in self.voice_peers.members_of(server_id=server_id):
+        for peer in self.voice_peers.in_server(server_id):
             del self.voice_peers[peer.sid]
         self.typing_tracker.close(server_id=server_id)
         for sid in self.sio.members(f"server:{server_id}"):
@@ -5538,9 +5543,9 @@ SIGNAL_BYTES = 16 * 1024  # a WebRTC offer for audio has 2 to 6 KiB
 def remember_signing_in(hub: Hub, caller: Caller, user_id: int) -> None:
     """Note the address that somebody signed in from, at most once a day, without making them wait."""
     digest, clock = hub.signer.address_digest(user_id, caller.address), time.time()
-    seen = hub.store.read_inline(address_seen, user_id, digest)
+    seen = hub.store.read_inline(load_address_seen_at, user_id, digest)
     if seen is None or clock - seen > ADDRESS_SECONDS:
-        job = functools.partial(remember_address, user_id=user_id, digest=digest, clock=clock)
+        job = functools.partial(insert_known_address, user_id=user_id, digest=digest, clock=clock)
         hub.sio.eio.spawn(result_or_exception(hub.store.write(job)))
 
 
@@ -5548,7 +5553,7 @@ def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: s
     """A new account; with an invite, also a member of its server. The invite comes first: without one nobody learns which
     usernames are taken."""
     invite = load_valid_invite(db, args.code, utc(clock)) if args.code is not None else None
-    username = args.username or free_username(db, args.name or "")
+    username = args.username or find_free_username(db, args.name or "")
     user_id = insert_user(db, username, password, utc(clock), args.name)
     account = load_principal(db, user_id, b"")
     assert account is not None
@@ -5598,12 +5603,12 @@ async def is_password(hub: Hub, caller: Caller, username: str, user_id: int, pas
     """
     name, digest = name_key(username), hub.signer.address_digest(user_id, caller.address)
     limits: list[LimitOf] = [("login", (name, caller.address))]
-    if hub.store.read_inline(address_seen, user_id, digest) is None:
+    if hub.store.read_inline(load_address_seen_at, user_id, digest) is None:
         limits += [("login_account", name), ("login_address", caller.address)]
     for limit in limits:
         hub.limiter.check(*limit)
     async with hub.password_hasher.turn(caller.address):
-        with hub.limiter.trial(limits) as failed:
+        with hub.limiter.attempt(limits) as failed:
             right = await hub.password_hasher.verify(password, stored)
             if not right:
                 failed()
@@ -5615,13 +5620,13 @@ async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthRespo
     """Sign in as a guest with a code that an admin made, once."""
     clock = time.time()
     with hub.limiter.charge_unknown_code("invite", caller.address):
-        hub.store.read_inline(guest_of_link, args.code, clock)  # a wrong code costs no write
-        user = (await hub.store.write(lambda db: Result(take_link(db, args.code, clock)))).value
+        hub.store.read_inline(load_link_guest, args.code, clock)  # a wrong code costs no write
+        user = (await hub.store.write(lambda db: Result(delete_link(db, args.code, clock)))).value
     return Result(hub.signer.issue(user.user_id, user.username, user.generation, clock, user.name))
 
 
 def remove_next_guests(ctx: OperationContext, args: ServerArgs) -> Result[int]:
-    guests = guests_below(ctx.db, ctx.server_id, ctx.role)
+    guests = load_guests_below(ctx.db, ctx.server_id, ctx.role)
     return Result(len(guests), [effect for user_id in guests for effect in remove_from_server(ctx.db, ctx.server_id, user_id)])
 
 
@@ -5639,7 +5644,7 @@ async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Re
 @operation("async", "POST /auth/login", Access.ANYONE)
 async def login(hub: Hub, caller: Caller, args: Credentials) -> Result[AuthResponse]:
     """Sign in. An unknown name and a wrong password take the same time and get the same answer."""
-    account, stored = hub.store.read_inline(find_account, args.username) or (NOBODY, None)
+    account, stored = hub.store.read_inline(load_account, args.username) or (NOBODY, None)
     if not await is_password(hub, caller, args.username, account.user_id, args.password, stored):
         raise chat_error("WRONG_PASSWORD")
     remember_signing_in(hub, caller, account.user_id)
@@ -5649,14 +5654,14 @@ async def login(hub: Hub, caller: Caller, args: Credentials) -> Result[AuthRespo
 def replace_password(db: sqlite3.Connection, user_id: int, before: str | None, password: str) -> Result[int]:
     """Set a password, unless somebody else did meanwhile; all tokens end, their sockets too. The new generation."""
     generation = update_password(db, user_id, before, password)
-    return Result(generation, [Revoke(user_id), *([] if before else change_everywhere(db, user_id))])
+    return Result(generation, [Revoke(user_id), *([] if before else member_updated_everywhere(db, user_id))])
 
 
 @operation("async", "POST /auth/password", Access.USER)
 async def change_password(hub: Hub, caller: Caller, args: NewPassword) -> Result[AuthResponse]:
     """Change the password (a guest sets the first one without `old_password`); every other token ends, its sockets too."""
     user = caller.user
-    stored, old = hub.store.read_inline(password_of, user.user_id), args.old_password
+    stored, old = hub.store.read_inline(load_password_hash, user.user_id), args.old_password
     if stored is not None and old is None:
         raise chat_error("FIELD_MISSING", field="old_password", what="old_password")
     if stored is not None and not await is_password(hub, caller, user.username, user.user_id, old or "", stored):
@@ -5672,10 +5677,10 @@ async def change_password(hub: Hub, caller: Caller, args: NewPassword) -> Result
 async def search_messages(hub: Hub, caller: Caller, args: SearchArgs) -> Result[Messages]:
     """Messages that hold every word of `q`, or words that begin so, newest first. A phrase in quotes matches as a whole."""
     hub.require_member(caller, args)
-    newest, known = hub.store.read_inline(index_progress)
+    newest, known = hub.store.read_inline(load_index_progress)
     while known < newest and not hub.store.is_full():  # what is there by now, step by step, so that posting goes on
         known = (await hub.store.write(index_messages, slow=True)).value
-    return Result(await hub.query_slow(caller, args, lambda ctx, args: search(ctx.db, args)))
+    return Result(await hub.query_slow(caller, args, lambda ctx, args: load_search_results(ctx.db, args)))
 
 
 @operation("async", "GET /healthz", Access.ANYONE)
@@ -5683,7 +5688,7 @@ async def check_health(hub: Hub, caller: Caller, args: NoArgs) -> Result[Health]
     """Whether the server works: the database can be read, and written."""
     try:
         async with asyncio.timeout(2):
-            await hub.store.read(index_progress)
+            await hub.store.read(load_index_progress)
             if hub.store.write_error:
                 await hub.store.write(probe_write)
                 hub.store.write_error = ""
@@ -5726,23 +5731,23 @@ async def heartbeat(hub: Hub, caller: Caller, args: NoArgs) -> Result[None]:
 def missed_changes(ctx: OperationContext, args: JoinServer) -> tuple[int, Changes | UnsetType]:
     """The server's last number, and what came after the one given."""
     if args.after is None:
-        return last_seq(ctx.db, ctx.server_id), UNSET
+        return load_seq(ctx.db, ctx.server_id), UNSET
     since = ChangesArgs(server_id=ctx.server_id, after=args.after)
-    return last_seq(ctx.db, ctx.server_id), changes_since(ctx.db, since, ctx.visible_users(), ctx.user.user_id)
+    return load_seq(ctx.db, ctx.server_id), load_changes(ctx.db, since, ctx.visible_users(), ctx.user.user_id)
 
 
 @operation("async", None, Access.MEMBER, event="join_server", emits=["user:connected"])
 async def join_server(hub: Hub, caller: Caller, args: JoinServer) -> Result[JoinServerResult]:
     """Hear a server: its events from now on and, with `after`, what came after that number. Nothing falls in between."""
     connection, user = authenticated(caller)
-    channels = hub.query(caller, args, lambda ctx, _: channels_of(ctx.db, ctx.server_id))
+    channels = hub.query(caller, args, lambda ctx, _: load_channels(ctx.db, ctx.server_id))
     hub.join_server(connection, args.server_id, [channel.channel_id for channel in channels])
     # What was told before this moment is on disk: it is among what is read now.
     if args.after is None:
         seq, changes = hub.query(caller, args, missed_changes)
     else:
         seq, changes = await hub.query_slow(caller, args, missed_changes)
-    voice = [peer.notice for peer in hub.voice_peers.members_of(server_id=args.server_id)]
+    voice = [peer.notice for peer in hub.voice_peers.in_server(args.server_id)]
     return Result(JoinServerResult(hub.presence.visible(args.server_id, user.user_id), seq, changes, voice))
 
 
@@ -5793,7 +5798,7 @@ async def typing_stop(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Non
 
 def enter_voice(hub: Hub, connection: Connection, user: Principal, channel: Channel) -> Peer:
     """Make the socket the user's one peer in the channel; another device of theirs leaves it. Raise CONFLICT if it is full."""
-    there = hub.voice_peers.members_of(channel_id=channel.channel_id)
+    there = hub.voice_peers.in_channel(channel.channel_id)
     mine = [peer for peer in there if peer.notice.user_id == user.user_id]
     if len(there) - len(mine) >= hub.settings.voice_max:
         raise chat_error("VOICE_FULL", field="channel_id", n=hub.settings.voice_max)
@@ -5810,7 +5815,7 @@ async def voice_join(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Voic
     """Enter a voice channel, leaving the one that the socket was in, and there take over from another device of yours. The
     answer has the others who are there."""
     connection, user = authenticated(caller)
-    channel = hub.query(caller, args, lambda ctx, _: channel_view(ctx.db, ctx.channel_id))
+    channel = hub.query(caller, args, lambda ctx, _: load_channel(ctx.db, ctx.channel_id))
     require_joined(connection, channel.server_id)
     if channel.kind != "voice":
         raise chat_error("NO_VOICE_CHANNEL", field="channel_id")
@@ -5985,7 +5990,7 @@ class Route:
         address = client_address(request, self.hub.sio.eio.options)
         outcome = await result_or_error(self.answer(request, address))
         if isinstance(outcome, ChatError):
-            self.hub.sio.eio.refusals.note(address, outcome)
+            self.hub.sio.eio.client_log.record_error(address, outcome)
             return refuse(outcome)
         status = self.op.replay_status if outcome.replayed else self.op.status
         headers = {"Idempotent-Replayed": "true"} if outcome.replayed else None
@@ -6090,7 +6095,7 @@ def bind_sockets(hub: Hub) -> None:
             return
         outcome = await result_or_error(authenticate_handshake(connection, auth))
         if isinstance(outcome, ChatError):
-            sio.eio.refusals.note(connection.address, outcome)
+            sio.eio.client_log.record_error(connection.address, outcome)
             hub.remove_connection(sid)
             raise socketio.exceptions.ConnectionRefusedError(outcome.detail, outcome.body())
 
@@ -6103,7 +6108,7 @@ def bind_sockets(hub: Hub) -> None:
         outcome = await result_or_error(hear(hub, event, sid, payload))
         if isinstance(outcome, ChatError):
             if (connection := hub.connections.get(sid)) is not None:
-                sio.eio.refusals.note(connection.address, outcome)
+                sio.eio.client_log.record_error(connection.address, outcome)
             return outcome  # the transport answers it
         return {"success": True} | (msgspec.to_builtins(outcome.value) or {} if CLIENT_EVENTS[event].acks else {})
 
@@ -6230,7 +6235,7 @@ def add_user(db: sqlite3.Connection, username: str, password: str) -> Result[int
 
 
 def require_account(db: sqlite3.Connection, username: str) -> Principal:
-    if (found := find_account(db, username)) is None:
+    if (found := load_account(db, username)) is None:
         raise chat_error("NO_ACCOUNT", name=username)
     return found[0]
 
@@ -6238,17 +6243,17 @@ def require_account(db: sqlite3.Connection, username: str) -> Principal:
 def set_password(db: sqlite3.Connection, username: str, password: str) -> Result[int]:
     """Give an account another password; its tokens end."""
     user_id = require_account(db, username).user_id
-    return replace_password(db, user_id, password_of(db, user_id), password)
+    return replace_password(db, user_id, load_password_hash(db, user_id), password)
 
 
 def remove_and_transfer(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
     """Take somebody out of a server, handing it over if they owned it."""
-    owned = role_of(db, server_id, user_id) == "owner"
+    owned = load_role(db, server_id, user_id) == "owner"
     effects = remove_from_server(db, server_id, user_id)
     if not owned:
         return effects
-    if (heir := next_owner(db, server_id)) is not None:
-        return [*effects, member_notice(db, server_id, heir, update_role(db, server_id, heir, "owner"))]
+    if (heir := load_next_owner(db, server_id)) is not None:
+        return [*effects, member_updated(db, server_id, heir, update_role(db, server_id, heir, "owner"))]
     delete_server_row(db, server_id)
     return [RemoveServerRoom(server_id)]
 
@@ -6258,18 +6263,18 @@ def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -
     else its first member, and with nobody left is deleted."""
     user_id = require_account(db, username).user_id
     effects: list[Effect] = []
-    for server_id in member_servers(db, user_id):
+    for server_id in load_server_ids(db, user_id):
         effects += remove_and_transfer(db, server_id, user_id)
     close_account(db, user_id)
     if messages:
-        effects += purge_messages_of(db, None, user_id)
+        effects += start_purge(db, None, user_id)
     return Result(user_id, [*effects, Revoke(user_id)])
 
 
 def add_server(db: sqlite3.Connection, name: str, owner: str) -> Result[int]:
     """Create a server for an account and return its id. Raises BAD_REQUEST, NOT_FOUND."""
     args = read_args(NameArgs, {"name": name})
-    return Result(make_server(db, args.name, require_account(db, owner).user_id, utc(time.time())))
+    return Result(insert_owned_server(db, args.name, require_account(db, owner).user_id, utc(time.time())))
 
 
 # What the command line may have done to the database.
@@ -6373,7 +6378,7 @@ async def send_invite_code(hub: Hub, request: web.Request) -> web.Response:
 
     outcome = await result_or_error(draw_invite())
     if isinstance(outcome, ChatError):
-        hub.sio.eio.refusals.note(address, outcome)
+        hub.sio.eio.client_log.record_error(address, outcome)
         return refuse(outcome)
     return Answer(body=outcome.value, headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
@@ -6393,12 +6398,12 @@ async def erase_texts(hub: Hub) -> None:
 
 async def run_maintenance(hub: Hub) -> Result[None]:
     """Do what waits, in steps, while nobody else writes. Otherwise delete one step, and let search lag only so far behind."""
-    for pending, step in ((pending_purges, purge_messages), (has_deleted_channels, purge_deleted_channel)):
+    for pending, step in ((load_pending_purge, purge_next_messages), (load_deleted_channel, purge_deleted_channel)):
         while hub.store.read_inline(pending):
             await hub.store.write(step, slow=True, frees=True)
             if hub.store.is_busy():
                 break  # one step a turn
-    newest, known = hub.store.read_inline(index_progress)
+    newest, known = hub.store.read_inline(load_index_progress)
     while known < newest and (not hub.store.is_busy() or newest - known > SEARCH_LAG):
         known = (await hub.store.write(index_messages, slow=True)).value
     if not hub.store.is_busy():
@@ -6409,9 +6414,9 @@ async def run_maintenance(hub: Hub) -> Result[None]:
 async def maintenance_loop(hub: Hub) -> None:
     """Do what can wait, for ever: forget revoked tokens that have expired, delete messages in steps, index messages."""
     for turn in itertools.count():
-        hub.sio.eio.refusals.flush()
+        hub.sio.eio.client_log.flush()
         if turn % TOKEN_PURGE_INTERVAL == 0:
-            await result_or_error(hub.store.write(lambda db: purge_tokens(db, time.time()), frees=True))
+            await result_or_error(hub.store.write(lambda db: delete_expired_tokens(db, time.time()), frees=True))
         await result_or_error(run_maintenance(hub))
         await asyncio.sleep(MAINTENANCE_INTERVAL)
 
@@ -6595,7 +6600,7 @@ class ChatRTC:
             await asyncio.gather(self._maintenance, return_exceptions=True)
         await self.hub.end_listeners()
         self._control.close()
-        self.sio.eio.refusals.flush(now=True)
+        self.sio.eio.client_log.flush(now=True)
         self.hub.password_hasher.close()
         await self.hub.store.close()
 
@@ -6621,9 +6626,9 @@ class ChatRTC:
 
 def lan_address() -> str:
     """This machine's address on the local network, as the system would choose it; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe_write, contextlib.suppress(OSError):
-        probe_write.connect(("192.0.2.1", 9))
-        return str(probe_write.getsockname()[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))
+        return str(probe.getsockname()[0])
     return "127.0.0.1"
 
 
@@ -6816,7 +6821,7 @@ class LogRateFilter(logging.Filter):
 def index_all(db: sqlite3.Connection) -> None:
     """Index the messages that search does not know yet, with a progress bar."""
     with click.progressbar(length=count_rows(db)[2], label="Indexing", **BAR) as bar:
-        while (state := index_progress(db))[1] < state[0]:
+        while (state := load_index_progress(db))[1] < state[0]:
             in_transaction(db, [index_messages])
             bar.update(INDEX_STEP)
 
@@ -6937,7 +6942,7 @@ def user_add(username: str, database: str) -> None:
 def user_list(database: str) -> None:
     """List the accounts: id, name, since when."""
     with open_reader(database) as db:
-        for row in accounts(db):
+        for row in load_accounts(db):
             click.echo("{}\t{}\t{}".format(*row))
 
 
@@ -7115,11 +7120,11 @@ def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iter
     with click.progressbar(length=count_rows(db)[2], label="Exporting", **BAR) as bar:
         for server in servers:
             yield "server", server
-            yield from (("member", msgspec.to_builtins(member)) for member in members_of(db, server["server_id"], (), 0))
-            yield from (("former", msgspec.to_builtins(user)) for user in former_members_of(db, server["server_id"]))
-            for channel in channels_of(db, server["server_id"]):
+            yield from (("member", msgspec.to_builtins(member)) for member in load_members(db, server["server_id"], (), 0))
+            yield from (("former", msgspec.to_builtins(user)) for user in load_former_members(db, server["server_id"]))
+            for channel in load_channels(db, server["server_id"]):
                 yield "channel", msgspec.to_builtins(channel)
-                for message in messages_of(db, channel.channel_id):
+                for message in load_channel_messages(db, channel.channel_id):
                     bar.update(1)
                     yield "message", msgspec.to_builtins(message)
 
@@ -7132,7 +7137,7 @@ def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iter
 def export(format: str, server: int | None, output: typing.TextIO, database: str) -> None:
     """Write out one server or all: a JSON object a line, or a page to read."""
     with open_reader(database) as db:
-        chosen = [row for row in all_servers(db) if server in (None, row["server_id"])]
+        chosen = [row for row in load_all_servers(db) if server in (None, row["server_id"])]
         if server is not None and not chosen:
             raise StartError(f"There is no server {server}")
         if format == "html":

@@ -1651,7 +1651,7 @@ async def test_a_list_of_members_is_in_the_changes_once_however_long(scene: Scen
     def crowd(db: sqlite3.Connection) -> chatrtc.Result[None]:
         for number in range(10_000):
             user_id = chatrtc.insert_user(db, f"pupil{number}", None, "2026-01-01T00:00:00Z")
-            chatrtc.add_member(db, server_id, user_id, "member", "2026-01-01T00:00:00Z")
+            chatrtc.insert_member(db, server_id, user_id, "member", "2026-01-01T00:00:00Z")
         return chatrtc.Result(None)
 
     before = await asyncio.gather(*(scene.ana.post(scene.place.channel_id, "x" * 4000) for _ in range(60)))
@@ -1732,11 +1732,11 @@ def insert_words(db: sqlite3.Connection, place: Place, author_id: int, count: in
     dice, at = random.Random(1), "2026-01-01T00:00:00Z"
     words = ["".join(dice.choices("etaoinshrdlu", k=dice.randint(2, 9))) for _ in range(20_000)]
     row = "INSERT INTO messages (server_id, channel_id, author_id, content, created_at, seq) VALUES (?, ?, ?, ?, ?, ?)"
-    last = chatrtc.last_seq(db, place.server_id)
+    last = chatrtc.load_seq(db, place.server_id)
     many = ((*place, author_id, " ".join(dice.choices(words, k=15)), at, last + n) for n in range(1, count + 1))
     db.executemany(row, many)
     db.execute("UPDATE servers SET seq = seq + ? WHERE server_id = ?", (count, place.server_id))
-    while chatrtc.index_messages(db).value < chatrtc.index_progress(db)[0]:
+    while chatrtc.index_messages(db).value < chatrtc.load_index_progress(db)[0]:
         pass
     return chatrtc.Result(None)
 
@@ -2047,13 +2047,13 @@ async def test_an_authors_messages_are_deleted_in_steps_each_reported(
     await world.chat.hub.store.write(fill, slow=True)
     author = scene.cy if by == "another author's" else scene.ben
     server_id = None if by == "every server's" else scene.place.server_id
-    purge = functools.partial(chatrtc.purge_messages_of, server_id=server_id, author_id=author.user_id)
+    purge = functools.partial(chatrtc.start_purge, server_id=server_id, author_id=author.user_id)
     await world.chat.hub.store.write(lambda db: chatrtc.Result(None, purge(db)), slow=True)
     await world.chat.stop()  # in the middle
     await world.chat.start()
     posted = await scene.post()  # goes on meanwhile, and a message written after the purge stays
     again = await author.post(scene.place.channel_id, "again")
-    while world.chat.hub.store.read_inline(chatrtc.pending_purges):
+    while world.chat.hub.store.read_inline(chatrtc.load_pending_purge):
         await asyncio.sleep(0.02)
     authors = Counter(message["author_id"] for message in await whole_history(scene.ana, scene.place.channel_id))
     spam = 200 if by == "another author's" else 0
@@ -2776,10 +2776,12 @@ async def test_an_account_keeps_its_newest_addresses(world: World) -> None:
     ana, store = await world.person("ana"), world.chat.hub.store
     for number in range(30):
         digest = world.chat.hub.signer.address_digest(ana.user_id, f"192.0.2.{number}")
-        await store.write(functools.partial(chatrtc.remember_address, user_id=ana.user_id, digest=digest, clock=1e10 + number))
+        await store.write(
+            functools.partial(chatrtc.insert_known_address, user_id=ana.user_id, digest=digest, clock=1e10 + number)
+        )
     seen = [
         store.read_inline(
-            chatrtc.address_seen, ana.user_id, world.chat.hub.signer.address_digest(ana.user_id, f"192.0.2.{number}")
+            chatrtc.load_address_seen_at, ana.user_id, world.chat.hub.signer.address_digest(ana.user_id, f"192.0.2.{number}")
         )
         for number in range(30)
     ]
@@ -2810,15 +2812,15 @@ def test_a_full_table_of_a_limit_forgets_no_bucket_that_is_not_full(monkeypatch:
 def test_a_try_that_does_not_fail_is_given_back() -> None:
     limiter, limits = chatrtc.Limiter(enabled=True), [("login", "ana"), ("login_address", "here")]
     for _ in range(20):
-        with contextlib.suppress(TimeoutError), limiter.trial(limits):
+        with contextlib.suppress(TimeoutError), limiter.attempt(limits):
             raise TimeoutError
     with contextlib.ExitStack() as stack:
         for _ in range(5):
-            stack.enter_context(limiter.trial(limits))
-        with pytest.raises(chatrtc.ChatError, match="RATE_LIMITED"), limiter.trial(limits):
+            stack.enter_context(limiter.attempt(limits))
+        with pytest.raises(chatrtc.ChatError, match="RATE_LIMITED"), limiter.attempt(limits):
             pass
     for _ in range(5):
-        with limiter.trial(limits) as failed:
+        with limiter.attempt(limits) as failed:
             failed()
     with pytest.raises(chatrtc.ChatError, match="RATE_LIMITED"):
         limiter.check("login", "ana")
@@ -3222,7 +3224,7 @@ async def test_a_durable_operation_takes_a_number_and_its_event_carries_it(world
     chat.store._publish = listen
 
     def last(server_id: int) -> int:
-        return chat.store.read_inline(chatrtc.last_seq, server_id)
+        return chat.store.read_inline(chatrtc.load_seq, server_id)
 
     for op in chatrtc.OPERATIONS.values():
         if op.kind != "write" or op.path is None or op.name in ("delete_server", "create_server"):
@@ -3461,7 +3463,7 @@ async def test_an_emoji_with_and_without_its_variation_selector_is_one_reaction(
 
 async def test_a_message_holds_so_many_different_reactions(scene: Scene) -> None:
     path = f"/messages/{(await scene.post())['message_id']}/reactions"
-    for number in range(chatrtc.REACTIONS_MAX):
+    for number in range(chatrtc.MAX_REACTIONS):
         await scene.ana.ok("PUT", f"{path}/e{number}")
     assert (await scene.ana.call("PUT", f"{path}/one-more")).code == "CONFLICT"
     assert (await scene.ben.call("PUT", f"{path}/e0")).status == 204, "one of them is no other"
@@ -3524,13 +3526,13 @@ async def test_what_came_before_somebody_joined_is_not_unread_for_them(scene: Sc
 async def test_unread_is_counted_to_a_thousand(scene: Scene) -> None:
     path = f"/channels/{scene.place.channel_id}/read"
     ids = [await scene.world.chat.post_message(author_id=scene.ana.user_id, channel_id=scene.place.channel_id, content="@ben")]
-    await asyncio.gather(*(scene.post() for _ in range(chatrtc.UNREAD_MAX - 2)))
-    assert (await scene.ben.ok("GET", path))["unread"] == chatrtc.UNREAD_MAX
+    await asyncio.gather(*(scene.post() for _ in range(chatrtc.MAX_UNREAD - 2)))
+    assert (await scene.ben.ok("GET", path))["unread"] == chatrtc.MAX_UNREAD
     await asyncio.gather(*(scene.post() for _ in range(5)))
     state = await scene.ben.ok("GET", path)
-    assert (state["unread"], state["mentions"]) == (chatrtc.UNREAD_MAX, 1)
+    assert (state["unread"], state["mentions"]) == (chatrtc.MAX_UNREAD, 1)
     await scene.ben.ok("PUT", path, {"message_id": ids[0].message_id})
-    assert (await scene.ben.ok("GET", path))["unread"] == chatrtc.UNREAD_MAX
+    assert (await scene.ben.ok("GET", path))["unread"] == chatrtc.MAX_UNREAD
     assert (await scene.ana.ok("GET", path))["unread"] == 0
 
 
@@ -3809,7 +3811,7 @@ async def test_a_guest_comes_back_by_a_link(scene: Scene) -> None:
     )
     await store.write(lambda db: chatrtc.Result(db.execute("UPDATE links SET expires_at = ?", (time.time() - 1,)).rowcount))
     assert (await world.call("POST", "/auth/link", {"code": late["code"]})).code == "NOT_FOUND"
-    await store.write(lambda db: chatrtc.purge_tokens(db, time.time()))
+    await store.write(lambda db: chatrtc.delete_expired_tokens(db, time.time()))
     assert store.read_inline(lambda db: db.execute("SELECT count(*) FROM links").fetchone()) == (0,)
     last = await scene.ana.ok("POST", path)
     await zoe.ok("POST", "/auth/password", {"new_password": "correct horse"})
@@ -3942,7 +3944,7 @@ async def test_lists_take_one_query_each(scene: Scene) -> None:
         with contextlib.closing(chatrtc.connect_reader(scene.world.chat.hub.store.path)) as db:
             asked.clear()
             db.set_trace_callback(asked.append)
-            assert len(chatrtc.servers_of(db, scene.dee.user_id)) == number
+            assert len(chatrtc.load_servers(db, scene.dee.user_id)) == number
         return len(asked)
 
     few = count(1)
@@ -6152,8 +6154,8 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     with contextlib.closing(chatrtc.prepare(path)) as db:
         user_id = chatrtc.insert_user(db, "ana", None, "2026-01-01T00:00:00Z")
         server_id = chatrtc.insert_server(db, "class", "2026-01-01T00:00:00Z")
-        chatrtc.add_member(db, server_id, user_id, "owner", "2026-01-01T00:00:00Z")
-        channel, _ = chatrtc.add_channel(db, server_id, "general", "text", "")
+        chatrtc.insert_member(db, server_id, user_id, "owner", "2026-01-01T00:00:00Z")
+        channel, _ = chatrtc.insert_channel(db, server_id, "general", "text", "")
         author = chatrtc.Principal(user_id, "ana", "online", 0)
 
         def post(first: int, last: int) -> None:
