@@ -100,175 +100,154 @@ __all__ = ["ChatError", "ChatRTC", "Settings", "socket_server"]
 log = logging.getLogger("chatrtc")
 
 # ---- Settings ------------------------------------------------------------------------------------------------------
-# What can be set. A field here is an option of `serve`, a variable CHATRTC_<NAME> of the environment, a keyword of ChatRTC()
-# and a row of the README, with its name, its type, its default and its sentence taken from here.
+# Each field is an option of `serve`, an environment variable CHATRTC_<NAME>, a keyword argument of ChatRTC() and a row of the
+# documentation. All of them take its name, type, default and description from here.
 
-SECRET_BYTES = 32
+SECRET_BYTES = 32  # minimum length of the key that signs tokens
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on; 0 picks a free one and prints it.")] = 3000
-    database: Annotated[str, Meta(min_length=1, description="The SQLite file that keeps everything.")] = "chatrtc.db"
+    database: Annotated[str, Meta(min_length=1, description="SQLite file in which everything is stored.")] = "chatrtc.db"
     secret: Annotated[
         str | None,
-        Meta(description="Key to sign tokens (32 bytes or more; by default made and kept). `ps` shows it: set CHATRTC_SECRET."),
+        Meta(description="Token signing key, 32 bytes or more (default: generated). `ps` shows it: use CHATRTC_SECRET."),
     ] = None
     token_ttl: Annotated[int, Meta(ge=1, le=10**9, description="Token lifetime in seconds.")] = 30 * 86400
     cors_origin: Annotated[tuple[str, ...], Meta(description="Also allow pages from this origin (repeatable).")] = ()
     registration: Annotated[
         Literal["open", "invite", "closed"], Meta(description="Who may register: anyone, people with an invite, or nobody.")
     ] = "open"
-    no_guests: Annotated[bool, Meta(description="Let nobody in by an invite alone, without a password.")] = False
+    no_guests: Annotated[bool, Meta(description="Do not accept guests (invited people without a password).")] = False
     create_servers: Annotated[
         Literal["everyone", "accounts", "nobody"],
         Meta(description="Who may create servers: everyone, accounts with a password, or only the command line."),
     ] = "accounts"
-    ice_server: Annotated[
-        tuple[str, ...], Meta(description="STUN or TURN address for voice, such as stun:example.org:3478 (repeatable).")
-    ] = ()
-    tls_cert: Annotated[str | None, Meta(description="Certificate file (PEM) to serve https with.")] = None
-    tls_key: Annotated[str | None, Meta(description="Key file (PEM) of that certificate.")] = None
-    tls_self_signed: Annotated[
-        bool, Meta(description="Serve https with a certificate made for this machine and kept (needs chatrtc[tls]).")
-    ] = False
-    lan: Annotated[bool, Meta(description="Listen on the local network, and show the address with its QR code.")] = False
-    public_url: Annotated[
-        str | None, Meta(description="Address that people open, such as https://chat.example.org, for invites and QR codes.")
-    ] = None
+    ice_server: Annotated[tuple[str, ...], Meta(description="STUN or TURN URL for voice: stun:HOST:PORT (repeatable).")] = ()
+    tls_cert: Annotated[str | None, Meta(description="Certificate file (PEM) for https.")] = None
+    tls_key: Annotated[str | None, Meta(description="Private key file (PEM) of that certificate.")] = None
+    tls_self_signed: Annotated[bool, Meta(description="Serve https with a generated certificate (needs chatrtc[tls]).")] = False
+    lan: Annotated[bool, Meta(description="Listen on the local network, and show the address and its QR code.")] = False
+    public_url: Annotated[str | None, Meta(description="Address for invites and QR codes: https://chat.example.org.")] = None
     trusted_proxy: Annotated[
-        tuple[str, ...], Meta(description="Address or network of a proxy (or 'unix') to trust for X-Forwarded (repeatable).")
+        tuple[str, ...],
+        Meta(description="Proxy whose X-Forwarded headers are trusted: address, network or 'unix' (repeatable)."),
     ] = ()
     disk_reserve: Annotated[int, Meta(ge=0, le=10**9, description="Free disk space in MiB below which writes fail.")] = 256
-    voice_max: Annotated[int, Meta(ge=2, le=1000, description="Most people in one voice channel.")] = 12
-    no_rate_limit: Annotated[bool, Meta(description="Lift every limit on how often and how many; for benchmarks.")] = False
+    voice_max: Annotated[int, Meta(ge=2, le=1000, description="Maximum number of people in a voice channel.")] = 12
+    no_rate_limit: Annotated[bool, Meta(description="Turn off all rate and size limits, for benchmarks.")] = False
 
 
 def setting_flags() -> list[tuple[str, msgspec.structs.FieldInfo]]:
-    """Each setting with its name on the command line."""
+    """Return the command line option and the field of each setting."""
     return [("--" + field.name.replace("_", "-"), field) for field in msgspec.structs.fields(Settings)]
 
 
 # ---- Errors --------------------------------------------------------------------------------------------------------
-# What can go wrong. Every refusal is a ChatError; any other exception is a defect, which clients see as INTERNAL_ERROR.
+# Every error that a client can get is a ChatError. Any other exception is a bug, which clients see as INTERNAL_ERROR.
 
-
-class ErrorKind(NamedTuple):
-    status: int
-    detail: str
-
-
-ERRORS = {
-    "BAD_REQUEST": ErrorKind(400, "The request does not fit"),
-    "UNAUTHORIZED": ErrorKind(401, "A valid token is needed"),
-    "FORBIDDEN": ErrorKind(403, "You may not do this"),
-    "NOT_FOUND": ErrorKind(404, "There is no such thing"),
-    "CONFLICT": ErrorKind(409, "That is taken already"),
-    "TOO_LARGE": ErrorKind(413, "That is too large"),
-    "RATE_LIMITED": ErrorKind(429, "Too often; try again in a moment"),
-    "INTERNAL_ERROR": ErrorKind(500, "The server made a mistake; it has been logged"),
-    "UNAVAILABLE": ErrorKind(503, "The server cannot do this at the moment; nothing was changed"),
+ERRORS: dict[str, tuple[int, str]] = {  # code -> HTTP status and text
+    "BAD_REQUEST": (400, "The request is invalid"),
+    "UNAUTHORIZED": (401, "A valid token is required"),
+    "FORBIDDEN": (403, "You are not allowed to do this"),
+    "NOT_FOUND": (404, "Not found"),
+    "CONFLICT": (409, "This already exists"),
+    "TOO_LARGE": (413, "The request is too large"),
+    "RATE_LIMITED": (429, "Too many requests; try again in a moment"),
+    "INTERNAL_ERROR": (500, "Internal server error; it has been logged"),
+    "UNAVAILABLE": (503, "The server cannot do this at the moment; nothing was changed"),
 }
-
-
-class Reason(NamedTuple):  # finer than the code, stable, and translated by the page
-    code: str
-    detail: str
-
-
-REASONS = {
-    "FIELD_MISSING": Reason("BAD_REQUEST", "{what} is missing"),
-    "FIELD_UNKNOWN": Reason("BAD_REQUEST", "{what} is not known here"),
-    "FIELD_TWICE": Reason("BAD_REQUEST", "{what} is given twice"),
-    "FIELD_EMPTY": Reason("BAD_REQUEST", "{what} must not be empty"),
-    "FIELD_SHORT": Reason("BAD_REQUEST", "{what} needs {n} characters or more"),
-    "FIELD_LONG": Reason("TOO_LARGE", "{what} has {n} characters at most"),
-    "FIELD_FORM": Reason("BAD_REQUEST", "{what} is blank, or holds a character that is not allowed"),
-    "FIELD_SMALL": Reason("BAD_REQUEST", "{what} must be {n} or more"),
-    "FIELD_BIG": Reason("BAD_REQUEST", "{what} must be {n} or less"),
-    "FIELD_RANGE": Reason("BAD_REQUEST", "{what} holds a number that is out of range"),
-    "FIELD_CHOICE": Reason("BAD_REQUEST", "{what} cannot be {n}"),
-    "FIELD_TYPE": Reason("BAD_REQUEST", "{what}: {n}"),
-    "ONE_CURSOR": Reason("BAD_REQUEST", "Give one of before, after and around"),
-    "NOT_TEXT": Reason("BAD_REQUEST", "The text holds half of a surrogate pair"),
-    "NOT_JSON": Reason("BAD_REQUEST", "The body is not JSON"),
-    "USERNAME_TAKEN": Reason("CONFLICT", "This username is taken"),
-    "USERNAME_FORM": Reason("BAD_REQUEST", "A username has 2 to 32 letters, digits, '_', '.' or '-' of one script"),
-    "NAME_FORM": Reason("BAD_REQUEST", "A name has 1 to 64 visible characters"),
-    "PASSWORD_CHANGED": Reason("CONFLICT", "The password was changed meanwhile"),
-    "WRONG_PASSWORD": Reason("UNAUTHORIZED", "The username or the password is wrong"),
-    "WRONG_OLD_PASSWORD": Reason("FORBIDDEN", "The old password is wrong"),
-    "TOKEN_INVALID": Reason("UNAUTHORIZED", "Invalid token"),
-    "SIGN_IN_FIRST": Reason("UNAUTHORIZED", "Authenticate first"),
-    "REGISTRATION_CLOSED": Reason("FORBIDDEN", "Only the administrator of this server can create accounts"),
-    "INVITE_NEEDED": Reason("FORBIDDEN", "An invite is needed to create an account here"),
-    "GUESTS_OFF": Reason("FORBIDDEN", "This server does not accept guests"),
-    "NOT_FOR_GUESTS": Reason("FORBIDDEN", "Guests cannot do this: set a password first"),
-    "CREATE_SERVERS_OFF": Reason("FORBIDDEN", "Only the administrator of this server can create servers"),
-    "NO_TOKEN": Reason("BAD_REQUEST", "The program itself has no token to revoke"),
-    "NOT_MEMBER": Reason("FORBIDDEN", "You are not a member of this server"),
-    "ROLE_TOO_LOW": Reason("FORBIDDEN", "Only {who} may do this"),
-    "OWNER_STAYS": Reason("FORBIDDEN", "A server has an owner: hand it over first"),
-    "NOT_BANNED": Reason("NOT_FOUND", "This user is not banned"),
-    "BANNED": Reason("FORBIDDEN", "You are banned from this server"),
-    "NO_MEMBER": Reason("NOT_FOUND", "There is no such member"),
-    "NO_USER": Reason("NOT_FOUND", "There is no such user"),
-    "NO_SERVER": Reason("NOT_FOUND", "There is no such server"),
-    "NO_CHANNEL": Reason("NOT_FOUND", "There is no such channel"),
-    "NO_MESSAGE": Reason("NOT_FOUND", "There is no such message"),
-    "LINK_UNKNOWN": Reason("NOT_FOUND", "This sign-in code is wrong, used or expired: ask for a new one"),
-    "NOT_A_GUEST": Reason("FORBIDDEN", "This member has a password: sign-in codes are for guests"),
-    "LINK_ELSEWHERE": Reason("FORBIDDEN", "This guest is in a server where you may not do this"),
-    "INVITE_UNKNOWN": Reason("NOT_FOUND", "There is no such invite"),
-    "INVITE_EXPIRED": Reason("NOT_FOUND", "This invite has expired"),
-    "INVITE_SPENT": Reason("NOT_FOUND", "This invite has been used up"),
-    "CHANNEL_TAKEN": Reason("CONFLICT", "The server has a channel of this name"),
-    "TOO_MANY": Reason("CONFLICT", "There are {n} already, the most that is allowed"),
-    "MESSAGE_DELETED": Reason("CONFLICT", "This message was posted, and has been deleted since"),
-    "NO_REPLY_TARGET": Reason("NOT_FOUND", "There is no such message to reply to in this channel"),
-    "TOO_MANY_REACTIONS": Reason("CONFLICT", "A message has at most {n} different reactions"),
-    "NOT_JOINED": Reason("FORBIDDEN", "Join the server first: this socket has not"),
-    "NO_VOICE_CHANNEL": Reason("BAD_REQUEST", "This is not a voice channel"),
-    "NOT_IN_VOICE": Reason("FORBIDDEN", "You are not in this voice channel"),
-    "PEER_BEHIND": Reason("RATE_LIMITED", "This peer does not keep up; try again in a moment"),
-    "NO_PEER": Reason("NOT_FOUND", "There is no such peer in this voice channel"),
-    "VOICE_FULL": Reason("CONFLICT", "This voice channel is full: it has room for {n} people"),
-    "TOO_OFTEN": Reason("RATE_LIMITED", "Too often; try again in a moment"),
-    "SIGN_IN_BUSY": Reason("RATE_LIMITED", "Too many people are signing in; try again in a moment"),
-    "TOO_MANY_SOCKETS": Reason("RATE_LIMITED", "You have {n} connections open already"),
-    "CLOSING": Reason("UNAVAILABLE", "The connection is closing"),
-    "TOO_SLOW": Reason("UNAVAILABLE", "The server did not get to it in time; try again in a moment"),
-    "DATABASE_DOWN": Reason("UNAVAILABLE", "The database does not answer at the moment"),
-    "DISK_FULL": Reason("UNAVAILABLE", "The disk is full: the server can be read but not written to"),
-    "DISK_SLOW": Reason("UNAVAILABLE", "The disk did not respond in time; the change may still be saved"),
-    "SOCKET_TAKEN": Reason("CONFLICT", "This socket belongs to {name}"),
-    "BODY_COMPRESSED": Reason("BAD_REQUEST", "Compressed bodies are not accepted"),
-    "BODY_LONG": Reason("TOO_LARGE", "A body has at most {n} bytes"),
-    "BODY_BROKEN": Reason("BAD_REQUEST", "The body did not arrive whole, or not in time"),
-    "ORIGIN": Reason("FORBIDDEN", "Pages of this origin may not use this server"),
-    "HOST": Reason("FORBIDDEN", "This server does not answer to the name in this address (see --public-url)"),
-    "NO_EVENT": Reason("NOT_FOUND", "There is no such event"),
-    "ONE_OBJECT": Reason("BAD_REQUEST", "An event carries one object"),
-    "NO_ROUTE": Reason("NOT_FOUND", "There is no such route"),
-    "NO_ACCOUNT": Reason("NOT_FOUND", "There is no account named {name}"),
-    "NO_AUTHOR": Reason("UNAUTHORIZED", "author_id is missing: the user who performs the action"),
+REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is finer than a code, and translated by the page
+    "FIELD_MISSING": ("BAD_REQUEST", "{what} is missing"),
+    "FIELD_UNKNOWN": ("BAD_REQUEST", "Unknown field: {what}"),
+    "FIELD_TWICE": ("BAD_REQUEST", "{what} is given twice"),
+    "FIELD_EMPTY": ("BAD_REQUEST", "{what} must not be empty"),
+    "FIELD_SHORT": ("BAD_REQUEST", "{what} must have at least {n} characters"),
+    "FIELD_LONG": ("TOO_LARGE", "{what} must have at most {n} characters"),
+    "FIELD_FORM": ("BAD_REQUEST", "{what} is blank or contains a character that is not allowed"),
+    "FIELD_SMALL": ("BAD_REQUEST", "{what} must be at least {n}"),
+    "FIELD_BIG": ("BAD_REQUEST", "{what} must be at most {n}"),
+    "FIELD_RANGE": ("BAD_REQUEST", "{what} contains a number that is out of range"),
+    "FIELD_CHOICE": ("BAD_REQUEST", "{what} cannot be {n}"),
+    "FIELD_TYPE": ("BAD_REQUEST", "{what}: {n}"),
+    "ONE_CURSOR": ("BAD_REQUEST", "Only one of before, after and around can be given"),
+    "NOT_TEXT": ("BAD_REQUEST", "The text contains an unpaired surrogate"),
+    "NOT_JSON": ("BAD_REQUEST", "The body is not valid JSON"),
+    "USERNAME_TAKEN": ("CONFLICT", "This username is already taken"),
+    "USERNAME_FORM": ("BAD_REQUEST", "A username has 2 to 32 letters, digits, '_', '.' or '-', all of one script"),
+    "NAME_FORM": ("BAD_REQUEST", "A name has 1 to 64 visible characters"),
+    "PASSWORD_CHANGED": ("CONFLICT", "The password was changed in the meantime"),
+    "WRONG_PASSWORD": ("UNAUTHORIZED", "Wrong username or password"),
+    "WRONG_OLD_PASSWORD": ("FORBIDDEN", "The old password is wrong"),
+    "TOKEN_INVALID": ("UNAUTHORIZED", "Invalid token"),
+    "SIGN_IN_FIRST": ("UNAUTHORIZED", "Authenticate first"),
+    "REGISTRATION_CLOSED": ("FORBIDDEN", "Only the administrator of this server can create accounts"),
+    "INVITE_NEEDED": ("FORBIDDEN", "An invite is required to create an account"),
+    "GUESTS_OFF": ("FORBIDDEN", "This server does not accept guests"),
+    "NOT_FOR_GUESTS": ("FORBIDDEN", "Guests cannot do this; set a password first"),
+    "CREATE_SERVERS_OFF": ("FORBIDDEN", "Only the administrator of this server can create servers"),
+    "NO_TOKEN": ("BAD_REQUEST", "There is no token to revoke: the call came from the embedding program"),
+    "NOT_MEMBER": ("FORBIDDEN", "You are not a member of this server"),
+    "ROLE_TOO_LOW": ("FORBIDDEN", "Only {who} may do this"),
+    "OWNER_STAYS": ("FORBIDDEN", "The owner cannot leave; transfer the ownership first"),
+    "NOT_BANNED": ("NOT_FOUND", "This user is not banned"),
+    "BANNED": ("FORBIDDEN", "You are banned from this server"),
+    "NO_MEMBER": ("NOT_FOUND", "Member not found"),
+    "NO_USER": ("NOT_FOUND", "User not found"),
+    "NO_SERVER": ("NOT_FOUND", "Server not found"),
+    "NO_CHANNEL": ("NOT_FOUND", "Channel not found"),
+    "NO_MESSAGE": ("NOT_FOUND", "Message not found"),
+    "LINK_UNKNOWN": ("NOT_FOUND", "This sign-in code is wrong, used or expired; ask for a new one"),
+    "NOT_A_GUEST": ("FORBIDDEN", "This member has a password; sign-in codes are for guests"),
+    "LINK_ELSEWHERE": ("FORBIDDEN", "This guest is also a member of a server where you are not allowed to do this"),
+    "INVITE_UNKNOWN": ("NOT_FOUND", "Invite not found"),
+    "INVITE_EXPIRED": ("NOT_FOUND", "This invite has expired"),
+    "INVITE_SPENT": ("NOT_FOUND", "This invite has been used up"),
+    "CHANNEL_TAKEN": ("CONFLICT", "The server already has a channel of this name"),
+    "TOO_MANY": ("CONFLICT", "The limit of {n} is reached"),
+    "MESSAGE_DELETED": ("CONFLICT", "This message was posted and has since been deleted"),
+    "NO_REPLY_TARGET": ("NOT_FOUND", "The message to reply to was not found in this channel"),
+    "TOO_MANY_REACTIONS": ("CONFLICT", "A message has at most {n} different reactions"),
+    "NOT_JOINED": ("FORBIDDEN", "This socket has not joined the server"),
+    "NO_VOICE_CHANNEL": ("BAD_REQUEST", "This is not a voice channel"),
+    "NOT_IN_VOICE": ("FORBIDDEN", "You are not in this voice channel"),
+    "PEER_BEHIND": ("RATE_LIMITED", "This peer cannot keep up; try again in a moment"),
+    "NO_PEER": ("NOT_FOUND", "Peer not found in this voice channel"),
+    "VOICE_FULL": ("CONFLICT", "This voice channel is full: it has room for {n} people"),
+    "TOO_OFTEN": ("RATE_LIMITED", "Too many requests; try again in a moment"),
+    "SIGN_IN_BUSY": ("RATE_LIMITED", "Too many people are signing in; try again in a moment"),
+    "TOO_MANY_SOCKETS": ("RATE_LIMITED", "You already have {n} open connections"),
+    "CLOSING": ("UNAVAILABLE", "The connection is closing"),
+    "TOO_SLOW": ("UNAVAILABLE", "The server did not respond in time; try again in a moment"),
+    "DATABASE_DOWN": ("UNAVAILABLE", "The database is not available at the moment"),
+    "DISK_FULL": ("UNAVAILABLE", "The disk is full: the server can be read but not written to"),
+    "DISK_SLOW": ("UNAVAILABLE", "The disk did not respond in time; the change may still be saved"),
+    "SOCKET_TAKEN": ("CONFLICT", "This socket is already authenticated as {name}"),
+    "BODY_COMPRESSED": ("BAD_REQUEST", "Compressed bodies are not accepted"),
+    "BODY_LONG": ("TOO_LARGE", "A body has at most {n} bytes"),
+    "BODY_BROKEN": ("BAD_REQUEST", "The body was incomplete or arrived too slowly"),
+    "ORIGIN": ("FORBIDDEN", "Pages of this origin may not use this server"),
+    "HOST": ("FORBIDDEN", "This server does not answer to this host name (see --public-url)"),
+    "NO_EVENT": ("NOT_FOUND", "Unknown event"),
+    "ONE_OBJECT": ("BAD_REQUEST", "An event takes one object as its argument"),
+    "NO_ROUTE": ("NOT_FOUND", "Unknown route"),
+    "NO_ACCOUNT": ("NOT_FOUND", "There is no account named {name}"),
+    "NO_AUTHOR": ("UNAUTHORIZED", "author_id is missing: the user who performs the action"),
 }
 
 
 class ChatError(Exception):
-    """An error that a client is told: a code of `ERRORS`, a sentence for a person and, if there is one, a reason of
-    `REASONS`, the field to blame, the seconds to wait (RATE_LIMITED), or an HTTP `status` other than the code's."""
+    """An error for a client: a code of `ERRORS` and a text. Optional: the reason (of `REASONS`), the field that is invalid, the
+    seconds to wait (RATE_LIMITED), and an HTTP status other than the code's."""
 
     def __init__(
-        self, code: str, sentence: str | None = None, retry_after: float | None = None, status: int | None = None, *,
+        self, code: str, detail: str | None = None, retry_after: float | None = None, status: int | None = None, *,
         reason: str | None = None, field: str | None = None,
     ) -> None:  # fmt: skip
-        self.code = code
-        self.detail = sentence or ERRORS[code].detail
-        self.retry_after = retry_after
-        self.status = status or ERRORS[code].status
-        self.reason = reason
-        self.field = field
+        self.code, self.retry_after, self.reason, self.field = code, retry_after, reason, field
+        self.status = status or ERRORS[code][0]
+        self.detail = detail or ERRORS[code][1]
         super().__init__(f"{code}: {self.detail}")
 
     def body(self) -> dict[str, Any]:
@@ -278,9 +257,9 @@ class ChatError(Exception):
 
 
 def chat_error(reason: str, *, field: str | None = None, retry_after: float | None = None, **values: object) -> ChatError:
-    """Return the error for a reason of `REASONS`; `values` fill the placeholders of its sentence."""
-    code, sentence = REASONS[reason]
-    return ChatError(code, sentence.format(**values), retry_after, reason=reason, field=field)
+    """Return the error for a reason of `REASONS`; `values` fill the placeholders in its text."""
+    code, text = REASONS[reason]
+    return ChatError(code, text.format(**values), retry_after, reason=reason, field=field)
 
 
 async def result_or_exception(work: Awaitable[Any]) -> Any:
@@ -292,64 +271,60 @@ async def result_or_exception(work: Awaitable[Any]) -> Any:
 
 
 class StartError(Exception):
-    """Something that keeps the program from starting, in one line for the person who started it."""
+    """An error that keeps the program from starting, in one line for the person who started it."""
 
 
 # ---- Text ----------------------------------------------------------------------------------------------------------
-# What is done with text: names that are the same, usernames, invite codes, the handles that a message mentions, search.
+# Rules about text: which names count as equal, valid usernames, invite codes, mentions in messages, and search.
 
-JOINERS = "\u200c\u200d"  # they shape the letters and emojis around them, and are invisible themselves
+JOINERS = "\u200c\u200d"  # invisible characters that shape the letters and emojis around them
 CONTROLS = "\x00-\x1f\x7f-\x9f"
-# What nobody sees, but white space: Unicode's Default_Ignorable_Code_Point, and characters that fonts leave blank.
+# Invisible characters except white space: Unicode's Default_Ignorable_Code_Point, and characters that fonts leave blank.
 INVISIBLE_CHARS = (
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufffb\U00016fe4\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-VISIBLE = f"(?=[\\s{INVISIBLE_CHARS}]*[^\\s{INVISIBLE_CHARS}{CONTROLS}])"  # ahead is something to see
+VISIBLE = f"(?=[\\s{INVISIBLE_CHARS}]*[^\\s{INVISIBLE_CHARS}{CONTROLS}])"  # a visible character follows
 TEXT = "[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"  # no control characters but tab and newline
 VISIBLE_TEXT = f"^{VISIBLE}{TEXT}"
-# A name has no invisible characters but spaces, and joiners and emoji selectors after a character that they can shape.
+# In a name, invisible characters are spaces, or joiners and emoji selectors that follow a character they can shape.
 NAME = (
     f"^{VISIBLE}(?:[^{CONTROLS}\u2028\u2029{INVISIBLE_CHARS}]|(?<=[^\x00-\u058f\\s{JOINERS}])[{JOINERS}](?=\\S)|"
     "(?<=[#*0-9\u00a9\u00ae\u203c-\ufdff\U0001f000-\U0001ffff])[\ufe0e\ufe0f]|(?<=\U0001f3f4)[\U000e0020-\U000e007f]+)*$(?!\n)"
 )
-# Scripts that are written together, by the first word of their characters' names in Unicode; every other is written alone.
-TOGETHER = ({"LATIN", "CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO"}, {"LATIN", "CJK", "HANGUL"})
-SCRIPTS = {  # of the characters whose names do not begin with their script; "": any
+# Scripts that may be mixed, by the first word of their characters' Unicode names. Other scripts are not mixed.
+MIXED_SCRIPTS = ({"LATIN", "CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO"}, {"LATIN", "CJK", "HANGUL"})
+SCRIPTS = {  # scripts of characters whose Unicode names do not begin with it; "": used with any script
     "IDEOGRAPHIC": "CJK", "HANGZHOU": "CJK", "KATAKANA-HIRAGANA": "KATAKANA", "ARABIC-INDIC": "ARABIC", "EXTENDED": "ARABIC",
     "COMBINING": "", "MODIFIER": "", "DIGIT": "", "LOW": "", "FULL": "", "HYPHEN-MINUS": "",
 }  # fmt: skip
 CURSIVE = {"ARABIC", "SYRIAC", "MANDAIC", "MONGOLIAN", "NKO"}
-CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # no two look alike
-VIRAMA = 9  # the combining class of signs that join two consonants
+CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # no two of them look alike
+VIRAMA = 9  # combining class of signs that join two consonants
 
 
 def name_key(name: str) -> str:
-    """Return what makes two names the same: NFKC and case folding (applied twice, as folding may undo the first form), without
-    joiners."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-    return folded.replace(JOINERS[0], "").replace(JOINERS[1], "")
+    """Return the form in which names are compared: NFKC and case folding, without joiners."""
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    return re.sub(f"[{JOINERS}]", "", unicodedata.normalize("NFKC", folded))  # folding may undo the first NFKC
 
 
 @functools.lru_cache(maxsize=4096)
 def script_of(char: str) -> str:
-    """Return the script of a letter, mark or digit; "" if the character is used with any script."""
+    """Return the script of a letter, mark or digit, or "" for a character that is used with any script."""
     word = unicodedata.name(char, "").partition(" ")[0]
     return SCRIPTS.get(word, "" if unicodedata.category(char) in ("No", "Nl", "Cf") else word)
 
 
 @functools.lru_cache(maxsize=4096)
 def is_username_char(char: str) -> bool:
-    """Return whether a username may contain the character, joiners apart: a visible letter, digit or mark, or `_.-`.
-
-    Marks that enclose a letter (category Me) are not allowed: no script needs them.
-    """
-    category = unicodedata.category(char)
+    """Return whether a username may contain a character (other than a joiner): a visible letter, digit or mark, or `_.-`."""
+    category = unicodedata.category(char)  # Me is a mark that encloses a letter: no script needs it
     return char in "_.-" or (category[0] in "LNM" and category != "Me" and not re.match(f"[{INVISIBLE_CHARS}]", char))
 
 
 def is_joiner(name: str, at: int) -> bool:
-    """Return whether that character is a joiner where its script needs it: after a virama, or between cursive letters."""
+    """Return whether name[at] is a joiner that its script needs: after a virama, or between cursive letters."""
     if name[at] not in JOINERS or not 0 < at < len(name) - 1:
         return False
     before, after = script_of(name[at - 1]), script_of(name[at + 1])
@@ -358,7 +333,7 @@ def is_joiner(name: str, at: int) -> bool:
 
 
 def has_stacked_marks(name: str) -> bool:
-    """Return whether a letter carries more marks than anybody writes: three accents, five marks, or the same one twice."""
+    """Return whether a letter has more marks than any script uses: three accents, five marks, or the same mark twice."""
     for are_marks, run in itertools.groupby(unicodedata.normalize("NFD", name), lambda c: unicodedata.category(c)[0] == "M"):
         marks = "".join(run) if are_marks else ""
         accents = sum(unicodedata.combining(mark) > 0 for mark in marks)
@@ -368,44 +343,44 @@ def has_stacked_marks(name: str) -> bool:
 
 
 def is_username(name: str) -> bool:
-    """Return whether it can be a username: visible letters and marks of one script, or of scripts that are written together,
-    digits of one system, `_`, `.` and `-`."""
+    """Return whether this is a username: letters and marks of one script, or of scripts that may be mixed, digits of one
+    numeral system, `_`, `.` and `-`."""
     plain = unicodedata.normalize("NFKC", name)
     scripts = {script_of(char) for char in plain} - {""}
     zeros = {ord(char) - unicodedata.decimal(char) for char in plain if char.isdecimal()}
     if not 2 <= len(name_key(name)) <= 32 or unicodedata.category(plain[0])[0] == "M" or len(zeros) > 1:
         return False
-    fits = all(is_username_char(text[at]) or is_joiner(text, at) for text in (name, plain) for at in range(len(text)))
-    return fits and not has_stacked_marks(plain) and (len(scripts) <= 1 or any(scripts <= group for group in TOGETHER))
+    allowed = all(is_username_char(text[at]) or is_joiner(text, at) for text in (name, plain) for at in range(len(text)))
+    return allowed and not has_stacked_marks(plain) and (len(scripts) <= 1 or any(scripts <= group for group in MIXED_SCRIPTS))
 
 
-# The text of a message, as far as mentions need it: where its code, links and addresses are. The page reads text by the same
-# rules (its section Text); tables of cases in the tests check both. No pattern here backtracks.
-MAX_MENTIONS = 50  # in one message
-MENTION_KEYS_MAX = 500  # handles that are looked up for one message
+# Mentions: an `@handle` in code, in a URL or in an email address is not a mention. The page follows the same rules (its section
+# Text); the tests check both with the same tables of cases. No pattern here backtracks.
+MAX_MENTIONS = 50  # per message
+MENTION_KEYS_MAX = 500  # handles that are looked up per message
 # Scripts written without spaces (Thai, Lao, Burmese, Khmer, Han, Kana): a handle may begin and end anywhere. Hangul appends
-# particles to names, so there a handle may end anywhere.
+# particles to names: a handle may end anywhere.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\ua9e0-\ua9ff\uaa60-\uaa7f\u2e80-\u312f\u3190-\u9fff"
 UNSPACED += "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc"
 UNSPACED_CHAR, HANGUL_CHAR = re.compile(f"[{UNSPACED}]"), re.compile(f"[{HANGUL}]")
 UNSPACED_BOUNDARY = re.compile(f"(?=[{UNSPACED}])|(?<=[{UNSPACED}])")
-NOT_IN_URL = r"\x00-\x20\x7f-\xa0\"<>\\`\u060c\u061b\u061f\u0964\u0965\u1680\u2000-\u200f\u2014\u2018-\u201f\u2026-\u202f"
-NOT_IN_URL += (
-    r"\u205f-\u206f\u3000-\u3003\u3008-\u301f\ufeff\uff01\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f\uff3b\uff3d\uff5b-\uff65"
+NOT_IN_URL = (
+    r"\x00-\x20\x7f-\xa0\"<>\\`\u060c\u061b\u061f\u0964\u0965\u1680\u2000-\u200f\u2014\u2018-\u201f\u2026-\u202f\u205f-\u206f"
+    r"\u3000-\u3003\u3008-\u301f\ufeff\uff01\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f\uff3b\uff3d\uff5b-\uff65"
 )
 URL_PART = re.compile(rf"[()[\]{{}}]|[^{NOT_IN_URL}()[\]{{}}]+")
 RUN = re.compile(r"[^\s!-,/:-@\[-^`{-~]{2,100}")
 LABEL = r"\[(?=(?P<label>[^\[\]\n]{1,300})\]\((?P<scheme>https?://|mailto:))"
 TOKEN = re.compile(rf"\\[\\`@\[]|`+|@|https?://|www\.|{LABEL}", re.IGNORECASE | re.ASCII)
-AT_SIGN = re.compile("@")
 TICKS, ESCAPED_TICKS = re.compile(r"`+"), re.compile(r"\\[\\`]|`+")
 QUOTED = re.compile(r" {0,3}>(?:[ \t]|$)")
 
 
 @functools.lru_cache(8192)
 def char_kind(char: str) -> str:
-    """Return what a character is to a handle: "free" (of a script with free ends), "word", "joint" or "" (none of its own)."""
+    """Return a character's role in a handle: "free" (a handle may begin and end there), "hangul" (it may end there), "word",
+    "joint" (only between other characters) or "" (not part of a handle)."""
     if char in ("", ".", "-", "\u200c", "\u200d"):
         return char and "joint"
     varies_emoji = "\ufe00" <= char <= "\ufe0f" or char == "\u20e3"
@@ -415,7 +390,7 @@ def char_kind(char: str) -> str:
 
 
 def handle_keys(run: str) -> list[str]:
-    """Return the folded handles that the text after an `@` may begin with, shortest first."""
+    """Return the handles that may be meant at the beginning of the text after an `@`, as name keys, shortest first."""
     folded = name_key(run)[:33]
     kinds = [*map(char_kind, folded), ""]
     length = min(kinds.index(""), 32)
@@ -424,7 +399,7 @@ def handle_keys(run: str) -> list[str]:
 
 
 def closing_ticks(line: str, at: int, length: int, unclosed: set[int]) -> int:
-    """Return where the run of so many backticks ends that closes inline code, or 0. `unclosed` has the lengths that fail."""
+    """Return the end of the run of `length` backticks that closes inline code, or 0. `unclosed` caches lengths without one."""
     for run in TICKS.finditer(line, at) if length not in unclosed else ():
         if len(run[0]) == length:
             return run.end()
@@ -433,7 +408,7 @@ def closing_ticks(line: str, at: int, length: int, unclosed: set[int]) -> int:
 
 
 def url_end(text: str, at: int) -> int:
-    """Return where the URL ends: before a character that no URL has, or a bracket that it did not open."""
+    """Return the end of a URL: it ends before a character that no URL has, and before a bracket that it did not open."""
     opened = Counter[str]()
     while part := URL_PART.match(text, at):
         opening = {")": "(", "]": "[", "}": "{"}.get(part[0])
@@ -445,7 +420,7 @@ def url_end(text: str, at: int) -> int:
 
 
 def plain_url_end(text: str, start: int, at: int) -> int:
-    """Return where the URL ends whose `https://` or `www.` is text[start:at], or 0 if there is none."""
+    """Return the end of the URL that begins with text[start:at] (`https://` or `www.`), or 0 if it is not one."""
     before = text[start - 1 : start]
     joined = text[at - 1] == "." and before in ("@", ".", "-", "/")
     if joined or (before != "_" and char_kind(before) in ("word", "hangul")) or not text[at : at + 1].isalnum():
@@ -453,10 +428,10 @@ def plain_url_end(text: str, start: int, at: int) -> int:
     return at + len(text[at : url_end(text, at)].rstrip(".,;:!?'*_~([{"))
 
 
-def at_signs(text: str, tokens: re.Pattern[str]) -> Iterator[str]:
+def at_signs(text: str) -> Iterator[str]:
     """Yield the text after each `@` that may begin a mention, in a text without code blocks."""
     at, unclosed = 0, set[int]()
-    while found := tokens.search(text, at):
+    while found := TOKEN.search(text, at):
         start, at = found.span()
         if text[start] == "@":
             before = text[start - 1 : start]
@@ -467,12 +442,12 @@ def at_signs(text: str, tokens: re.Pattern[str]) -> Iterator[str]:
         elif text[start] not in "\\[":
             at = plain_url_end(text, start, at) or at
         elif text[start] == "[" and text.startswith(")", end := url_end(text, found.end("scheme"))):
-            yield from at_signs(found["label"], tokens)
+            yield from at_signs(found["label"])
             at = end + 1
 
 
 def fences(line: str) -> Iterator[tuple[int, int]]:
-    """Yield where the line may open a code block: runs of three backticks or more that do not close on it, with their ends."""
+    """Yield start and end of each run of backticks that may open a code block: three or more, and not closed on this line."""
     at, unclosed = 0, set[int]()
     while "```" in line and (found := ESCAPED_TICKS.search(line, at)):
         start, at = found.span()
@@ -483,7 +458,7 @@ def fences(line: str) -> Iterator[tuple[int, int]]:
 
 
 def fence_end(lines: list[str], number: int, at: int, length: int) -> tuple[int, int] | None:
-    """Return the line, and the place in it, where the code block ends that is opened before `at` in this line."""
+    """Return the line and the position at which a code block ends that `length` backticks before lines[number][at] open."""
     for index in range(number, len(lines)):
         for run in TICKS.finditer(lines[index], at if index == number else 0):
             if len(run[0]) >= length:
@@ -505,7 +480,7 @@ def text_lines(lines: list[str], depth: int = 0) -> Iterator[str]:
         number += 1
         for start, at in fences(line):
             end = fence_end(lines, number - 1, at, at - start)
-            if end or not line[:start].strip():  # after other text only a block that is closed
+            if end or not line[:start].strip():  # after other text, a block counts only if it is closed
                 line, number = line[:start], end[0] if end else len(lines)
                 if end:
                     lines[number] = lines[number][end[1] :]
@@ -514,10 +489,9 @@ def text_lines(lines: list[str], depth: int = 0) -> Iterator[str]:
 
 
 def mention_runs(content: str) -> list[list[str]]:
-    """Return the folded handles that may be meant after each `@` that may begin a mention. Equal texts count once."""
-    marked = any(mark in content for mark in ("`", "[", "\\", "://")) or "www." in content.lower()
+    """Return the possible handles (see `handle_keys`) of each `@` that may begin a mention. Equal texts count once."""
     lines = text_lines(content.split("\n")) if "`" in content else [content]
-    texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line, TOKEN if marked else AT_SIGN))
+    texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line))
     runs: list[list[str]] = []
     for text in itertools.islice(texts, MAX_MENTIONS):
         if sum(map(len, runs)) < MENTION_KEYS_MAX:
@@ -526,14 +500,14 @@ def mention_runs(content: str) -> list[list[str]]:
 
 
 def shorten(name: str, length: int) -> str:
-    name = name[:length]
-    while len(name_key(name)) > length:
+    """Return the beginning of a name whose key has at most `length` characters."""
+    while len(name) > length or len(name_key(name)) > length:
         name = name[:-1]
     return name.rstrip("._-" + JOINERS)
 
 
 def handle_of(name: str) -> str:
-    """Return the beginning of a username for a display name: its words that fit together, with dots between them."""
+    """Return a username for a display name: as many of its words as fit, joined by dots."""
     plain = unicodedata.normalize("NFKC", re.sub("['\u2019]", "", name))
     words = "".join(f"{unicodedata.decimal(c, c)}" if is_username_char(c) or c in JOINERS else " " for c in plain).split()
     handle = ""
@@ -545,11 +519,12 @@ def handle_of(name: str) -> str:
 
 
 def numbered(handle: str, number: int) -> str:
+    """Return a handle with a number at its end, unless that is 1."""
     return shorten(handle, 32 - len(str(number))) + str(number) if number > 1 else handle
 
 
 def clean_code(code: str) -> str:
-    """Return an invite or sign-in code as it is stored: ten characters in any case, with or without the dash, or an old one."""
+    """Return the stored form of an invite or sign-in code, typed in any case and with or without its dash. Old codes stay."""
     code = code.strip()
     halves = re.fullmatch(f"([{CODE_LETTERS}]{{5}})[- ]?([{CODE_LETTERS}]{{5}})", code.upper()) if code.isascii() else None
     return f"{halves[1]}-{halves[2]}" if halves else code
@@ -560,7 +535,7 @@ def new_code() -> str:
     return clean_code("".join(secrets.choice(CODE_LETTERS) for _ in range(10)))
 
 
-# What a search ignores: accents of Latin, Greek, Cyrillic, Hebrew and Arabic letters, and characters that cannot be seen.
+# Search ignores accents of Latin, Greek, Cyrillic, Hebrew and Arabic letters, and invisible characters.
 ACCENTS = re.compile(
     "[\u00ad\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670"
     "\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\u08d3-\u08ff\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f]"
@@ -568,11 +543,11 @@ ACCENTS = re.compile(
 PLAIN_LETTERS = str.maketrans({"\u0131": "i", "ø": "o", "ł": "l", "đ": "d", "ħ": "h", "æ": "ae", "œ": "oe"})
 QUOTES = str.maketrans(dict.fromkeys("“”„‟«»\uff02", '"'))
 PHRASE = re.compile(r'"([^"]*)"|[^\s"]+')
-SEARCH_MAX = 16_000  # characters of a message that search knows: only ligatures make so many of its 4,000
+SEARCH_MAX = 16_000  # indexed characters of a message: only ligatures turn its 4,000 into more
 
 
 def search_text(text: str) -> str:
-    """Return the text as search knows it: without case and accents, and each character of `UNSPACED` a word of its own."""
+    """Return a text as it is indexed: without case and accents, and with each character of `UNSPACED` as a separate word."""
     if text.isascii():
         return text.lower()
     letters = ACCENTS.sub("", unicodedata.normalize("NFKD", text)[:SEARCH_MAX]).casefold().translate(PLAIN_LETTERS)
@@ -580,8 +555,8 @@ def search_text(text: str) -> str:
 
 
 def search_phrases(q: str) -> str:
-    """Return a query of FTS5 for what somebody typed: a phrase, quoted for FTS5, for each quoted phrase and for each beginning
-    of a word. One without letters matches nothing alone, and changes nothing else."""
+    """Return the FTS5 query of a search: a phrase for each quoted phrase, a prefix for each other word. All are quoted, so that
+    nothing typed is syntax. A phrase without letters matches nothing alone, and does not change the others."""
     phrases: dict[str, None] = {}
     for found in PHRASE.finditer(q.translate(QUOTES)):
         text = search_text(found[0] if found[1] is None else found[1]).replace('"', " ").rstrip()
@@ -591,17 +566,17 @@ def search_phrases(q: str) -> str:
 
 
 # ---- Payloads ------------------------------------------------------------------------------------------------------
-# The shapes of what comes in (arguments; unknown fields are refused) and of what goes out (answers), which msgspec validates,
-# encodes and describes. In an answer a field with a default is omitted while it has that value.
+# The types of arguments (unknown fields are rejected) and of results, which msgspec validates, encodes and describes. In a
+# result, a field with a default is omitted while it equals that default; a field without one is always present.
 
 
 def field_error(reason: str, field: str) -> ValueError:
-    """Return the error that a check of arguments raises. `describe_validation_error` takes its reason and field apart again."""
+    """Return the error that a check of arguments raises, in the form of msgspec's (see `describe_validation_error`)."""
     return ValueError(f"{reason} - at `$.{field}`")
 
 
 def clean_name(name: str) -> str:
-    """Return a display name without the spaces around it. Raises ValueError with the reason NAME_FORM."""
+    """Return a display name without surrounding spaces. Raises the field error NAME_FORM."""
     if not re.match(NAME, name.strip()) or has_stacked_marks(name):
         raise field_error("NAME_FORM", "name")
     return name.strip()
@@ -627,11 +602,10 @@ ChannelKind = Literal["text", "voice"]
 
 
 class Args(Struct, forbid_unknown_fields=True):
-    """The arguments of an operation: one flat object, whichever door they came through."""
+    """The arguments of an operation: one flat object, whether they came by REST, Socket.IO or a Python call."""
 
 
-class NoArgs(Args):
-    pass
+class NoArgs(Args): ...
 
 
 class Credentials(Args):
@@ -640,7 +614,7 @@ class Credentials(Args):
 
 
 class NewIdentity(Args):
-    username: Username | None = None  # derived from the display name if it is missing
+    username: Username | None = None  # default: derived from the display name
     name: DisplayName | None = None
     code: Code | None = None
 
@@ -669,7 +643,7 @@ class NewPassword(Args):
 
 
 class TokenArgs(Args):
-    token: Token | None = None  # without one they are refused as whose token does not stand
+    token: Token | None = None  # optional, so that a missing token is UNAUTHORIZED and not BAD_REQUEST
 
 
 class StatusArgs(Args):
@@ -711,12 +685,12 @@ class MemberArgs(ServerArgs):
 
 
 class BanArgs(MemberArgs):
-    revoke_invite: bool = False  # the invite by which the member came
+    revoke_invite: bool = False  # the invite that the member used
     delete_messages: bool = False
 
 
 class BansArgs(ServerArgs):
-    after: Seq = 0  # a user id
+    after: Seq = 0  # a user id: the last one of the previous page
     limit: Annotated[int, Meta(ge=1, le=1000)] = 1000
 
 
@@ -780,7 +754,7 @@ class ReactionArgs(MessageArgs):
 
 
 class MarkReadArgs(ChannelArgs):
-    message_id: Annotated[int, Meta(ge=0, le=2**63 - 1)]  # the last message that is read
+    message_id: Annotated[int, Meta(ge=0, le=2**63 - 1)]  # the newest message that is read
     back: bool = False
 
 
@@ -798,7 +772,7 @@ class SignalArgs(ChannelArgs):
 
 
 class Payload(Struct, omit_defaults=True):
-    """What goes out: a thing as it is, flat."""
+    """A result or an event: one flat object."""
 
 
 class Named(Payload, kw_only=True):
@@ -864,12 +838,12 @@ class Member(ServerUser):
     joined_at: str
     connected: bool
     guest: bool = False
-    invited_by: str | None = None  # the invite's code, for admins only
+    invited_by: str | None = None  # the code of the invite; only admins see it
 
 
 class Members(Payload):
     members: list[Member]
-    former: list[Identity] = []  # left, but their messages and reactions are still there
+    former: list[Identity] = []  # former members, whose messages and reactions are still shown
 
 
 class Ban(ServerUser):
@@ -950,7 +924,7 @@ class Changes(Payload):
     channels: list[Channel] | UnsetType = UNSET
     members: list[Member] | UnsetType = UNSET
     name: str | UnsetType = UNSET
-    reset: bool = False  # the client discards its copy first: it holds changes that this database never had
+    reset: bool = False  # true: the client discards its copy, which has changes that a restored database never had
     former: list[Identity] = []
 
 
@@ -1000,13 +974,13 @@ class PublicSettings(Payload):
     guests: bool
     version: str
     create_servers: str
-    public_url: str | UnsetType = UNSET  # the address that people open, if it is set
-    lan_url: str | UnsetType = UNSET  # the address for others on the network, if the server listens beyond this machine
+    public_url: str | UnsetType = UNSET  # the setting, if it is set
+    lan_url: str | UnsetType = UNSET  # the address on the local network, if the server listens there
 
 
 T = TypeVar("T")
 FIELD = re.compile(r" - at `\$(?:\.(\w+))?[^`]*`$")
-VALIDATION_REASONS = {  # msgspec's error -> our reason; a group is the field if the error names it, else the bound or the value
+VALIDATION_REASONS = {  # msgspec's error -> our reason; `what` is the field, `n` the limit, the value or the rest of the text
     r"Expected `str` of length >= 1": "FIELD_EMPTY",
     r"Expected `str` of length >= (?P<n>\d+)": "FIELD_SHORT",
     r"Expected `str` of length <= (?P<n>\d+)": "FIELD_LONG",
@@ -1021,24 +995,25 @@ VALIDATION_REASONS = {  # msgspec's error -> our reason; a group is the field if
 }
 
 
-def describe_validation_error(complaint: str) -> ChatError:
-    """Return the error for a msgspec validation error, given its text. A text of ours names a reason of `REASONS`."""
-    field, detail = FIELD.search(complaint), FIELD.sub("", complaint)
-    where = field[1] if field else None
+def describe_validation_error(text: str) -> ChatError:
+    """Return the error for the text of a msgspec validation error or of a `field_error`."""
+    path, detail = FIELD.search(text), FIELD.sub("", text)
+    field = path[1] if path else None
     if detail in REASONS:
-        return chat_error(detail, field=where, what=where)
+        return chat_error(detail, field=field, what=field)
     for pattern, reason in VALIDATION_REASONS.items():
         if found := re.fullmatch(pattern, detail, re.DOTALL):
-            what, n = found.groupdict().get("what") or where, found.groupdict().get("n") or ""
+            groups = found.groupdict("")
+            what, n = groups.get("what") or field, groups.get("n", "")
             return chat_error(reason, field=what, what=what or "The request", n=n.replace("`", "'"))
-    return ChatError("BAD_REQUEST", detail.replace("`", "'"), field=where)
+    return ChatError("BAD_REQUEST", detail.replace("`", "'"), field=field)
 
 
 def read_args(kind: type[T], raw: Any) -> T:
-    """Return arguments of that kind from a value as JSON has it. Raises BAD_REQUEST or TOO_LARGE."""
+    """Return a JSON value as arguments of that type. Raises BAD_REQUEST or TOO_LARGE."""
     try:
         args = msgspec.convert(raw, kind)
-        msgspec.json.encode(raw)  # a lone surrogate is no text: neither the database nor a client could hold it
+        msgspec.json.encode(raw)  # raises for an unpaired surrogate, which neither the database nor a client can store
     except msgspec.ValidationError as error:
         raise describe_validation_error(str(error)) from None
     except UnicodeEncodeError:
@@ -1049,22 +1024,15 @@ def read_args(kind: type[T], raw: Any) -> T:
 
 
 # ---- Events --------------------------------------------------------------------------------------------------------
-# What the server emits: each event's name, its payload and the room it goes to. An operation lists the events that it emits.
-
-MessageDeleted = Deletion
-Typing = ChannelUser
-PresenceChanged = ServerUser
+# The events that the server emits, each with its payload and the room that receives it, and the effects of operations.
 
 
 class MentionNotice(Message, kw_only=True):
     server_id: int
 
 
-class ReactionChanged(Named):
-    channel_id: int
+class ReactionChanged(ChannelUser):
     message_id: int
-    user_id: int
-    username: str
     emoji: str
     seq: int
 
@@ -1131,21 +1099,21 @@ class EventKind(NamedTuple):
 EVENTS = {
     "message:new": EventKind(Message, "server", "A message was posted."),
     "message:edit": EventKind(Message, "server", "A message was edited."),
-    "message:deleted": EventKind(MessageDeleted, "server", "A message was deleted."),
+    "message:deleted": EventKind(Deletion, "server", "A message was deleted."),
     "reaction:add": EventKind(ReactionChanged, "server", "Somebody reacted to a message."),
-    "reaction:remove": EventKind(ReactionChanged, "server", "Somebody took a reaction back."),
-    "mention": EventKind(MentionNotice, "user", "A message names you."),
-    "channel:read": EventKind(ReadState, "user", "Your read mark in a channel moved: on another device, by posting, or back."),
-    "user:typing": EventKind(Typing, "channel", "Somebody is typing."),
-    "typing_stop": EventKind(Typing, "channel", "Somebody stopped typing."),
-    "user:connected": EventKind(PresenceChanged, "server", "A user's first socket joined the server."),
-    "user:disconnected": EventKind(PresenceChanged, "server", "A user's last socket left the server."),
+    "reaction:remove": EventKind(ReactionChanged, "server", "Somebody removed a reaction."),
+    "mention": EventKind(MentionNotice, "user", "A message mentions you."),
+    "channel:read": EventKind(ReadState, "user", "Your read mark in a channel changed, on any of your devices."),
+    "user:typing": EventKind(ChannelUser, "channel", "Somebody is typing."),
+    "typing_stop": EventKind(ChannelUser, "channel", "Somebody stopped typing."),
+    "user:connected": EventKind(ServerUser, "server", "A user's first socket joined the server."),
+    "user:disconnected": EventKind(ServerUser, "server", "A user's last socket left the server."),
     "user:status": EventKind(StatusChanged, "server", "A user's status changed."),
     "member:joined": EventKind(MemberChanged, "server", "Somebody became a member."),
     "member:left": EventKind(MemberChanged, "server", "Somebody left, was removed or banned."),
     "member:updated": EventKind(MemberUpdated, "server", "A member's role or name changed, or a guest set a password."),
     "channel:created": EventKind(ChannelChanged, "server", "A channel was created."),
-    "channel:updated": EventKind(ChannelChanged, "server", "A channel was renamed or got another topic."),
+    "channel:updated": EventKind(ChannelChanged, "server", "A channel's name or topic changed."),
     "channel:deleted": EventKind(ChannelDeleted, "server", "A channel was deleted."),
     "server:updated": EventKind(ServerRenamed, "server", "The server was renamed."),
     "server:deleted": EventKind(ServerDeleted, "server", "The server was deleted."),
@@ -1156,7 +1124,7 @@ EVENTS = {
 }
 
 
-# The effects of an operation, carried out by Chat once the transaction has committed.
+# The effects of an operation, which Hub applies once the transaction is committed.
 
 
 class Emit(NamedTuple):
@@ -1165,18 +1133,14 @@ class Emit(NamedTuple):
     payload: Payload
 
 
-class AddChannelRoom(NamedTuple):  # sockets of the server join the new channel's room
+class AddChannelRoom(NamedTuple):  # the server's sockets enter the room of a new channel
     server_id: int
     channel_id: int
 
 
-class RemoveChannelRoom(NamedTuple):
+class RemoveRoom(NamedTuple):  # all sockets leave the rooms of a deleted channel or, without `channel_id`, of a deleted server
     server_id: int
-    channel_id: int
-
-
-class RemoveServerRoom(NamedTuple):
-    server_id: int
+    channel_id: int | None = None
 
 
 class Evict(NamedTuple):  # the user's sockets leave the server's rooms, and stay open for the user's other servers
@@ -1184,7 +1148,7 @@ class Evict(NamedTuple):  # the user's sockets leave the server's rooms, and sta
     user_id: int
 
 
-class Revoke(NamedTuple):  # the user's tokens (or the one of that digest) are no longer valid: their sockets are closed
+class Revoke(NamedTuple):  # the user's tokens, or only the one with this digest, become invalid; their sockets are closed
     user_id: int
     digest: bytes | None = None
 
@@ -1196,23 +1160,19 @@ class SetStatus(NamedTuple):
     server_ids: list[int]
 
 
-class Rename(NamedTuple):  # the user's sockets and tokens carry the new display name
+class Rename(NamedTuple):  # the user's sockets and cached tokens get the new display name
     user_id: int
     name: str | None
 
 
-class MarkOwnPost(NamedTuple):
-    """Posting moved the author's read mark. Their sockets are told a moment later, once for several posts in a row."""
-
+class MarkOwnPost(NamedTuple):  # posting moved the author's read mark; it is emitted a moment later, once for several posts
     server_id: int
     user_id: int
     channel_id: int
     message_id: int
 
 
-class EmitReadMark(NamedTuple):
-    """Tell now what `MarkOwnPost` put off for this channel."""
-
+class EmitReadMark(NamedTuple):  # emit now what `MarkOwnPost` put off for this channel
     channel_id: int
 
 
@@ -1221,23 +1181,11 @@ class StopTyping(NamedTuple):
     user_id: int
 
 
-Effect = (
-    Emit
-    | AddChannelRoom
-    | RemoveChannelRoom
-    | RemoveServerRoom
-    | Evict
-    | Revoke
-    | SetStatus
-    | Rename
-    | StopTyping
-    | MarkOwnPost
-    | EmitReadMark
-)
+Effect = Emit | AddChannelRoom | RemoveRoom | Evict | Revoke | SetStatus | Rename | StopTyping | MarkOwnPost | EmitReadMark
 
 
 class Result(NamedTuple, Generic[T]):
-    """The result of an operation: its answer, its effects, and whether it only repeats what was done before."""
+    """The result of an operation: its value, its effects, and whether it replays an earlier call instead of doing it again."""
 
     value: T
     effects: Sequence[Effect] = ()
@@ -2662,7 +2610,7 @@ def purge_next_messages(db: sqlite3.Connection) -> Result[None]:
         values,
     ).fetchall()
     effects = [
-        Emit("message:deleted", server, MessageDeleted(channel_id, message_id, delete_message(db, server, message_id)))
+        Emit("message:deleted", server, Deletion(channel_id, message_id, delete_message(db, server, message_id)))
         for message_id, channel_id, server in rows
     ]
     before = rows[-1][0] - 1 if len(rows) == PURGE_STEP else last_id - PURGE_SCAN_STEP
@@ -2901,7 +2849,7 @@ class Presence:
 
 class TypingUser(NamedTuple):
     server_id: int
-    notice: Typing  # the channel and the user, as others are told
+    notice: ChannelUser  # the channel and the user, as others are told
     sid: str
     expires_at: float
 
@@ -2913,7 +2861,7 @@ class TypingTracker:
         self._typing: dict[tuple[int, int], TypingUser] = {}  # by channel and user
         self._emitted_at: dict[int, float] = {}  # user -> when they were last heard
 
-    def start(self, server_id: int, notice: Typing, sid: str, now: float) -> bool:
+    def start(self, server_id: int, notice: ChannelUser, sid: str, now: float) -> bool:
         """Note that the user types and return whether to tell others."""
         channel_id, user_id = notice.channel_id, notice.user_id
         due = now - self._emitted_at.get(user_id, -TYPING_EVERY) >= TYPING_EVERY
@@ -3533,7 +3481,7 @@ def delete_server(ctx: OperationContext, args: ServerArgs) -> Result[None]:
     """Delete a server with everything in it."""
     delete_server_row(ctx.db, ctx.server_id)
     deleted = ServerDeleted(ctx.server_id)
-    return Result(None, [Emit("server:deleted", ctx.server_id, deleted), RemoveServerRoom(ctx.server_id)])
+    return Result(None, [Emit("server:deleted", ctx.server_id, deleted), RemoveRoom(ctx.server_id)])
 
 
 @operation("read", "GET /servers/{server_id}/members", Access.MEMBER, slow=True)
@@ -3703,7 +3651,7 @@ def edit_channel(ctx: OperationContext, args: EditChannel) -> Result[Channel]:
 def delete_channel(ctx: OperationContext, args: ChannelArgs) -> Result[None]:
     """Delete a channel with its messages."""
     deleted = ChannelDeleted(ctx.server_id, ctx.channel_id, detach_channel(ctx.db, ctx.server_id, ctx.channel_id))
-    return Result(None, [Emit("channel:deleted", ctx.server_id, deleted), RemoveChannelRoom(ctx.server_id, ctx.channel_id)])
+    return Result(None, [Emit("channel:deleted", ctx.server_id, deleted), RemoveRoom(ctx.server_id, ctx.channel_id)])
 
 
 def mention_notices(ctx: OperationContext, message: Message, known: Collection[int]) -> list[Effect]:
@@ -3776,7 +3724,7 @@ def edit_message(ctx: OperationContext, args: EditMessage) -> Result[Message]:
 def remove_message(ctx: OperationContext, args: MessageArgs) -> Result[None]:
     """Delete a message: its text is gone from history, search and catching up."""
     seq = delete_message(ctx.db, ctx.server_id, args.message_id)
-    return Result(None, [Emit("message:deleted", ctx.server_id, MessageDeleted(ctx.channel_id, args.message_id, seq))])
+    return Result(None, [Emit("message:deleted", ctx.server_id, Deletion(ctx.channel_id, args.message_id, seq))])
 
 
 def same_reactions(ctx: OperationContext, emoji: str) -> list[Reaction]:
@@ -3787,7 +3735,7 @@ def same_reactions(ctx: OperationContext, emoji: str) -> list[Reaction]:
 def reaction_notice(ctx: OperationContext, event: str, emoji: str) -> Emit:
     message_id = the_message(ctx).message_id
     seq = update_message_seq(ctx.db, ctx.server_id, message_id)
-    changed = ReactionChanged(ctx.channel_id, message_id, ctx.user.user_id, ctx.user.username, emoji, seq, name=ctx.user.name)
+    changed = ReactionChanged(ctx.channel_id, ctx.user.user_id, ctx.user.username, message_id, emoji, seq, name=ctx.user.name)
     return Emit(event, ctx.server_id, changed)
 
 
@@ -5261,12 +5209,9 @@ class Hub:
         self.listening = False
         self._token_cache: dict[str, Principal] = {}  # token -> its user, while it is known to be valid
         self._effect_handlers: dict[type[Effect], Callable[..., None]] = {
-            Emit: self.emit, AddChannelRoom: self.add_channel_room, RemoveChannelRoom: self.remove_channel_room,
-            RemoveServerRoom: self.remove_server_room,
-            Evict: self.evict, Revoke: self.revoke, SetStatus: self.emit_status, Rename: self.rename,
-            StopTyping: self.stop_typing,
-            MarkOwnPost: self.mark_own_post,
-            EmitReadMark: self.emit_read_mark,
+            Emit: self.emit, AddChannelRoom: self.add_channel_room, RemoveRoom: self.remove_room, Evict: self.evict,
+            Revoke: self.revoke, SetStatus: self.emit_status, Rename: self.rename, StopTyping: self.stop_typing,
+            MarkOwnPost: self.mark_own_post, EmitReadMark: self.emit_read_mark,
         }  # fmt: skip
 
     # Reading the database. The result of `read_inline` stays true until the next await: use it before then.
@@ -5372,22 +5317,22 @@ class Hub:
             if mark.server_id != server_id or user_id not in (None, mark.user_id)
         }
 
-    def remove_channel_room(self, server_id: int, channel_id: int) -> None:
-        self._own_marks.pop(channel_id, None)
-        for peer in self.voice_peers.in_channel(channel_id):
+    def remove_room(self, server_id: int, channel_id: int | None) -> None:
+        """Take all sockets out of a deleted channel or server, without events other than the one about the deletion."""
+        peers = self.voice_peers.in_server(server_id) if channel_id is None else self.voice_peers.in_channel(channel_id)
+        for peer in peers:
             del self.voice_peers[peer.sid]
-        for sid in self.sio.members(f"channel:{channel_id}"):
-            self.connections[sid].servers[server_id].discard(channel_id)
-            self.sio.leave(sid, f"channel:{channel_id}")
-        self.typing_tracker.close(channel_id=channel_id)
-
-    def remove_server_room(self, server_id: int) -> None:
-        self.forget_marks(server_id)
-        for peer in self.voice_peers.in_server(server_id):
-            del self.voice_peers[peer.sid]
-        self.typing_tracker.close(server_id=server_id)
-        for sid in self.sio.members(f"server:{server_id}"):
-            self.leave_server(self.connections[sid], server_id, quietly=True)
+        if channel_id is None:
+            self.forget_marks(server_id)
+            self.typing_tracker.close(server_id=server_id)
+            for sid in self.sio.members(f"server:{server_id}"):
+                self.leave_server(self.connections[sid], server_id, quietly=True)
+        else:
+            self._own_marks.pop(channel_id, None)
+            self.typing_tracker.close(channel_id=channel_id)
+            for sid in self.sio.members(f"channel:{channel_id}"):
+                self.connections[sid].servers[server_id].discard(channel_id)
+                self.sio.leave(sid, f"channel:{channel_id}")
 
     def evict(self, server_id: int, user_id: int) -> None:
         self.forget_marks(server_id, user_id)
@@ -5426,7 +5371,7 @@ class Hub:
         if "invisible" in (before, after) and before != after:
             event = "user:disconnected" if after == "invisible" else "user:connected"
             for server_id in self.presence.servers(user_id):
-                self.emit(event, server_id, PresenceChanged(server_id, user_id, username, name=name))
+                self.emit(event, server_id, ServerUser(server_id, user_id, username, name=name))
 
     # Sockets.
 
@@ -5492,7 +5437,7 @@ class Hub:
         for channel_id in channel_ids:
             self.sio.enter(connection.sid, f"channel:{channel_id}")
         if self.presence.join(server_id, user.user_id, connection.sid):
-            self.emit("user:connected", server_id, PresenceChanged(server_id, user.user_id, user.username, name=user.name))
+            self.emit("user:connected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
 
     def leave_server(self, connection: Connection, server_id: int, quietly: bool = False) -> bool:
         """Take the socket out of a server. Return whether it was joined."""
@@ -5504,12 +5449,12 @@ class Hub:
             self.sio.leave(connection.sid, f"channel:{channel_id}")
         self.sio.leave(connection.sid, f"server:{server_id}")
         if self.presence.leave(server_id, user.user_id, connection.sid) and not quietly:
-            self.emit("user:disconnected", server_id, PresenceChanged(server_id, user.user_id, user.username, name=user.name))
+            self.emit("user:disconnected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
         return True
 
     def start_typing(self, server_id: int, channel_id: int, user: Principal, sid: str) -> None:
         loop = asyncio.get_running_loop()
-        notice = Typing(channel_id, user.user_id, user.username, name=user.name)
+        notice = ChannelUser(channel_id, user.user_id, user.username, name=user.name)
         heard = self.typing_tracker.start(server_id, notice, sid, loop.time())
         if heard and user.user_id not in self.presence.invisible:
             self.emit("user:typing", channel_id, notice, skip_sid=sid)
@@ -6255,7 +6200,7 @@ def remove_and_transfer(db: sqlite3.Connection, server_id: int, user_id: int) ->
     if (heir := load_next_owner(db, server_id)) is not None:
         return [*effects, member_updated(db, server_id, heir, update_role(db, server_id, heir, "owner"))]
     delete_server_row(db, server_id)
-    return [RemoveServerRoom(server_id)]
+    return [RemoveRoom(server_id)]
 
 
 def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -> Result[int]:

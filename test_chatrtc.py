@@ -135,7 +135,7 @@ def audit_reply(reply: Reply) -> None:
     audit_error(reply.body)
     if isinstance(reply.body, dict) and reply.code in chatrtc.ERRORS:
         retry_after = str(reply.body["retry_after"]) if "retry_after" in reply.body else None
-        if reply.status != chatrtc.ERRORS[reply.code].status or reply.headers.get("Retry-After") != retry_after:
+        if reply.status != chatrtc.ERRORS[reply.code][0] or reply.headers.get("Retry-After") != retry_after:
             FAULTS.append(f"reply {reply}")
 
 
@@ -144,7 +144,7 @@ def audit_error(body: Any) -> None:
     keys = {"error", "code"} | ({"retry_after"} if known and body["code"] == "RATE_LIMITED" else set())
     if not known or not keys <= set(body) <= keys | {"reason", "field"}:
         FAULTS.append(f"refusal {body}")
-    elif "reason" in body and body["code"] != getattr(chatrtc.REASONS.get(body["reason"]), "code", None):
+    elif "reason" in body and body["code"] != chatrtc.REASONS.get(body["reason"], ("",))[0]:
         FAULTS.append(f"reason {body}")
 
 
@@ -848,11 +848,11 @@ async def test_people_of_one_name_get_usernames_at_once(world: World) -> None:
     ("body", "sentence"),
     [
         ({"channel_id": 1, "content": ""}, "content must not be empty"),
-        ({"channel_id": 1, "content": " \n"}, "content is blank, or holds a character that is not allowed"),
-        ({"channel_id": 1, "content": "x" * 4001}, "content has 4000 characters at most"),
-        ({"channel_id": 0, "content": "x"}, "channel_id must be 1 or more"),
+        ({"channel_id": 1, "content": " \n"}, "content is blank or contains a character that is not allowed"),
+        ({"channel_id": 1, "content": "x" * 4001}, "content must have at most 4000 characters"),
+        ({"channel_id": 0, "content": "x"}, "channel_id must be at least 1"),
         ({"content": "x"}, "channel_id is missing"),
-        ({"channel_id": 1, "content": "x", "colour": "red"}, "colour is not known here"),
+        ({"channel_id": 1, "content": "x", "colour": "red"}, "Unknown field: colour"),
         ({"channel_id": "one", "content": "x"}, "channel_id: Expected 'int', got 'str'"),
         ([], "The request: Expected 'object', got 'array'"),
     ],
@@ -2335,11 +2335,11 @@ TestPresence.settings = settings(max_examples=60, stateful_step_count=30, derand
 
 def test_a_user_is_heard_typing_once_a_second_and_for_three() -> None:
     typists = chatrtc.TypingTracker()
-    assert typists.start(5, chatrtc.Typing(1, 7, "ana"), "a", 10.0)
-    assert not typists.start(5, chatrtc.Typing(1, 7, "ana"), "a", 10.9)
-    assert not typists.start(5, chatrtc.Typing(2, 7, "ana"), "a", 10.95), "once a second for a user, wherever"
-    assert typists.start(5, chatrtc.Typing(1, 8, "ben"), "b", 10.95), "others have their own second"
-    assert typists.start(5, chatrtc.Typing(1, 7, "ana"), "a", 11.0)
+    assert typists.start(5, chatrtc.ChannelUser(1, 7, "ana"), "a", 10.0)
+    assert not typists.start(5, chatrtc.ChannelUser(1, 7, "ana"), "a", 10.9)
+    assert not typists.start(5, chatrtc.ChannelUser(2, 7, "ana"), "a", 10.95), "once a second for a user, wherever"
+    assert typists.start(5, chatrtc.ChannelUser(1, 8, "ben"), "b", 10.95), "others have their own second"
+    assert typists.start(5, chatrtc.ChannelUser(1, 7, "ana"), "a", 11.0)
     assert typists.expired(13.9) == []
     assert typists.expired(14.0) == [(1, 8), (1, 7)] or set(typists.expired(14.0)) == {(1, 7), (1, 8)}
     assert typists.stop(1, 7) is not None
@@ -6536,7 +6536,7 @@ async def test_accounts_are_managed_while_the_server_runs(tmp_path: Path) -> Non
         sockets = [await one.socket(place.server_id) for one in (ana, ben)]
         expect_error(await run_command("user", "add", "ANA", *database, stdin="correct horse\n"), "taken")
         expect_error(await run_command("user", "add", "a b", *database, stdin="correct horse\n"), "username")
-        expect_error(await run_command("user", "add", "cy", *database, stdin="short\n"), "8 characters or more")
+        expect_error(await run_command("user", "add", "cy", *database, stdin="short\n"), "at least 8 characters")
         expect_error(await run_command("user", "password", "nobody", *database, stdin="correct horse\n"), "nobody")
         rows = [line.split("\t") for line in (await run_ok("user", "list", *database)).splitlines()]
         assert [row[:2] for row in rows] == [["1", "ana"], ["2", "ben"]]
@@ -10626,7 +10626,7 @@ async def test_refusals_are_told_in_french(rest: Rest, tab: Any) -> None:
     await visitor.fill("#password", "wrong horse")
     await visitor.click("#enter")
     await expect(visitor.locator("#door-wrong")).to_have_text("Identifiant ou mot de passe incorrect.")
-    wait = json.dumps({"error": "Too often; try again in a moment", "code": "RATE_LIMITED", "reason": "TOO_OFTEN"})
+    wait = json.dumps({"error": "Too many requests; try again in a moment", "code": "RATE_LIMITED", "reason": "TOO_OFTEN"})
     await visitor.page.route(
         "**/auth/login",
         lambda route: route.fulfill(status=429, headers={"Retry-After": "90"}, content_type="application/json", body=wait),
@@ -12219,12 +12219,12 @@ def readme_tables() -> dict[str, str]:
         (code(flag), "" if field.default in (None, (), False) else code(str(field.default)), sentence_of(field))
         for flag, field in chatrtc.setting_flags()
     ]
-    reasons = [(code(name), code(reason.code), reason.detail) for name, reason in chatrtc.REASONS.items()]
+    reasons = [(code(name), code(error), text) for name, (error, text) in chatrtc.REASONS.items()]
     return {
         "reasons": table(("reason", "code", "text"), *reasons),
         "operations": table(("route or event", "what it does (who may do it) → events it emits"), *operation_rows()),
         "events": table(("event", "when", "to", "keys (optional keys are omitted when empty)"), *event_rows()),
-        "errors": " · ".join(f"{code(name)} {kind.status}" for name, kind in chatrtc.ERRORS.items()),
+        "errors": " · ".join(f"{code(name)} {status}" for name, (status, _) in chatrtc.ERRORS.items()),
         "limits": table(("what", "burst, then rate", "for each"), *limits),
         "settings": table(("option", "default", "meaning"), *settings),
     }
