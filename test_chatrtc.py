@@ -83,6 +83,15 @@ def find_program(name: str) -> str:
     return path
 
 
+async def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> float:
+    """Wait until the condition is true; return how many seconds that took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"still false after {seconds} s"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - began
+
+
 class Reply(NamedTuple):
     status: int
     body: Any
@@ -395,6 +404,263 @@ class Process:
         return self.process.returncode or 0, errors.decode()
 
 
+class Finished(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+async def run_command(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> Finished:
+    """Run a command of chatrtc to its end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(HERE / "chatrtc.py"), *args, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE, env=dict(os.environ) | (env or {}), cwd=cwd,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(3 * PATIENCE):
+            out, err = await process.communicate(stdin.encode())
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return Finished(process.returncode or 0, out.decode(), err.decode())
+
+
+async def run_ok(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    """What a command that succeeds prints."""
+    ended = await run_command(*args, stdin=stdin, env=env, cwd=cwd)
+    assert ended.status == 0, ended
+    return ended.out
+
+
+def expect_error(ended: Finished, *words: str) -> None:
+    """It ended with one clear line and a status of its own, and no traceback."""
+    assert ended.status in (1, 2), ended
+    assert ended.out == "", ended
+    assert ended.err.startswith("Error: "), ended
+    assert ended.err.count("\n") == 1, ended
+    for word in words:
+        assert word in ended.err, ended
+
+
+class Scene:
+    """Ana's class, where she and Ben listen; Cy, a member, has not joined; Dee, a stranger, listens elsewhere."""
+
+    world: World
+    ana: Person
+    ben: Person
+    cy: Person
+    dee: Person
+    place: Place
+    ana_socket: Socket  # Ana's
+    ben_socket: Socket  # Ben's
+    cy_socket: Socket  # Cy's
+    dee_socket: Socket  # Dee's
+
+    @classmethod
+    async def make(cls, world: World) -> Scene:
+        self = cls()
+        self.world = world
+        self.ana, self.ben, self.cy, self.dee = await world.people("ana", "ben", "cy", "dee")
+        self.place = await world.place(self.ana, self.ben, self.cy)
+        other = await world.place(self.dee, name="other")
+        self.ana_socket = await self.ana.socket(self.place.server_id)
+        self.ben_socket = await self.ben.socket(self.place.server_id)
+        self.cy_socket = await self.cy.socket()
+        self.dee_socket = await self.dee.socket(other.server_id)
+        await self.ana.post(self.place.channel_id, "before")  # what came before is over
+        await asyncio.gather(self.ana_socket.receive("message:new"), self.ben_socket.receive("message:new"))
+        return self
+
+    async def post(self) -> Any:
+        return await self.ana.post(self.place.channel_id, "told")
+
+    @property
+    def server(self) -> str:
+        return f"/servers/{self.place.server_id}"
+
+
+@pytest_asyncio.fixture
+async def scene(world: World) -> Scene:
+    return await Scene.make(world)
+
+
+async def channel_history(person: Person, channel_id: int) -> list[Any]:
+    """Return every message of a channel, read page by page from its beginning."""
+    messages: list[Any] = []
+    while True:
+        after = messages[-1]["message_id"] if messages else 0
+        page = await person.ok("GET", f"/channels/{channel_id}/messages?after={after}&limit=100")
+        messages += page["messages"]
+        if not page["has_more"]:
+            return messages
+
+
+async def server_history(world: World, server_id: int, token: str) -> list[Any]:
+    """Return every message of a server in the order of `seq`, as a client that catches up from 0 reads them."""
+    messages: list[Any] = []
+    after = 0
+    while True:
+        reply = await world.call("GET", f"/servers/{server_id}/changes?after={after}", token=token)
+        assert reply.status == 200, reply
+        messages += reply.body["messages"]
+        after = reply.body["seq"]
+        if not reply.body["has_more"]:
+            return messages
+
+
+class Replica:
+    """A client's copy of a server, kept as the contract says: apply the next change, skip a known one, fetch missing ones."""
+
+    def __init__(self, person: Person, server_id: int, transport: str = "websocket", page: int = 7) -> None:
+        self.person, self.server_id, self.transport, self.page = person, server_id, transport, page
+        self.seq = 0
+        self.messages: dict[int, Any] = {}
+        self.channels: dict[int, Any] = {}
+        self.members: dict[int, str] = {}
+        self.name = "class"
+        self.socket: Socket | None = None
+        self.read = 0  # how many of the socket's events have been handled
+        self.requests = 0  # how often it asked for changes that it had not received
+        self.resets = 0
+
+    async def connect(self) -> None:
+        self.socket = await self.person.world.socket(self.person.token, transports=[self.transport])
+        self.read = 0
+        ack = await self.socket.ok("join_server", {"server_id": self.server_id, "after": self.seq})
+        self.merge(ack["changes"])
+        await self.catch_up(ack["changes"]["has_more"])
+
+    async def disconnect(self) -> None:
+        """Close the connection; events that are on their way are lost."""
+        if self.socket is not None:
+            await self.socket.close()
+            self.socket = None
+
+    def _tcp(self) -> Any:
+        """Return the asyncio transport of the WebSocket."""
+        assert self.socket is not None
+        return self.socket.client.eio.ws._response.connection.transport
+
+    def reset_connection(self) -> None:
+        """Reset the TCP connection without a close frame. A polling client has none: it abandons its session."""
+        if self.transport == "websocket":
+            linger = (socket_module.SOL_SOCKET, socket_module.SO_LINGER, struct.pack("ii", 1, 0))
+            self._tcp().get_extra_info("socket").setsockopt(*linger)
+            self._tcp().abort()
+
+    def pause_reading(self) -> None:
+        """Stop reading from an open connection, with a small receive buffer."""
+        if self.transport == "websocket":
+            self._tcp().pause_reading()
+            self._tcp().get_extra_info("socket").setsockopt(socket_module.SOL_SOCKET, socket_module.SO_RCVBUF, 4096)
+
+    def resume_reading(self) -> None:
+        self._tcp().resume_reading()
+
+    async def catch_up(self, more: bool = True) -> None:
+        while more:
+            self.requests += 1
+            changes = await self.person.ok("GET", f"/servers/{self.server_id}/changes?after={self.seq}&limit={self.page}")
+            self.merge(changes)
+            more = changes["has_more"]
+
+    def merge(self, changes: Any) -> None:
+        if changes.get("reset"):
+            self.messages, self.channels, self.members, self.name = {}, {}, {}, ""
+            self.resets += 1
+        for message in changes["messages"]:
+            self.messages[message["message_id"]] = message
+        for deletion in changes["deleted"]:
+            self.messages.pop(deletion["message_id"], None)
+        if "channels" in changes:
+            self.channels = {channel["channel_id"]: channel for channel in changes["channels"]}
+            self.drop_strays()
+        if "members" in changes:
+            self.members = {member["user_id"]: member["role"] for member in changes["members"]}
+        self.name = changes.get("name", self.name)
+        self.seq = changes["seq"]
+
+    def drop_strays(self) -> None:
+        self.messages = {key: message for key, message in self.messages.items() if message["channel_id"] in self.channels}
+
+    async def receive(self) -> None:
+        """Apply all events that the server has emitted so far."""
+        assert self.socket is not None
+        await self.socket.call("ping")
+        while self.read < len(self.socket.received):
+            event, payload = self.socket.received[self.read]
+            self.read += 1
+            if "seq" not in payload or event == "mention" or payload["seq"] <= self.seq:
+                continue
+            if payload["seq"] > self.seq + 1:
+                await self.catch_up()
+            else:
+                self.apply(event, dict(payload))
+                self.seq = payload["seq"]
+
+    def apply(self, event: str, payload: Any) -> None:
+        message = self.messages.get(payload.get("message_id"))
+        match event:
+            case "message:new" | "message:edit":
+                self.messages[payload["message_id"]] = payload
+            case "message:deleted":
+                self.messages.pop(payload["message_id"], None)
+            case "reaction:add" | "reaction:remove" if message is not None:
+                pairs = {(one["emoji"], user) for one in message.pop("reactions", []) for user in one["user_ids"]}
+                pair = {(payload["emoji"], payload["user_id"])}
+                pairs = pairs | pair if event == "reaction:add" else pairs - pair
+                emojis = sorted({emoji for emoji, _ in pairs})
+                if emojis:
+                    message["reactions"] = [
+                        {"emoji": emoji, "user_ids": sorted(user for one, user in pairs if one == emoji)} for emoji in emojis
+                    ]
+                message["seq"] = payload["seq"]
+            case "channel:created" | "channel:updated":
+                plain = {"kind": "text", "topic": ""} | payload
+                plain.pop("seq")
+                self.channels[payload["channel_id"]] = plain
+            case "channel:deleted":
+                del self.channels[payload["channel_id"]]
+                self.drop_strays()
+            case "member:joined":
+                self.members[payload["user_id"]] = "member"
+            case "member:left":
+                self.members.pop(payload["user_id"], None)
+            case "member:updated":
+                self.members[payload["user_id"]] = payload["role"]
+            case "server:updated":
+                self.name = payload["name"]
+
+    def state(self) -> Any:
+        return {
+            "seq": self.seq,
+            "name": self.name,
+            "messages": self.messages,
+            "channels": self.channels,
+            "members": self.members,
+        }
+
+
+async def server_state(person: Person, server_id: int) -> Any:
+    """Return the state that a replica of the server must have, as the GET routes return it."""
+    server = f"/servers/{server_id}"
+    channels = (await person.ok("GET", f"{server}/channels"))["channels"]
+    messages: dict[int, Any] = {}
+    for channel in channels:
+        path, after, more = f"/channels/{channel['channel_id']}/messages?limit=9", 0, True
+        while more:
+            page = await person.ok("GET", f"{path}&after={after}")
+            messages |= {message["message_id"]: message for message in page["messages"]}
+            after, more = max((one["message_id"] for one in page["messages"]), default=0), page["has_more"]
+    return {
+        "seq": (await person.ok("GET", f"{server}/changes"))["seq"],
+        "name": (await person.ok("GET", server))["name"],
+        "messages": messages,
+        "channels": {channel["channel_id"]: channel for channel in channels},
+        "members": {member["user_id"]: member["role"] for member in (await person.ok("GET", f"{server}/members"))["members"]},
+    }
+
+
 # What a text means: which members it mentions. The server and the page are both tested against this table.
 MENTIONED = [
     "ana",
@@ -615,42 +881,6 @@ MARKDOWN_CASES = {
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
-class Finished(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-async def run_command(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> Finished:
-    """Run a command of chatrtc to its end."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(HERE / "chatrtc.py"), *args, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE, env=dict(os.environ) | (env or {}), cwd=cwd,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(3 * PATIENCE):
-            out, err = await process.communicate(stdin.encode())
-    finally:
-        if process.returncode is None:
-            process.kill()
-    return Finished(process.returncode or 0, out.decode(), err.decode())
-
-
-async def run_ok(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
-    """What a command that succeeds prints."""
-    ended = await run_command(*args, stdin=stdin, env=env, cwd=cwd)
-    assert ended.status == 0, ended
-    return ended.out
-
-
-def expect_error(ended: Finished, *words: str) -> None:
-    """It ended with one clear line and a status of its own, and no traceback."""
-    assert ended.status in (1, 2), ended
-    assert ended.out == "", ended
-    assert ended.err.startswith("Error: "), ended
-    assert ended.err.count("\n") == 1, ended
-    for word in words:
-        assert word in ended.err, ended
 
 
 def all_commands() -> dict[str, click.Command]:
@@ -929,48 +1159,6 @@ async def test_things_come_as_the_contract_has_them(world: World) -> None:
 MESSAGE_KEYS = {"channel_id", "message_id", "content", "author_id", "author_username", "created_at", "seq"}
 PLACE_KEYS = {"server_id", "user_id", "username"}
 TYPING_KEYS = {"channel_id", "user_id", "username"}
-
-
-class Scene:
-    """Ana's class, where she and Ben listen; Cy, a member, has not joined; Dee, a stranger, listens elsewhere."""
-
-    world: World
-    ana: Person
-    ben: Person
-    cy: Person
-    dee: Person
-    place: Place
-    ana_socket: Socket  # Ana's
-    ben_socket: Socket  # Ben's
-    cy_socket: Socket  # Cy's
-    dee_socket: Socket  # Dee's
-
-    @classmethod
-    async def make(cls, world: World) -> Scene:
-        self = cls()
-        self.world = world
-        self.ana, self.ben, self.cy, self.dee = await world.people("ana", "ben", "cy", "dee")
-        self.place = await world.place(self.ana, self.ben, self.cy)
-        other = await world.place(self.dee, name="other")
-        self.ana_socket = await self.ana.socket(self.place.server_id)
-        self.ben_socket = await self.ben.socket(self.place.server_id)
-        self.cy_socket = await self.cy.socket()
-        self.dee_socket = await self.dee.socket(other.server_id)
-        await self.ana.post(self.place.channel_id, "before")  # what came before is over
-        await asyncio.gather(self.ana_socket.receive("message:new"), self.ben_socket.receive("message:new"))
-        return self
-
-    async def post(self) -> Any:
-        return await self.ana.post(self.place.channel_id, "told")
-
-    @property
-    def server(self) -> str:
-        return f"/servers/{self.place.server_id}"
-
-
-@pytest_asyncio.fixture
-async def scene(world: World) -> Scene:
-    return await Scene.make(world)
 
 
 Act = Callable[[Scene], Awaitable[dict[str, Any]]]
@@ -1783,138 +1971,6 @@ async def test_nothing_falls_between_the_ack_of_joining_and_the_events(scene: Sc
         assert missed + [seq for seq in live if seq > page["seq"]] == expected
 
 
-class Replica:
-    """A client as the contract has it: it skips what it has, and asks for changes where a number is missing."""
-
-    def __init__(self, person: Person, server_id: int) -> None:
-        self.person, self.server_id = person, server_id
-        self.seq = 0
-        self.messages: dict[int, Any] = {}
-        self.channels: dict[int, Any] = {}
-        self.members: dict[int, str] = {}
-        self.name = "class"
-        self.socket: Socket | None = None
-        self.read = 0
-        self.asked = 0
-        self.resets = 0
-
-    async def come(self) -> None:
-        self.socket = await self.person.world.socket(self.person.token, transports=["websocket"])
-        self.read = 0
-        ack = await self.socket.ok("join_server", {"server_id": self.server_id, "after": self.seq})
-        self.merge(ack["changes"])
-        await self.catch_up(ack["changes"]["has_more"])
-
-    async def go(self) -> None:
-        """Drop the line, with whatever was on its way."""
-        if self.socket is not None:
-            await self.socket.close()
-            self.socket = None
-
-    async def catch_up(self, more: bool = True) -> None:
-        while more:
-            self.asked += 1
-            changes = await self.person.ok("GET", f"/servers/{self.server_id}/changes?after={self.seq}&limit=7")
-            self.merge(changes)
-            more = changes["has_more"]
-
-    def merge(self, changes: Any) -> None:
-        if changes.get("reset"):
-            self.messages, self.channels, self.members, self.name = {}, {}, {}, ""
-            self.resets += 1
-        for message in changes["messages"]:
-            self.messages[message["message_id"]] = message
-        for deletion in changes["deleted"]:
-            self.messages.pop(deletion["message_id"], None)
-        if "channels" in changes:
-            self.channels = {channel["channel_id"]: channel for channel in changes["channels"]}
-            self.drop_strays()
-        if "members" in changes:
-            self.members = {member["user_id"]: member["role"] for member in changes["members"]}
-        self.name = changes.get("name", self.name)
-        self.seq = changes["seq"]
-
-    def drop_strays(self) -> None:
-        self.messages = {key: message for key, message in self.messages.items() if message["channel_id"] in self.channels}
-
-    async def listen(self) -> None:
-        """Take in what was heard so far."""
-        assert self.socket is not None
-        await self.socket.call("ping")
-        while self.read < len(self.socket.received):
-            event, payload = self.socket.received[self.read]
-            self.read += 1
-            if "seq" not in payload or event == "mention" or payload["seq"] <= self.seq:
-                continue
-            if payload["seq"] > self.seq + 1:
-                await self.catch_up()
-            else:
-                self.apply(event, dict(payload))
-                self.seq = payload["seq"]
-
-    def apply(self, event: str, payload: Any) -> None:
-        message = self.messages.get(payload.get("message_id"))
-        match event:
-            case "message:new" | "message:edit":
-                self.messages[payload["message_id"]] = payload
-            case "message:deleted":
-                self.messages.pop(payload["message_id"], None)
-            case "reaction:add" | "reaction:remove" if message is not None:
-                pairs = {(one["emoji"], user) for one in message.pop("reactions", []) for user in one["user_ids"]}
-                pair = {(payload["emoji"], payload["user_id"])}
-                pairs = pairs | pair if event == "reaction:add" else pairs - pair
-                emojis = sorted({emoji for emoji, _ in pairs})
-                if emojis:
-                    message["reactions"] = [
-                        {"emoji": emoji, "user_ids": sorted(user for one, user in pairs if one == emoji)} for emoji in emojis
-                    ]
-                message["seq"] = payload["seq"]
-            case "channel:created" | "channel:updated":
-                plain = {"kind": "text", "topic": ""} | payload
-                plain.pop("seq")
-                self.channels[payload["channel_id"]] = plain
-            case "channel:deleted":
-                del self.channels[payload["channel_id"]]
-                self.drop_strays()
-            case "member:joined":
-                self.members[payload["user_id"]] = "member"
-            case "member:left":
-                self.members.pop(payload["user_id"], None)
-            case "member:updated":
-                self.members[payload["user_id"]] = payload["role"]
-            case "server:updated":
-                self.name = payload["name"]
-
-    def state(self) -> Any:
-        return {
-            "seq": self.seq,
-            "name": self.name,
-            "messages": self.messages,
-            "channels": self.channels,
-            "members": self.members,
-        }
-
-
-async def server_state(person: Person, server_id: int) -> Any:
-    """The same, as GET has it."""
-    server = f"/servers/{server_id}"
-    channels = (await person.ok("GET", f"{server}/channels"))["channels"]
-    messages: dict[int, Any] = {}
-    for channel in channels:
-        path, after, more = f"/channels/{channel['channel_id']}/messages?limit=9", 0, True
-        while more:
-            page = await person.ok("GET", f"{path}&after={after}")
-            messages |= {message["message_id"]: message for message in page["messages"]}
-            after, more = max((one["message_id"] for one in page["messages"]), default=0), page["has_more"]
-    return {
-        "seq": (await person.ok("GET", f"{server}/changes"))["seq"],
-        "name": (await person.ok("GET", server))["name"],
-        "messages": messages,
-        "channels": {channel["channel_id"]: channel for channel in channels},
-        "members": {member["user_id"]: member["role"] for member in (await person.ok("GET", f"{server}/members"))["members"]},
-    }
-
-
 class History:
     """Random things that people do in one server."""
 
@@ -1966,21 +2022,21 @@ class History:
 async def converge(scene: Scene, seed: int, steps: int) -> None:
     history = History(scene, seed)
     steady, flighty = (Replica(scene.ben, scene.place.server_id) for _ in range(2))
-    await asyncio.gather(steady.come(), flighty.come())
+    await asyncio.gather(steady.connect(), flighty.connect())
     for _ in range(steps):
         await asyncio.gather(*(history.step() for _ in range(history.random.randint(1, 5))))
         if history.random.random() < 0.3:
-            await (flighty.go() if flighty.socket else flighty.come())
+            await (flighty.disconnect() if flighty.socket else flighty.connect())
         for replica in (steady, flighty):
             if replica.socket is not None and history.random.random() < 0.5:
-                await replica.listen()
+                await replica.receive()
     if flighty.socket is None:
-        await flighty.come()
-    await asyncio.gather(steady.listen(), flighty.listen())
+        await flighty.connect()
+    await asyncio.gather(steady.receive(), flighty.receive())
     expected = await server_state(scene.ben, scene.place.server_id)
     assert steady.state() == expected
     assert flighty.state() == expected
-    assert steady.asked == 0, "who never left is never missing a number"
+    assert steady.requests == 0, "who never left is never missing a number"
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -2033,7 +2089,7 @@ async def test_an_authors_messages_are_deleted_in_steps_each_reported(
     await scene.ben.ok("POST", "/servers", {"name": "empty"})
     other = await world.place(scene.dee, scene.ben, name="third")
     replica = Replica(scene.cy, scene.place.server_id)
-    await replica.come()
+    await replica.connect()
 
     def fill(db: sqlite3.Connection) -> chatrtc.Result[None]:
         for number in range(600):
@@ -2055,13 +2111,13 @@ async def test_an_authors_messages_are_deleted_in_steps_each_reported(
     again = await author.post(scene.place.channel_id, "again")
     while world.chat.hub.store.read_inline(chatrtc.load_pending_purge):
         await asyncio.sleep(0.02)
-    authors = Counter(message["author_id"] for message in await whole_history(scene.ana, scene.place.channel_id))
+    authors = Counter(message["author_id"] for message in await channel_history(scene.ana, scene.place.channel_id))
     spam = 200 if by == "another author's" else 0
     assert authors == Counter({scene.ana.user_id: 202, scene.ben.user_id: spam}) + Counter([author.user_id])
-    kept = Counter(message["author_id"] for message in await whole_history(scene.dee, other.channel_id))
+    kept = Counter(message["author_id"] for message in await channel_history(scene.dee, other.channel_id))
     assert kept == ({} if by == "every server's" else {scene.ben.user_id: 200})
-    replica.asked = 0
-    await replica.listen()
+    replica.requests = 0
+    await replica.receive()
     assert {posted["message_id"], again["message_id"]} <= set(replica.messages)
     await replica.catch_up()
     assert replica.state() == await server_state(scene.cy, scene.place.server_id)
@@ -6610,7 +6666,7 @@ async def test_a_live_database_is_backed_up_and_restored(tmp_path: Path) -> None
     process = await Process.start(tmp_path / "chat.db")
     async with process.world() as world:
         ana.world = world
-        history = [message["message_id"] for message in await whole_history(ana, place.channel_id)]
+        history = [message["message_id"] for message in await channel_history(ana, place.channel_id)]
         assert set(kept[: copies["three"]]) <= set(history)
         assert history == sorted(history)
         posted = await ana.post(place.channel_id, "after the restore")
@@ -6631,21 +6687,21 @@ async def test_after_a_restore_every_number_is_new(tmp_path: Path, way: str, mon
     server = f"/servers/{place.server_id}"
     early, stayed, missed = (Replica(person, place.server_id) for person in (ana, ben, ben))
     for replica in (early, stayed, missed):
-        await replica.come()
+        await replica.connect()
     posted = [await ana.post(place.channel_id, str(number)) for number in range(5)]
     for replica in (early, stayed, missed):
-        await replica.listen()
-    await early.go()
+        await replica.receive()
+    await early.disconnect()
     await ana.ok("DELETE", f"/messages/{posted[0]['message_id']}")
-    await missed.listen()  # up to the very last number of the backup
-    await missed.go()
+    await missed.receive()  # up to the very last number of the backup
+    await missed.disconnect()
     await run_ok("backup", str(tmp_path / "copy"), *database)
     lost = [await ana.post(place.channel_id, "lost") for _ in range(5)]
     await ana.ok("PATCH", server, {"name": "lost"})
     channel = await ana.ok("POST", f"{server}/channels", {"name": "lost"})
     cy = await world.person("cy")
     other = await cy.ok("POST", "/servers", {"name": "lost"})
-    await stayed.listen()
+    await stayed.receive()
     assert stayed.name == "lost"
     await world.close()
     await process.stop()
@@ -6664,15 +6720,15 @@ async def test_after_a_restore_every_number_is_new(tmp_path: Path, way: str, mon
     async with process.world() as world:
         ana.world = ben.world = world
         for replica in (early, stayed, missed):
-            await replica.come()
+            await replica.connect()
         assert [replica.resets for replica in (early, stayed, missed)] == [0, 1, 0]
         new = await ana.post(place.channel_id, "new")
         late = Replica(ana, place.server_id)
-        await late.come()
+        await late.connect()
         await late.catch_up()
         await ana.ok("PATCH", f"/messages/{new['message_id']}", {"content": "newer"})
         for replica in (early, stayed, missed, late):
-            await replica.listen()
+            await replica.receive()
             assert replica.state() == await server_state(ana, place.server_id) | {"seq": new["seq"] + 1}
         assert (new["message_id"] > lost[-1]["message_id"], new["seq"] > lost[-1]["seq"] + 2) == (True, True)
         assert (await world.person("dee")).user_id > cy.user_id
@@ -6709,17 +6765,6 @@ os.kill(os.getpid(), signal.SIGKILL)
     chatrtc.prepare(tmp_path / "copy").close()
     with contextlib.closing(chatrtc.prepare(tmp_path / "copy")) as db:
         assert db.execute("SELECT count(*) FROM gaps").fetchone() == (1,)
-
-
-async def whole_history(person: Person, channel_id: int) -> list[Any]:
-    """Every message of a channel, walked page by page from its beginning."""
-    messages: list[Any] = []
-    while True:
-        after = messages[-1]["message_id"] if messages else 0
-        page = await person.ok("GET", f"/channels/{channel_id}/messages?after={after}&limit=100")
-        messages += page["messages"]
-        if not page["has_more"]:
-            return messages
 
 
 async def test_a_backup_that_cannot_be_made_leaves_nothing(filled: dict[str, bytes], tmp_path: Path) -> None:
@@ -6843,7 +6888,7 @@ async def test_an_account_is_deleted_with_its_messages(scene: Scene, tmp_path: P
     await run_ok("user", "delete", "ben", "--yes", "--messages", *database)
     for message in reversed(posted):
         assert (await scene.ana_socket.receive("message:deleted"))["message_id"] == message["message_id"]
-    history = await whole_history(scene.ana, scene.place.channel_id)
+    history = await channel_history(scene.ana, scene.place.channel_id)
     assert [message["content"] for message in history] == ["before"]
 
 
@@ -6925,15 +6970,6 @@ def trials(few: int, many: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("tries", [few, pytest.param(many, marks=pytest.mark.soak)])
 
 
-async def until(so: Callable[[], bool], seconds: float = PATIENCE) -> float:
-    """Wait until it is so; the seconds that it took."""
-    began = time.monotonic()
-    while not so():
-        assert time.monotonic() - began < seconds, f"not so after {seconds} s"
-        await asyncio.sleep(0.005)
-    return time.monotonic() - began
-
-
 GONE = (aiohttp.ClientError, OSError, TimeoutError)  # how a request ends whose server dies
 
 
@@ -6994,7 +7030,7 @@ class Writers:
 
     async def losses(self, world: World) -> dict[str, list[Any]]:
         """What breaks the promise, by its kind; all empty where it is kept."""
-        stored = await history(world, self.place.server_id, self.people[0].token)
+        stored = await server_history(world, self.place.server_id, self.people[0].token)
         by_nonce: dict[str, list[Any]] = {}
         for message in stored:
             by_nonce.setdefault(message["content"].removeprefix("this is "), []).append(message)
@@ -7009,19 +7045,6 @@ class Writers:
             "not asked for": [nonce for nonce in by_nonce if nonce not in self.asked],
             "out of order": [] if in_order and seqs == list(range(first, first + len(seqs))) else seqs,
         }
-
-
-async def history(world: World, server_id: int, token: str) -> list[Any]:
-    """Every message of a server, by `seq`, as catching up from the beginning gives it."""
-    messages: list[Any] = []
-    after = 0
-    while True:
-        reply = await world.call("GET", f"/servers/{server_id}/changes?after={after}", token=token)
-        assert reply.status == 200, reply
-        messages += reply.body["messages"]
-        after = reply.body["seq"]
-        if not reply.body["has_more"]:
-            return messages
 
 
 async def run_check(database: Path) -> str:
@@ -7430,109 +7453,10 @@ async def test_a_nonce_posts_once(world: World, tries: int) -> None:
     await ana.ok("DELETE", f"/messages/{first}")
     again = await ana.call("POST", "/messages", {"channel_id": place.channel_id, "content": "again", "nonce": "nonce-0"})
     assert again.status == 409, again
-    stored = await history(world, place.server_id, ana.token)
+    stored = await server_history(world, place.server_id, ana.token)
     assert len(stored) == tries  # one deleted, one of ben's
     await listener.receive("message:new", message_id=theirs["message_id"])
     assert listener.names().count("message:new") == tries + 1
-
-
-class Copy:
-    """A client's copy of a server, kept by the contract: apply what follows, skip what is known, ask for what is missing."""
-
-    def __init__(self, person: Person, place: Place, transport: str) -> None:
-        self.person, self.place, self.transport = person, place, transport
-        self.messages: dict[int, dict[str, Any]] = {}
-        self.seq = 0
-        self.asked = 0  # how often a number was missing
-        self.socket: Socket | None = None
-        self._read = 0
-
-    async def connect(self, world: World) -> None:
-        self.person.world = world
-        self.socket = await world.socket(self.person.token, transports=[self.transport])
-        self._read = 0
-        ack = await self.socket.ok("join_server", {"server_id": self.place.server_id, "after": self.seq})
-        self.take(ack["changes"])
-        if ack["changes"]["has_more"]:
-            await self.ask()
-
-    async def ask(self) -> None:
-        while True:
-            changes = await self.person.ok("GET", f"/servers/{self.place.server_id}/changes?after={self.seq}")
-            self.take(changes)
-            if not changes["has_more"]:
-                return
-
-    def take(self, changes: Any) -> None:
-        for message in changes["messages"]:
-            self.messages[message["message_id"]] = message
-        for deleted in changes["deleted"]:
-            self.messages.pop(deleted["message_id"], None)
-        self.seq = max(self.seq, changes["seq"])
-
-    async def follow(self) -> None:
-        """Apply what was heard."""
-        assert self.socket is not None
-        while self._read < len(self.socket.received):
-            event, payload = self.socket.received[self._read]
-            seq = (payload or {}).get("seq", 0)
-            if seq > self.seq + 1:
-                self.asked += 1
-                await self.ask()
-            elif seq == self.seq + 1:
-                self.apply(event, payload)
-                self.seq = seq
-            self._read += 1
-
-    def apply(self, event: str, payload: Any) -> None:
-        message_id = payload.get("message_id")
-        if event in ("message:new", "message:edit"):
-            self.messages[message_id] = payload
-        elif event == "message:deleted":
-            self.messages.pop(message_id, None)
-        elif event.startswith("reaction:"):
-            message = self.messages[message_id] = dict(self.messages[message_id], seq=payload["seq"])
-            reactions = {reaction["emoji"]: set(reaction["user_ids"]) for reaction in message.get("reactions", [])}
-            whose = reactions.setdefault(payload["emoji"], set())
-            (whose.add if event == "reaction:add" else whose.discard)(payload["user_id"])
-            kept = [{"emoji": emoji, "user_ids": sorted(ids)} for emoji, ids in reactions.items() if ids]
-            message["reactions"] = kept
-            if not kept:
-                del message["reactions"]
-
-    def as_it_is(self) -> list[Any]:
-        return sorted(map(normal, self.messages.values()), key=lambda message: int(message["message_id"]))
-
-    def lose(self, dice: random.Random) -> None:
-        """Cut the connection by a reset, as a train into a tunnel: nothing is said, what was under way is lost."""
-        assert self.socket is not None
-        engine = self.socket.client.eio
-        if self.transport == "websocket":
-            transport = engine.ws._response.connection.transport
-            connection = transport.get_extra_info("socket")
-            connection.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_LINGER, struct.pack("ii", 1, 0))
-            transport.abort()
-
-    def freeze(self) -> None:
-        """Stop reading; the connection stands, with little room for what is not read."""
-        assert self.socket is not None
-        if self.transport == "websocket":
-            transport = self.socket.client.eio.ws._response.connection.transport
-            transport.pause_reading()
-            small = (socket_module.SOL_SOCKET, socket_module.SO_RCVBUF, 4096)
-            transport.get_extra_info("socket").setsockopt(*small)
-
-    def thaw(self) -> None:
-        assert self.socket is not None
-        self.socket.client.eio.ws._response.connection.transport.resume_reading()
-
-
-def normal(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with its reactions in one order."""
-    reactions = [
-        {"emoji": reaction["emoji"], "user_ids": sorted(reaction["user_ids"])} for reaction in message.get("reactions", [])
-    ]
-    return {**message, "reactions": sorted(reactions, key=lambda reaction: str(reaction["emoji"]))}
 
 
 async def change_things(world: World, people: list[Person], place: Place, dice: random.Random) -> None:
@@ -7574,23 +7498,26 @@ async def test_a_cut_leaves_no_gap(launch: Launch, tmp_path: Path, tries: int) -
     world = process.world()
     people = await world.people(*(f"user{number}" for number in range(20)))
     place = await world.place(*people)
-    copies = [Copy(person, place, "polling" if index % 10 == 9 else "websocket") for index, person in enumerate(people)]
-    await asyncio.gather(*(copy.connect(world) for copy in copies))
+    replicas = [
+        Replica(person, place.server_id, "polling" if index % 10 == 9 else "websocket", page=500)
+        for index, person in enumerate(people)
+    ]
+    await asyncio.gather(*(replica.connect() for replica in replicas))
     load = asyncio.create_task(change_things(world, people[:5], place, dice))
     kills, cuts = 0, 0
 
-    async def cut(copy: Copy) -> None:
+    async def cut(replica: Replica) -> None:
         if dice.random() < 0.3:
-            copy.freeze()
+            replica.pause_reading()
             await asyncio.sleep(dice.uniform(0, 0.3))
-        copy.lose(dice)
+        replica.reset_connection()
         await asyncio.sleep(dice.uniform(0, 0.2))
-        await copy.connect(world)
+        await replica.connect()
 
     while cuts < tries:
-        some = dice.sample(copies, 4)
+        some = dice.sample(replicas, 4)
         await asyncio.gather(*map(cut, some))
-        await asyncio.gather(*(copy.follow() for copy in copies))
+        await asyncio.gather(*(replica.receive() for replica in replicas))
         cuts += len(some)
         if cuts * 4 // tries > kills and cuts < tries:  # three times the server itself is what is cut
             kills += 1
@@ -7598,22 +7525,21 @@ async def test_a_cut_leaves_no_gap(launch: Launch, tmp_path: Path, tries: int) -
             await load
             process = await launch(tmp_path / "chat.db")
             world = process.world()
-            await asyncio.gather(*(copy.connect(world) for copy in copies))
+            for person in people:
+                person.world = world
+            await asyncio.gather(*(replica.connect() for replica in replicas))
             load = asyncio.create_task(change_things(world, people[:5], place, dice))
     assert kills == 3
     load.cancel()
     await asyncio.gather(load, return_exceptions=True)
     await people[0].ok("PATCH", f"/servers/{place.server_id}", {"name": "the end"})
-    for copy in copies:
-        assert copy.socket is not None
-        await copy.socket.receive("server:updated", name="the end")
-        await copy.follow()
-    stored = [normal(message) for message in await history(world, place.server_id, people[0].token)]
-    stored.sort(key=lambda message: int(message["message_id"]))
+    await asyncio.gather(*(replica.receive() for replica in replicas))
+    stored = {message["message_id"]: message for message in await server_history(world, place.server_id, people[0].token)}
     assert len(stored) > tries
-    assert [copy.person.name for copy in copies if copy.as_it_is() != stored] == []
-    missing = sum(copy.asked for copy in copies)
-    print(f"{tries} cuts and {kills} kills, {len(stored)} messages, {copies[0].seq} changes, {missing} holes asked for")
+    assert [replica.person.name for replica in replicas if replica.messages != stored] == []
+    assert {replica.name for replica in replicas} == {"the end"}
+    missing = sum(replica.requests for replica in replicas)
+    print(f"{tries} cuts and {kills} kills, {len(stored)} messages, {replicas[0].seq} changes, {missing} requests")
 
 
 # 3. Revocation reaches live sockets, also those that have stopped reading.
@@ -8222,13 +8148,13 @@ async def test_slow_clients_are_dropped_and_nobody_notices(launch: Launch, tmp_p
     place = await world.place(*people)
     posters, readers, slow, pollers = people[:4], people[4:8], people[7:11], people[10:12]
     healthy = [await person.socket(place.server_id) for person in readers]
-    late = Copy(people[11], place, "websocket")
-    await late.connect(world)
+    late = Replica(people[11], place.server_id, page=500)
+    await late.connect()
     warm = await post_timed(posters, place, tries)  # also brings the process to its working size
     start = memory(process)
     before = await post_timed(posters, place, tries)
     size = memory(process)
-    late.freeze()
+    late.pause_reading()
     frozen = [await Wire.join(person, place, window=4096) for person in slow]
     never = [await Poller.join(person, place) for person in pollers]
     largest = 0
@@ -8253,12 +8179,12 @@ async def test_slow_clients_are_dropped_and_nobody_notices(launch: Launch, tmp_p
         await socket.call("ping")
         assert socket.names().count("message:new") == len(warm) + len(before) + len(after)
     # The one that was dropped finds out when it comes back, and catches up.
-    late.thaw()
+    late.resume_reading()
     assert late.socket is not None
     await asyncio.wait_for(late.socket.closed.wait(), PATIENCE)
-    await late.connect(world)
-    stored = [normal(message) for message in await history(world, place.server_id, people[0].token)]
-    assert late.as_it_is() == sorted(stored, key=lambda message: int(message["message_id"]))
+    await late.connect()
+    stored = await server_history(world, place.server_id, people[0].token)
+    assert late.messages == {message["message_id"]: message for message in stored}
     p99 = before[len(before) * 99 // 100], after[len(after) * 99 // 100]
     count = len(frozen) + len(never) + 1
     print(
@@ -8843,7 +8769,7 @@ async def test_bodies_of_every_kind_are_refused(launch: Launch, tmp_path: Path) 
             chunked = request(f"POST {path}", "Transfer-Encoding: chunked", f"Authorization: Bearer {ana.token}")
             endless = b"100000\r\n" + megabyte + b"\r\n"
             assert 400 <= status_of(await answer_to(process.url, chunked, endless, 100 << 20)) < 500
-        assert await history(world, place.server_id, ana.token) == []
+        assert await server_history(world, place.server_id, ana.token) == []
         await ana.post(place.channel_id, "and still it works")
     print(f"bombs: {vitals}")
     status, log = await process.stop()
@@ -8970,7 +8896,7 @@ async def test_a_stop_finishes_what_was_accepted(launch: Launch, tmp_path: Path,
 
 
 async def stored_nonces(process: Server, writers: Writers) -> list[Any]:
-    stored = await history(process.world(), writers.place.server_id, writers.people[0].token)
+    stored = await server_history(process.world(), writers.place.server_id, writers.people[0].token)
     return [{"nonce": message["content"].removeprefix("this is ")} for message in stored]
 
 
@@ -9103,7 +9029,7 @@ async def test_a_full_disk_is_not_fatal(launch: Launch, small_disk: Path, tries:
         subprocess.run([find_program("mount"), "-o", f"remount,size={size}m", small_disk], check=True)
         await until_healthy(world)
         last = await ana.post(writers.place.channel_id, "there is room again")
-        stored = {message["message_id"]: message for message in await history(world, writers.place.server_id, ana.token)}
+        stored = {message["message_id"]: message for message in await server_history(world, writers.place.server_id, ana.token)}
         assert all(stored[message["message_id"]] == message for message in [*acknowledged, last])
     status, log = await process.stop()
     assert status == 0
@@ -9202,7 +9128,7 @@ async def test_a_failing_disk_turns_health_red(launch: Launch, tmp_path: Path, f
         answers = [await timed(world, {"channel_id": writers.place.channel_id, "content": "x"}, writers.people[0])]
         assert [answer.status for answer, _ in answers] == [503]
         assert answers[0][1] < 1
-        await history(world, writers.place.server_id, writers.people[0].token)
+        await server_history(world, writers.place.server_id, writers.people[0].token)
         disk.broken.unlink()
         await until_healthy(world)
         await writers.settle(world)
