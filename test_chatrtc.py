@@ -28,6 +28,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -1427,7 +1428,8 @@ async def test_an_event_reaches_its_room_and_nobody_else(scene: Scene, name: str
 
 def test_every_event_of_the_contract_has_its_story() -> None:
     told_below = {"mention", "channel:read", "member:updated", "voice:signal", "error"}
-    assert {story.event for story in STORIES.values()} | told_below == set(chatrtc.EVENTS)
+    missing = set(chatrtc.EVENTS) - {story.event for story in STORIES.values()} - told_below
+    assert not missing, f"write a function with @story for {missing}: it causes the event, once for each way to cause it"
 
 
 async def test_a_mention_reaches_each_socket_of_who_is_named_but_not_its_author(scene: Scene) -> None:
@@ -2154,7 +2156,7 @@ async def test_a_defect_in_telling_of_one_job_holds_up_no_other(tmp_path: Path, 
     assert "Boom" in caplog.text
 
 
-# The schema of each format that was released, as it was (without comments, compressed): databases of it are out there.
+# The schema of each database format, without comments and compressed: databases of each are in use, so an entry never changes.
 RELEASED = {
     1: (
         b"c-p;JU2~f{5dACrW;4S>(z)$4)B1rpYQogPErzCjVq{PgHMVe(>?HTsUwt6Jw(OAJwhuNMw7c3pd$hZJii6AR0Pt$Hpg9(_WEm}B1gEF3&i;Ax_U"
@@ -2170,6 +2172,21 @@ RELEASED = {
         b"e|XXw{u0JXDnCiKn@RRva7bribP00xTF*4PLU-CmTeU}O$~B6E=51D$5BigJ&}Mj`TA=(`qW|hKa?Pk3mEN4n$d~1YWCg`}MFq_{yc&S_?mxNmm6"
         b"-"
     ),
+    2: (
+        b"c-qBSOLN*t5dJG&xqw_c*r`owU0Dt?p4h5jkrg6NPO3o~;|XZQY6Ld>>vtY{fg}*Yl|2}yJUu<#Uw{1=zPi@kg9UiCTG9ZgG-f^xVE|WG@2~&(_~-TY"
+        b"hfgqck>w%qteX*nH75y&zWSD;w&S5Y<ic0iez4ph@CE$<YwC?{M;v=Vj%O-Sh9d$V`tE@<7Jt*xsQkabAluzNm^${~Q)I#lbN&)1q1rZqr#M~nJ=t6I"
+        b"*_w_#=*4VF8R^0B9u2=hKNGec=;vD|^zaMb%J12lt8dCSl+)Rg^bEs<AR#y<p^wvjW9NjCL;+N|T(jWPgpe$WP;fvdH?Ne0zBqU#uP;$DVB)#<(Az^l"
+        b"A)9z1>`TQblVJ$yobVKGM&p}m2uvWaE1D24JrN2<r6IXy6CQ2vemwQS9Y5N)dl!k&Y;>UYs$-~|!rYE2C;uD-GkC^~ktO$!2}UHE32TqaDYhLJYC}G|"
+        b"q7jfni;F%Z7db;TDF7ThLiY#>Jwt0Uv~H1EOP!|UD$Ptt;^iKmIepZQ=JtzVrlNKjQ6?AKRz>KavEY3Z_LBE9Dzj~tTOvxK|CGehK?JL@?-xiEJ{d>p"
+        b"WjnX%dl9hN)|V$GN(I2Vs^W+)2HDA&5np+{bEdGwfX91*p$2XM88~~fe2SAuNdG?}tpR^Fq}r(&X208&nM_aRNq6Bo6W_>xjjMzph{G&tb}Hi8$mE5r"
+        b"o4*l$mE7jJta6ASOs-1J*3`&yy;L>PXU48p_Sc}e#;6xAoiG_LGS#$i(zODtGI93c6#a5>u)&<blQVnKf{85laTp36oHPv|2kx%gU+p}E)y&zWVs=Tc"
+        b"qAL$q>twEsREw6r*~G?fB*g3VIqvHG67#fCw57?-@#;-#2!2Y%`KCrIc*9b<Y}soo1%<w@LC7ZuSq=2E;{bDFSSBbpy=n4k9&SxoP!=|Kb+x0qdP-hX"
+        b"*~>RE4fJf9#w!}M&Avi3Ym-&nas!O^sfKf`>6$Hn8K=s?S4X^wKShkrWqA;@l(4k>+(|-O*^r~pYPl6Nby=!e%mR`>IvS}e!joX$Va_iE%Q63)M?zbf"
+        b"&m-xt#HXH(^3ay?Fe_26fSeCa`E3KZY#zRfOQcGvd*_}C@notVQK2E;QBW9E<xm!k+(vy&Ho^?F+6xH>@|D&?=_VQ#1~d?nMDb7B^l<IS&7F!?1z#yX"
+        b"dB}+b&)?3u6Z|-k(+8Y9`Bk93^VdwiMl?Bchl_UHOlPCcgYd*r;SK7RYPjkpbsVS$hq?l#oRbq>c2t^@Ib2azd(z`1covX|9z$M9i-|nN>S5X8eQY}u"
+        b"<a$zeTqrMf8}Q8<O$A>4%hHl>w(CvB$hF&j{HK(|bYeSqAXXpL2(L<drO%XQexSOY`UQmkD<669){M%T|KpVaA&NJ|4=D~3n$m#7dk91qn8yhfInWzj"
+        b"z{3SN7ch)_@4)!<A0gPq5d"
+    ),
 }  # fmt: skip
 
 
@@ -2181,7 +2198,7 @@ def released_database(path: Path, version: int, messages: int = 60) -> Path:
         db.executescript(
             """INSERT INTO users (username, username_key, created_at) VALUES ('Ana', 'ana', 't'), ('Ben', 'ben', 't');
                INSERT INTO servers (name, created_at, channels_seq, members_seq) VALUES ('class', 't', 1, 1);
-               INSERT INTO members VALUES (1, 1, 'owner', 't');
+               INSERT INTO members (server_id, user_id, role, joined_at) VALUES (1, 1, 'owner', 't');
                INSERT INTO channels (server_id, name, name_key, kind) VALUES (1, 'general', 'general', 'text'),
                                                                              (NULL, 'old', 'old', 'text')"""
         )
@@ -2203,6 +2220,12 @@ def released_database(path: Path, version: int, messages: int = 60) -> Path:
         db.commit()
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return path
+
+
+def packed_schema() -> str:
+    """Return the text of schema.sql as an entry of RELEASED."""
+    schema = re.sub(r"\s+", " ", re.sub(r"--.*", "", chatrtc.asset("schema.sql").decode())).strip()
+    return base64.b85encode(zlib.compress(schema.encode(), 9)).decode()
 
 
 def words_of(sql: str) -> tuple[str, ...]:
@@ -2232,12 +2255,27 @@ def migrated_schema(path: Path, version: int) -> Any:
         return schema_of(db)
 
 
+def test_a_change_of_the_schema_is_a_new_format(tmp_path: Path) -> None:
+    newest = chatrtc.SCHEMA_FORMAT
+    assert set(RELEASED) == set(range(1, newest + 1)), (
+        f"add the new schema.sql to RELEASED, as the entry {newest}:\n" + "\n".join(textwrap.wrap(packed_schema(), 115))
+    )
+    with contextlib.closing(sqlite3.connect(":memory:")) as released, contextlib.closing(sqlite3.connect(":memory:")) as now:
+        released.executescript(zlib.decompress(base64.b85decode(RELEASED[newest])).decode())
+        now.executescript(chatrtc.asset("schema.sql").decode())
+        assert schema_of(now) == schema_of(released), (
+            f"schema.sql differs from format {newest}, which is in use: append a step to MIGRATIONS that makes the same change "
+            "to an existing database, and run this test again. It will print the new entry of RELEASED."
+        )
+
+
 @pytest.mark.parametrize("version", RELEASED)
 def test_a_migrated_database_equals_a_new_one(tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(RELEASED) == set(range(1, chatrtc.SCHEMA_FORMAT))
     with contextlib.closing(chatrtc.prepare(tmp_path / "new.db")) as db:
         new = schema_of(db)
-    assert migrated_schema(tmp_path / "old.db", version) == new
+    assert migrated_schema(tmp_path / "old.db", version) == new, (
+        f"a migrated database of format {version} differs from a new one: change MIGRATIONS until it makes the same schema"
+    )
     schema = chatrtc.asset("schema.sql").decode()
     for number, (before, after) in enumerate(
         {  # what nobody may add to the schema alone
@@ -2315,6 +2353,74 @@ async def test_an_older_format_is_for_a_start_or_for_migrate(tmp_path: Path) -> 
         assert "60 messages" in await run_ok("check", "--database", str(one))
         assert await run_ok("migrate", "--database", str(one)) == f"{one} has format {chatrtc.SCHEMA_FORMAT}\n"
     expect_error(await run_command("migrate", "--database", str(tmp_path / "missing.db")), "no database")
+
+
+KEPT_OF_A_MESSAGE = {  # what a deleted message keeps, and why
+    "message_id": "ids are never reused", "server_id": "catching up", "channel_id": "catching up", "seq": "catching up",
+    "author_id": "catching up", "created_at": "it is not sent any more", "edited_at": "it is not sent any more",
+    "reply_to": "it is not sent any more", "extras": "nothing depends on it", "deleted": "says that it is deleted",
+    "nonce": "a retry must not post the message again",
+}  # fmt: skip
+KEPT_OF_A_USER = {  # what a deleted account keeps, and why
+    "user_id": "ids are never reused", "username": "its messages show it", "username_key": "nobody else can take the name",
+    "name": "its messages show it", "status": "it is not sent any more", "created_at": "it is not sent any more",
+    "generation": "its tokens stay invalid", "deleted": "says that it is deleted",
+    "messages.author_id": "a deleted message keeps its author", "purges.author_id": "the rest of its messages is deleted later",
+    "former_members.user_id": "its name is still shown", "invites.created_by": "the invites belong to the server",
+    "bans.banned_by": "the bans belong to the server", "bans.user_id": "harmless", "reads.user_id": "harmless",
+    "links.user_id": "expires in minutes, and is of no use for a deleted account",
+}  # fmt: skip
+COLUMN_VALUES = {  # columns in which only some values are possible
+    "status": "busy", "role": "member", "kind": "text", "deleted": 0, "extras": 1, "stale": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def filled_tables(tmp_path: Path) -> Iterator[sqlite3.Connection]:
+    """A database with one row in each table and a value in each column. All of them refer to user, server and message 1."""
+    with contextlib.closing(chatrtc.prepare(tmp_path / "filled.db")) as db:
+        for table in tables_of(db):
+            columns = db.execute(f"PRAGMA table_xinfo({table})").fetchall()
+            by_type = {"INTEGER": 1, "REAL": 1.0, "TEXT": "x", "BLOB": b"x"}
+            values = [COLUMN_VALUES.get(name, by_type[kind]) for _, name, kind, *_ in columns]
+            db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(values))})", values)  # noqa: S608
+        db.execute("DELETE FROM former_members")  # user 1 is still a member
+        yield db
+
+
+def tables_of(db: sqlite3.Connection) -> list[str]:
+    """Return the tables, without those that SQLite makes and the single row of `search`."""
+    query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' AND name NOT LIKE 'messages_fts%'"
+    return [name for (name,) in db.execute(query + " ORDER BY rowid") if name != "search"]
+
+
+def remains_of(db: sqlite3.Connection, table: str, key: str) -> set[str]:
+    """Return the columns of row 1 that are not empty, and each `table.column` of other tables that refers to this row."""
+    cursor = db.execute(f"SELECT * FROM {table} WHERE {key} = 1")  # noqa: S608
+    remains = {name for (name, *_), value in zip(cursor.description, cursor.fetchone(), strict=True) if value}
+    for other in tables_of(db):
+        names = {name for _, name, *_ in db.execute(f"PRAGMA table_xinfo({other})") if other != table and name == key}
+        names |= {name for _, _, target, name, *_ in db.execute(f"PRAGMA foreign_key_list({other})") if target == table}
+        remains |= {f"{other}.{name}" for name in names if db.execute(f"SELECT 1 FROM {other} WHERE {name} = 1").fetchone()}  # noqa: S608
+    return remains
+
+
+def test_a_deleted_message_keeps_only_what_is_listed(filled_tables: sqlite3.Connection) -> None:
+    assert remains_of(filled_tables, "messages", "message_id") >= {"content", "reactions.message_id", "mentions.message_id"}
+    chatrtc.delete_message(filled_tables, 1, 1)
+    remains = remains_of(filled_tables, "messages", "message_id")
+    extra = remains - set(KEPT_OF_A_MESSAGE)
+    assert not extra, f"clear {extra} in delete_message(), or add it to KEPT_OF_A_MESSAGE with the reason"
+    assert remains == set(KEPT_OF_A_MESSAGE), "KEPT_OF_A_MESSAGE lists something that is cleared"
+
+
+def test_a_deleted_account_keeps_only_what_is_listed(filled_tables: sqlite3.Connection) -> None:
+    assert remains_of(filled_tables, "users", "user_id") >= {"password", "known_addresses.user_id", "reactions.user_id"}
+    chatrtc.delete_user(filled_tables, "x", messages=True)
+    remains = remains_of(filled_tables, "users", "user_id")
+    extra = remains - set(KEPT_OF_A_USER)
+    assert not extra, f"clear {extra} in close_account(), or add it to KEPT_OF_A_USER with the reason"
+    assert remains == set(KEPT_OF_A_USER), "KEPT_OF_A_USER lists something that is cleared"
 
 
 async def test_a_server_that_starts_again_has_all_that_it_acknowledged(tmp_path: Path) -> None:
@@ -3225,7 +3331,9 @@ async def by_rest(world: World, token: str | None, op: chatrtc.Operation, args: 
 
 
 def test_every_operation_has_its_row() -> None:
-    assert set(ROWS) == set(chatrtc.OPERATIONS)
+    missing = set(chatrtc.OPERATIONS) - set(ROWS)
+    assert not missing, f"add a row for {missing} to ROWS: the object that the operation is about, and the lowest role allowed"
+    assert set(ROWS) <= set(chatrtc.OPERATIONS), "ROWS names operations that do not exist"
 
 
 PASSING = {  # events that tell of nothing durable, so that a client which missed one asks for nothing
@@ -3248,6 +3356,18 @@ BY_THE_DOOR = {  # operations that change something under no limit but that of r
 }  # fmt: skip
 
 
+OUTSIDE_THE_SEQUENCE = {  # operations that change something and take no sequence number
+    "create_server": "its first number is 1", "delete_server": "the sequence ends with its server",
+    "set_status": "presence", "mark_read": "read marks are of one user", "create_invite": "invites are listed on request",
+    "revoke_invite": "invites are listed on request", "create_link": "a sign-in code", "use_link": "a sign-in code",
+    "unban": "bans are listed on request", "logout": "tokens", "change_password": "tokens", "login": "tokens",
+    "authenticate": "tokens", "check_health": "changes nothing", "get_configuration": "changes nothing",
+    "heartbeat": "changes nothing", "search_messages": "changes nothing", "join_server": "presence",
+    "leave_server": "presence", "typing_start": "presence", "typing_stop": "presence", "voice_join": "presence",
+    "voice_leave": "presence", "voice_signal": "presence",
+}  # fmt: skip
+
+
 def has_seq(event: str) -> bool:
     return "seq" in chatrtc.EVENTS[event].payload.__struct_fields__ and event != "mention"
 
@@ -3258,6 +3378,17 @@ def test_an_event_carries_seq_unless_nothing_durable_happened() -> None:
             f"{event}: if it tells of a durable change, take a number by next_seq() in the transaction and carry it as `seq`; "
             "if not, put it into PASSING with the reason"
         )
+
+
+def test_every_operation_that_changes_something_takes_a_number() -> None:
+    for op in chatrtc.OPERATIONS.values():
+        in_sequence = any(has_seq(event) for event in op.emits)
+        assert op.kind == "read" or in_sequence != (op.name in OUTSIDE_THE_SEQUENCE), (
+            f"{op.name}: a client that was away must learn of the change. Take a number by next_seq() in the transaction, "
+            "emit an event that carries it as `seq`, and name the event in `emits`. If no other client sees the change, "
+            "add the operation to OUTSIDE_THE_SEQUENCE with the reason"
+        )
+    assert set(OUTSIDE_THE_SEQUENCE) <= set(chatrtc.OPERATIONS)
 
 
 def test_every_operation_that_changes_something_is_limited() -> None:
@@ -10952,12 +11083,16 @@ async def test_unknown_channels_and_a_silent_server_are_said(rest: Rest, tab: An
 
 
 def test_the_page_handles_every_event() -> None:
-    """The page's table of handlers has each event of the server's table."""
-    page = (HERE / "chatrtc.html").read_text()
-    table = re.search(r"\nconst on = \{\n(.*?)\n\};\n", page, re.DOTALL)
-    assert table is not None
-    handled = set(re.findall(r'^  "([\w:]+)"', table[1], re.MULTILINE))
-    assert set(chatrtc.EVENTS) <= handled
+    page = (HERE / "chatrtc.html").read_text("utf-8")
+    table = re.search(r'^const (\w+) = \{\n  "message:new"\(.*?^\};', page, re.DOTALL | re.MULTILINE)
+    assert table is not None, "the page's table of event handlers, which begins with message:new, was not found"
+    handlers = dict(re.findall(r'^  "([\w:]+)"(.*)', table[0], re.MULTILINE))
+    missing = sorted(set(chatrtc.EVENTS) - set(handlers))
+    assert not missing, f"add a handler for {missing} to `{table[1]}` in chatrtc.html, or an empty one with the reason"
+    unknown = sorted(set(handlers) - set(chatrtc.EVENTS))
+    assert not unknown, f"the server emits no {unknown}: delete the handlers in `{table[1]}` of chatrtc.html"
+    idle = [event for event, code in handlers.items() if "=> {}" in code and "//" not in code]
+    assert not idle, f"say in a comment why the page does nothing on {idle}"
 
 
 async def test_search_marks_what_it_found(two: Any) -> None:
