@@ -28,7 +28,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import types
@@ -2223,9 +2222,10 @@ def released_database(path: Path, version: int, messages: int = 60) -> Path:
 
 
 def packed_schema() -> str:
-    """Return the text of schema.sql as an entry of RELEASED."""
+    """Return schema.sql as the lines of an entry of RELEASED."""
     schema = re.sub(r"\s+", " ", re.sub(r"--.*", "", chatrtc.asset("schema.sql").decode())).strip()
-    return base64.b85encode(zlib.compress(schema.encode(), 9)).decode()
+    packed = base64.b85encode(zlib.compress(schema.encode(), 9)).decode()
+    return "\n".join(f'        b"{packed[start : start + 115]}"' for start in range(0, len(packed), 115))
 
 
 def words_of(sql: str) -> tuple[str, ...]:
@@ -2257,9 +2257,8 @@ def migrated_schema(path: Path, version: int) -> Any:
 
 def test_a_change_of_the_schema_is_a_new_format(tmp_path: Path) -> None:
     newest = chatrtc.SCHEMA_FORMAT
-    assert set(RELEASED) == set(range(1, newest + 1)), (
-        f"add the new schema.sql to RELEASED, as the entry {newest}:\n" + "\n".join(textwrap.wrap(packed_schema(), 115))
-    )
+    expected = set(range(1, newest + 1))
+    assert set(RELEASED) == expected, f"add the new schema.sql to RELEASED:\n    {newest}: (\n{packed_schema()}\n    ),"
     with contextlib.closing(sqlite3.connect(":memory:")) as released, contextlib.closing(sqlite3.connect(":memory:")) as now:
         released.executescript(zlib.decompress(base64.b85decode(RELEASED[newest])).decode())
         now.executescript(chatrtc.asset("schema.sql").decode())
