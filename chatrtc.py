@@ -357,7 +357,7 @@ def is_username(name: str) -> bool:
 # Mentions: an `@handle` in code, in a URL or in an email address is not a mention. The page follows the same rules (its section
 # Text); the tests check both with the same tables of cases. No pattern here backtracks.
 MAX_MENTIONS = 50  # per message
-MENTION_KEYS_MAX = 500  # handles that are looked up per message
+MAX_MENTION_KEYS = 500  # handles that are looked up per message
 # Scripts written without spaces (Thai, Lao, Burmese, Khmer, Han, Kana): a handle may begin and end anywhere. Hangul appends
 # particles to names: a handle may end anywhere.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\ua9e0-\ua9ff\uaa60-\uaa7f\u2e80-\u312f\u3190-\u9fff"
@@ -393,9 +393,8 @@ def handle_keys(run: str) -> list[str]:
     """Return the handles that may be meant at the beginning of the text after an `@`, as name keys, shortest first."""
     folded = name_key(run)[:33]
     kinds = [*map(char_kind, folded), ""]
-    length = min(kinds.index(""), 32)
-    may_end = (end for end in range(2, length + 1) if kinds[end] != "word" or kinds[end - 1] in ("free", "hangul"))
-    return [folded[:end] for end in may_end]
+    ends = range(2, min(kinds.index(""), 32) + 1)
+    return [folded[:end] for end in ends if kinds[end] != "word" or kinds[end - 1] in ("free", "hangul")]
 
 
 def closing_ticks(line: str, at: int, length: int, unclosed: set[int]) -> int:
@@ -494,7 +493,7 @@ def mention_runs(content: str) -> list[list[str]]:
     texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line))
     runs: list[list[str]] = []
     for text in itertools.islice(texts, MAX_MENTIONS):
-        if sum(map(len, runs)) < MENTION_KEYS_MAX:
+        if sum(map(len, runs)) < MAX_MENTION_KEYS:
             runs.append(handle_keys(text))
     return runs
 
@@ -543,14 +542,14 @@ ACCENTS = re.compile(
 PLAIN_LETTERS = str.maketrans({"\u0131": "i", "ø": "o", "ł": "l", "đ": "d", "ħ": "h", "æ": "ae", "œ": "oe"})
 QUOTES = str.maketrans(dict.fromkeys("“”„‟«»\uff02", '"'))
 PHRASE = re.compile(r'"([^"]*)"|[^\s"]+')
-SEARCH_MAX = 16_000  # indexed characters of a message: only ligatures turn its 4,000 into more
+MAX_SEARCH_CHARS = 16_000  # indexed characters of a message: only ligatures turn its 4,000 into more
 
 
 def search_text(text: str) -> str:
     """Return a text as it is indexed: without case and accents, and with each character of `UNSPACED` as a separate word."""
     if text.isascii():
         return text.lower()
-    letters = ACCENTS.sub("", unicodedata.normalize("NFKD", text)[:SEARCH_MAX]).casefold().translate(PLAIN_LETTERS)
+    letters = ACCENTS.sub("", unicodedata.normalize("NFKD", text)[:MAX_SEARCH_CHARS]).casefold().translate(PLAIN_LETTERS)
     return UNSPACED_BOUNDARY.sub(" ", unicodedata.normalize("NFC", letters))
 
 
@@ -1193,11 +1192,11 @@ class Result(NamedTuple, Generic[T]):
 
 
 # ---- Files ---------------------------------------------------------------------------------------------------------
-# The database file and the files next to it. Every check comes before the first change: a file that is damaged, newer or of
-# another program is left as it is, and a StartError says so in one line.
+# The database file and the files next to it. All checks come before the first change: a file that is damaged, newer or another
+# program's is left unchanged, and a StartError says so in one line.
 
 APPLICATION_ID = int.from_bytes(b"CRTC", "big")
-# The n-th takes a database of format n to n + 1; schema.sql is the newest format. Messages are indexed anew afterwards.
+# MIGRATIONS[n - 1] converts format n to n + 1; schema.sql has the newest format. Afterwards all messages are indexed again.
 MIGRATIONS = (
     """
     ALTER TABLE users ADD COLUMN name TEXT;
@@ -1205,25 +1204,21 @@ MIGRATIONS = (
     ALTER TABLE members ADD COLUMN read_from INTEGER NOT NULL DEFAULT 0;
     CREATE TABLE former_members (
         server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE, user_id INTEGER NOT NULL REFERENCES users,
-        invited_by TEXT, PRIMARY KEY (server_id, user_id)
-    ) STRICT, WITHOUT ROWID;
+        invited_by TEXT, PRIMARY KEY (server_id, user_id)) STRICT, WITHOUT ROWID;
     INSERT INTO former_members (server_id, user_id)
         SELECT DISTINCT m.server_id, m.author_id FROM messages m JOIN servers USING (server_id)
         UNION SELECT server_id, user_id FROM bans EXCEPT SELECT server_id, user_id FROM members;
     CREATE TABLE links (
-        digest BLOB PRIMARY KEY, user_id INTEGER NOT NULL REFERENCES users, expires_at REAL NOT NULL
-    ) STRICT, WITHOUT ROWID;
+        digest BLOB PRIMARY KEY, user_id INTEGER NOT NULL REFERENCES users, expires_at REAL NOT NULL) STRICT, WITHOUT ROWID;
     CREATE TABLE known_addresses (
-        user_id INTEGER NOT NULL REFERENCES users, digest BLOB NOT NULL, seen_at REAL NOT NULL, PRIMARY KEY (user_id, digest)
-    ) STRICT, WITHOUT ROWID;
+        user_id INTEGER NOT NULL REFERENCES users, digest BLOB NOT NULL, seen_at REAL NOT NULL,
+        PRIMARY KEY (user_id, digest)) STRICT, WITHOUT ROWID;
     CREATE TABLE purges (
         purge_id INTEGER PRIMARY KEY, server_id INTEGER REFERENCES servers ON DELETE CASCADE,
-        author_id INTEGER NOT NULL REFERENCES users, last_id INTEGER NOT NULL
-    ) STRICT;
+        author_id INTEGER NOT NULL REFERENCES users, last_id INTEGER NOT NULL) STRICT;
     CREATE TABLE gaps (
         server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE, after_seq INTEGER NOT NULL,
-        until_seq INTEGER NOT NULL, PRIMARY KEY (server_id, after_seq)
-    ) STRICT, WITHOUT ROWID;
+        until_seq INTEGER NOT NULL, PRIMARY KEY (server_id, after_seq)) STRICT, WITHOUT ROWID;
     DROP TABLE messages_fts;
     CREATE VIRTUAL TABLE messages_fts USING fts5 (
         content, server_id, content = '', tokenize = "unicode61 remove_diacritics 2 categories 'L* M* N* Co'"
@@ -1233,37 +1228,35 @@ MIGRATIONS = (
     """,
 )
 SCHEMA_FORMAT = len(MIGRATIONS) + 1
-THOROUGH_MAX = 64 * 1024 * 1024  # up to this size a start checks what each index holds as well, which is a second
+MAX_FULL_CHECK_BYTES = 64 * 1024 * 1024  # up to this size a start also compares the indexes with the tables (about 1 s)
 SQLITE_MAGIC = b"SQLite format 3\0"
-PRAGMAS = {
-    "journal_mode": "wal", "synchronous": 2, "foreign_keys": 1,
-    "trusted_schema": 0, "cell_size_check": 1, "secure_delete": 1,
-}  # fmt: skip
+PRAGMAS = dict(journal_mode="wal", synchronous=2, foreign_keys=1, trusted_schema=0, cell_size_check=1, secure_delete=1)
 
 
 def asset(name: str) -> bytes:
-    """Return a file of the program: next to it under this name in a checkout, as chatrtc.* if a wheel put it there."""
+    """Return the content of a file of the program: `name` next to this file or, as a wheel installs it, chatrtc.*."""
     names = name, f"chatrtc{Path(name).suffix}"
     return next(path for name in names if (path := Path(__file__).resolve().with_name(name)).exists()).read_bytes()
 
 
-@functools.lru_cache(maxsize=8)
-def utc_second(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
-
-
 def utc(moment: float) -> str:
-    """A moment (Unix seconds) as the wire has it."""
-    return utc_second(int(moment))
+    """Return a time (Unix seconds) in the form of the API, such as 2026-01-31T12:00:00Z."""
+    return datetime.datetime.fromtimestamp(int(moment), datetime.UTC).isoformat()[:19] + "Z"
 
 
 def sibling_path(database: Path, suffix: str) -> Path:
-    """Return the file next to a database that is named after it, such as its -wal."""
+    """Return the file next to a database (symbolic links resolved, as SQLite does) that is named after it, such as its -wal."""
     return Path(f"{database.resolve()}{suffix}")
 
 
+def private_path(database: Path, suffix: str) -> Path:
+    """Return the path of `.secret` or `.tls.pem`. A file that an older version made next to a symbolic link is still used."""
+    path, old = sibling_path(database, suffix), database.with_name(database.name + suffix)
+    return old if os.path.lexists(old) and not os.path.lexists(path) else path
+
+
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder survive a power cut."""
+    """Make new and changed names in a folder survive a power failure."""
     file = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -1271,43 +1264,29 @@ def sync_folder(folder: Path) -> None:
         os.close(file)
 
 
-def connect_writer(path: Path) -> sqlite3.Connection:
-    """The connection that writes; refuses where a pragma does not hold, as WAL does not on some network file systems."""
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
-    db.execute("PRAGMA busy_timeout = 100")  # nobody else writes; a program that does must not hold up the event loop
-    for name, value in PRAGMAS.items():
-        db.execute(f"PRAGMA {name} = {value}")
-        if db.execute(f"PRAGMA {name}").fetchone()[0] != value:
-            raise StartError(f"{path}: SQLite cannot set {name} = {value} here; use a local disk")
-    db.execute("PRAGMA journal_size_limit = 67108864")
-    db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: 16 MiB, so that a page that is written often is copied seldom
-    return db
-
-
 def connect_reader(path: Path, *, immutable: bool = False) -> sqlite3.Connection:
-    """A connection that only reads; `immutable`: nobody writes meanwhile, and not even a -shm is made."""
+    """Open a read-only connection. With `immutable`, nothing else may write meanwhile, and not even a -shm is created."""
     uri = f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' if immutable else ''}"
     db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, cached_statements=256)
-    db.execute("PRAGMA busy_timeout = 5000")
-    db.execute("PRAGMA query_only = 1")
-    db.execute("PRAGMA cache_size = -16384")
+    for pragma in ("busy_timeout = 5000", "query_only = 1", "cache_size = -16384"):
+        db.execute(f"PRAGMA {pragma}")
     return db
 
 
 @contextlib.contextmanager
 def as_start_error(path: Path) -> Iterator[None]:
-    """What keeps a database from being opened, as a StartError."""
+    """Convert errors of opening a database to StartError."""
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
         raise StartError(f"Cannot open {path}: {getattr(error, 'strerror', error)}") from None
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite quotes the damage, which may be no text
-        damage = f"is damaged ({' '.join(str(error).split())}); it was left as it is"
-        raise StartError(f"{path} {damage}. To go back: `chatrtc restore BACKUP`") from None
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite quotes the damage, which may not be valid text
+        damage = f"is damaged ({' '.join(str(error).split())}); it was left unchanged"
+        raise StartError(f"{path} {damage}. To go back to a backup: `chatrtc restore BACKUP`") from None
 
 
 def open_private(path: Path, flags: int) -> int:
-    """Open a file for its owner alone. Raises StartError if it is a link or no regular file: others may have put it there."""
+    """Open a file that only its owner may access. Raises StartError if it is not a regular file: others may have planted it."""
     with as_start_error(path):
         try:
             file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
@@ -1322,16 +1301,16 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def match_owner(file: int, database: Path) -> None:
-    """Give a file that root makes to the owner of the database, or of its folder, so that their server can open it."""
+    """If root creates a file, give it to the owner of the database (or of its folder), whose server has to open it."""
     if os.geteuid() == 0:
         owner = os.stat(database if database.exists() else database.parent)
         os.fchown(file, owner.st_uid, owner.st_gid)
 
 
 def write_private(path: Path, data: bytes, database: Path) -> None:
-    """Write a file that its owner alone can read, whole and synced, or not at all."""
+    """Write a file that only its owner can read: completely and synced, or not at all."""
     part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)  # nobody may have it open already
+    part.unlink(missing_ok=True)  # another process may have it open
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "wb") as file:
         match_owner(file.fileno(), database)
         file.write(data)
@@ -1342,92 +1321,110 @@ def write_private(path: Path, data: bytes, database: Path) -> None:
 
 
 def read_private(path: Path, database: Path) -> bytes:
-    """Return what a file holds that others must not read. Raises StartError if they can, or if it is somebody else's."""
+    """Return the content of a secret file. Raises StartError if other users can read it, or if it belongs to one of them."""
     with open(open_private(path, os.O_RDONLY), "rb") as file:
         found = os.fstat(file.fileno())
         owners = {os.geteuid(), os.stat(database).st_uid if os.geteuid() == 0 and database.exists() else 0}
         if found.st_uid not in owners:
-            raise StartError(f"{path} belongs to another user: move it away to have one made")
+            raise StartError(f"{path} belongs to another user: move it away to have a new one made")
         if found.st_mode & 0o077:
             raise StartError(f"Other users can read {path}: run `chmod 600 {path}`, or move it away to have a new one made")
         return file.read()
 
 
 def read_format(db: sqlite3.Connection) -> int:
-    """Return the number of a database's format; 0 if it is new."""
+    """Return the format number of a database, 0 if it is new."""
     return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
 def require_newest(version: int, path: Path) -> None:
-    """Raise StartError for a database of an older format."""
+    """Raise StartError if a database has an older format."""
     if version < SCHEMA_FORMAT:
         state = f"has an older format ({version}; this ChatRTC uses {SCHEMA_FORMAT})" if version else "is empty"
         raise StartError(f"{path} {state}: start the server once, or run `chatrtc migrate`")
 
 
 def check_format(db: sqlite3.Connection, path: Path) -> int:
-    """Return the format of a database. Raises StartError if it is not ours, or newer."""
+    """Return the format number of a database. Raises StartError if it belongs to another program or a newer version."""
     version = read_format(db)
     (owner,) = db.execute("PRAGMA application_id").fetchone()
     blank = not version and not db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
     if not blank and owner != APPLICATION_ID:
-        raise StartError(f"{path} is a database of another program; it was left as it is")
+        raise StartError(f"{path} is a database of another program; it was left unchanged")
     if version > SCHEMA_FORMAT:
         formats = f"format {version}; this one knows {SCHEMA_FORMAT}"
-        raise StartError(f"{path} was written by a newer ChatRTC ({formats}): use that one, or restore a backup")
+        raise StartError(f"{path} was written by a newer ChatRTC ({formats}): use that version, or restore a backup")
     return version
 
 
 def read_sqlite_header(path: Path) -> bytes:
-    """Leave what is no SQLite database alone, without so much as a lock beside it; the file's header. Raises StartError."""
-    header = b""
+    """Return a database file's header, empty if there is no file. Raises StartError if it is not an SQLite database. Called
+    first, before anything is created next to the file."""
     with as_start_error(path):
         if path.is_dir():
             raise StartError(f"Cannot open {path}: Is a directory")
-        if path.exists():
-            with path.open("rb") as file:
-                header = file.read(100)
-        if header and not header.startswith(SQLITE_MAGIC):
-            raise StartError(f"{path} is not an SQLite database; it was left as it is")
+        if not path.exists():
+            return b""
+        with path.open("rb") as file:
+            header = file.read(100)
+    if header and not header.startswith(SQLITE_MAGIC):
+        raise StartError(f"{path} is not an SQLite database; it was left unchanged")
     return header
 
 
 def is_backup(header: bytes) -> bool:
-    """Whether the header is that of a backup: a database in use is in WAL mode (2) from the first, a backup is not."""
+    """Return whether a file is a backup: only a database in use is in WAL mode (2), from the beginning."""
     return header[18:19] == b"\1"
 
 
 def check_openable(path: Path) -> int:
-    """Check that a database that nobody uses can be opened, without changing it, and return its format. Raises StartError.
+    """Check an unused database without changing it, and return its format number. Raises StartError if it cannot be opened.
 
-    SQLite would take a -wal that lies beside a database for its own, whatever it belongs to, and mix the two or throw it away.
+    SQLite takes any -wal next to a database as part of it: it would mix the two, or discard the -wal.
     """
     header, wal = read_sqlite_header(path), sibling_path(path, "-wal")
     with as_start_error(path):
         unsaved = wal.exists() and wal.stat().st_size > 0
-        way_back = f"put a backup in its place with `chatrtc restore`, or move {wal if unsaved else path} away"
-        if not header and (unsaved or (path.exists() and sibling_path(path, ".secret").exists())):
-            raise StartError(f"{path} is empty, but it held something, as what lies beside it shows: {way_back}")
+        hint = f"run `chatrtc restore BACKUP`, or move {wal if unsaved else path} away"
+        if not header and (unsaved or (path.exists() and private_path(path, ".secret").exists())):
+            raise StartError(f"{path} is empty or missing, but the files next to it show that it was in use: {hint}")
         if not header:
             return 0
         if unsaved and is_backup(header):
-            raise StartError(f"{path} is a backup that lies beside the {wal.name} of another database: {way_back}")
+            raise StartError(f"{path} is a backup, but {wal.name} next to it belongs to another database: {hint}")
         with contextlib.closing(connect_reader(path, immutable=not unsaved)) as db:
             version = check_format(db, path)
-            thorough = path.stat().st_size < THOROUGH_MAX
-            write_error = db.execute(f"PRAGMA {'integrity' if thorough else 'quick'}_check(1)").fetchone()[0]
-        if write_error != "ok":
-            raise sqlite3.DatabaseError(write_error)
+            full = path.stat().st_size < MAX_FULL_CHECK_BYTES
+            outcome = db.execute(f"PRAGMA {'integrity' if full else 'quick'}_check(1)").fetchone()[0]
+        if outcome != "ok":
+            raise sqlite3.DatabaseError(outcome)
         return version
 
 
 def migrate(db: sqlite3.Connection) -> None:
-    """Bring a database to the newest format, in one transaction."""
+    """Convert a database to the newest format, in one transaction."""
     version = read_format(db)
-    steps = "\n".join(MIGRATIONS[version - 1 :]) if version else asset("schema.sql").decode()
     if version < SCHEMA_FORMAT:
-        with db:  # rolls back what fails
+        steps = "\n".join(MIGRATIONS[version - 1 :]) if version else asset("schema.sql").decode()
+        with db:  # rolls back on failure
             db.executescript(f"BEGIN IMMEDIATE;\n{steps}\nPRAGMA user_version = {SCHEMA_FORMAT};\nCOMMIT;")
+
+
+def open_writer(path: Path) -> sqlite3.Connection:
+    """Open the connection that writes, and migrate. Raises StartError if a pragma fails, as WAL does on some network disks."""
+    with contextlib.ExitStack() as stack:
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
+        stack.callback(db.close)
+        db.execute("PRAGMA busy_timeout = 100")  # only another program could hold the lock: it must not stop the event loop
+        for name, value in PRAGMAS.items():
+            db.execute(f"PRAGMA {name} = {value}")
+            if db.execute(f"PRAGMA {name}").fetchone()[0] != value:
+                raise StartError(f"{path}: SQLite cannot set {name} = {value} here; use a local disk")
+        db.execute("PRAGMA journal_size_limit = 67108864")
+        db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: 16 MiB, so that a page that changes often is rarely copied
+        migrate(db)
+        stack.pop_all()
+    return db
 
 
 def highest_id(db: sqlite3.Connection) -> int:
@@ -1437,10 +1434,10 @@ def highest_id(db: sqlite3.Connection) -> int:
 
 
 def skip_ids(db: sqlite3.Connection, known: int = 0) -> None:
-    """Have a restored database continue above every id and sequence number that was ever assigned, in one transaction.
+    """Make a restored database continue above every id and sequence number that was ever assigned, in one transaction.
 
-    The clock gives such a number (no server makes 100,000 changes a second on average) below 2**53, which JavaScript can count
-    to. If it was set back, a million more than `known` does, the highest number of the database that is replaced.
+    The clock gives such a number (no server makes 100,000 changes a second on average), below 2**53, JavaScript's limit. If the
+    clock was set back, a million more than the highest number of this database and than `known`, that of the replaced one.
     """
     base = max(int(time.time() * 100_000), max(known, highest_id(db)) + 1_000_000)
     with db:
@@ -1455,10 +1452,10 @@ def skip_ids(db: sqlite3.Connection, known: int = 0) -> None:
 
 
 def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
-    """Open the database file for writing: made if missing, checked, and brought up to date. Raises StartError."""
+    """Check the database file, or create it, and return the connection that writes. Raises StartError."""
     with as_start_error(path):
-        copied = is_backup(read_sqlite_header(path))
-        if copied and sibling_path(path, "-journal").exists():  # an earlier start was cut off below
+        copied = is_backup(read_sqlite_header(path))  # a backup that was copied into place
+        if copied and sibling_path(path, "-journal").exists():  # an earlier start failed while it changed the backup (below)
             with contextlib.closing(sqlite3.connect(path)) as db:
                 read_format(db)  # the first read rolls back
         version = check_openable(path)
@@ -1466,30 +1463,24 @@ def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
             require_newest(version, path)
         if not path.exists():
             write_private(path.resolve(), b"", path)
-        if copied:  # by hand; it stays marked as a backup until this is done
+        if copied:  # the file is marked as a backup until this is done
             with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
                 migrate(db)
                 skip_ids(db)
-        db = connect_writer(path)
-        try:
-            migrate(db)
-        except BaseException:
-            db.close()
-            raise
-        return db
+        return open_writer(path)
 
 
 class Lock:
-    """The right to write a database, held by one process; its file tells others how to reach that process."""
+    """The right of one process to write a database. The lock file tells other processes how to reach that process."""
 
     def __init__(self, path: Path) -> None:
         self.database, self.path = path.resolve(), sibling_path(path, ".lock")
         self._file: int | None = None
 
     def acquire(self) -> bool:
-        """Whether it could be had. Raises StartError."""
+        """Return whether the lock was free and is now held. Raises StartError if there can be no lock file."""
         if self.path.name == ":memory:.lock":
-            raise StartError("The database is a file; ':memory:' would keep nothing")
+            raise StartError("The database is a file; ':memory:' would not keep anything")
         if not self.path.parent.is_dir():
             raise StartError(f"The directory {self.path.parent} does not exist")
         file = open_private(self.path, os.O_RDWR | os.O_CREAT)
@@ -1501,24 +1492,24 @@ class Lock:
         self._file = file
         with as_start_error(self.path):
             if stat.S_IMODE(os.fstat(file).st_mode) != 0o600:
-                os.fchmod(file, 0o600)  # for the token that is written to it
+                os.fchmod(file, 0o600)  # it will contain a token
             match_owner(file, self.database)
         self.write_address("")
         return True
 
     def write_address(self, address: str) -> None:
-        """Leave an address for whoever finds the lock taken."""
+        """Write an address for processes that find the lock taken."""
         assert self._file is not None
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, address.encode(), 0)
 
     def read_address(self) -> str:
-        """Return what the process that holds the lock has left."""
+        """Return the address that the process with the lock has written."""
         with open(open_private(self.path, os.O_RDONLY), errors="replace") as file:
             return file.read(200).strip()
 
     def close(self) -> None:
-        """Give the right back."""
+        """Release the lock, if it is held."""
         if self._file is not None:
             self.write_address("")
             os.close(self._file)
@@ -1527,7 +1518,7 @@ class Lock:
 
 @contextlib.contextmanager
 def snapshot(path: Path) -> Iterator[sqlite3.Connection]:
-    """A database as it is now, while others may write it. Raises StartError."""
+    """Open a database for reading its present content, which stays the same while others write. Raises StartError."""
     with contextlib.ExitStack() as stack:
         with as_start_error(path):
             db = stack.enter_context(contextlib.closing(connect_reader(path)))
@@ -1537,33 +1528,32 @@ def snapshot(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def copy_database(source: sqlite3.Connection, dest: Path, progress: Callable[[int, int, int], None]) -> None:
-    """Copy what a connection sees, in steps, into a new file that its owner alone can read, and sync it."""
+    """Copy a database, in steps, into a new file that only its owner can read, and sync it."""
     dest.unlink(missing_ok=True)
     os.close(os.open(dest, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     with contextlib.closing(sqlite3.connect(dest, isolation_level=None)) as target:
         source.backup(target, pages=1024, progress=progress, sleep=0)
-        target.execute("PRAGMA journal_mode = delete")  # one file, and marked as a copy
+        target.execute("PRAGMA journal_mode = delete")  # a single file, marked as a backup
     with dest.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def replace_database(path: Path, part: Path) -> Path | None:
-    """Put a copy in a database's place, keeping what was there (with its -wal, which belongs to it) under another name.
+    """Replace a database by the copy `part`, and return the new name of the old database with its -wal.
 
-    Whenever this is cut off, either the old database stands, or a copy beside a -wal, which `check_openable` knows.
+    If this is interrupted, `path` is the old database, or the copy next to the old -wal, which `check_openable` detects.
     """
     kept = None
-    with part.open("rb") as file:
-        if path.exists():
-            os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
-        match_owner(file.fileno(), path)
-        os.fsync(file)
     if path.exists():
         kept = path.with_name(f"{path.name}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
         for suffix in ("", "-wal"):
             with contextlib.suppress(FileNotFoundError):
                 os.link(f"{path}{suffix}", f"{kept}{suffix}")
-        sync_folder(path.parent)
+        part.chmod(stat.S_IMODE(path.stat().st_mode))
+    with part.open("rb") as file:
+        match_owner(file.fileno(), path)
+        os.fsync(file)
+    sync_folder(path.parent)
     os.rename(part, path)
     sync_folder(path.parent)
     for suffix in ("-wal", "-shm"):
@@ -1573,21 +1563,21 @@ def replace_database(path: Path, part: Path) -> Path | None:
 
 
 # ---- Store ---------------------------------------------------------------------------------------------------------
-# The open database. One connection writes, and checkpoints: what waits for it is committed in one transaction, synced, and only
-# then published. (Two connections that do so can meet a bug of SQLite before 3.51.3 that loses rows.) Readers have connections
-# of their own, read-only, and a snapshot for each question. Knows transactions, not what is in them.
+# The open database. One connection does all writes and checkpoints: queued jobs are committed together and synced; then their
+# effects are published and their callers answered. (Two connections that do so can meet a bug of SQLite before 3.51.3 that
+# loses rows.) Each reader has a read-only connection of its own, and each query a snapshot.
 
 SLOW_READERS = 3
-SLOW_READS_PER_USER = 2  # under way at a time: fewer than there are readers
-MAX_QUEUED_SLOW_READS = 64  # of one user: a page that comes back asks for all its servers at once
-SLOW_READ_SECONDS = 4.0  # for a slow read once it has begun
-TURN_SECONDS = 3.5  # to wait for a turn; with a slow read, less than the deadline
-POLL_SECONDS = 0.1  # between two looks at whether somebody still waits for a slow read
-MAX_BATCH_JOBS = 256  # jobs in a transaction at most
-MAX_QUEUED_JOBS = 20_000  # jobs that may wait for the writer
-CHECKPOINT_IDLE_SECONDS = 0.3  # without a write, before what can wait is done
-DISK_EVERY = 1.0  # seconds between two looks at the free space
-FAILURE_LOG_INTERVAL = 60  # seconds between two lines in the log on writes that fail
+SLOW_READS_PER_USER = 2  # at a time; fewer than there are readers, so that one user cannot occupy them all
+MAX_QUEUED_SLOW_READS = 64  # per user: a page that reconnects reads all its servers at once
+SLOW_READ_SECONDS = 4.0  # time limit of a slow read
+TURN_SECONDS = 3.5  # time limit of its wait for a reader; both together are less than CALL_TIMEOUT
+POLL_SECONDS = 0.1  # between two checks whether the caller still waits for a slow read
+MAX_BATCH_JOBS = 256  # in one transaction
+MAX_QUEUED_JOBS = 20_000
+CHECKPOINT_IDLE_SECONDS = 0.3  # maintenance waits for so long a time without writes
+DISK_CHECK_SECONDS = 1.0  # between two checks of the free disk space
+FAILURE_LOG_SECONDS = 60  # between two log lines about writes that fail
 CALL_TIMEOUT = 8.0  # seconds for any call; shorter than the ping timeout
 
 R = TypeVar("R")
@@ -1596,12 +1586,12 @@ Job = Callable[[sqlite3.Connection], Result[Any]]
 
 
 def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Awaitable[R]:
-    """Call `run` with the sqlite3 connection in its thread, in one hop: with aiosqlite's public names it is one a statement."""
+    """Call `run` with the sqlite3 connection in its thread: one hop, where aiosqlite's public API takes one per statement."""
     return db._execute(run, db._conn, *args)  # type: ignore[no-untyped-call]
 
 
 def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | ChatError]:
-    """Open a transaction and run the jobs in it. One that is refused before it changed anything does not undo the others."""
+    """Open a transaction and run the jobs in it. A ChatError of a job that changed nothing does not undo the other jobs."""
     outcomes: list[Result[Any] | ChatError] = []
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -1620,68 +1610,68 @@ def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | Cha
 
 
 def empty_wal(db: sqlite3.Connection) -> Result[bool]:
-    """Move the -wal into the database and empty it, outside a transaction; return whether no reader prevented it."""
+    """Move the -wal into the database and empty it, outside a transaction. The value is false if a reader prevented it."""
     return Result(not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
 
 
-def in_transaction(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | ChatError]:
-    with db:
-        return begin(db, jobs)
+def is_bug(error: sqlite3.OperationalError) -> bool:
+    """Return whether the statement is wrong, rather than the file or the disk."""
+    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR
 
 
 def in_snapshot(db: sqlite3.Connection, query: Query[R], *args: Any) -> R:
+    """Return the result of a query, which sees one state of the database. Raises UNAVAILABLE if the file cannot be read."""
     db.execute("BEGIN")
     try:
         return query(db, *args)
+    except sqlite3.OperationalError as error:
+        if is_bug(error):
+            raise
+        if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+            log.error("reading the database failed: %s", error)
+        raise chat_error("DATABASE_DOWN") from None
     finally:
         db.execute("ROLLBACK")
 
 
-def is_bug(error: sqlite3.OperationalError) -> bool:
-    """Whether the statement is wrong, and not the file or the disk."""
-    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR
-
-
 class FairQueue:
-    """Slots for slow work. Each user (or address) has so many at a time and a bounded queue, and the users take turns."""
+    """Slots for slow work. Each user (or address) has a limit of `each` slots and a bounded queue; users take turns."""
 
     def __init__(self, slots: int, each: int) -> None:
         self._free = slots
         self._each = each
         self._running: Counter[object] = Counter()
-        self._queues: dict[object, deque[asyncio.Future[None]]] = {}  # user -> those who wait; the next user first
+        self._queues: dict[object, deque[asyncio.Future[None]]] = {}  # user -> waiting calls; the next user first
 
     def count_waiting(self, user: object) -> int:
         return sum(not turn.done() for turn in self._queues.get(user, ()))
 
     def check_space(self, user: object) -> None:
-        """Raise RATE_LIMITED if too many wait already."""
+        """Raise RATE_LIMITED if the user's queue is full."""
         if self.count_waiting(user) >= MAX_QUEUED_SLOW_READS:
             raise chat_error("TOO_OFTEN", retry_after=1)
 
     async def acquire(self, user: object) -> None:
-        """Wait for a slot, which is to be given back. Raises RATE_LIMITED if too many wait already."""
+        """Wait for a slot. Raises RATE_LIMITED if the queue is full."""
         self.check_space(user)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(user, deque()).append(turn)
-        self._pass_on()
+        self._fill_slots()
         try:
             await turn
         except (asyncio.CancelledError, ChatError):
-            if turn in (queue := self._queues.get(user, deque())):
-                queue.remove(turn)
-            elif not turn.cancelled() and turn.exception() is None:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self.release(user)
             raise
 
     def release(self, user: object) -> None:
         self._free += 1
         self._running[user] -= 1
-        self._running += Counter()  # forgets those who have none
-        self._pass_on()
+        self._running += Counter()  # drops users at zero
+        self._fill_slots()
 
-    def _pass_on(self) -> None:
-        """Give free slots to those who wait, the user whose turn was longest ago first."""
+    def _fill_slots(self) -> None:
+        """Give the free slots to waiting calls; the user whose last turn is longest ago comes first."""
         for user in list(self._queues) if self._free else ():
             queue = deque(turn for turn in self._queues.pop(user) if not turn.done())
             if queue and self._running[user] < self._each:
@@ -1694,47 +1684,42 @@ class FairQueue:
                 return
 
 
-class Entry(NamedTuple):
-    """A job in the writer's line."""
-
+class QueuedJob(NamedTuple):
     job: Job
     future: asyncio.Future[Result[Any]]
     slow: bool
 
 
 class Store:
-    """The database, open. `publish` is called on the event loop with each committed job's effects, in the order of commits.
+    """The open database. `publish` is called on the event loop with each committed job's effects, in the order of commits.
 
-    What takes a few steps of an index is done on the event loop: a job's statements touch pages in memory and cost 20 us, and
-    a hop to a thread and back costs 150. What waits for the disk (COMMIT, which syncs) or may take long has a thread.
+    Fast jobs and queries (a few index lookups) run on the event loop: their pages are in memory, a job costs 20 us, and a hop
+    to a thread and back costs 150. Commits, which wait for the disk, and slow jobs and queries run in threads.
     """
 
     def __init__(self, path: Path, publish: Callable[[Sequence[Effect]], None], reserve: int = 0) -> None:
         self.path = path
-        self.reserve = reserve  # bytes of free disk space down to which everything may be written
         self.lock = Lock(path)
-        self.write_error = ""  # why a write failed, until one that is sure to reach the disk has not
-        self._failure_logged_at = -math.inf  # when that was last logged
-        self._reopen_writer = False  # whether the writer's connection is to be opened anew
-        self._full = False
-        self._disk_checked_at = -math.inf  # when
-        self._files: list[tuple[int, int]] = []  # which files were opened
-        self._wal = sibling_path(path, "-wal")  # found once: it is looked at before each commit
+        self.write_error = ""  # text of the last write error; cleared when a health check's write reaches the disk
+        self._reserve = reserve  # bytes of free disk space below which only jobs that free space may write
+        self._disk_checked_at = self._failure_logged_at = -math.inf
+        self._disk_full = self._reopen_writer = self._is_open = False
+        self._files: list[tuple[int, int]] = []  # the opened files (see `_identify`)
+        self._wal = sibling_path(path, "-wal")  # kept, as each commit looks at it
         self._publish = publish
-        self._queue: deque[Entry] = deque()
+        self._queue: deque[QueuedJob] = deque()
         self._wake = asyncio.Event()
-        self._all_written = asyncio.Event()  # set while nothing waits to be written
-        self._idle: list[aiosqlite.Connection] = []  # readers for slow reads
+        self._readers: list[aiosqlite.Connection] = []  # the first one for `read`, the others for slow reads
+        self._idle: list[aiosqlite.Connection] = []  # readers that are free for slow reads
         self._turns = FairQueue(SLOW_READERS, SLOW_READS_PER_USER)
         self._stopping: set[asyncio.Task[None]] = set()
-        self._readers: list[aiosqlite.Connection] = []  # the first one for what takes some milliseconds
         self._writer: aiosqlite.Connection | None = None
-        self._inline_reader: sqlite3.Connection | None = None  # the event loop's own reader
+        self._inline_reader: sqlite3.Connection | None = None  # used on the event loop
         self._committer: asyncio.Task[None] | None = None
-        self._wrote = 0.0  # when somebody last asked for a short write
+        self._wrote_at = 0.0  # time of the last call of `write` for a fast job
 
     async def open(self) -> None:
-        """Take the lock, check and migrate the file, start the writer and the readers. Raises StartError."""
+        """Acquire the lock, check and migrate the file, start the writer and the readers. Raises StartError."""
         read_sqlite_header(self.path)
         if not self.lock.acquire():
             raise StartError(f"{self.path} is in use by another ChatRTC")
@@ -1749,47 +1734,40 @@ class Store:
         except BaseException:
             await self.close()
             raise
-        self._committer = asyncio.create_task(self._commit_forever(), name="chatrtc-writer")
+        self._is_open = True
+        self._committer = asyncio.create_task(self._commit_jobs(), name="chatrtc-writer")
 
     async def close(self) -> None:
-        """Commit what waits, checkpoint, close."""
+        """Commit the queued jobs, checkpoint and close."""
+        self._is_open = False
+        self._wake.set()
         if self._committer is not None:
-            rest = asyncio.ensure_future(self._all_written.wait())
-            await asyncio.wait([self._committer, rest], return_when="FIRST_COMPLETED")
-            rest.cancel()
-            self._committer.cancel()
-            await asyncio.gather(self._committer, return_exceptions=True)
+            await asyncio.wait([self._committer])
             self._committer = None
         if self._inline_reader is not None:
             self._inline_reader.close()
         await asyncio.gather(*self._stopping)
-        for db in [*self._readers, *filter(None, [self._writer])]:  # the writer last, who can checkpoint
+        for db in [*self._readers, *filter(None, [self._writer])]:  # the writer last: the last connection checkpoints
             await db.close()
         self._readers.clear()
         self._writer = self._inline_reader = None
         self.lock.close()
 
     def read_inline(self, query: Query[R], *args: Any) -> R:
-        """Ask, here and now, what takes a few steps of an index. Raises UNAVAILABLE where the file does not answer."""
+        """Run a fast query on the event loop, without waiting. Raises UNAVAILABLE if the database cannot be read."""
         if self._inline_reader is None:
             raise ChatError("UNAVAILABLE")
-        try:
-            return in_snapshot(self._inline_reader, query, *args)
-        except sqlite3.OperationalError as error:
-            raise self._unreadable(error) from None
+        return in_snapshot(self._inline_reader, query, *args)
 
     async def read(self, query: Query[R], *args: Any) -> R:
-        """Ask what takes some milliseconds, on a thread. Raises ChatError UNAVAILABLE as well."""
+        """Run a query of some milliseconds in a thread. Raises UNAVAILABLE if the database cannot be read."""
         if not self._readers:
             raise ChatError("UNAVAILABLE")
-        try:
-            return await on_thread(self._readers[0], in_snapshot, query, *args)
-        except sqlite3.OperationalError as error:
-            raise self._unreadable(error) from None
+        return await on_thread(self._readers[0], in_snapshot, query, *args)
 
     async def read_slow(self, user: object, gone: Callable[[], bool], query: Query[R], *args: Any) -> R:
-        """Ask what may take seconds, in turn with other users, until its deadline or until the caller is `gone`. Raises
-        RATE_LIMITED, UNAVAILABLE."""
+        """Run a query that may take seconds, in turn with other users. It is stopped at its time limit, or once the caller is
+        `gone`. Raises RATE_LIMITED, UNAVAILABLE."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(TURN_SECONDS):
@@ -1809,8 +1787,6 @@ class Store:
                 if gone() or loop.time() > deadline:
                     raise chat_error("TOO_SLOW")
             return work.result()
-        except sqlite3.OperationalError as error:
-            raise self._unreadable(error) from None
         finally:
             if not work.done():
                 stop = asyncio.create_task(self._stop(db, work))
@@ -1818,27 +1794,21 @@ class Store:
                 stop.add_done_callback(self._stopping.discard)
 
     async def _stop(self, db: aiosqlite.Connection, work: asyncio.Future[Any]) -> None:
-        """Interrupt a slow read until it has ended: it may be between two statements."""
+        """Interrupt a slow read until it ends: an interrupt between two of its statements has no effect."""
         while not work.done():
             db._conn.interrupt()
             await asyncio.wait([work], timeout=0.02)
         await asyncio.gather(work, return_exceptions=True)
 
-    def _unreadable(self, error: sqlite3.OperationalError) -> Exception:
-        if is_bug(error):
-            return error
-        log.error("reading %s failed: %s", self.path, error)
-        return chat_error("DATABASE_DOWN")
-
     def is_busy(self) -> bool:
-        """Whether somebody wrote a moment ago."""
-        return asyncio.get_running_loop().time() - self._wrote < CHECKPOINT_IDLE_SECONDS
+        """Return whether there was a fast write a moment ago."""
+        return asyncio.get_running_loop().time() - self._wrote_at < CHECKPOINT_IDLE_SECONDS
 
     async def write(self, job: Job, *, slow: bool = False, frees: bool = False) -> Result[Any]:
-        """Have the job done in the next transaction, also if the caller goes away; return once it is synced and published.
+        """Run a job in the next transaction (even if the caller stops waiting) and return its result, synced and published.
 
-        `slow`: it takes more than a few steps of an index. `frees`: it is done even if the disk is nearly full. Raises what the
-        job raises, and ChatError UNAVAILABLE if the file takes no writes.
+        `slow`: the job needs more than a few index lookups. `frees`: it frees space, and runs even if the disk is nearly full.
+        Raises what the job raises, and UNAVAILABLE if the database cannot be written.
         """
         if not frees and self.is_full():
             raise chat_error("DISK_FULL")
@@ -1847,77 +1817,75 @@ class Store:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result[Any]] = loop.create_future()
         if not slow:
-            self._wrote = loop.time()
-        self._queue.append(Entry(job, future, slow))
-        self._all_written.clear()
+            self._wrote_at = loop.time()
+        self._queue.append(QueuedJob(job, future, slow))
         self._wake.set()
         return await future
 
     def is_full(self) -> bool:
-        """Return whether the disk has no more free space than the reserve, as of a second ago at most."""
+        """Return whether the free disk space is down to the reserve, checked once a second."""
         now = time.monotonic()
-        if now - self._disk_checked_at > DISK_EVERY:
+        if now - self._disk_checked_at > DISK_CHECK_SECONDS:
             self._disk_checked_at = now
             with contextlib.suppress(OSError):
                 disk = os.statvfs(self.path.resolve().parent)
-                self._full = disk.f_bavail * disk.f_frsize <= self.reserve
-        return self._full
+                self._disk_full = disk.f_bavail * disk.f_frsize <= self._reserve
+        return self._disk_full
 
     def _identify(self) -> list[tuple[int, int]]:
-        """Return the device and inode of the database and of its -wal; empty if one is missing."""
+        """Return device and inode of the database and of its -wal, or an empty list if one is missing."""
         with contextlib.suppress(FileNotFoundError):
             return [(file.st_dev, file.st_ino) for file in map(os.stat, (self.path, self._wal))]
         return []
 
     def _require_files(self) -> None:
-        """Raise StartError unless the database is still the file that was opened: what is written to another would be lost."""
+        """Raise StartError if the opened files were moved or replaced: everything written to them would be lost."""
         if self._identify() != self._files:
             raise StartError("the database file was moved or replaced; restart the server")
 
-    async def _commit_forever(self) -> None:
+    async def _commit_jobs(self) -> None:
+        """Commit jobs until the store is closed and the queue empty."""
         loop = asyncio.get_running_loop()
-        while True:
-            self._all_written.set()
+        while self._is_open:
             await self._wake.wait()
             self._wake.clear()
             while self._queue:
                 batch = self._next_batch()
-                give_up = loop.call_later(CALL_TIMEOUT, self._time_out_jobs, batch)
+                timer = loop.call_later(CALL_TIMEOUT, self._time_out_jobs, batch)
                 outcomes = await self._commit(batch)
-                give_up.cancel()
-                for entry, outcome in zip(batch, outcomes, strict=True):
-                    loop.call_soon(self._resolve, entry.future, outcome)
+                timer.cancel()
+                for queued, outcome in zip(batch, outcomes, strict=True):
+                    loop.call_soon(self._resolve, queued.future, outcome)
 
-    def _next_batch(self) -> list[Entry]:
-        """What goes into one transaction: a slow job alone, the others together."""
+    def _next_batch(self) -> list[QueuedJob]:
+        """Take the jobs of the next transaction from the queue: a slow job alone, fast jobs together."""
         batch = [self._queue.popleft()]
         while self._queue and len(batch) < MAX_BATCH_JOBS and not batch[0].slow and not self._queue[0].slow:
             batch.append(self._queue.popleft())
         return batch
 
-    async def _commit(self, batch: list[Entry]) -> list[Result[Any] | BaseException]:
-        """One transaction for all; where that fails, one for each, so that none suffers from another."""
-        result: list[Result[Any] | ChatError] | BaseException
-        (result,) = await asyncio.gather(self._transact(batch), return_exceptions=True)
-        if not isinstance(result, BaseException):
-            return list(result)
+    async def _commit(self, batch: list[QueuedJob]) -> list[Result[Any] | Exception]:
+        """Commit the jobs in one transaction or, if that fails, one by one, so that no job suffers from another."""
+        result = await result_or_exception(self._transact(batch))
+        if isinstance(result, list):
+            return result
         if len(batch) > 1:
-            return [(await self._commit([entry]))[0] for entry in batch]
+            return [(await self._commit([queued]))[0] for queued in batch]
         if isinstance(result, StartError) or (isinstance(result, sqlite3.OperationalError) and not is_bug(result)):
             self._record_write_failure(result)
-            sentence = f"The database takes no writes at the moment ({result}); nothing was changed"
+            detail = f"The database cannot be written at the moment ({result}); nothing was changed"
             full = getattr(result, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
-            return [ChatError("UNAVAILABLE", sentence, reason="DISK_FULL" if full else "DATABASE_DOWN")]
+            return [ChatError("UNAVAILABLE", detail, reason="DISK_FULL" if full else "DATABASE_DOWN")]
         return [result]
 
-    async def _transact(self, batch: list[Entry]) -> list[Result[Any] | ChatError]:
+    async def _transact(self, batch: list[QueuedJob]) -> list[Result[Any] | ChatError]:
         assert self._writer is not None
         if self._reopen_writer:
             self._require_files()
             await self._writer.close()
-            self._writer = await aiosqlite.Connection(functools.partial(connect_writer, self.path), 64)
+            self._writer = await aiosqlite.Connection(functools.partial(open_writer, self.path), 64)
             self._reopen_writer = False
-        jobs = [entry.job for entry in batch]
+        jobs = [queued.job for queued in batch]
         if jobs == [empty_wal]:
             return [await on_thread(self._writer, empty_wal)]
         if batch[0].slow:
@@ -1928,32 +1896,32 @@ class Store:
         return outcomes
 
     def _finish(self, db: sqlite3.Connection) -> None:
-        with db:  # commits, or rolls back what fails
+        with db:  # commits, or rolls back on failure
             self._require_files()
 
     def _record_write_failure(self, error: sqlite3.OperationalError | StartError) -> None:
-        """Remember that writing fails; after a failed sync nothing may be assumed of the connection, so it is opened anew."""
-        if time.monotonic() - self._failure_logged_at > FAILURE_LOG_INTERVAL:
+        """Log a write error. After a failed sync nothing may be assumed of the connection, so it is opened anew."""
+        if time.monotonic() - self._failure_logged_at > FAILURE_LOG_SECONDS:
             self._failure_logged_at = time.monotonic()
             log.error("writing %s failed: %s", self.path, error)
         self.write_error = str(error)
         self._reopen_writer |= getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR
 
-    def _time_out_jobs(self, batch: list[Entry]) -> None:
-        """The disk takes too long: nobody is left waiting. What was asked for may still be done."""
+    def _time_out_jobs(self, batch: list[QueuedJob]) -> None:
+        """Answer all waiting callers, because the disk takes too long. Their jobs may still be committed."""
         self.write_error = self.write_error or f"a commit takes more than {CALL_TIMEOUT:.0f} s"
-        for entry in [*batch, *self._queue]:
-            if not entry.future.done():
-                entry.future.set_exception(chat_error("DISK_SLOW"))
+        for queued in [*batch, *self._queue]:
+            if not queued.future.done():
+                queued.future.set_exception(chat_error("DISK_SLOW"))
 
-    def _resolve(self, future: asyncio.Future[Result[Any]], outcome: Result[Any] | BaseException) -> None:
-        """Publish what a job did, then answer the caller. If that fails, the loop logs it and goes on with the next."""
+    def _resolve(self, future: asyncio.Future[Result[Any]], outcome: Result[Any] | Exception) -> None:
+        """Publish a job's effects, then answer its caller. If publishing raises, the event loop logs it; other jobs go on."""
         try:
             if isinstance(outcome, Result):
                 self._publish(outcome.effects)
         finally:
             if future.done():
-                pass  # the caller went away
+                pass  # the caller stopped waiting
             elif isinstance(outcome, Result):
                 future.set_result(outcome)
             else:
@@ -3003,7 +2971,7 @@ class PasswordHasher(FairQueue):
 
 def load_or_create_secret(database: Path) -> str:
     """Return the secret kept next to the database, which is made at the first start and readable by its owner alone."""
-    path = database.with_name(database.name + ".secret")
+    path = private_path(database, ".secret")
     with as_start_error(path):
         if not os.path.lexists(path):
             write_private(path, secrets.token_hex(SECRET_BYTES).encode(), database)
@@ -6586,7 +6554,7 @@ def self_signed(database: Path) -> str:
     except ImportError:
         raise StartError("--tls-self-signed needs an extra: pip install 'chatrtc[tls]'") from None
     addresses = sorted({"127.0.0.1", "::1", lan_address()})
-    path = database.with_name(f"{database.name}.tls.pem")
+    path = private_path(database, ".tls.pem")
     now = datetime.datetime.now(datetime.UTC)
     if os.path.lexists(path):
         cert = x509.load_pem_x509_certificate(read_private(path, database))
@@ -6767,7 +6735,8 @@ def index_all(db: sqlite3.Connection) -> None:
     """Index the messages that search does not know yet, with a progress bar."""
     with click.progressbar(length=count_rows(db)[2], label="Indexing", **BAR) as bar:
         while (state := load_index_progress(db))[1] < state[0]:
-            in_transaction(db, [index_messages])
+            with db:
+                begin(db, [index_messages])
             bar.update(INDEX_STEP)
 
 
@@ -6851,8 +6820,8 @@ def run_admin_job(database: str, name: str, *args: Any) -> Any:
         if time.monotonic() > patience:
             raise StartError(f"{database} is in use by another program")
         time.sleep(0.05)
-    with contextlib.closing(lock), contextlib.closing(prepare(Path(database), may_migrate=False)) as db:
-        outcome = in_transaction(db, [lambda db: ADMIN[name](db, *args)])[0]
+    with contextlib.closing(lock), contextlib.closing(prepare(Path(database), may_migrate=False)) as db, db:
+        outcome = begin(db, [lambda db: ADMIN[name](db, *args)])[0]
     if isinstance(outcome, ChatError):
         raise outcome
     return outcome.value

@@ -1,38 +1,39 @@
--- ChatRTC: everything a chat keeps, in one SQLite file.
+-- The database of ChatRTC, in its newest format. Older databases are migrated by MIGRATIONS in chatrtc.py.
 --
--- Times are UTC text, YYYY-MM-DDTHH:MM:SSZ, as they go over the wire; they tell a person when, and never order anything.
--- Order is `seq`: every durable change in a server takes that server's next number, in the transaction that makes it.
--- Ids are AUTOINCREMENT, so that the id of a deleted thing never names another.
+-- Times are UTC text, YYYY-MM-DDTHH:MM:SSZ, as in the API. They are shown to people and never used for ordering.
+-- The order is `seq`: each change in a server gets that server's next sequence number, in the transaction that makes the change.
+-- Ids are AUTOINCREMENT, so that the id of a deleted row is never used again.
 
-PRAGMA application_id = 1129468995;  -- "CRTC", by which a database of another program is refused
+PRAGMA application_id = 1129468995;  -- "CRTC": marks the file as a database of ChatRTC
 
--- One row an account, for ever: a deleted account keeps its row (and its name), so that its messages keep their author.
+-- Accounts. A deleted account keeps its row and its name, so that its messages keep their author.
 CREATE TABLE users (
     user_id      INTEGER PRIMARY KEY AUTOINCREMENT,
-    username     TEXT NOT NULL,                    -- as its owner types it
-    username_key TEXT NOT NULL UNIQUE,             -- NFKC and case-folded: what makes two names the same
+    username     TEXT NOT NULL,                    -- as the user typed it
+    username_key TEXT NOT NULL UNIQUE,             -- normalized (NFKC, case folding): no two names are equal in this form
     password     TEXT,                             -- scrypt$n$r$p$salt$hash; NULL: no password (a guest, or deleted)
     status       TEXT NOT NULL DEFAULT 'online' CHECK (status IN ('online', 'away', 'busy', 'invisible')),
     created_at   TEXT NOT NULL,
-    generation   INTEGER NOT NULL DEFAULT 0,       -- of its tokens: one of an earlier generation does not stand
+    generation   INTEGER NOT NULL DEFAULT 0,       -- tokens of an earlier generation are revoked
     deleted      INTEGER NOT NULL DEFAULT 0 CHECK (deleted IN (0, 1)),
-    name         TEXT                              -- the display name; NULL: the username alone
+    name         TEXT                              -- display name; NULL: the username is shown
 ) STRICT;
 
--- Tokens that were logged out, until they would have expired anyway.
+-- Tokens that were revoked by a logout. Rows are deleted once the token has expired.
 CREATE TABLE revoked_tokens (
-    digest     BLOB PRIMARY KEY,                   -- SHA-256 of the token: a leaked database gives nobody a token
+    digest     BLOB PRIMARY KEY,                   -- SHA-256 of the token, so that a leaked database contains no tokens
     expires_at REAL NOT NULL                       -- Unix seconds
 ) STRICT, WITHOUT ROWID;
 
+-- Servers (communities) and the sequence numbers of their last changes.
 CREATE TABLE servers (
     server_id    INTEGER PRIMARY KEY AUTOINCREMENT,
     name         TEXT NOT NULL,
     created_at   TEXT NOT NULL,
-    seq          INTEGER NOT NULL DEFAULT 0,       -- the last number given out
-    channels_seq INTEGER NOT NULL DEFAULT 0,       -- ... to a change of its channels
-    members_seq  INTEGER NOT NULL DEFAULT 0,       -- ... to a change of its members
-    name_seq     INTEGER NOT NULL DEFAULT 0        -- ... to a change of its name
+    seq          INTEGER NOT NULL DEFAULT 0,       -- the last sequence number that was assigned
+    channels_seq INTEGER NOT NULL DEFAULT 0,       -- that of the last change of its channels
+    members_seq  INTEGER NOT NULL DEFAULT 0,       -- that of the last change of its members
+    name_seq     INTEGER NOT NULL DEFAULT 0        -- that of the last change of its name
 ) STRICT;
 
 CREATE TABLE members (
@@ -40,14 +41,14 @@ CREATE TABLE members (
     user_id   INTEGER NOT NULL REFERENCES users,
     role      TEXT NOT NULL CHECK (role IN ('owner', 'admin', 'member')),
     joined_at TEXT NOT NULL,
-    invited_by TEXT,                               -- the code of the invite; NULL: the creator, or unknown
-    read_from INTEGER NOT NULL DEFAULT 0,          -- the newest message when the member joined: none up to it is unread
+    invited_by TEXT,                               -- code of the invite; NULL: none (the creator), or unknown
+    read_from INTEGER NOT NULL DEFAULT 0,          -- newest message when the member joined; messages up to it are not unread
     PRIMARY KEY (server_id, user_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX members_by_user ON members (user_id);
 CREATE UNIQUE INDEX one_owner ON members (server_id) WHERE role = 'owner';
 
--- Everybody who was a member and is not one now: only they can be banned, and their names are still shown.
+-- Users who left a server or were removed. They can still be banned, and their names are still shown.
 CREATE TABLE former_members (
     server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
     user_id    INTEGER NOT NULL REFERENCES users,
@@ -64,72 +65,71 @@ CREATE TABLE bans (
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE invites (
-    code       TEXT PRIMARY KEY,                   -- ten characters with a dash; before version 2, 22 URL-safe ones
+    code       TEXT PRIMARY KEY,                   -- ten characters and a dash; codes of format 1 have 22 URL-safe characters
     server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
     created_by INTEGER NOT NULL REFERENCES users,
     max_uses   INTEGER,                            -- NULL: no limit
     uses       INTEGER NOT NULL DEFAULT 0,
-    expires_at TEXT,                               -- NULL: never
+    expires_at TEXT,                               -- NULL: does not expire
     CHECK (max_uses IS NULL OR uses <= max_uses)
 ) STRICT;
 CREATE INDEX invites_by_server ON invites (server_id);
 
--- Sign-in codes for guests, each for one use.
+-- Sign-in codes for guests. Each can be used once.
 CREATE TABLE links (
     digest     BLOB PRIMARY KEY,                   -- SHA-256 of the code
     user_id    INTEGER NOT NULL REFERENCES users,
     expires_at REAL NOT NULL                       -- Unix seconds
 ) STRICT, WITHOUT ROWID;
 
--- Where an account has signed in from: an attack from elsewhere does not lock it out there.
+-- Addresses from which an account has signed in. From these, it can sign in while attacks from other addresses are limited.
 CREATE TABLE known_addresses (
     user_id INTEGER NOT NULL REFERENCES users,
-    digest  BLOB NOT NULL,                         -- keyed hash of the address, which is not stored
+    digest  BLOB NOT NULL,                         -- keyed hash of the address, which itself is not stored
     seen_at REAL NOT NULL,                         -- Unix seconds
     PRIMARY KEY (user_id, digest)
 ) STRICT, WITHOUT ROWID;
 
--- Messages of one author that are being deleted, in steps.
+-- Deletions in progress: all messages of an author, in steps.
 CREATE TABLE purges (
     purge_id   INTEGER PRIMARY KEY,
-    server_id  INTEGER REFERENCES servers ON DELETE CASCADE,  -- NULL: in every server
+    server_id  INTEGER REFERENCES servers ON DELETE CASCADE,  -- NULL: in all servers
     author_id  INTEGER NOT NULL REFERENCES users,
-    last_id    INTEGER NOT NULL                    -- the newest message still to be looked at
+    last_id    INTEGER NOT NULL                    -- the newest message that is still to be processed
 ) STRICT;
 
--- Sequence numbers that a restore skipped: a client that has one of them has seen changes that this database never had.
+-- Sequence numbers that a restore skipped. A client that has one of them has seen changes that this database never had.
 CREATE TABLE gaps (
     server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
-    after_seq INTEGER NOT NULL,                    -- the last number of the backup
-    until_seq INTEGER NOT NULL,                    -- the number that the restore set
+    after_seq INTEGER NOT NULL,                    -- the last sequence number of the backup
+    until_seq INTEGER NOT NULL,                    -- the sequence number that the restore set
     PRIMARY KEY (server_id, after_seq)
 ) STRICT, WITHOUT ROWID;
 
--- A channel without a server is deleted: nobody finds it any more, and its messages go little by little, so that a channel of
--- a million holds up nobody.
+-- A channel without a server is deleted. Its messages are then deleted in small steps, so that a million of them block nobody.
 CREATE TABLE channels (
     channel_id INTEGER PRIMARY KEY AUTOINCREMENT,
     server_id  INTEGER REFERENCES servers ON DELETE SET NULL,
     name       TEXT NOT NULL,
-    name_key   TEXT NOT NULL,                      -- NFKC and case-folded, unique in its server
+    name_key   TEXT NOT NULL,                      -- normalized like username_key
     kind       TEXT NOT NULL CHECK (kind IN ('text', 'voice')),
     topic      TEXT NOT NULL DEFAULT '',
     UNIQUE (server_id, name_key)
 ) STRICT;
 
--- A deleted message keeps its row without its text: catching up needs its number, and a retry of its nonce must not post it again.
+-- A deleted message keeps its row, without its text: clients that were away need its seq, and its nonce must not post it again.
 CREATE TABLE messages (
     message_id INTEGER PRIMARY KEY AUTOINCREMENT,
-    server_id  INTEGER NOT NULL,                   -- its channel's, here for the index on seq and for search
+    server_id  INTEGER NOT NULL,                   -- copied from its channel, for the index on seq and for search
     channel_id INTEGER NOT NULL REFERENCES channels ON DELETE CASCADE,
     author_id  INTEGER NOT NULL REFERENCES users,
     content    TEXT NOT NULL,
     created_at TEXT NOT NULL,
     edited_at  TEXT,
     reply_to   INTEGER,                            -- a message of the same channel
-    nonce      TEXT,                               -- the author's own key, by which a repeat is known
-    seq        INTEGER NOT NULL,                   -- of its last change
-    extras     INTEGER NOT NULL DEFAULT 0 CHECK (extras IN (0, 1)),  -- 1: reactions or mentions may hang on it
+    nonce      TEXT,                               -- chosen by the client, so that a repeated post is recognized
+    seq        INTEGER NOT NULL,                   -- sequence number of its last change
+    extras     INTEGER NOT NULL DEFAULT 0 CHECK (extras IN (0, 1)),  -- 1: it may have reactions or mentions
     deleted    INTEGER NOT NULL DEFAULT 0 CHECK (deleted IN (0, 1))
 ) STRICT;
 CREATE INDEX messages_page ON messages (channel_id, message_id, author_id) WHERE deleted = 0;
@@ -151,7 +151,7 @@ CREATE TABLE mentions (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX mentions_unread ON mentions (user_id, channel_id, message_id);
 
--- How far somebody has read a channel.
+-- Read marks: the newest message that a user has read in a channel.
 CREATE TABLE reads (
     user_id      INTEGER NOT NULL REFERENCES users,
     channel_id   INTEGER NOT NULL REFERENCES channels ON DELETE CASCADE,
@@ -160,13 +160,13 @@ CREATE TABLE reads (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX reads_by_channel ON reads (channel_id);
 
--- Full-text search over the messages that are not deleted. It holds a normalized text (case and accents removed, scripts without
--- spaces split into characters), so the program computes what goes in and what comes out. The server's id is a word of its own,
--- so that a search walks that server alone. Indexing a message costs twice what storing it does, so it is done later, many at
--- once, up to `indexed_id`; a change of what is indexed already changes the index with it.
+-- Full-text search over the messages that are not deleted. The program computes the indexed text, because it is normalized (without
+-- case and accents, scripts without spaces split into characters). The server's id is indexed as a word, so that a search reads
+-- the entries of one server only. Indexing a message costs twice as much as storing it. New messages are therefore indexed later,
+-- many at once, up to `indexed_id`; a change of a message that is already indexed updates the index at once.
 CREATE TABLE search (
     indexed_id INTEGER NOT NULL,
-    stale      INTEGER NOT NULL DEFAULT 0          -- 1: deleted texts may still be in the index or in the -wal
+    stale      INTEGER NOT NULL DEFAULT 0          -- 1: the index or the -wal may still contain deleted texts
 ) STRICT;
 INSERT INTO search (indexed_id) VALUES (0);
 CREATE VIRTUAL TABLE messages_fts USING fts5 (

@@ -1477,7 +1477,7 @@ async def test_a_message_mentions_fifty_members_at_most(world: World) -> None:
     message = await ana.post(place.channel_id, " ".join(f"@user{number}" for number in range(60)))
     assert len(message["mentions"]) == 50
     text = "".join("@" + chr(0x4E00 + number) * 31 for number in range(120))
-    assert sum(map(len, chatrtc.mention_runs(text))) <= chatrtc.MENTION_KEYS_MAX + 31
+    assert sum(map(len, chatrtc.mention_runs(text))) <= chatrtc.MAX_MENTION_KEYS + 31
 
 
 async def test_an_edit_notifies_those_whom_it_names_anew(scene: Scene) -> None:
@@ -6617,6 +6617,19 @@ def squat(folder: Path, name: str, kind: str) -> Path:
             path.write_text("s" * 64)
             path.chmod(int(mode, 8))
     return target
+
+
+@pytest.mark.parametrize("suffix", [".secret", ".tls.pem"])
+def test_private_files_are_next_to_the_database_that_a_link_names(tmp_path: Path, suffix: str) -> None:
+    database, real = tmp_path / "link.db", tmp_path / "data" / "chat.db"
+    real.parent.mkdir()
+    database.symlink_to(real)
+    old, new = Path(f"{database}{suffix}"), Path(f"{real}{suffix}")
+    assert chatrtc.private_path(database, suffix) == new
+    old.touch()
+    assert chatrtc.private_path(database, suffix) == old, "a file that an older version made is still used"
+    new.touch()
+    assert chatrtc.private_path(database, suffix) == new
 
 
 @pytest.mark.parametrize(
@@ -12191,7 +12204,8 @@ def test_no_data_is_formatted_into_sql() -> None:
         "where",
         "order",
         "MESSAGE_ROWS",
-        "'integrity' if thorough else 'quick'",
+        "'integrity' if full else 'quick'",
+        "pragma",
     }
     formatted = {
         ast.unparse(part.value)
