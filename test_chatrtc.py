@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import hmac
 import html
+import inspect
 import itertools
 import json
 import os
@@ -3372,11 +3373,13 @@ def has_seq(event: str) -> bool:
 
 
 def test_an_event_carries_seq_unless_nothing_durable_happened() -> None:
+    applied = inspect.getsource(Replica.apply)
     for event in chatrtc.EVENTS:
         assert has_seq(event) != (event in PASSING), (
             f"{event}: if it tells of a durable change, take a number by next_seq() in the transaction and carry it as `seq`; "
             "if not, put it into PASSING with the reason"
         )
+        assert event in PASSING or f'"{event}"' in applied, f"{event}: add its effect to Replica.apply, a client's copy"
 
 
 def test_every_operation_that_changes_something_takes_a_number() -> None:
@@ -12107,7 +12110,7 @@ async def test_a_real_run_fits_its_description(world: World) -> None:
     await rest("login", {"username": "dee", "password": "correct horse"})
     await rest("change_password", {"old_password": "correct horse", "new_password": "another horse"}, who=cy)
     await rest("logout")
-    assert tried == set(chatrtc.OPERATIONS)
+    assert tried == set(chatrtc.OPERATIONS), "call the operation once in this test"
     for event, payload in listener.received + talker.received:
         has_shape(asyncapi, resolve(asyncapi, f"#/channels/socket/messages/{event}")["payload"], payload)
     assert set(chatrtc.EVENTS) - {name for name, _ in listener.received + talker.received} <= {"server:deleted"}
