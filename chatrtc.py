@@ -1,15 +1,13 @@
 """ChatRTC: a chat server in one file.
 
-Users, servers (communities), channels, messages, typing and presence, over Socket.IO and REST, kept in one SQLite file:
-
-    python chatrtc.py serve
-
-The file is read from top to bottom, in sections. The code in each uses only names that are defined above it:
+Users, servers (communities), channels, messages, typing and presence, over Socket.IO and REST, stored in one SQLite file. Start
+it with `python chatrtc.py serve`. Three laws: code uses only names defined above it; every call is answered; what is published
+has been committed. The sections, to be read in this order:
 
     Settings            every option, declared once: the command line, the environment and the docs follow from it
     Errors              every error that a client can get: codes, reasons and texts
     Text                names, mentions and search: rules about text
-    Payloads            the shapes of all arguments and results
+    Payloads            the types of all arguments and results
     Events              the events that the server emits, and the effects of operations
     Files               the database file: opening, checking, migrating, locking, copying
     Store               the open database: one writer, several readers
@@ -22,14 +20,12 @@ The file is read from top to bottom, in sections. The code in each uses only nam
     Operations          operations that run in one database transaction, in the order a user meets them
     Engine.IO sessions  one client's session: its buffers, its limits and how it ends; the fast fan-out
     Engine.IO server    all sessions, and the HTTP requests that open and reach them
-    Socket.IO server    Socket.IO on top of it: validated, and in order
+    Socket.IO server    Socket.IO on top of Engine.IO: packets are validated, and handled in order
     Hub                 sockets and their users; applies the effects of operations
     Async operations    operations that need more than one transaction, or sockets
     API                 REST and Socket.IO handlers, OpenAPI and AsyncAPI, all derived from the table of operations
     Application         starting, stopping, embedding
     Command line        `chatrtc serve` and the other commands
-
-Three laws: code uses only names defined above it; every call is answered; what is published has been committed.
 """
 
 from __future__ import annotations
@@ -1360,13 +1356,9 @@ def check_format(db: sqlite3.Connection, path: Path) -> int:
 def read_sqlite_header(path: Path) -> bytes:
     """Return a database file's header, empty if there is no file. Raises StartError if it is not an SQLite database. Called
     first, before anything is created next to the file."""
-    with as_start_error(path):
-        if path.is_dir():
-            raise StartError(f"Cannot open {path}: Is a directory")
-        if not path.exists():
-            return b""
-        with path.open("rb") as file:
-            header = file.read(100)
+    header = b""
+    with as_start_error(path), contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
+        header = file.read(100)
     if header and not header.startswith(SQLITE_MAGIC):
         raise StartError(f"{path} is not an SQLite database; it was left unchanged")
     return header
@@ -1651,24 +1643,22 @@ class FairQueue:
         if self.count_waiting(user) >= MAX_QUEUED_SLOW_READS:
             raise chat_error("TOO_OFTEN", retry_after=1)
 
-    async def acquire(self, user: object) -> None:
-        """Wait for a slot. Raises RATE_LIMITED if the queue is full."""
+    @contextlib.asynccontextmanager
+    async def turn(self, user: object) -> AsyncIterator[None]:
+        """Wait for a slot and hold it. Raises RATE_LIMITED if the queue is full."""
         self.check_space(user)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(user, deque()).append(turn)
         self._fill_slots()
         try:
             await turn
-        except (asyncio.CancelledError, ChatError):
+            yield
+        finally:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self.release(user)
-            raise
-
-    def release(self, user: object) -> None:
-        self._free += 1
-        self._running[user] -= 1
-        self._running += Counter()  # drops users at zero
-        self._fill_slots()
+                self._free += 1
+                self._running[user] -= 1
+                self._running += Counter()  # drops users at zero
+                self._fill_slots()
 
     def _fill_slots(self) -> None:
         """Give the free slots to waiting calls; the user whose last turn is longest ago comes first."""
@@ -1712,7 +1702,6 @@ class Store:
         self._readers: list[aiosqlite.Connection] = []  # the first one for `read`, the others for slow reads
         self._idle: list[aiosqlite.Connection] = []  # readers that are free for slow reads
         self._turns = FairQueue(SLOW_READERS, SLOW_READS_PER_USER)
-        self._stopping: set[asyncio.Task[None]] = set()
         self._writer: aiosqlite.Connection | None = None
         self._inline_reader: sqlite3.Connection | None = None  # used on the event loop
         self._committer: asyncio.Task[None] | None = None
@@ -1746,7 +1735,6 @@ class Store:
             self._committer = None
         if self._inline_reader is not None:
             self._inline_reader.close()
-        await asyncio.gather(*self._stopping)
         for db in [*self._readers, *filter(None, [self._writer])]:  # the writer last: the last connection checkpoints
             await db.close()
         self._readers.clear()
@@ -1768,37 +1756,30 @@ class Store:
     async def read_slow(self, user: object, gone: Callable[[], bool], query: Query[R], *args: Any) -> R:
         """Run a query that may take seconds, in turn with other users. It is stopped at its time limit, or once the caller is
         `gone`. Raises RATE_LIMITED, UNAVAILABLE."""
-        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(TURN_SECONDS):
-                await self._turns.acquire(user)
+            async with asyncio.timeout(TURN_SECONDS) as timer, self._turns.turn(user):
+                timer.reschedule(None)
+                return await self._run_slow(gone, query, *args)
         except TimeoutError:
             raise chat_error("TOO_OFTEN", retry_after=1) from None
+
+    async def _run_slow(self, gone: Callable[[], bool], query: Query[R], *args: Any) -> R:
+        loop = asyncio.get_running_loop()
         db, deadline = self._idle.pop(), loop.time() + SLOW_READ_SECONDS
-
-        def release(work: asyncio.Future[R]) -> None:
-            self._idle.append(db)
-            self._turns.release(user)
-
         work: asyncio.Future[R] = asyncio.ensure_future(on_thread(db, in_snapshot, query, *args))
-        work.add_done_callback(release)
         try:
             while not (await asyncio.wait([work], timeout=POLL_SECONDS))[0]:
                 if gone() or loop.time() > deadline:
                     raise chat_error("TOO_SLOW")
             return work.result()
         finally:
-            if not work.done():
-                stop = asyncio.create_task(self._stop(db, work))
-                self._stopping.add(stop)
-                stop.add_done_callback(self._stopping.discard)
-
-    async def _stop(self, db: aiosqlite.Connection, work: asyncio.Future[Any]) -> None:
-        """Interrupt a slow read until it ends: an interrupt between two of its statements has no effect."""
-        while not work.done():
-            db._conn.interrupt()
-            await asyncio.wait([work], timeout=0.02)
-        await asyncio.gather(work, return_exceptions=True)
+            try:
+                while not work.done():  # again and again: an interrupt between two statements has no effect
+                    db._conn.interrupt()
+                    await asyncio.wait([work], timeout=0.02)
+                work.exception()  # retrieved, so that asyncio does not log it
+            finally:
+                self._idle.append(db)
 
     def is_busy(self) -> bool:
         """Return whether there was a fast write a moment ago."""
@@ -2944,15 +2925,6 @@ class PasswordHasher(FairQueue):
 
     async def _run(self, work: Callable[[], R]) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-    @contextlib.asynccontextmanager
-    async def turn(self, address: str) -> AsyncIterator[None]:
-        """Wait for a hasher and hold it. Raises RATE_LIMITED if too many wait already."""
-        await self.acquire(address)
-        try:
-            yield
-        finally:
-            self.release(address)
 
     def check_space(self, user: object) -> None:
         """If all queues together are full, refuse the newest of the longest one, so that no address can fill them."""
