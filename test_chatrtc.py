@@ -11099,13 +11099,13 @@ async def test_unknown_channels_and_a_silent_server_are_said(rest: Rest, tab: An
 
 def test_the_page_handles_every_event() -> None:
     page = (HERE / "chatrtc.html").read_text("utf-8")
-    table = re.search(r'^const (\w+) = \{\n  "message:new"\(.*?^\};', page, re.DOTALL | re.MULTILINE)
-    assert table is not None, "the page's table of event handlers, which begins with message:new, was not found"
-    handlers = dict(re.findall(r'^  "([\w:]+)"(.*)', table[0], re.MULTILINE))
+    tables = re.findall(r"^Object\.assign\(onEvent, \{\n(.*?)^\}\);", page, re.DOTALL | re.MULTILINE)
+    assert tables, "the page's tables of event handlers, Object.assign(onEvent, {...}), were not found"
+    handlers = dict(re.findall(r'^  "([\w:]+)"(.*)', "".join(tables), re.MULTILINE))
     missing = sorted(set(chatrtc.EVENTS) - set(handlers))
-    assert not missing, f"add a handler for {missing} to `{table[1]}` in chatrtc.html, or an empty one with the reason"
+    assert not missing, f"add a handler for {missing} to `onEvent` in chatrtc.html, or an empty one with the reason"
     unknown = sorted(set(handlers) - set(chatrtc.EVENTS))
-    assert not unknown, f"the server emits no {unknown}: delete the handlers in `{table[1]}` of chatrtc.html"
+    assert not unknown, f"the server emits no {unknown}: delete the handlers in `onEvent` of chatrtc.html"
     idle = [event for event, code in handlers.items() if "=> {}" in code and "//" not in code]
     assert not idle, f"say in a comment why the page does nothing on {idle}"
 
@@ -12173,6 +12173,87 @@ def test_names_point_upward() -> None:
     ]
     assert len(home) > 300
     assert downward == []
+
+
+PAGE = (HERE / "chatrtc.html").read_text("utf-8")
+SCRIPT = PAGE.split('<script type="module">')[1].split("</script>")[0]
+PAGE_SECTIONS = (
+    "Connection", "State", "Text (Markdown)", "Render", "Sync", "Timeline", "Composer", "Sign-in", "Dialogs",
+    "Administration", "Voice", "Start",
+)  # fmt: skip
+JS_SKIPPED = re.compile(r"""\s+|//.*|/\*(?s:.*?)\*/|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""")
+JS_REGEX = re.compile(r"/(?:\\.|\[(?:\\.|[^]\\])*\]|[^/\\\[\n])+/\w*")
+JS_TEMPLATE = re.compile(r"[`}](?:\\.|(?!\$\{)[^`\\])*(?:`|\$\{)")
+JS_TOKEN = re.compile(r"[\w$#]+|\.\.\.|\?\.|=>|\S")
+
+
+def js_tokens(script: str) -> Iterator[tuple[str, int]]:
+    """Yield each token of the script with its position, without comments, strings and regular expressions. Code inside a
+    template literal is included."""
+    at, last, braces = 0, "", [""]
+    while at < len(script):
+        template = script[at] == "`" or (script[at] == "}" and braces[-1] == "`")
+        pattern = JS_TEMPLATE if template else JS_REGEX if script[at] == "/" and last in "(,=:[!&|?{};=>" else JS_TOKEN
+        found = JS_SKIPPED.match(script, at) or pattern.match(script, at)
+        assert found is not None, script[at : at + 80]
+        token, position, at = found[0], at, found.end()
+        if found.re is JS_SKIPPED and token[0] not in "\"'":
+            continue
+        if token[0] == "}":
+            braces.pop()
+        if token[-1] == "{":
+            braces.append("`" if template else "{")
+        last = token if found.re is JS_TOKEN else "literal"
+        if found.re is JS_TOKEN:
+            yield token, position
+
+
+def js_names(script: str) -> Iterator[tuple[str, int]]:
+    """Yield each name that the script declares or uses; names of properties are left out."""
+    tokens = list(js_tokens(script))
+    for (before, _), (token, at), (after, _) in zip([("", 0), *tokens], tokens, [*tokens[1:], ("", 0)], strict=False):
+        if re.match(r"[A-Za-z_$]", token) and before not in (".", "?.") and not (before in "{," and after == ":"):
+            yield token, at
+
+
+def test_page_names_point_upward() -> None:
+    """Above its definition a name of the page's script is not even mentioned."""
+    home = {
+        found[1]: found.start() for found in re.finditer(r"^(?:async )?(?:function|class|const|let) ([\w$]+)", SCRIPT, re.M)
+    }
+    early = [f"{name} in line {SCRIPT[:at].count(chr(10))}" for name, at in js_names(SCRIPT) if at < home.get(name, 0)]
+    assert len(home) > 300
+    assert early == []
+
+
+def test_the_page_has_its_sections() -> None:
+    """Each with a paragraph, in lines of at most 110 columns with one statement in each."""
+    assert tuple(re.findall(r"^/\* ── (.+?) ─+\n   [A-Z]", SCRIPT, re.M)) == PAGE_SECTIONS
+    assert [line for line in PAGE.splitlines() if len(line) > 110] == []
+    tokens = [(token, SCRIPT[:at].count("\n")) for token, at in js_tokens(SCRIPT)]
+    lines = SCRIPT.split("\n")
+    crowded = [
+        lines[line]
+        for (token, line), (after, next_line) in itertools.pairwise(tokens)
+        if token == ";" and line == next_line and after != "}"
+    ]
+    assert [line for line in crowded if "for (" not in line] == []
+
+
+def test_calls_that_point_down_the_page_are_listed() -> None:
+    listed = re.findall(r"^     (\w+)\(.*\)  +[A-Z]", SCRIPT, re.M)
+    added = [
+        name
+        for found in re.findall(r"Object\.assign\(below, \{(.*)\}\)", SCRIPT)
+        for name in re.findall(r"(\w+)(?=,|:| )", found)
+    ]
+    assert set(listed) == set(re.findall(r"\bbelow\.(\w+)\(", SCRIPT)) <= set(added)
+
+
+def test_each_button_of_the_page_has_an_action() -> None:
+    tables = re.findall(r"^Object\.assign\(actions, \{\n(.*?)^\}\);", SCRIPT, re.M | re.S)
+    actions = {name for table in tables for name in re.findall(r"^  (\w+)(?=[:(,])", table, re.M)}
+    assert set(re.findall(r'data-do="(\w+)"', PAGE.split("<script>")[0])) <= actions
 
 
 def test_the_map_names_the_sections() -> None:
