@@ -1226,6 +1226,7 @@ MIGRATIONS = (
 SCHEMA_FORMAT = len(MIGRATIONS) + 1
 MAX_FULL_CHECK_BYTES = 64 * 1024 * 1024  # up to this size a start also compares the indexes with the tables (about 1 s)
 SQLITE_MAGIC = b"SQLite format 3\0"
+BACKUP_MODE = b"\1"  # header[18:19] of a backup; a database in use is in WAL mode (2), from the beginning
 PRAGMAS = dict(journal_mode="wal", synchronous=2, foreign_keys=1, trusted_schema=0, cell_size_check=1, secure_delete=1)
 
 
@@ -1364,11 +1365,6 @@ def read_sqlite_header(path: Path) -> bytes:
     return header
 
 
-def is_backup(header: bytes) -> bool:
-    """Return whether a file is a backup: only a database in use is in WAL mode (2), from the beginning."""
-    return header[18:19] == b"\1"
-
-
 def check_openable(path: Path) -> int:
     """Check an unused database without changing it, and return its format number. Raises StartError if it cannot be opened.
 
@@ -1382,8 +1378,8 @@ def check_openable(path: Path) -> int:
             raise StartError(f"{path} is empty or missing, but the files next to it show that it was in use: {hint}")
         if not header:
             return 0
-        if unsaved and is_backup(header):
-            raise StartError(f"{path} is a backup, but {wal.name} next to it belongs to another database: {hint}")
+        if unsaved and header[18:19] == BACKUP_MODE:
+            raise StartError(f"{path} is a backup next to the {wal.name} of another database: {hint}")
         with contextlib.closing(connect_reader(path, immutable=not unsaved)) as db:
             version = check_format(db, path)
             full = path.stat().st_size < MAX_FULL_CHECK_BYTES
@@ -1446,7 +1442,7 @@ def skip_ids(db: sqlite3.Connection, known: int = 0) -> None:
 def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
     """Check the database file, or create it, and return the connection that writes. Raises StartError."""
     with as_start_error(path):
-        copied = is_backup(read_sqlite_header(path))  # a backup that was copied into place
+        copied = read_sqlite_header(path)[18:19] == BACKUP_MODE  # a backup that was copied into place
         if copied and sibling_path(path, "-journal").exists():  # an earlier start failed while it changed the backup (below)
             with contextlib.closing(sqlite3.connect(path)) as db:
                 read_format(db)  # the first read rolls back
@@ -1472,7 +1468,7 @@ class Lock:
     def acquire(self) -> bool:
         """Return whether the lock was free and is now held. Raises StartError if there can be no lock file."""
         if self.path.name == ":memory:.lock":
-            raise StartError("The database is a file; ':memory:' would not keep anything")
+            raise StartError("The database is a file; ':memory:' would keep nothing")
         if not self.path.parent.is_dir():
             raise StartError(f"The directory {self.path.parent} does not exist")
         file = open_private(self.path, os.O_RDWR | os.O_CREAT)

@@ -2085,7 +2085,7 @@ async def test_an_authors_messages_are_deleted_in_steps_each_reported(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     monkeypatch.setattr(chatrtc, "PURGE_STEP", 30)
-    monkeypatch.setattr(chatrtc, "PURGE_SCAN", 150)
+    monkeypatch.setattr(chatrtc, "PURGE_SCAN_STEP", 150)
     world = await make_world()
     scene = await Scene.make(world)
     await scene.ben.ok("POST", "/servers", {"name": "empty"})
@@ -6473,10 +6473,10 @@ def spoil(folder: Path, name: str, filled: dict[str, bytes]) -> str:
         case "emptied":
             path.write_bytes(b"")
             (folder / "chat.db.secret").write_text("s" * 64)
-            return "held something"
+            return "was in use"
         case "lost beside its -wal":
             Path(f"{path}-wal").write_bytes(filled["wal"])
-            return "held something"
+            return "was in use"
         case "damaged beside its -wal":
             path.write_bytes(filled["killed"][:4096] + bytes(65536) + filled["killed"][69632:])
             Path(f"{path}-wal").write_bytes(filled["wal"])
