@@ -1906,53 +1906,47 @@ class Store:
 
 
 # ---- Queries -------------------------------------------------------------------------------------------------------
-# The SQL: a function for each query, called with a connection that is in a transaction. Rows become payloads here.
+# The SQL for accounts, servers and members. A query is a function whose first argument is a connection in a transaction. Names
+# begin with what they do: load_, insert_, update_, delete_. Results are payloads, not rows.
 
-INVITE = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
+INVITE_ROWS = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
 CHANNEL_ROWS = "SELECT server_id, channel_id, name, kind, topic FROM channels "
-PLACE = "SELECT p.server_id, m.role, u.name FROM users u LEFT JOIN "
-ROLE_THERE = """
-    LEFT JOIN members m ON m.server_id = p.server_id AND m.user_id = u.user_id
-    WHERE u.user_id = ? AND u.generation = ? AND u.deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)
-"""
-TARGET_QUERIES = {  # a channel that is in no server is deleted
-    "server_id": PLACE + "servers p ON p.server_id = ?" + ROLE_THERE,
-    "channel_id": PLACE + "channels p ON p.channel_id = ?" + ROLE_THERE,
-    "message_id": PLACE
-    + "messages x ON x.message_id = ? AND x.deleted = 0 LEFT JOIN channels p ON p.channel_id = x.channel_id"
-    + ROLE_THERE,
+PRINCIPAL_ROWS = "SELECT u.user_id, u.username, u.status, u.generation, u.name, u.password FROM users u "
+SERVER_ROWS = """SELECT s.server_id, s.name, o.user_id, s.created_at, m.role FROM members m
+    JOIN servers s ON s.server_id = m.server_id LEFT JOIN members o ON o.server_id = s.server_id AND o.role = 'owner'
+    WHERE m.user_id = :user_id"""
+SERVER_IDS = "SELECT m.server_id FROM members m WHERE m.user_id = :user_id"
+MEMBER_ROWS = """SELECT m.user_id, u.username, m.role,
+        CASE WHEN u.status = 'invisible' AND u.user_id <> :viewer THEN 'online' ELSE u.status END, m.joined_at,
+        u.password IS NULL AND u.deleted = 0, CASE WHEN (SELECT role FROM members v WHERE v.server_id = m.server_id
+        AND v.user_id = :viewer) <> 'member' THEN m.invited_by END, u.name
+    FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = :server_id """
+TARGET_ROWS = "SELECT t.server_id, m.role, u.name FROM users u LEFT JOIN "
+VALID_CALLER = """ LEFT JOIN members m ON m.server_id = t.server_id AND m.user_id = u.user_id
+    WHERE u.user_id = ? AND u.generation = ? AND u.deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)"""
+TARGET_TABLES = {  # field of the arguments -> the table with the target's server; a channel without a server is deleted
+    "server_id": "servers t ON t.server_id = ?",
+    "channel_id": "channels t ON t.channel_id = ?",
+    "message_id": "messages x ON x.message_id = ? AND x.deleted = 0 LEFT JOIN channels t ON t.channel_id = x.channel_id",
+    "code": "invites t ON t.code = ?",
 }
+TARGET_QUERIES = {key: TARGET_ROWS + table + VALID_CALLER for key, table in TARGET_TABLES.items()}
+Target = tuple[int | None, Role | None, str | None]  # its server (None: no such target), the caller's role and display name
 NEXT_SEQ = {
     "": "UPDATE servers SET seq = seq + 1 WHERE server_id = ?",
     "channels": "UPDATE servers SET seq = seq + 1, channels_seq = seq + 1 WHERE server_id = ?",
     "members": "UPDATE servers SET seq = seq + 1, members_seq = seq + 1 WHERE server_id = ?",
     "name": "UPDATE servers SET seq = seq + 1, name_seq = seq + 1 WHERE server_id = ?",
 }
-MAX_FORMER_MEMBERS = 1000  # former members of a server that are listed
-MAX_OWNED_SERVERS = 100  # of one owner
-MAX_CHANNELS = 500  # in one server
-MAX_INVITES = 200  # in one server
-GUESTS_PER_STEP = 50  # guests that are removed in one transaction
-MAX_KNOWN_ADDRESSES = 20  # from which an account signed in
-
-
-def statement(*queries: str) -> Query[int]:
-    """Return a function of a connection and the values that runs statements and returns how many rows they changed."""
-    return lambda db, *values: sum(db.execute(query, values).rowcount for query in queries)
-
-
-def first_value(query: str) -> Query[Any]:
-    """Return a function of a connection and the values that returns the first column of the first row, or None."""
-    return lambda db, *values: (db.execute(query, values).fetchone() or (None,))[0]
-
-
-def rows_as(kind: Callable[..., R], query: str) -> Query[list[R]]:
-    """Return a function of a connection and the values that returns all rows as objects of that kind."""
-    return lambda db, *values: [kind(*row) for row in db.execute(query, values)]
+MAX_OWNED_SERVERS = 100  # of an account
+MAX_CHANNELS = 500  # in a server
+MAX_INVITES = 200  # in a server
+MAX_KNOWN_ADDRESSES = 20  # of an account
+GUESTS_PER_STEP = 50  # guests removed in one transaction
 
 
 class Principal(NamedTuple):
-    """The account of a token, and that token (none for a call from the program itself)."""
+    """An authenticated account and the token it presented (empty `digest` for calls made by the embedding program)."""
 
     user_id: int
     username: str
@@ -1967,35 +1961,167 @@ class Principal(NamedTuple):
         return Identity(self.user_id, self.username, name=self.name)
 
 
+def statement(*queries: str) -> Query[int]:
+    """Return a query that runs these statements with the same values and returns the number of changed rows."""
+    return lambda db, *values: sum(db.execute(query, values).rowcount for query in queries)
+
+
+def first_value(query: str) -> Query[Any]:
+    """Return a query that returns the first column of the first row, or None."""
+    return lambda db, *values: (db.execute(query, values).fetchone() or (None,))[0]
+
+
+def row_as(kind: Callable[..., R], query: str) -> Query[R]:
+    """Return a query that returns its first row, which must exist, as an object of that kind."""
+    return lambda db, *values: kind(*db.execute(query, values).fetchone())
+
+
+def rows_as(kind: Callable[..., R], query: str) -> Query[list[R]]:
+    """Return a query that returns all rows as objects of that kind."""
+    return lambda db, *values: [kind(*row) for row in db.execute(query, values)]
+
+
+def named(kind: Callable[..., R]) -> Callable[..., R]:
+    """Return a constructor that takes the display name as the last positional argument."""
+    return lambda *values: kind(*values[:-1], name=values[-1])
+
+
+load_seq: Query[int] = first_value("SELECT seq FROM servers WHERE server_id = ?")
+
+
+def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
+    """Increment and return the server's sequence number. `part`: "channels", "members" or "name" if that list changes."""
+    db.execute(NEXT_SEQ[part], (server_id,))
+    return load_seq(db, server_id)  # not by RETURNING, which adds 4 us to a post
+
+
+def server_change(part: str, *queries: str) -> Query[int]:
+    """Return a query that runs these statements with a server's id and other values, and returns the change's `seq`."""
+
+    def run(db: sqlite3.Connection, server_id: int, *values: object) -> int:
+        seq = next_seq(db, server_id, part)
+        statement(*queries)(db, server_id, *values)
+        return seq
+
+    return run
+
+
+# Accounts and tokens.
+load_accounts: Query[list[tuple[int, str, str]]] = rows_as(
+    lambda *row: row, "SELECT user_id, username, created_at FROM users WHERE deleted = 0 ORDER BY user_id"
+)
+load_profile = row_as(
+    lambda user_id, username, status, at, guest, name: Profile(user_id, username, status, at, bool(guest), name=name),
+    "SELECT user_id, username, status, created_at, password IS NULL AND deleted = 0, name FROM users WHERE user_id = ?",
+)
 load_password_hash: Query[str | None] = first_value("SELECT password FROM users WHERE user_id = ?")
 load_address_seen_at: Query[float | None] = first_value("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?")
+update_status = statement("UPDATE users SET status = ?2 WHERE user_id = ?1")
+update_display_name = statement("UPDATE users SET name = ?2 WHERE user_id = ?1")
 close_account = statement(
     "DELETE FROM known_addresses WHERE user_id = ?",
     "UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?",
 )
-update_status = statement("UPDATE users SET status = ?2 WHERE user_id = ?1")
-update_display_name = statement("UPDATE users SET name = ?2 WHERE user_id = ?1")
 insert_revoked_token = statement("INSERT OR IGNORE INTO revoked_tokens VALUES (?, ?)")
+delete_expired_tokens = statement("DELETE FROM revoked_tokens WHERE expires_at < ?", "DELETE FROM links WHERE expires_at < ?")
+
+# Servers and channels.
+load_all_servers = rows_as(
+    lambda *row: dict(zip(("server_id", "name", "created_at", "seq"), row, strict=True)),
+    "SELECT server_id, name, created_at, seq FROM servers ORDER BY server_id",
+)
 load_server_ids = rows_as(int, "SELECT server_id FROM members WHERE user_id = ? ORDER BY server_id")
-ACCOUNT = "SELECT u.user_id, u.username, u.status, u.generation, u.name, u.password FROM users u "
+insert_server: Query[int] = first_value("INSERT INTO servers (name, created_at) VALUES (?, ?) RETURNING server_id")
+update_server_name = server_change("name", "UPDATE servers SET name = ?2 WHERE server_id = ?1")
+delete_server_row = statement("DELETE FROM servers WHERE server_id = ?")
+load_channels = rows_as(Channel, CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id")
+load_channel = row_as(Channel, CHANNEL_ROWS + "WHERE channel_id = ?")
+# Removes a channel from its server. Its messages are deleted later, by `purge_deleted_channel`.
+detach_channel = server_change("channels", "UPDATE channels SET server_id = NULL WHERE server_id = ? AND channel_id = ?")
+
+# Members and bans.
+load_role: Query[Role | None] = first_value("SELECT role FROM members WHERE server_id = ? AND user_id = ?")
+update_role = server_change("members", "UPDATE members SET role = ?3 WHERE server_id = ?1 AND user_id = ?2")
+delete_member = server_change(
+    "members",
+    "INSERT INTO former_members SELECT server_id, user_id, invited_by FROM members WHERE server_id = ? AND user_id = ?",
+    "DELETE FROM members WHERE server_id = ? AND user_id = ?",
+)
+# The former members with the 1,000 newest accounts, by id.
+load_former_members = rows_as(
+    named(Identity),
+    """SELECT * FROM (SELECT f.user_id, u.username, u.name FROM former_members f JOIN users u ON u.user_id = f.user_id
+       WHERE f.server_id = ? ORDER BY f.user_id DESC LIMIT 1000) ORDER BY user_id""",
+)
+# 1 if the user is a former member whose account is not deleted.
+is_former_member: Query[int | None] = first_value(
+    "SELECT 1 FROM former_members JOIN users USING (user_id) WHERE server_id = ? AND user_id = ? AND deleted = 0"
+)
+# The member who becomes the owner if the owner's account is deleted: the first admin, else the first member.
+load_next_owner: Query[int | None] = first_value(
+    "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1"
+)
+# 1 if a user (?1) is a member of a server from which another user (?2) could not remove them.
+is_out_of_reach: Query[int | None] = first_value(
+    """SELECT 1 FROM members t WHERE t.user_id = ?1 AND NOT EXISTS (
+           SELECT 1 FROM members m WHERE m.server_id = t.server_id AND m.user_id = ?2
+           AND (m.role = 'owner' OR (m.role = 'admin' AND t.role = 'member')))"""
+)
+# The guests of a server (?1) whose role is lower than ?2, by id, at most ?3.
+load_guests_below = rows_as(
+    int,
+    """SELECT m.user_id FROM members m JOIN users u ON u.user_id = m.user_id
+       WHERE m.server_id = ? AND u.password IS NULL AND (m.role = 'member' OR (m.role = 'admin' AND ? = 'owner'))
+       ORDER BY m.user_id LIMIT ?""",
+)
+load_bans = rows_as(
+    named(Ban),
+    """SELECT b.server_id, b.user_id, u.username, b.banned_by, b.banned_at, u.name FROM bans b
+       JOIN users u ON u.user_id = b.user_id WHERE b.server_id = ? AND b.user_id > ? ORDER BY b.user_id LIMIT ?""",
+)
+is_banned: Query[int | None] = first_value("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?")
+insert_ban = statement("INSERT OR IGNORE INTO bans VALUES (?, ?, ?, ?)")
+delete_ban = statement("DELETE FROM bans WHERE server_id = ? AND user_id = ?")
+
+# Invites.
+load_invites = rows_as(Invite, INVITE_ROWS + "WHERE server_id = ? ORDER BY rowid")
+load_invite_preview = row_as(
+    InvitePreview,
+    """SELECT i.code, s.server_id, s.name, (SELECT count(*) FROM members m WHERE m.server_id = s.server_id)
+       FROM invites i JOIN servers s ON s.server_id = i.server_id WHERE i.code = ?""",
+)
+update_invite_uses = statement("UPDATE invites SET uses = uses + 1 WHERE code = ?")
+delete_invite = statement("DELETE FROM invites WHERE code = ?")
+# Deletes the invite that a member or former member (server, user) used, if it is recorded.
+delete_invite_used_by = statement(
+    """DELETE FROM invites WHERE server_id = ?1 AND code IN (
+           SELECT invited_by FROM members WHERE server_id = ?1 AND user_id = ?2
+           UNION ALL SELECT invited_by FROM former_members WHERE server_id = ?1 AND user_id = ?2)"""
+)
+
+# The whole database.
+count_rows: Query[tuple[int, int, int]] = row_as(  # users, servers, messages
+    lambda *row: row, "SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM servers), (SELECT count(*) FROM messages)"
+)
+# Writes to the disk: two updates that cancel out, because SQLite skips one that changes nothing.
+probe_write = statement("UPDATE search SET indexed_id = indexed_id + 1", "UPDATE search SET indexed_id = indexed_id - 1")
 
 
 def load_principal(db: sqlite3.Connection, user_id: int, digest: bytes) -> Principal | None:
-    """Return the account, unless it is deleted or that token was revoked."""
+    """Return the account, or None if it is deleted or the token with that digest is revoked."""
     valid = "WHERE user_id = ? AND deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)"
-    row = db.execute(ACCOUNT + valid, (user_id, digest)).fetchone()
+    row = db.execute(PRINCIPAL_ROWS + valid, (user_id, digest)).fetchone()
     return Principal(*row[:5]) if row else None
 
 
 def load_account(db: sqlite3.Connection, username: str) -> tuple[Principal, str | None] | None:
-    """Return the account of that name, however it is spelled, and its password's hash."""
-    row = db.execute(ACCOUNT + "WHERE username_key = ? AND deleted = 0", (name_key(username),)).fetchone()
+    """Return the account with that username, in any spelling, and its password hash."""
+    row = db.execute(PRINCIPAL_ROWS + "WHERE username_key = ? AND deleted = 0", (name_key(username),)).fetchone()
     return (Principal(*row[:5]), row[5]) if row else None
 
 
 def find_free_username(db: sqlite3.Connection, name: str) -> str:
-    """Return a username that nobody has for a display name: `Tim.Meier`, else `Tim.Meier2`, ... It takes few look-ups, however
-    many people have that name."""
+    """Return a free username for a display name: `Tim.Meier`, `Tim.Meier2`, ... Needs few look-ups, however many share it."""
     handle = handle_of(name)
 
     def is_free(number: int) -> bool:
@@ -2008,7 +2134,7 @@ def find_free_username(db: sqlite3.Connection, name: str) -> str:
 
 
 def insert_user(db: sqlite3.Connection, username: str, password: str | None, now: str, name: str | None = None) -> int:
-    """Return the new account's id. Raises CONFLICT if the name is taken."""
+    """Insert an account and return its id. `password`: its hash, None for a guest. Raises CONFLICT if the username is taken."""
     query = """INSERT INTO users (username, username_key, password, created_at, name) VALUES (?, ?, ?, ?, ?)
                ON CONFLICT (username_key) DO NOTHING RETURNING user_id"""
     values = (username, name_key(username), password, now, None if name == username else name)
@@ -2019,7 +2145,7 @@ def insert_user(db: sqlite3.Connection, username: str, password: str | None, now
 
 
 def insert_known_address(db: sqlite3.Connection, user_id: int, digest: bytes, clock: float) -> Result[None]:
-    """Note that the account signed in from that address; the newest ADDRESSES_KEPT are kept."""
+    """Record that the account signed in from an address. The newest `MAX_KNOWN_ADDRESSES` are kept."""
     db.execute("INSERT OR REPLACE INTO known_addresses VALUES (?, ?, ?)", (user_id, digest, clock))
     db.execute(
         """DELETE FROM known_addresses WHERE user_id = ?1 AND digest NOT IN
@@ -2030,7 +2156,7 @@ def insert_known_address(db: sqlite3.Connection, user_id: int, digest: bytes, cl
 
 
 def update_password(db: sqlite3.Connection, user_id: int, before: str | None, password: str) -> int:
-    """Set a password and return the new generation: all tokens end. Raises CONFLICT if another was set meanwhile."""
+    """Replace the password hash `before` and return the new token generation. Raises CONFLICT if another hash is stored."""
     query = """UPDATE users SET password = ?, generation = generation + 1
                WHERE user_id = ? AND password IS ? AND deleted = 0 RETURNING generation"""
     row = db.execute(query, (password, user_id, before)).fetchone()
@@ -2039,213 +2165,93 @@ def update_password(db: sqlite3.Connection, user_id: int, before: str | None, pa
     return int(row[0])
 
 
-def load_accounts(db: sqlite3.Connection) -> list[tuple[int, str, str]]:
-    """Return the id, username and creation time of each account that is not deleted."""
-    return db.execute("SELECT user_id, username, created_at FROM users WHERE deleted = 0 ORDER BY user_id").fetchall()
-
-
-def load_profile(db: sqlite3.Connection, user_id: int) -> Profile:
-    query = "SELECT username, status, created_at, password IS NULL AND deleted = 0, name FROM users WHERE user_id = ?"
-    username, status, created_at, guest, name = db.execute(query, (user_id,)).fetchone()
-    return Profile(user_id, username, status, created_at, bool(guest), name=name)
-
-
-load_seq: Query[int] = first_value("SELECT seq FROM servers WHERE server_id = ?")
-
-
-def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
-    """Take the server's next number; `part`: for a change of its "channels", its "members" or its "name"."""
-    db.execute(NEXT_SEQ[part], (server_id,))
-    return load_seq(db, server_id)  # in the place of RETURNING, which costs a post 4 us more
-
-
-def server_change(part: str, *queries: str) -> Query[int]:
-    """Return a function of a connection, a server's id and other values that runs statements and returns the change's `seq`."""
-
-    def run(db: sqlite3.Connection, server_id: int, *values: object) -> int:
-        for query in queries:
-            db.execute(query, (server_id, *values))
-        return next_seq(db, server_id, part)
-
-    return run
-
-
-insert_server: Query[int] = first_value("INSERT INTO servers (name, created_at) VALUES (?, ?) RETURNING server_id")
-update_server_name = server_change("name", "UPDATE servers SET name = ?2 WHERE server_id = ?1")
-delete_server_row = statement("DELETE FROM servers WHERE server_id = ?")
-load_channels = rows_as(Channel, CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id")
-SERVER_ROWS = """SELECT s.server_id, s.name, o.user_id, s.created_at, m.role FROM members m
-    JOIN servers s ON s.server_id = m.server_id LEFT JOIN members o ON o.server_id = s.server_id AND o.role = 'owner' """
-
-
-def lookup_target(
-    db: sqlite3.Connection, key: str, number: int, user: Principal
-) -> tuple[int | None, Role | None, str | None] | None:
-    """Return the server of the target with that id (`key`: one of `TARGET_QUERIES`), if it exists, the caller's role there and
-    the caller's display name; None if the caller's token is no longer valid."""
-    found: tuple[int | None, Role | None, str | None] | None
-    found = db.execute(TARGET_QUERIES[key], (number, user.user_id, user.generation, user.digest)).fetchone()
+def lookup_target(db: sqlite3.Connection, key: str, target: int | str, user: Principal) -> Target | None:
+    """Look up an operation's target. Return None if the caller's token is no longer valid. `key`: one of `TARGET_QUERIES`."""
+    found: Target | None = db.execute(TARGET_QUERIES[key], (target, user.user_id, user.generation, user.digest)).fetchone()
     return found
 
 
-def load_server(db: sqlite3.Connection, server_id: int, user_id: int) -> Server:
-    query = SERVER_ROWS + "WHERE m.server_id = ? AND m.user_id = ?"
-    _, name, owner_id, created_at, role = db.execute(query, (server_id, user_id)).fetchone()
-    return Server(server_id, name, owner_id, created_at, role, load_channels(db, server_id))
-
-
-def load_servers(db: sqlite3.Connection, user_id: int) -> list[Server]:
-    """Return a member's servers with their channels, in two queries however many there are."""
-    rows = db.execute(SERVER_ROWS + "WHERE m.user_id = ? ORDER BY s.server_id", (user_id,))
-    servers = {server_id: Server(server_id, name, owner, at, role, []) for server_id, name, owner, at, role in rows}
-    mine = "WHERE server_id IN (SELECT server_id FROM members WHERE user_id = ?) ORDER BY channel_id"
-    for row in db.execute(CHANNEL_ROWS + mine, (user_id,)):
+def load_servers(db: sqlite3.Connection, user_id: int, server_id: int | None = None) -> list[Server]:
+    """Return a member's servers, or only that one, with their channels, in two queries."""
+    only = " AND m.server_id = :server_id" if server_id is not None else ""
+    values = {"user_id": user_id, "server_id": server_id}
+    rows = db.execute(SERVER_ROWS + only + " ORDER BY s.server_id", values)
+    servers = {one: Server(one, name, owner_id, created_at, role, []) for one, name, owner_id, created_at, role in rows}
+    for row in db.execute(CHANNEL_ROWS + "WHERE server_id IN (" + SERVER_IDS + only + ") ORDER BY channel_id", values):
         servers[row[0]].channels.append(Channel(*row))
     return list(servers.values())
 
 
-def check_owned(db: sqlite3.Connection, user_id: int) -> None:
-    """Raise CONFLICT if the account owns as many servers as it may."""
+def check_owned_servers(db: sqlite3.Connection, user_id: int) -> None:
+    """Raise CONFLICT if the account owns `MAX_OWNED_SERVERS` already."""
     (owned,) = db.execute("SELECT count(*) FROM members WHERE user_id = ? AND role = 'owner'", (user_id,)).fetchone()
     if owned >= MAX_OWNED_SERVERS:
         raise chat_error("TOO_MANY", n=MAX_OWNED_SERVERS)
 
 
-def load_channel(db: sqlite3.Connection, channel_id: int) -> Channel:
-    return Channel(*db.execute(CHANNEL_ROWS + "WHERE channel_id = ?", (channel_id,)).fetchone())
-
-
-def load_members(db: sqlite3.Connection, server_id: int, present: Collection[int], viewer: int) -> list[Member]:
-    """Return the members. `present`: ids of those who are connected. Invisible members look as if they were not."""
-    rows = db.execute(
-        """SELECT m.user_id, u.username, m.role,
-                  CASE WHEN u.status = 'invisible' AND u.user_id <> :viewer THEN 'online' ELSE u.status END, m.joined_at,
-                  u.password IS NULL AND u.deleted = 0, CASE WHEN
-                  (SELECT role FROM members v WHERE v.server_id = m.server_id AND v.user_id = :viewer) <> 'member'
-                  THEN m.invited_by END, u.name
-           FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = :server_id ORDER BY m.user_id""",
-        {"viewer": viewer, "server_id": server_id},
-    )
+def load_members(
+    db: sqlite3.Connection, server_id: int, connected: Collection[int], viewer: int, user_id: int | None = None
+) -> list[Member]:
+    """Return the members of a server, or only `user_id`, as `viewer` sees them: "invisible" only as the viewer's own status,
+    `invited_by` only if the viewer is an admin. `connected`: the users whom the viewer sees connected."""
+    only = "AND m.user_id = :user_id " if user_id is not None else ""
+    values = {"viewer": viewer, "server_id": server_id, "user_id": user_id}
+    rows = db.execute(MEMBER_ROWS + only + "ORDER BY m.user_id", values)
     return [
-        Member(server_id, user_id, username, role, status, joined_at, user_id in present, bool(guest), invited_by, name=name)
+        Member(server_id, user_id, username, role, status, joined_at, user_id in connected, bool(guest), invited_by, name=name)
         for user_id, username, role, status, joined_at, guest, invited_by, name in rows
     ]
 
 
-def load_former_members(db: sqlite3.Connection, server_id: int) -> list[Identity]:
-    """Return those who left, the newest `MAX_FORMER_MEMBERS` accounts, by id."""
-    rows = db.execute(
-        """SELECT f.user_id, u.username, u.name FROM former_members f JOIN users u ON u.user_id = f.user_id
-           WHERE f.server_id = ? ORDER BY f.user_id DESC LIMIT ?""",
-        (server_id, MAX_FORMER_MEMBERS),
-    ).fetchall()
-    return [Identity(user_id, username, name=name) for user_id, username, name in reversed(rows)]
-
-
-def load_member_facts(db: sqlite3.Connection, user_id: int) -> dict[str, Any]:
-    """Return what events about a member say of the account: `username`, `name` and `guest`."""
-    account = load_profile(db, user_id)
-    return {"username": account.username, "name": account.name, "guest": account.guest}
-
-
-load_role: Query[Role | None] = first_value("SELECT role FROM members WHERE server_id = ? AND user_id = ?")
-update_role = server_change("members", "UPDATE members SET role = ?3 WHERE server_id = ?1 AND user_id = ?2")
-delete_member = server_change(
-    "members",
-    "INSERT INTO former_members SELECT server_id, user_id, invited_by FROM members WHERE server_id = ? AND user_id = ?",
-    "DELETE FROM members WHERE server_id = ? AND user_id = ?",
-)
-# Who comes after the owner: the first admin, else the first member.
-load_next_owner: Query[int | None] = first_value(
-    "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1"
-)
-# Whether an account that is not deleted was a member and is not one now.
-has_left: Query[int | None] = first_value(
-    """SELECT 1 FROM former_members f JOIN users u ON u.user_id = f.user_id
-       WHERE f.server_id = ? AND f.user_id = ? AND u.deleted = 0"""
-)
-# Whether a user (?1) is in a server where an admin (?2) could not remove them.
-is_out_of_reach: Query[int | None] = first_value(
-    """SELECT 1 FROM members t WHERE t.user_id = ?1 AND NOT EXISTS (
-           SELECT 1 FROM members m WHERE m.server_id = t.server_id AND m.user_id = ?2
-           AND (m.role = 'owner' OR (m.role = 'admin' AND t.role = 'member')))"""
-)
-is_banned: Query[int | None] = first_value("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?")
-insert_ban = statement("INSERT OR IGNORE INTO bans VALUES (?, ?, ?, ?)")
-delete_ban = statement("DELETE FROM bans WHERE server_id = ? AND user_id = ?")
-
-
-def load_bans(db: sqlite3.Connection, args: BansArgs) -> Bans:
-    rows = db.execute(
-        """SELECT b.server_id, b.user_id, u.username, b.banned_by, b.banned_at, u.name
-           FROM bans b JOIN users u ON u.user_id = b.user_id
-           WHERE b.server_id = ? AND b.user_id > ? ORDER BY b.user_id LIMIT ?""",
-        (args.server_id, args.after, args.limit + 1),
-    ).fetchall()
-    return Bans([Ban(*row[:5], name=row[5]) for row in rows[: args.limit]], len(rows) > args.limit)
-
-
-def load_guests_below(db: sqlite3.Connection, server_id: int, role: Role | None) -> list[int]:
-    """Return the next guests of a lower role."""
-    query = """SELECT m.user_id FROM members m JOIN users u ON u.user_id = m.user_id
-               WHERE m.server_id = ? AND u.password IS NULL AND (m.role = 'member' OR (m.role = 'admin' AND ? = 'owner'))
-               ORDER BY m.user_id LIMIT ?"""
-    return [user_id for (user_id,) in db.execute(query, (server_id, role, GUESTS_PER_STEP))]
+def insert_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str, code: str | None = None) -> int:
+    """Make an account a member and return the change's `seq`. `code`: the invite it used."""
+    db.execute(
+        """INSERT INTO members (server_id, user_id, role, joined_at, invited_by, read_from)  -- older messages count as read
+           VALUES (?, ?, ?, ?, ?, (SELECT coalesce(max(message_id), 0) FROM messages))""",
+        (server_id, user_id, role, now, code),
+    )
+    db.execute("DELETE FROM former_members WHERE server_id = ? AND user_id = ?", (server_id, user_id))
+    return next_seq(db, server_id, "members")
 
 
 def insert_link(db: sqlite3.Connection, user_id: int, code: str, expires: float) -> None:
-    """Store a sign-in code for a guest; older ones of theirs are no longer valid."""
+    """Insert a sign-in code for a guest. It replaces an earlier one."""
     db.execute("DELETE FROM links WHERE user_id = ?", (user_id,))
     db.execute("INSERT INTO links VALUES (?, ?, ?)", (hashlib.sha256(code.encode()).digest(), user_id, expires))
 
 
 def load_link_guest(db: sqlite3.Connection, code: str, now: float) -> Principal:
-    """Return the guest whom a sign-in code is for. Raises NOT_FOUND."""
+    """Return the guest of a valid sign-in code. Raises NOT_FOUND."""
     valid = """JOIN links l ON u.user_id = l.user_id
                WHERE l.digest = ? AND l.expires_at > ? AND u.password IS NULL AND u.deleted = 0"""
-    row = db.execute(ACCOUNT + valid, (hashlib.sha256(code.encode()).digest(), now)).fetchone()
+    row = db.execute(PRINCIPAL_ROWS + valid, (hashlib.sha256(code.encode()).digest(), now)).fetchone()
     if row is None:
         raise chat_error("LINK_UNKNOWN", field="code")
     return Principal(*row[:5])
 
 
 def delete_link(db: sqlite3.Connection, code: str, now: float) -> Principal:
+    """Delete a valid sign-in code and return its guest. Raises NOT_FOUND."""
     guest = load_link_guest(db, code, now)
     db.execute("DELETE FROM links WHERE user_id = ?", (guest.user_id,))
     return guest
 
 
-def make_room_for_invite(db: sqlite3.Connection, server_id: int, now: str) -> None:
-    """If the server has as many invites as it may, delete the oldest that is no longer valid. Raises CONFLICT."""
-    (count,) = db.execute("SELECT count(*) FROM invites WHERE server_id = ?", (server_id,)).fetchone()
+def insert_invite(db: sqlite3.Connection, invite: Invite, created_by: int, now: str) -> None:
+    """Insert an invite. If there are `MAX_INVITES`, delete the oldest invalid one first; raise CONFLICT if all are valid."""
+    (count,) = db.execute("SELECT count(*) FROM invites WHERE server_id = ?", (invite.server_id,)).fetchone()
     oldest = """DELETE FROM invites WHERE rowid = (
                     SELECT rowid FROM invites WHERE server_id = ? AND (uses >= max_uses OR expires_at <= ?)
                     ORDER BY rowid LIMIT 1)"""
-    if count >= MAX_INVITES and db.execute(oldest, (server_id, now)).rowcount == 0:
+    if count >= MAX_INVITES and db.execute(oldest, (invite.server_id, now)).rowcount == 0:
         raise chat_error("TOO_MANY", n=MAX_INVITES)
-
-
-load_invites = rows_as(Invite, INVITE + "WHERE server_id = ? ORDER BY rowid")
-insert_invite = statement("INSERT INTO invites (code, server_id, created_by, max_uses, expires_at) VALUES (?, ?, ?, ?, ?)")
-load_invite_server: Query[int | None] = first_value("SELECT server_id FROM invites WHERE code = ?")  # used up or not
-update_invite_uses = statement("UPDATE invites SET uses = uses + 1 WHERE code = ?")
-delete_invite = statement("DELETE FROM invites WHERE code = ?")
-# Deletes the invite by which a current or former member (server, user) came, if it is known.
-delete_invite_used_by = statement(
-    """DELETE FROM invites WHERE server_id = ?1 AND code IN (
-           SELECT invited_by FROM members WHERE server_id = ?1 AND user_id = ?2
-           UNION ALL SELECT invited_by FROM former_members WHERE server_id = ?1 AND user_id = ?2)"""
-)
-
-
-def load_invite_preview(db: sqlite3.Connection, invite: Invite) -> InvitePreview:
-    query = "SELECT name, (SELECT count(*) FROM members m WHERE m.server_id = s.server_id) FROM servers s WHERE server_id = ?"
-    return InvitePreview(invite.code, invite.server_id, *db.execute(query, (invite.server_id,)).fetchone())
+    values = (invite.code, invite.server_id, created_by, invite.max_uses, invite.expires_at)
+    db.execute("INSERT INTO invites (code, server_id, created_by, max_uses, expires_at) VALUES (?, ?, ?, ?, ?)", values)
 
 
 def load_valid_invite(db: sqlite3.Connection, code: str, now: str) -> Invite:
-    """Return the invite. Raises NOT_FOUND if there is none, or it has expired or been used up."""
-    row = db.execute(INVITE + "WHERE code = ?", (code,)).fetchone()
+    """Return an invite. Raises NOT_FOUND if it does not exist, has expired or is used up."""
+    row = db.execute(INVITE_ROWS + "WHERE code = ?", (code,)).fetchone()
     if row is None:
         raise chat_error("INVITE_UNKNOWN", field="code")
     invite = Invite(*row)
@@ -2256,23 +2262,8 @@ def load_valid_invite(db: sqlite3.Connection, code: str, now: str) -> Invite:
     return invite
 
 
-def insert_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str, code: str | None = None) -> int:
-    """Make an account a member, by the invite `code` if there was one. Return the number of that change."""
-    db.execute(
-        """INSERT INTO members (server_id, user_id, role, joined_at, invited_by, read_from)  -- older messages are not unread
-           VALUES (?, ?, ?, ?, ?, (SELECT coalesce(max(message_id), 0) FROM messages))""",
-        (server_id, user_id, role, now, code),
-    )
-    db.execute("DELETE FROM former_members WHERE server_id = ? AND user_id = ?", (server_id, user_id))
-    return next_seq(db, server_id, "members")
-
-
-# Takes a channel out of its server; its messages go later (`purge_deleted_channel`).
-detach_channel = server_change("channels", "UPDATE channels SET server_id = NULL WHERE server_id = ? AND channel_id = ?")
-
-
 def insert_channel(db: sqlite3.Connection, server_id: int, name: str, kind: ChannelKind, topic: str) -> tuple[Channel, int]:
-    """Return the new channel and the number of that change. Raises CONFLICT if the name is taken or there are too many."""
+    """Insert a channel; return it and the change's `seq`. Raises CONFLICT if the name is taken or there are `MAX_CHANNELS`."""
     (count,) = db.execute("SELECT count(*) FROM channels WHERE server_id = ?", (server_id,)).fetchone()
     if count >= MAX_CHANNELS:
         raise chat_error("TOO_MANY", n=MAX_CHANNELS)
@@ -2286,81 +2277,55 @@ def insert_channel(db: sqlite3.Connection, server_id: int, name: str, kind: Chan
     return Channel(*row), next_seq(db, server_id, "channels")
 
 
-def update_channel(db: sqlite3.Connection, server_id: int, channel_id: int, name: str, topic: str) -> int:
-    """Return the number of that change. Raises CONFLICT if another channel has the name."""
+def update_channel(db: sqlite3.Connection, channel: Channel) -> int:
+    """Store a channel's name and topic and return the change's `seq`. Raises CONFLICT if another channel has that name."""
     change = "UPDATE OR IGNORE channels SET name = ?, name_key = ?, topic = ? WHERE channel_id = ?"
-    if not db.execute(change, (name, name_key(name), topic, channel_id)).rowcount:
+    if not db.execute(change, (channel.name, name_key(channel.name), channel.topic, channel.channel_id)).rowcount:
         raise chat_error("CHANNEL_TAKEN", field="name")
-    return next_seq(db, server_id, "channels")
+    return next_seq(db, channel.server_id, "channels")
 
 
-def delete_expired_tokens(db: sqlite3.Connection, now: float) -> Result[None]:
-    """Delete revoked tokens and sign-in codes that have expired."""
-    db.execute("DELETE FROM revoked_tokens WHERE expires_at < ?", (now,))
-    db.execute("DELETE FROM links WHERE expires_at < ?", (now,))
-    return Result(None)
-
-
-def probe_write(db: sqlite3.Connection) -> Result[None]:
-    """Write something, however little; SQLite leaves out what would change nothing."""
-    for step in (1, -1):
-        db.execute("UPDATE search SET indexed_id = indexed_id + ?", (step,))
-    return Result(None)
-
-
-def count_rows(db: sqlite3.Connection) -> list[int]:
-    """How many users, servers and messages there are."""
-    counts = "SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM servers), (SELECT count(*) FROM messages)"
-    return list(db.execute(counts).fetchone())
-
-
-def load_all_servers(db: sqlite3.Connection) -> list[dict[str, Any]]:
-    rows = db.execute("SELECT server_id, name, created_at, seq FROM servers ORDER BY server_id")
-    return [dict(zip(("server_id", "name", "created_at", "seq"), row, strict=True)) for row in rows]
-
-
-CHECKS = {
+INTEGRITY_CHECKS = {  # what each query finds
     "a server without an owner": "SELECT server_id FROM servers EXCEPT SELECT server_id FROM members WHERE role = 'owner'",
-    "a number beyond its server's last": """SELECT message_id FROM messages m JOIN servers s ON s.server_id = m.server_id
-                                            WHERE m.seq > s.seq""",
-    "a message whose channel is of another server": """SELECT message_id FROM messages m JOIN channels c
-                                            ON c.channel_id = m.channel_id WHERE c.server_id <> m.server_id""",
-    "a reply across channels": """SELECT m.message_id FROM messages m JOIN messages r ON r.message_id = m.reply_to
-                                  WHERE r.channel_id <> m.channel_id""",
+    "a sequence number beyond its server's last":
+        "SELECT message_id FROM messages m JOIN servers s USING (server_id) WHERE m.seq > s.seq",
+    "a message whose channel is in another server":
+        "SELECT message_id FROM messages m JOIN channels c USING (channel_id) WHERE c.server_id <> m.server_id",
+    "a reply to a message in another channel":
+        "SELECT m.message_id FROM messages m JOIN messages r ON r.message_id = m.reply_to WHERE r.channel_id <> m.channel_id",
     "a deleted message with text": "SELECT message_id FROM messages WHERE deleted = 1 AND content <> ''",
-}
+}  # fmt: skip
 
 
 def check_integrity(db: sqlite3.Connection) -> list[str]:
-    """Return what is wrong with a database, in lines. One of an older format is checked less."""
+    """Return the errors found in a database, one per line. `INTEGRITY_CHECKS` only run on the current schema format."""
     lines = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
     if lines:
         return lines
     lines += [f"{row[0]} {row[1]} refers to a missing row of {row[2]}" for row in db.execute("PRAGMA foreign_key_check")]
-    for name, query in CHECKS.items() if read_format(db) == SCHEMA_FORMAT else ():
+    for name, query in INTEGRITY_CHECKS.items() if read_format(db) == SCHEMA_FORMAT else ():
         lines += [f"{name}: {row[0]}" for row in db.execute(query)]
     return lines
 
 
 # ---- Message queries -----------------------------------------------------------------------------------------------
-# The SQL of messages: posting, editing, deleting, reactions, pages of channels, catching up, read marks and search.
+# The SQL for messages, reactions, mentions, pages, changes, read marks and search.
 
 MESSAGE_FIELDS = """
-    SELECT m.channel_id, m.message_id, m.content, m.author_id, u.username, m.created_at, m.seq,
-           m.edited_at, m.reply_to, m.nonce,
-           CASE WHEN m.extras THEN
-               (SELECT json_group_array(json_array(r.emoji, r.user_id)) FROM reactions r WHERE r.message_id = m.message_id) END,
-           CASE WHEN m.extras THEN
-               (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted, u.name
+    SELECT m.channel_id, m.message_id, m.content, m.author_id, u.username, m.created_at, m.seq, m.edited_at, m.reply_to,
+        m.nonce, CASE WHEN m.extras THEN
+            (SELECT json_group_array(json_array(r.emoji, r.user_id)) FROM reactions r WHERE r.message_id = m.message_id) END,
+        CASE WHEN m.extras THEN
+            (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted, u.name
 """
 MESSAGE_ROWS = MESSAGE_FIELDS + "FROM messages m JOIN users u ON u.user_id = m.author_id "
-NOT_DELETED = "JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id "  # the message's channel
-CHANGED_ROWS = MESSAGE_ROWS + NOT_DELETED + "WHERE m.server_id = ? AND m.seq > ? ORDER BY m.seq LIMIT ?"
-FOUND_ROWS = MESSAGE_FIELDS + "FROM messages_fts f CROSS JOIN messages m ON m.message_id = f.rowid " + NOT_DELETED
+IN_CHANNEL = "JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id "  # leaves out deleted channels
+CHANGED_ROWS = MESSAGE_ROWS + IN_CHANNEL + "WHERE m.server_id = ? AND m.seq > ? ORDER BY m.seq LIMIT ?"
+FOUND_ROWS = MESSAGE_FIELDS + "FROM messages_fts f CROSS JOIN messages m ON m.message_id = f.rowid " + IN_CHANNEL
 FOUND_ROWS += "JOIN users u ON u.user_id = m.author_id WHERE messages_fts MATCH :match AND f.rowid < :before "
-INDEXED = """SELECT message_id, content, server_id FROM messages
-             WHERE deleted = 0 AND message_id <= (SELECT indexed_id FROM search) AND """
-READS = """  -- each channel of a user, the last message that is read, how many after it are unread, and how many name the user
+INDEXED_ROWS = """SELECT message_id, content, server_id FROM messages
+                  WHERE deleted = 0 AND message_id <= (SELECT indexed_id FROM search) AND """
+READ_STATE_ROWS = """  -- a user's channels: the last message read, how many are unread, how many mention the user
     SELECT channel_id, last,
         (SELECT count(*) FROM (SELECT 1 FROM (
             SELECT x.author_id FROM messages x WHERE x.channel_id = mine.channel_id AND x.message_id > last AND x.deleted = 0
@@ -2373,18 +2338,41 @@ READS = """  -- each channel of a user, the last message that is read, how many 
           FROM members m JOIN channels c ON c.server_id = m.server_id
           LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE m.user_id = :user_id) AS mine
 """
-READ_MARK = """
-    SELECT max(m.read_from, coalesce(r.last_read_id, 0)) FROM channels c JOIN members m ON m.server_id = c.server_id
-    LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE c.channel_id = ? AND m.user_id = ?
-"""
 MAX_UNREAD = 1000
-READ_LIMITS = {"most": MAX_UNREAD, "steps": 2 * MAX_UNREAD}  # steps: messages looked at, the user's own included
-ANSWER_BYTES = 448 * 1024  # of messages and lists in one answer, in JSON: with all else in it, 512 KiB
-VARIATION = "\ufe0f"  # asks for the coloured form of an emoji: with and without it, a reaction is the same
-MAX_REACTIONS = 50  # different ones on one message
-INDEX_STEP = 500  # messages that search learns of in one transaction
-PURGE_STEP = 200  # messages of one author that are deleted in one transaction
-PURGE_SCAN_STEP = 5000  # messages that are looked at for it
+READ_LIMITS = {"most": MAX_UNREAD, "steps": 2 * MAX_UNREAD}  # steps: messages examined, the user's own included
+MAX_RESULT_BYTES = 448 * 1024  # JSON bytes of the messages and lists in one result, which then stays below 512 KiB
+VARIATION = "\ufe0f"  # selects the coloured form of an emoji; a reaction is the same with and without it
+MAX_REACTIONS = 50  # different emojis on one message
+INDEX_STEP = 500  # messages indexed, or deleted with their channel, in one transaction
+PURGE_STEP = 200  # messages of one author deleted in one transaction
+PURGE_SCAN_STEP = 5000  # messages examined to find them
+
+
+# Gives a message (?2) the server's (?1) next sequence number, because its reactions changed.
+update_message_seq = server_change(
+    "", "UPDATE messages SET seq = (SELECT seq FROM servers WHERE server_id = ?1), extras = 1 WHERE message_id = ?2"
+)
+insert_mention = statement("INSERT INTO mentions VALUES (?, ?, ?)")
+insert_reaction = statement("INSERT INTO reactions VALUES (?, ?, ?)")
+delete_reaction = statement("DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?")
+load_last_read: Query[int] = first_value(
+    """SELECT max(m.read_from, coalesce(r.last_read_id, 0)) FROM channels c JOIN members m ON m.server_id = c.server_id
+       LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE c.channel_id = ? AND m.user_id = ?"""
+)
+# The author of a message (?2), unless it is ?3, if they are still a member of the server (?1).
+load_answered_author = rows_as(
+    int,
+    """SELECT b.user_id FROM messages m JOIN members b ON b.server_id = ?1 AND b.user_id = m.author_id
+       WHERE m.message_id = ?2 AND m.author_id != ?3""",
+)
+# The ids of the newest message and of the last one in the search index.
+load_index_progress: Query[tuple[int, int]] = row_as(
+    lambda *row: row, "SELECT (SELECT coalesce(max(message_id), 0) FROM messages), indexed_id FROM search"
+)
+# 1 while deleted or replaced texts may still be in the search index or in the -wal.
+has_stale_texts: Query[int] = first_value("SELECT stale FROM search")
+load_deleted_channel: Query[Any] = first_value("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1")
+load_pending_purge: Query[int | None] = first_value("SELECT 1 FROM purges LIMIT 1")
 
 
 def message_from_row(row: Sequence[Any]) -> Message:
@@ -2400,13 +2388,13 @@ def message_from_row(row: Sequence[Any]) -> Message:
 
 
 def load_message(db: sqlite3.Connection, message_id: int) -> Message | None:
-    """Return the message, unless it is deleted or does not exist."""
+    """Return a message, or None if it does not exist or is deleted."""
     row = db.execute(MESSAGE_ROWS + "WHERE m.message_id = ? AND m.deleted = 0", (message_id,)).fetchone()
     return message_from_row(row) if row else None
 
 
 def load_message_by_nonce(db: sqlite3.Connection, author_id: int, channel_id: int, nonce: str) -> Message | None:
-    """Return the message that was posted with this nonce. Raises CONFLICT if it was deleted."""
+    """Return the message posted with this nonce, or None. Raises CONFLICT if it is deleted."""
     posted = "WHERE m.author_id = ? AND m.channel_id = ? AND m.nonce = ?"
     row = db.execute(MESSAGE_ROWS + posted, (author_id, channel_id, nonce)).fetchone()
     if row is not None and row[12]:
@@ -2414,47 +2402,26 @@ def load_message_by_nonce(db: sqlite3.Connection, author_id: int, channel_id: in
     return message_from_row(row) if row else None
 
 
-def load_named_members(db: sqlite3.Connection, server_id: int, content: str) -> list[int]:
-    """Return the members whose `@handle` is in the text, ascending: for each `@` the longest handle that fits."""
-    runs = mention_runs(content)
+def load_mentions(db: sqlite3.Connection, server_id: int, author_id: int, content: str, reply_to: int | None) -> list[int]:
+    """Return the ids of the members whom a message mentions: by `@handle` (for each `@`, the longest handle that matches), and
+    the author of the message that it replies to, unless that is its own author. At most `MAX_MENTIONS`, ascending."""
+    answered, runs = [], mention_runs(content) if "@" in content else []
+    if reply_to is not None:
+        answered = load_answered_author(db, server_id, reply_to, author_id)
     if not any(runs):
-        return []
+        return answered
     rows = db.execute(
         """SELECT u.username_key, m.user_id FROM json_each(?) k CROSS JOIN users u ON u.username_key = k.value
            CROSS JOIN members m ON m.server_id = ? AND m.user_id = u.user_id""",
         (json.dumps(list({key for keys in runs for key in keys})), server_id),
     )
     members: dict[str, int] = dict(rows.fetchall())
-    longest = (next((members[key] for key in reversed(keys) if key in members), None) for keys in runs)
-    return sorted({user_id for user_id in longest if user_id is not None})
-
-
-# The author of the message that a reply answers, if that is another user (?3) and still a member (of ?1).
-load_answered_author = rows_as(
-    int,
-    """SELECT b.user_id FROM messages m JOIN members b ON b.server_id = ?1 AND b.user_id = m.author_id
-       WHERE m.message_id = ?2 AND m.author_id != ?3""",
-)
-
-
-def find_mentioned_members(
-    db: sqlite3.Connection, server_id: int, author_id: int, content: str, reply_to: int | None
-) -> list[int]:
-    """Return the members that a message mentions by `@handle` or answers, ascending and at most `MAX_MENTIONS`."""
-    named = load_named_members(db, server_id, content) if "@" in content else []
-    if reply_to is None:
-        return named
-    answered = load_answered_author(db, server_id, reply_to, author_id)
-    return sorted(list(dict.fromkeys(answered + named))[:MAX_MENTIONS])
-
-
-def insert_mentions(db: sqlite3.Connection, message_id: int, channel_id: int, mentions: list[int]) -> None:
-    for user_id in mentions:
-        db.execute("INSERT INTO mentions VALUES (?, ?, ?)", (message_id, user_id, channel_id))
+    longest = {next((members[key] for key in reversed(keys) if key in members), 0) for keys in runs} - {0}
+    return sorted(list(dict.fromkeys(answered + sorted(longest)))[:MAX_MENTIONS])
 
 
 def insert_message(db: sqlite3.Connection, server_id: int, author: Principal, args: NewMessage, now: str) -> Message:
-    mentions = find_mentioned_members(db, server_id, author.user_id, args.content, args.reply_to)
+    mentions = load_mentions(db, server_id, author.user_id, args.content, args.reply_to)
     seq = next_seq(db, server_id)
     message_id = db.execute(
         """INSERT INTO messages (server_id, channel_id, author_id, content, created_at, reply_to, nonce, seq, extras)
@@ -2462,7 +2429,8 @@ def insert_message(db: sqlite3.Connection, server_id: int, author: Principal, ar
         (server_id, args.channel_id, author.user_id, args.content, now, args.reply_to, args.nonce, seq, bool(mentions)),
     ).lastrowid
     assert message_id is not None
-    insert_mentions(db, message_id, args.channel_id, mentions)
+    for user_id in mentions:
+        insert_mention(db, message_id, user_id, args.channel_id)
     return Message(
         args.channel_id, message_id, args.content, author.user_id, author.username, now, seq,
         reply_to=args.reply_to, nonce=args.nonce, mentions=mentions, author_name=author.name,
@@ -2470,50 +2438,44 @@ def insert_message(db: sqlite3.Connection, server_id: int, author: Principal, ar
 
 
 def index_rows(db: sqlite3.Connection, rows: Iterable[tuple[int, str, int]]) -> None:
-    """Add messages (id, content and server) to the search index."""
+    """Add messages (id, content, server) to the search index."""
     values = [(message_id, search_text(content), server_id) for message_id, content, server_id in rows]
     db.executemany("INSERT INTO messages_fts (rowid, content, server_id) VALUES (?, ?, ?)", values)
 
 
 def unindex(db: sqlite3.Connection, where: str, *values: int) -> bool:
-    """Remove messages from the search index, before they change; return whether any were in it."""
-    rows = db.execute(INDEXED + where, values).fetchall()
-    forget = "INSERT INTO messages_fts (messages_fts, rowid, content, server_id) VALUES ('delete', ?, ?, ?)"
-    db.executemany(forget, [(message_id, search_text(content), server_id) for message_id, content, server_id in rows])
+    """Remove messages from the search index, which needs their old text. Return whether the index had any of them."""
+    rows = db.execute(INDEXED_ROWS + where, values).fetchall()
+    delete = "INSERT INTO messages_fts (messages_fts, rowid, content, server_id) VALUES ('delete', ?, ?, ?)"
+    db.executemany(delete, [(message_id, search_text(content), server_id) for message_id, content, server_id in rows])
     db.execute("UPDATE search SET stale = 1")
     return bool(rows)
 
 
-def has_stale_texts(db: sqlite3.Connection) -> bool:
-    """Return whether deleted or changed texts may still be in the search index or in the -wal."""
-    return bool(db.execute("SELECT stale FROM search").fetchone()[0])
-
-
 def merge_index(db: sqlite3.Connection) -> Result[bool]:
-    """Merge the search index by one step; once it is whole, it has no word of a deleted text. Return whether it is."""
+    """Merge the search index by one step. Return whether it is merged completely: then no word of a deleted text is in it."""
     changes = db.total_changes
     db.execute("INSERT INTO messages_fts (messages_fts, rank) VALUES ('merge', -500)")  # pages
-    whole = db.total_changes - changes < 2  # SQLite's way of saying that there was nothing to do
-    if whole:
+    merged = db.total_changes - changes < 2  # as SQLite documents it: there was nothing left to merge
+    if merged:
         db.execute("UPDATE search SET stale = 0")
-    return Result(whole)
+    return Result(merged)
 
 
 def update_message(db: sqlite3.Connection, server_id: int, message: Message, content: str, now: str) -> None:
-    indexed = unindex(db, "message_id = ?", message.message_id)
-    db.execute(
-        "UPDATE messages SET content = ?, edited_at = ?, seq = ?, extras = 1 WHERE message_id = ?",
-        (content, now, next_seq(db, server_id), message.message_id),
-    )
-    if indexed:
+    """Replace the text of a message, with its mentions and its place in the search index."""
+    is_indexed = unindex(db, "message_id = ?", message.message_id)
+    values = (content, now, next_seq(db, server_id), message.message_id)
+    db.execute("UPDATE messages SET content = ?, edited_at = ?, seq = ?, extras = 1 WHERE message_id = ?", values)
+    if is_indexed:
         index_rows(db, [(message.message_id, content, server_id)])
     db.execute("DELETE FROM mentions WHERE message_id = ?", (message.message_id,))
-    mentions = find_mentioned_members(db, server_id, message.author_id, content, message.reply_to)
-    insert_mentions(db, message.message_id, message.channel_id, mentions)
+    for user_id in load_mentions(db, server_id, message.author_id, content, message.reply_to):
+        insert_mention(db, message.message_id, user_id, message.channel_id)
 
 
 def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
-    """Delete a message, of which the row stays without its text; return the number of the change."""
+    """Delete a message and return the change's `seq`. Its row stays, without the text, for clients that catch up."""
     unindex(db, "message_id = ?", message_id)
     seq = next_seq(db, server_id)
     db.execute("UPDATE messages SET content = '', deleted = 1, seq = ? WHERE message_id = ?", (seq, message_id))
@@ -2522,11 +2484,8 @@ def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> i
     return seq
 
 
-load_deleted_channel = first_value("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1")
-
-
 def purge_deleted_channel(db: sqlite3.Connection) -> Result[None]:
-    """Delete the next messages of a deleted channel, or the channel if it has none. Nothing happens if there is no such."""
+    """Delete the next messages of a deleted channel, or the channel if it has none left."""
     channel_id = load_deleted_channel(db)
     last = "SELECT max(message_id) FROM (SELECT message_id FROM messages WHERE channel_id = ? ORDER BY message_id LIMIT ?)"
     (until,) = db.execute(last, (channel_id, INDEX_STEP)).fetchone()
@@ -2538,21 +2497,17 @@ def purge_deleted_channel(db: sqlite3.Connection) -> Result[None]:
     return Result(None)
 
 
-load_pending_purge: Query[int | None] = first_value("SELECT 1 FROM purges LIMIT 1")
-
-
 def purge_next_messages(db: sqlite3.Connection) -> Result[None]:
-    """Delete the next messages of the purge that was asked for last, newest first, each reported like any deletion."""
+    """Delete the next messages of the newest purge, newest first, each with the event of a single deletion."""
     row = db.execute("SELECT purge_id, server_id, author_id, last_id FROM purges ORDER BY purge_id DESC LIMIT 1").fetchone()
     if row is None:
         return Result(None)
     purge_id, server_id, author_id, last_id = row
-    values = (last_id - PURGE_SCAN_STEP, last_id, author_id, server_id, PURGE_STEP)
     rows = db.execute(
         """SELECT m.message_id, m.channel_id, c.server_id FROM messages m JOIN channels c ON c.channel_id = m.channel_id
            WHERE m.message_id > ? AND m.message_id <= ? AND m.author_id = ? AND m.deleted = 0
            AND c.server_id = coalesce(?, c.server_id) ORDER BY m.message_id DESC LIMIT ?""",
-        values,
+        (last_id - PURGE_SCAN_STEP, last_id, author_id, server_id, PURGE_STEP),
     ).fetchall()
     effects = [
         Emit("message:deleted", server, Deletion(channel_id, message_id, delete_message(db, server, message_id)))
@@ -2567,196 +2522,179 @@ def purge_next_messages(db: sqlite3.Connection) -> Result[None]:
     return Result(None, effects)
 
 
-def start_purge(db: sqlite3.Connection, server_id: int | None, author_id: int) -> list[Effect]:
-    """Delete an author's messages in a server (None: in every server): the newest now, the others in steps, later. Return the
-    effects of what is deleted now. It takes some milliseconds: the operation has to be a `slow` one."""
+def start_purge(db: sqlite3.Connection, server_id: int | None, author_id: int) -> Sequence[Effect]:
+    """Delete an author's messages in a server (None: in all servers): the newest now, the others later, in steps. Return the
+    effects of the deletions made now. It takes some milliseconds, so the operation has to be `slow`."""
     newest = "SELECT ?, ?, coalesce(max(message_id), 0) FROM messages"
     db.execute("INSERT INTO purges (server_id, author_id, last_id) " + newest, (server_id, author_id))
-    return list(purge_next_messages(db).effects)
+    return purge_next_messages(db).effects
 
 
-def update_message_seq(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
-    """Take a number for a change of the message's reactions."""
-    seq = next_seq(db, server_id)
-    db.execute("UPDATE messages SET seq = ?, extras = 1 WHERE message_id = ?", (seq, message_id))
-    return seq
-
-
-insert_reaction = statement("INSERT INTO reactions VALUES (?, ?, ?)")
-delete_reaction = statement("DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?")
-
-
-def first_messages(rows: Iterable[Sequence[Any]], limit: int, most: int = ANSWER_BYTES) -> Messages:
-    """Return the first messages, at most `limit` and `most` bytes of JSON but one at least."""
-    found = Messages([], False)
+def take_messages(rows: Iterable[Sequence[Any]], limit: int, max_bytes: int = MAX_RESULT_BYTES) -> Messages:
+    """Return the first messages of the rows: at most `limit`, and at most `max_bytes` of JSON but at least one."""
+    taken = Messages([], False)
     for row in rows:
         message = message_from_row(row)
-        most -= len(msgspec.json.encode(message))
-        if limit == 0 or (found.messages and (most < 0 or len(found.messages) == limit)):
-            return Messages(found.messages, True)
-        found.messages.append(message)
-    return found
+        max_bytes -= len(msgspec.json.encode(message))
+        if limit == 0 or (taken.messages and (max_bytes < 0 or len(taken.messages) == limit)):
+            return Messages(taken.messages, True)
+        taken.messages.append(message)
+    return taken
 
 
-def page_of(db: sqlite3.Connection, args: PageArgs, where: str, cursor: int, limit: int, most: int = ANSWER_BYTES) -> Messages:
-    """Return the messages nearest to the cursor, oldest first."""
+def load_page_part(
+    db: sqlite3.Connection, channel_id: int, where: str, cursor: int, limit: int, max_bytes: int = MAX_RESULT_BYTES
+) -> Messages:
+    """Return the messages nearest to the cursor on one side of it (`where`: ">", "<" or "<="), oldest first."""
     order = "ASC" if where == ">" else "DESC"
     rows = db.execute(
         f"{MESSAGE_ROWS} WHERE m.channel_id = ? AND m.message_id {where} ? AND m.deleted = 0 "
         f"ORDER BY m.message_id {order} LIMIT ?",
-        (args.channel_id, cursor, limit + 1),
+        (channel_id, cursor, limit + 1),
     )
-    found = first_messages(rows, limit, most)
-    found.messages.sort(key=operator.attrgetter("message_id"))
-    return found
+    part = take_messages(rows, limit, max_bytes)
+    part.messages.sort(key=operator.attrgetter("message_id"))
+    return part
 
 
-def page(db: sqlite3.Connection, args: PageArgs) -> Messages:
+def load_page(db: sqlite3.Connection, args: PageArgs) -> Messages:
     """Return a page of a channel, oldest first. It costs the same anywhere: an index walk of `limit` steps from the cursor."""
+    load_part = functools.partial(load_page_part, db, args.channel_id)
     if args.after is not None:
-        return page_of(db, args, ">", args.after, args.limit)
+        return load_part(">", args.after, args.limit)
     if args.around is None:
-        return page_of(db, args, "<", args.before if args.before is not None else 2**63 - 1, args.limit)
-    newer = page_of(db, args, ">", args.around, args.limit // 2, ANSWER_BYTES // 2)
-    older = page_of(db, args, "<=", args.around, args.limit - len(newer.messages), ANSWER_BYTES // 2)
+        return load_part("<", args.before if args.before is not None else 2**63 - 1, args.limit)
+    newer = load_part(">", args.around, args.limit // 2, MAX_RESULT_BYTES // 2)
+    older = load_part("<=", args.around, args.limit - len(newer.messages), MAX_RESULT_BYTES // 2)
     return Messages(older.messages + newer.messages, newer.has_more or older.has_more)
 
 
 class PageCache:
-    """The pages that were asked for last, each with the `seq` of its server then, up to which it is valid. Thirty pupils who
-    open a channel ask for the same page; reading it costs 120 us, looking it up 5."""
+    """The pages requested last. A page is valid while its server's `seq` is unchanged. Thirty pupils who open a channel request
+    the same page: loading it takes 120 us, a look-up here 5."""
 
-    KEPT = 256
-    TEXT_MAX = 32_768  # characters in a page that is kept: all pages together take 64 MiB at most
+    MAX_PAGES = 256
+    MAX_CHARACTERS = 32_768  # of a page: all pages together take at most 64 MiB
 
     def __init__(self) -> None:
-        self._pages: dict[tuple[int | None, ...], tuple[int, Messages]] = {}
+        self._pages: dict[tuple[int | None, ...], tuple[int, Messages]] = {}  # arguments -> seq and page, oldest use first
 
     def clear(self) -> None:
         self._pages.clear()
 
     def get(self, db: sqlite3.Connection, server_id: int, args: PageArgs) -> Messages:
         key, seq = msgspec.structs.astuple(args), load_seq(db, server_id)
-        kept_seq, messages = self._pages.pop(key, (-1, None))
-        if messages is None or kept_seq != seq:
-            messages = page(db, args)
-        if sum(len(message.content) for message in messages.messages) <= self.TEXT_MAX:
-            self._pages[key] = seq, messages
-        if len(self._pages) > self.KEPT:
+        cached_seq, page = self._pages.pop(key, (-1, None))
+        if page is None or cached_seq != seq:
+            page = load_page(db, args)
+        if sum(len(message.content) for message in page.messages) <= self.MAX_CHARACTERS:
+            self._pages[key] = seq, page
+        if len(self._pages) > self.MAX_PAGES:
             del self._pages[next(iter(self._pages))]
-        return messages
+        return page
 
 
-def load_changes(db: sqlite3.Connection, args: ChangesArgs, present: Collection[int], viewer: int) -> Changes:
-    """Return what came after a number (everything on `reset`): at most `limit` messages and `ANSWER_BYTES`, but one change at
-    least. A list is in the answer that passes its number."""
+def load_changes(db: sqlite3.Connection, args: ChangesArgs, connected: Collection[int], viewer: int) -> Changes:
+    """Return a server's changes after a sequence number, in order: at most `limit` messages and `MAX_RESULT_BYTES` of JSON, but
+    at least one change. A changed list is included whole. If a restore removed changes that the client has seen, return
+    everything, with `reset`."""
     seq, channels_seq, members_seq, name_seq, name = db.execute(
         "SELECT seq, channels_seq, members_seq, name_seq, name FROM servers WHERE server_id = ?", (args.server_id,)
     ).fetchone()
     gap = "SELECT 1 FROM gaps WHERE server_id = ? AND after_seq < ? AND ? < until_seq"
     reset = args.after > seq or db.execute(gap, (args.server_id, args.after, args.after)).fetchone() is not None
     after = 0 if reset else args.after
-    members = functools.partial(load_members, db, args.server_id, present, viewer)
+    members = functools.partial(load_members, db, args.server_id, connected, viewer)
     lists: dict[int, Callable[[], dict[str, Any]]] = {
         channels_seq: lambda: {"channels": load_channels(db, args.server_id)},
         members_seq: lambda: {"members": members(), "former": load_former_members(db, args.server_id)},
         name_seq: lambda: {"name": name},
     }
-    numbers = [(number, None) for number in sorted(lists) if number > after]
+    list_seqs = [(list_seq, None) for list_seq in sorted(lists) if list_seq > after]
     rows = ((row[6], row) for row in db.execute(CHANGED_ROWS, (args.server_id, after, args.limit + 1)))
     changes = Changes(after, False, [], [], reset=reset, name=name if reset else UNSET)
     size = 0
-    for number, row in heapq.merge(rows, numbers, key=operator.itemgetter(0)):
-        value: Any = lists[number]() if row is None else Deletion(row[0], row[1], number) if row[12] else message_from_row(row)
+    for at, row in heapq.merge(rows, list_seqs, key=operator.itemgetter(0)):
+        value: Any = lists[at]() if row is None else Deletion(row[0], row[1], at) if row[12] else message_from_row(row)
         size += len(msgspec.json.encode(value))
         is_full = row is not None and len(changes.messages) + len(changes.deleted) == args.limit
-        if is_full or (size > ANSWER_BYTES and changes.seq > after):
+        if is_full or (size > MAX_RESULT_BYTES and changes.seq > after):
             changes.has_more = True
             return changes
         if row is None:
             changes = msgspec.structs.replace(changes, **value)
         else:
             (changes.deleted if row[12] else changes.messages).append(value)
-        changes.seq = number
+        changes.seq = at
     changes.seq = seq
     return changes
 
 
-def load_read_states(db: sqlite3.Connection, user_id: int) -> list[ReadState]:
-    """Return the read state of each text channel of a user, in one query."""
-    values = {"user_id": user_id} | READ_LIMITS
-    return [ReadState(*row) for row in db.execute(READS + "WHERE kind = 'text' ORDER BY channel_id", values)]
-
-
-def load_read_state(db: sqlite3.Connection, user_id: int, channel_id: int) -> ReadState:
-    """Return a member's read state of a channel."""
+def load_read_states(db: sqlite3.Connection, user_id: int, channel_id: int | None = None) -> list[ReadState]:
+    """Return a user's read state in each text channel, or in that channel, in one query."""
+    where = "WHERE kind = 'text' ORDER BY channel_id" if channel_id is None else "WHERE channel_id = :channel_id"
     values = {"user_id": user_id, "channel_id": channel_id} | READ_LIMITS
-    return ReadState(*db.execute(READS + "WHERE channel_id = :channel_id", values).fetchone())
+    return [ReadState(*row) for row in db.execute(READ_STATE_ROWS + where, values)]
 
 
-def set_read(db: sqlite3.Connection, user_id: int, channel_id: int, message_id: int) -> None:
+def update_last_read(db: sqlite3.Connection, user_id: int, channel_id: int, message_id: int) -> None:
     values = (message_id, user_id, channel_id)
     if not db.execute("UPDATE reads SET last_read_id = ? WHERE user_id = ? AND channel_id = ?", values).rowcount:
         db.execute("INSERT INTO reads (last_read_id, user_id, channel_id) VALUES (?, ?, ?)", values)
 
 
-def update_read(db: sqlite3.Connection, user_id: int, args: MarkReadArgs) -> ReadState | None:
-    """Move the mark, only forward unless `back`, and return the new state if it moved. Raises NOT_FOUND."""
-    there = """SELECT 1 FROM messages WHERE message_id = :message_id AND channel_id = :channel_id UNION ALL SELECT 1 WHERE :back
-               AND (:message_id = 0 OR EXISTS (SELECT 1 FROM messages
-                    WHERE channel_id = :channel_id AND message_id > :message_id AND deleted = 0))"""
-    if not db.execute(there, msgspec.structs.asdict(args)).fetchone():
+def move_read_mark(db: sqlite3.Connection, user_id: int, args: MarkReadArgs) -> ReadState | None:
+    """Move a read mark, backwards only with `back`. Return the new state, or None if the mark did not move. Raises NOT_FOUND
+    unless the message is in the channel; with `back`, any id up to the channel's newest message is accepted."""
+    accepted = """SELECT 1 FROM messages WHERE message_id = :message_id AND channel_id = :channel_id UNION ALL SELECT 1
+                  WHERE :back AND (:message_id = 0 OR EXISTS (SELECT 1 FROM messages
+                        WHERE channel_id = :channel_id AND message_id > :message_id AND deleted = 0))"""
+    if not db.execute(accepted, msgspec.structs.asdict(args)).fetchone():
         raise chat_error("NO_MESSAGE", field="message_id")
-    before = db.execute(READ_MARK, (args.channel_id, user_id)).fetchone()[0]
+    before = load_last_read(db, args.channel_id, user_id)
     if args.message_id == before or (args.message_id < before and not args.back):
         return None
-    set_read(db, user_id, args.channel_id, args.message_id)
-    after = load_read_state(db, user_id, args.channel_id)
+    update_last_read(db, user_id, args.channel_id, args.message_id)
+    (after,) = load_read_states(db, user_id, args.channel_id)
     return after if after.last_read_id != before else None
-
-
-def load_index_progress(db: sqlite3.Connection) -> tuple[int, int]:
-    """Return the ids of the newest message and of the last one that is in the search index."""
-    newest, known = db.execute("SELECT (SELECT max(message_id) FROM messages), indexed_id FROM search").fetchone()
-    return newest or 0, known
 
 
 def index_messages(db: sqlite3.Connection) -> Result[int]:
     """Add the next messages to the search index and return the id of the last one in it."""
-    (known,) = db.execute("SELECT indexed_id FROM search").fetchone()
+    _, indexed_id = load_index_progress(db)
     rows = db.execute(
         "SELECT message_id, content, server_id, deleted FROM messages WHERE message_id > ? ORDER BY message_id LIMIT ?",
-        (known, INDEX_STEP),
+        (indexed_id, INDEX_STEP),
     ).fetchall()
     if rows:
         index_rows(db, [row[:3] for row in rows if not row[3]])
-        known = rows[-1][0]
-        db.execute("UPDATE search SET indexed_id = ?", (known,))
-    return Result(known)
+        indexed_id = rows[-1][0]
+        db.execute("UPDATE search SET indexed_id = ?", (indexed_id,))
+    return Result(indexed_id)
 
 
 def load_search_results(db: sqlite3.Connection, args: SearchArgs) -> Messages:
-    """Return messages that hold every word and phrase, newest first."""
+    """Return the messages that contain every word and phrase, newest first."""
     match = f'server_id : "{args.server_id}" AND content : ({search_phrases(args.q)})'
     before = args.before if args.before is not None else 2**63 - 1
     values = msgspec.structs.asdict(args) | {"match": match, "before": before, "limit": args.limit + 1}
     narrow = "".join(f"AND m.{field} = :{field} " for field in ("channel_id", "author_id") if values[field] is not None)
     rows = db.execute(FOUND_ROWS + narrow + "ORDER BY f.rowid DESC LIMIT :limit", values)
-    return first_messages(rows, args.limit)
+    return take_messages(rows, args.limit)
 
 
 def load_channel_messages(db: sqlite3.Connection, channel_id: int) -> Iterator[Message]:
-    """Return an iterator over all messages of a channel that are not deleted, oldest first."""
+    """Return an iterator over all messages of a channel, oldest first."""
     rows = db.execute(MESSAGE_ROWS + "WHERE m.channel_id = ? AND m.deleted = 0 ORDER BY m.message_id", (channel_id,))
     return map(message_from_row, rows)
 
 
 # ---- Presence ------------------------------------------------------------------------------------------------------
-# Who is connected, types and talks: in memory alone, changed by plain functions that never wait and that return what changed.
-# A user is connected to a server while one of their sockets has joined it; invisible users only for themselves.
+# Users who are connected, typing or in a voice channel: kept in memory only, changed by plain functions that never wait.
+# A user is connected to a server while one of their sockets has joined it. Only invisible users themselves see that they are.
 
-TYPING_SECONDS = 3.0
-TYPING_EVERY = 1.0
+TYPING_SECONDS = 3.0  # without a new `typing_start`, the user has stopped
+TYPING_INTERVAL = 1.0  # seconds between two announcements of a user
 
 
 class Presence:
@@ -2765,14 +2703,14 @@ class Presence:
         self._online: dict[int, dict[int, set[str]]] = {}  # server -> user -> sockets
 
     def join(self, server_id: int, user_id: int, sid: str) -> bool:
-        """Add a socket and return whether others see the user arrive."""
+        """Add a socket. Return whether it makes the user appear to others."""
         sids = self._online.setdefault(server_id, {}).setdefault(user_id, set())
-        first = not sids
+        is_first = not sids
         sids.add(sid)
-        return first and user_id not in self.invisible
+        return is_first and user_id not in self.invisible
 
     def leave(self, server_id: int, user_id: int, sid: str) -> bool:
-        """Remove a socket and return whether others see the user go."""
+        """Remove a socket. Return whether it makes the user disappear for others."""
         users = self._online.get(server_id, {})
         sids = users.get(user_id, set())
         if sids != {sid}:
@@ -2784,8 +2722,8 @@ class Presence:
         return user_id not in self.invisible
 
     def visible(self, server_id: int, viewer: int = 0) -> list[int]:
-        """Return the ids of those who are here, ascending, as `viewer` sees it."""
-        users = list(self._online.get(server_id, ()))  # a copy in one step: readers' threads ask too
+        """Return the ids of the connected users that `viewer` may see, ascending."""
+        users = list(self._online.get(server_id, ()))  # copied in one step, because reader threads call this too
         return sorted(user_id for user_id in users if user_id not in self.invisible or user_id == viewer)
 
     def servers(self, user_id: int) -> list[int]:
@@ -2794,140 +2732,106 @@ class Presence:
 
 class TypingUser(NamedTuple):
     server_id: int
-    notice: ChannelUser  # the channel and the user, as others are told
+    notice: ChannelUser  # the payload of the events
     sid: str
-    expires_at: float
+    expires_at: float  # on the event loop's clock
 
 
-class TypingTracker:
-    """Who is typing where. A user is reported at most once a second, and counts as having stopped after three."""
+class TypingTracker(dict[tuple[int, int], TypingUser]):
+    """Users who are typing, by channel and user."""
 
     def __init__(self) -> None:
-        self._typing: dict[tuple[int, int], TypingUser] = {}  # by channel and user
-        self._emitted_at: dict[int, float] = {}  # user -> when they were last heard
+        super().__init__()
+        self._announced_at: dict[int, float] = {}  # user -> time of the last announcement
 
     def start(self, server_id: int, notice: ChannelUser, sid: str, now: float) -> bool:
-        """Note that the user types and return whether to tell others."""
-        channel_id, user_id = notice.channel_id, notice.user_id
-        due = now - self._emitted_at.get(user_id, -TYPING_EVERY) >= TYPING_EVERY
-        if due or self.typing(channel_id, user_id):
-            self._typing[channel_id, user_id] = TypingUser(server_id, notice, sid, now + TYPING_SECONDS)
-        if due:
-            self._emitted_at[user_id] = now
-        return due
-
-    def typing(self, channel_id: int, user_id: int) -> TypingUser | None:
-        return self._typing.get((channel_id, user_id))
-
-    def stop(self, channel_id: int, user_id: int) -> TypingUser | None:
-        """Remove and return the typist, if the user was typing."""
-        return self._typing.pop((channel_id, user_id), None)
-
-    def close(self, *, server_id: int | None = None, channel_id: int | None = None) -> None:
-        self._typing = {k: t for k, t in self._typing.items() if k[0] != channel_id and t.server_id != server_id}
-
-    def rename(self, user_id: int, name: str | None) -> None:
-        for (_, typing_id), typist in self._typing.items():
-            if typing_id == user_id:
-                typist.notice.name = name
+        """Record that a user types. Return whether to announce it, which is at most once in `TYPING_INTERVAL`."""
+        key = notice.channel_id, notice.user_id
+        is_due = now - self._announced_at.get(notice.user_id, -TYPING_INTERVAL) >= TYPING_INTERVAL
+        if is_due or key in self:
+            self[key] = TypingUser(server_id, notice, sid, now + TYPING_SECONDS)
+        if is_due:
+            self._announced_at[notice.user_id] = now
+        return is_due
 
     def expired(self, now: float) -> list[tuple[int, int]]:
-        """Return the channels and users of those who stopped without saying so."""
-        self._emitted_at = {user_id: at for user_id, at in self._emitted_at.items() if now - at < TYPING_EVERY}
-        return [key for key, typist in self._typing.items() if typist.expires_at <= now]
+        """Return the keys of the users who have not typed for `TYPING_SECONDS`."""
+        self._announced_at = {user_id: at for user_id, at in self._announced_at.items() if now - at < TYPING_INTERVAL}
+        return [key for key, one in self.items() if one.expires_at <= now]
 
     def of_socket(self, sid: str, server_id: int | None = None) -> list[tuple[int, int]]:
-        """Return the channels and users of the typists of a socket (in that server)."""
-        return [k for k, typist in self._typing.items() if typist.sid == sid and server_id in (None, typist.server_id)]
+        """Return the keys of a socket's user, in all servers or in that one."""
+        return [key for key, one in self.items() if one.sid == sid and server_id in (None, one.server_id)]
+
+    def remove(self, *, server_id: int = 0, channel_id: int = 0) -> None:
+        """Remove all users of a server or of a channel."""
+        for key in [key for key, one in self.items() if key[0] == channel_id or one.server_id == server_id]:
+            del self[key]
 
 
 class Peer(NamedTuple):
     sid: str
     server_id: int
-    notice: VoicePeer  # the channel, the user and the peer's id, as it is told
-
-    @property
-    def channel_id(self) -> int:
-        return self.notice.channel_id
+    notice: VoicePeer  # the payload of the events
 
 
 class VoicePeers(dict[str, Peer]):
-    """Who talks where, by socket: one voice channel each."""
-
-    def others(self, channel_id: int, sid: str) -> list[Participant]:
-        notices = [peer.notice for peer in self.in_channel(channel_id) if peer.sid != sid]
-        return [Participant(notice.user_id, notice.username, notice.peer_id, name=notice.name) for notice in notices]
-
-    def rename(self, user_id: int, name: str | None) -> None:
-        for peer in self.values():
-            if peer.notice.user_id == user_id:
-                peer.notice.name = name
-
-    def find(self, channel_id: int, peer_id: str) -> Peer | None:
-        return next((peer for peer in self.in_channel(channel_id) if peer.notice.peer_id == peer_id), None)
+    """The sockets that are in a voice channel, each in one."""
 
     def in_server(self, server_id: int) -> list[Peer]:
         return [peer for peer in self.values() if peer.server_id == server_id]
 
     def in_channel(self, channel_id: int) -> list[Peer]:
-        return [peer for peer in self.values() if peer.channel_id == channel_id]
+        return [peer for peer in self.values() if peer.notice.channel_id == channel_id]
 
 
 # ---- Authentication ------------------------------------------------------------------------------------------------
-# Passwords and tokens. A password costs 16 MiB and some 50 ms to check, on threads of its own, whether or not its account
-# exists. A token is a JWT of one algorithm; whether it still stands is asked of the database and remembered by Chat.
+# Passwords and tokens. Verifying a password takes 16 MiB and about 50 ms, on threads of its own, whether or not the account
+# exists. A token is a JWT with one algorithm. The Hub looks up in the database whether it is revoked, and caches the result.
 
 ALGORITHM = "HS256"
-# One spelling for each token: its signature stands for 32 bytes, and the decoder would take it with `=` behind as well.
+# The decoder also accepts other spellings of a token (padding, unused bits at the end). Revocation needs exactly one.
 CANONICAL_TOKEN = re.compile(r"[\w-]+\.[\w-]+\.[\w-]{42}[AEIMQUYcgkosw048]", re.ASCII)
-SCRYPT = {"n": 2**14, "r": 8, "p": 1}
-ISSUER = "chatrtc"  # `iss` and `aud` of our tokens: a program may sign other tokens with the same secret
+SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1
+DUMMY_HASH = f"scrypt${SCRYPT_N}${SCRYPT_R}${SCRYPT_P}${secrets.token_hex(16)}${secrets.token_hex(32)}"  # of no password
+ISSUER = "chatrtc"  # `iss` and `aud`: another program may sign its own tokens with the same secret
 HASHERS = 2
-HASHING_QUEUE = 256  # who may wait for a hasher
-HASHING_QUEUE_PER_ADDRESS = 64  # some 2 seconds of work
-ADDRESS_SECONDS = 86400  # between two notes of the same address
+HASHING_QUEUE = 256  # jobs that may wait for a hasher
+HASHING_QUEUE_PER_ADDRESS = 64  # about 2 seconds of work
+ADDRESS_SECONDS = 86400  # between two records of the same known address
 
 
-def hash_password(password: str, salt: bytes, n: int, r: int, p: int) -> str:
+def hash_password(password: str, salt: bytes = b"", n: int = SCRYPT_N, r: int = SCRYPT_R, p: int = SCRYPT_P) -> str:
+    salt = salt or secrets.token_bytes(16)
     key = hashlib.scrypt(password.encode(), salt=salt, n=n, r=r, p=p, maxmem=128 * n * r * 2, dklen=32)
     return f"scrypt${n}${r}${p}${salt.hex()}${key.hex()}"
 
 
-DUMMY_HASH = (
-    f"scrypt${SCRYPT['n']}${SCRYPT['r']}${SCRYPT['p']}${secrets.token_hex(16)}${secrets.token_hex(32)}"  # of no password
-)
-
-
 def verify_password(password: str, stored: str | None) -> bool:
-    """Return whether it is the password. It takes as long for an account that has none or does not exist."""
+    """Return whether the password matches the stored hash. Takes equally long without one (`None`), and returns False."""
     _, n, r, p, salt, _ = (stored or DUMMY_HASH).split("$")
     made = hash_password(password, bytes.fromhex(salt), int(n), int(r), int(p))
     return secrets.compare_digest(made, stored or DUMMY_HASH) and stored is not None
 
 
 class PasswordHasher(FairQueue):
-    """Hashes passwords on a few threads. The addresses that sign in take turns."""
+    """Hashes passwords on a few threads. Client addresses take turns."""
 
     def __init__(self, bounded: bool) -> None:
         super().__init__(HASHERS, HASHERS)
         self._threads = concurrent.futures.ThreadPoolExecutor(HASHERS, thread_name_prefix="chatrtc-scrypt")
         self._bounded = bounded
 
-    async def hash(self, password: str) -> str:
-        return await self._run(functools.partial(hash_password, password, secrets.token_bytes(16), **SCRYPT))
-
-    async def verify(self, password: str, stored: str | None) -> bool:
-        return await self._run(functools.partial(verify_password, password, stored))
-
-    async def _run(self, work: Callable[[], R]) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def run(self, work: Callable[..., R], *args: Any) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     def check_space(self, user: object) -> None:
-        """If all queues together are full, refuse the newest of the longest one, so that no address can fill them."""
+        """Raise RATE_LIMITED if too many jobs of the address wait. If all queues together are full, reject the newest job of
+        the longest queue instead, so that no address can fill them."""
         waiting = {one: self.count_waiting(one) for one in self._queues} if self._bounded else {}
-        mine, longest = waiting.get(user, 0), max(waiting, key=lambda one: waiting[one], default=None)
+        own, longest = waiting.get(user, 0), max(waiting, key=lambda one: waiting[one], default=None)
         is_full = sum(waiting.values()) >= HASHING_QUEUE
-        if mine >= HASHING_QUEUE_PER_ADDRESS or (is_full and waiting[longest] <= mine + 1):
+        if own >= HASHING_QUEUE_PER_ADDRESS or (is_full and waiting[longest] <= own + 1):
             raise chat_error("SIGN_IN_BUSY", retry_after=2)
         if is_full:
             newest = next(turn for turn in reversed(self._queues[longest]) if not turn.done())
@@ -2938,24 +2842,24 @@ class PasswordHasher(FairQueue):
 
 
 def load_or_create_secret(database: Path) -> str:
-    """Return the secret kept next to the database, which is made at the first start and readable by its owner alone."""
+    """Return the secret in the file next to the database, readable by its owner only. The first start creates it."""
     path = private_path(database, ".secret")
     with as_start_error(path):
         if not os.path.lexists(path):
             write_private(path, secrets.token_hex(SECRET_BYTES).encode(), database)
     secret = read_private(path, database).decode(errors="ignore").strip()
     if len(secret.encode()) < SECRET_BYTES:
-        raise StartError(f"{path} holds no secret of {SECRET_BYTES} bytes; move it away to have one made (all tokens then end)")
+        raise StartError(f"{path} has no secret of {SECRET_BYTES} bytes. Remove it to get a new one (signs everybody out).")
     return secret
 
 
 class TokenSigner:
-    """Signs and reads tokens. Claims: `sub` (user id), `iat`, `exp`, `jti`, `iss`, `aud`, and `gen`, the account's generation
-    of tokens. A token without `iss` and `aud`, as version 1.0 issued them, is valid too."""
+    """Signs and verifies tokens. Claims: `sub` (user id), `iat`, `exp`, `jti`, `iss`, `aud`, and `gen`, the account's token
+    generation. Tokens of version 1.0, without `iss` and `aud`, are valid too."""
 
     def __init__(self, secret: str, ttl: int) -> None:
         if len(secret.encode()) < SECRET_BYTES:
-            raise StartError(f"The secret is too short: {SECRET_BYTES} bytes or more are needed")
+            raise StartError(f"The secret is too short: it needs at least {SECRET_BYTES} bytes")
         self._secret = secret
         self._ttl = ttl
 
@@ -2967,29 +2871,30 @@ class TokenSigner:
         return AuthResponse(user_id, username, token, utc(expires), name=name)
 
     def verify(self, token: str) -> tuple[int, int, float]:
-        """User id, generation and end of a token that we signed and that has not expired. Raises UNAUTHORIZED."""
+        """Return the user id, the generation and the expiry (Unix seconds) of a token. Raises UNAUTHORIZED if it is not one of
+        ours or has expired."""
         options: Any = {"require": ["sub", "iat", "exp"], "verify_iat": False, "verify_aud": False, "verify_iss": False}
         try:
             if not CANONICAL_TOKEN.fullmatch(token):
                 raise ValueError
             claims = jwt.decode(token, self._secret, algorithms=[ALGORITHM], options=options)
             user_id, generation = int(claims["sub"]), claims.get("gen", 0)
-            numbers = all(type(claims[name]) in (int, float) for name in ("iat", "exp"))
-            ours = all(claims.get(name, ISSUER) == ISSUER for name in ("iss", "aud"))
-            if not ours or not numbers or type(generation) is not int or not 0 < user_id < 2**63:
+            has_times = all(type(claims[name]) in (int, float) for name in ("iat", "exp"))
+            is_ours = all(claims.get(name, ISSUER) == ISSUER for name in ("iss", "aud"))
+            if not is_ours or not has_times or type(generation) is not int or not 0 < user_id < 2**63:
                 raise ValueError
             return user_id, generation, float(claims["exp"])
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
             raise chat_error("TOKEN_INVALID") from None
 
     def address_digest(self, user_id: int, address: str) -> bytes:
-        """Return what the database keeps of an address that an account signed in from."""
+        """Return a keyed hash by which the database recognizes an address that an account signed in from."""
         return hmac.digest(self._secret.encode(), f"address {user_id} {address}".encode(), "sha256")[:16]
 
 
 # ---- Rate limits ---------------------------------------------------------------------------------------------------
-# How often somebody may do something: token buckets on the monotonic clock, by user or by address. A school shares one address,
-# so the limits by address have room for 1,000 pupils who register, mistype and sign in within a few minutes.
+# How often a user or an address may do something: token buckets on the monotonic clock. A school shares one address, so the
+# limits by address allow for 1,000 pupils who register, mistype and sign in within a few minutes.
 
 
 class Limit(NamedTuple):
@@ -2997,84 +2902,84 @@ class Limit(NamedTuple):
     burst: float
     by: Literal["user", "address", "account", "account and address"]
     counts: str
-    failures: bool = False  # only what fails is counted
+    failures: bool = False  # whether only failures are counted
 
 
 LIMITS = {
     "post": Limit(10, 20, "user", "messages, edits and reactions"),
     "signal": Limit(20, 300, "user", "WebRTC signals (`voice:signal`)"),
-    "event": Limit(8, 120, "user", "Socket.IO events (a repeated `typing_start` costs nothing)"),
+    "event": Limit(8, 120, "user", "Socket.IO events (a repeated `typing_start` is not counted)"),
     "request": Limit(50, 500, "user", "REST requests"),
-    # 1,000 pupils, each with one name that is taken already. One address adds at most 3,600 accounts an hour in the long run.
+    # 1,000 pupils, each trying one taken name first. In the long run, an address adds at most 3,600 accounts an hour.
     "register": Limit(1, 2000, "address", "new accounts and guests"),
-    # One person's slips. Guessing one account's password from one address: 7,200 tries a day.
+    # The typing errors of one person. Guessing one account's password from one address: 7,200 tries a day.
     "login": Limit(5 / 60, 5, "account and address", "wrong passwords", True),
-    # Many addresses that guess one account's password together. Addresses that the account signed in from are exempt.
+    # Many addresses guessing one account's password together. Addresses that the account signed in from are exempt.
     "login_account": Limit(5 / 60, 50, "account", "wrong passwords, from addresses that the account has not used", True),
-    # 1,000 pupils, of whom two in three mistype. Accounts that have signed in from the address are exempt.
+    # 1,000 pupils, two thirds of whom mistype. Accounts that have signed in from the address are exempt.
     "login_address": Limit(1, 600, "address", "wrong passwords, for accounts that have not signed in from there", True),
-    # A code has 50 bits and needs no lock: this bounds the work that guessing makes. Enough for one pupil in four to mistype.
+    # A code has 50 bits and needs no lock. This bounds the work that guessing causes, and lets one pupil in four mistype.
     "invite": Limit(1, 100, "address", "unknown invite codes", True),
 }
 SOCKETS_PER_USER = 20
-MAX_BUCKETS = 20_000  # of each limit: some 4 MiB
-SHARED_BUCKET = object()  # whose bucket is shared by those who find their limit's table full
-UNKNOWN_CODE_REASONS = {"INVITE_UNKNOWN", "LINK_UNKNOWN"}  # the reasons by which a code is counted as a guess
-LimitOf = tuple[str, object]  # a limit, and whose
+MAX_BUCKETS = 20_000  # of each limit: about 4 MiB
+SHARED_BUCKET = object()  # key of the bucket shared by new keys while a limit's table is full
+UNKNOWN_CODE_REASONS = {"INVITE_UNKNOWN", "LINK_UNKNOWN"}
+LimitKey = tuple[str, object]  # the name of a limit, and the user or address that it counts for
 
 
 class Limiter:
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
-        # For each limit: whose -> when their bucket is full again. The one that was looked at least recently comes first.
+        # For each limit: key -> the time at which its bucket is full again, least recently examined first.
         self._tables: dict[str, OrderedDict[object, float]] = {name: OrderedDict() for name in LIMITS}
 
-    def _bucket(self, name: str, key_owner: object, now: float) -> tuple[object, float]:
-        """Return the key of the bucket that counts for `key_owner`, and when it is full. A bucket that is not full is never
-        forgotten, as it may be what stops an attack. If the table is full of such buckets, newcomers share one more."""
+    def _bucket(self, name: str, key: object, now: float) -> tuple[object, float]:
+        """Return the key of the bucket that counts for `key`, and when it is full. A bucket is only removed when it is full,
+        because others may be stopping an attack. While the table has no space, new keys share one bucket."""
         table = self._tables[name]
-        for _ in range(4 if key_owner not in table and len(table) >= MAX_BUCKETS else 0):
+        for _ in range(4 if key not in table and len(table) >= MAX_BUCKETS else 0):
             oldest, full_at = next(iter(table.items()))
             if full_at > now:
                 table.move_to_end(oldest)
             else:
                 del table[oldest]
-        key = key_owner if key_owner in table or len(table) < MAX_BUCKETS else SHARED_BUCKET
-        return key, max(now, table.get(key, now))
+        bucket = key if key in table or len(table) < MAX_BUCKETS else SHARED_BUCKET
+        return bucket, max(now, table.get(bucket, now))
 
-    def count(self, name: str, key_owner: object, times: int = 1) -> None:
-        """Count so many, whether or not the limit allows it. A negative number gives back what was counted."""
+    def count(self, name: str, key: object, times: int = 1) -> None:
+        """Count without checking the limit. A negative number refunds."""
         now = time.monotonic()
-        key, full_at = self._bucket(name, key_owner, now)
-        self._tables[name][key] = max(now, full_at + times / LIMITS[name].per_second)
+        bucket, full_at = self._bucket(name, key, now)
+        self._tables[name][bucket] = max(now, full_at + times / LIMITS[name].per_second)
 
-    def check(self, name: str, key_owner: object) -> None:
-        """Raise RATE_LIMITED if one more is one too many."""
+    def check(self, name: str, key: object) -> None:
+        """Raise RATE_LIMITED if one more would exceed the limit."""
         limit, now = LIMITS[name], time.monotonic()
-        left = limit.burst - (self._bucket(name, key_owner, now)[1] - now) * limit.per_second
-        if left < 1 and self._enabled:
-            raise chat_error("TOO_OFTEN", retry_after=(1 - left) / limit.per_second)
+        available = limit.burst - (self._bucket(name, key, now)[1] - now) * limit.per_second
+        if available < 1 and self._enabled:
+            raise chat_error("TOO_OFTEN", retry_after=(1 - available) / limit.per_second)
 
-    def charge(self, name: str, key_owner: object) -> None:
-        """Count one. Raises RATE_LIMITED if that is one too many."""
+    def charge(self, name: str, key: object) -> None:
+        """Count one. Raises RATE_LIMITED if it exceeds the limit."""
         if self._enabled:
-            self.check(name, key_owner)
-            self.count(name, key_owner)
+            self.check(name, key)
+            self.count(name, key)
 
     @contextlib.contextmanager
-    def charge_unknown_code(self, name: str, key_owner: object) -> Iterator[None]:
-        """Count an unknown code; above the limit it is refused with RATE_LIMITED instead. A code that exists always passes."""
+    def charge_unknown_code(self, name: str, key: object) -> Iterator[None]:
+        """Charge the limit if the body fails because of an unknown code. Known codes work even above the limit."""
         try:
             yield
         except ChatError as error:
             if error.reason in UNKNOWN_CODE_REASONS:
-                self.charge(name, key_owner)
+                self.charge(name, key)
             raise
 
     @contextlib.contextmanager
-    def attempt(self, limits: Sequence[LimitOf]) -> Iterator[Callable[[], None]]:
-        """Count one try under each limit, and give it back at the end unless the function in the result was called. Counting
-        first keeps tries that are under way at once within the limits. Raises RATE_LIMITED."""
+    def attempt(self, limits: Sequence[LimitKey]) -> Iterator[Callable[[], None]]:
+        """Count one attempt under each limit, and refund it at the end unless the yielded function was called. Counting first
+        keeps concurrent attempts within the limits. Raises RATE_LIMITED."""
         for limit in limits:
             self.check(*limit)
         for limit in limits:
@@ -3087,63 +2992,61 @@ class Limiter:
                 self.count(*limit, times=-1)
 
 
-REFUSED = {"WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code"}
-MAX_LOG_SUBJECTS = 30  # each minute; the others share a line
+LOGGED_REASONS = {"WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code"}
+MAX_LOG_SUBJECTS = 30  # a minute; further ones share a line
 
 
 class RateLimitedLog:
-    """The bounded log of what clients cause: refusals, broken packets, defects. For each address and each place of a defect it
-    writes the first at once, then one line a minute with the numbers."""
+    """A log of problems that clients cause: rejected calls, invalid packets, bugs. The first problem of a subject (an address
+    or a line of code) is written at once, further ones as one line a minute with counts."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, Counter[str]] = {}  # subject -> what happened since its last line
+        self._counts: dict[str, Counter[str]] = {}  # subject -> events since its last line
         self._since = time.monotonic()
 
     def record_error(self, address: str, error: ChatError) -> None:
-        what = REFUSED.get(error.reason or "") or ("limit" if error.code == "RATE_LIMITED" else "")
+        what = LOGGED_REASONS.get(error.reason or "") or ("limit" if error.code == "RATE_LIMITED" else "")
         if what:
             self.record(f"Refused for {address}", what)
 
     def record_bug(self, text: str, error: Exception) -> None:
-        """Note a defect; the first one of a place in the code is logged with its traceback."""
-        places = [f"{frame.name}, line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__, -1)]
-        self.record(f"{text} ({''.join(places)})", type(error).__name__, error)
+        """Record an unexpected exception, the first one of a line of code with its traceback."""
+        lines = [f"{frame.name}, line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__, -1)]
+        self.record(f"{text} ({''.join(lines)})", type(error).__name__, error)
 
     def record(self, subject: str, what: str, error: Exception | None = None) -> None:
         self.flush()
         if error is None and subject not in self._counts and len(self._counts) >= MAX_LOG_SUBJECTS:
             subject = "Refused for other addresses"
-        first = subject not in self._counts
-        self._counts.setdefault(subject, Counter())[what] += 1
-        if first:
-            self._write(subject, error)
+        if subject in self._counts:
+            self._counts[subject][what] += 1
+        else:
+            self._counts[subject] = Counter()
+            log.warning("%s: %s (1)", subject, what, exc_info=error)
 
     def flush(self, now: bool = False) -> None:
-        """Write what was counted, if a minute has passed or `now`."""
+        """Write the counts if a minute has passed, or `now`. Forget the subjects without any."""
         if time.monotonic() - self._since < 60 and not now:
             return
         self._since = time.monotonic()
-        for subject, counts in list(self._counts.items()):
+        self._counts, written = {}, self._counts
+        for subject, counts in written.items():
             if counts:
-                self._write(subject)
-            else:
-                del self._counts[subject]
-
-    def _write(self, subject: str, error: Exception | None = None) -> None:
-        counts, self._counts[subject] = self._counts[subject], Counter()
-        log.warning("%s: %s", subject, ", ".join(f"{what} ({n})" for what, n in counts.items()), exc_info=error)
+                self._counts[subject] = Counter()
+                log.warning("%s: %s", subject, ", ".join(f"{what} ({n})" for what, n in counts.items()))
 
 
 # ---- Authorization -------------------------------------------------------------------------------------------------
-# Who may do what, decided here alone, in the transaction of the operation. An operation names one `Access`; its arguments name
-# the thing: NOT_FOUND if it does not exist, FORBIDDEN if it is in a server that the caller is not a member of.
+# Which roles may do what: decided only here, in the operation's own transaction. An operation declares its `Access`, and its
+# arguments name its target: NOT_FOUND if that does not exist, FORBIDDEN if the caller is not a member of its server.
 
 RANK: dict[Role | None, int] = {None: 0, "member": 1, "admin": 2, "owner": 3}
+NO_MESSAGE = Message(0, 0, "", 0, "", "", 0)
 
 
 @dataclass(slots=True)
 class OperationContext:
-    """What an operation knows: the transaction, the time, the caller, and the things that its arguments name."""
+    """The transaction, the time, the caller, and the target that the arguments name."""
 
     db: sqlite3.Connection
     user: Principal
@@ -3153,9 +3056,9 @@ class OperationContext:
     settings: Settings
     server_id: int = 0
     channel_id: int = 0
-    role: Role | None = None  # the caller's, in that server
-    message: Message | None = None
-    target_role: Role | None = None  # the role of the member that the arguments name
+    role: Role | None = None  # of the caller in that server
+    message: Message = NO_MESSAGE
+    target_role: Role | None = None  # of the member that the arguments name
 
     @property
     def now(self) -> str:
@@ -3166,94 +3069,81 @@ class OperationContext:
 
 
 class Access(enum.Enum):
-    """Who may; each with the sentence that refuses the others."""
+    """Who may call an operation. The value completes "Who may: ..." and "Only ... may do this"."""
 
-    ANYONE = "anyone, without a token"
-    USER = "anyone with a token"
-    CREATOR = "anyone with a token, as `--create-servers` allows"
+    ANYONE = "anyone, no token needed"
+    USER = "any signed-in user"
+    CREATOR = "signed-in users, as `--create-servers` allows"
     MEMBER = "members"
     ADMIN = "admins and the owner"
-    HOST = "admins and the owner; with `--registration invite` no guests, unless they can create servers"
+    INVITER = "admins and the owner; with `--registration invite` no guests, unless guests can create servers"
     OWNER = "the owner"
-    AUTHOR = "its author"
-    AUTHOR_OR_ADMIN = "its author, admins and the owner"
-    SELF_OR_OUTRANKS = "oneself (but the owner), and admins for those of a lower role"
-    OUTRANKS = "admins and the owner, for members of a lower role and for those who left"
-    HOST_OF_GUEST = "admins and the owner, for guests of a lower role"
+    AUTHOR = "the message's author"
+    AUTHOR_OR_ADMIN = "the message's author, admins and the owner"
+    SELF_OR_OUTRANKS = "the member themselves (unless they are the owner), and admins or the owner for lower roles"
+    OUTRANKS = "admins and the owner, for members of a lower role and former members"
+    OUTRANKS_GUEST = "admins and the owner, for guests of a lower role"
 
 
-def permits(access: Access, ctx: OperationContext) -> bool:
-    """Return whether the caller, who is a member, may."""
+def is_permitted(access: Access, ctx: OperationContext) -> bool:
+    """Return whether the role or authorship of the caller, who is a member, permits the operation."""
     if access is Access.MEMBER:
         return True
     if access is Access.OWNER:
         return ctx.role == "owner"
-    is_author = ctx.message is not None and ctx.message.author_id == ctx.user.user_id
+    is_author = ctx.message.author_id == ctx.user.user_id
     if access is Access.AUTHOR or (access is Access.AUTHOR_OR_ADMIN and is_author):
         return is_author
     rank = RANK[ctx.role]
-    return rank >= RANK["admin"] and (access in (Access.ADMIN, Access.HOST) or rank > RANK[ctx.target_role])
+    return rank >= RANK["admin"] and (access in (Access.ADMIN, Access.INVITER) or rank > RANK[ctx.target_role])
 
 
 @functools.cache
 def target_key(kind: type[Args]) -> str:
-    """Return the field by which such arguments name what they are about."""
+    """Return the field of these arguments that names the target."""
     return next((key for key in TARGET_QUERIES if key in kind.__struct_fields__), "server_id")
 
 
 def resolve_target(ctx: OperationContext, args: Args) -> bool:
-    """Find the server, channel and message that the arguments name, and the caller's role. Return whether they exist."""
+    """Set the target's server, channel and message and the caller's role. Return whether the target exists. Raises UNAUTHORIZED
+    if the token is no longer valid."""
     key = target_key(type(args))
-    number = getattr(args, key, 0)
-    found = lookup_target(ctx.db, key, number, ctx.user)
+    target = getattr(args, key, 0)
+    found = lookup_target(ctx.db, key, target, ctx.user)
     if found is None:
         raise chat_error("TOKEN_INVALID")
     ctx.server_id, ctx.role = found[0] or 0, found[1]
-    if found[2] != ctx.user.name:  # changed since the token was last looked up
+    if found[2] != ctx.user.name:  # changed since the token was cached
         ctx.user = ctx.user._replace(name=found[2])
     if key == "message_id":
-        ctx.message = load_message(ctx.db, number)
-    ctx.channel_id = number if key == "channel_id" else ctx.message.channel_id if ctx.message else 0
+        ctx.message = load_message(ctx.db, target) or NO_MESSAGE
+    ctx.channel_id = target if key == "channel_id" else ctx.message.channel_id
     return ctx.server_id > 0
 
 
-def load_target_role(ctx: OperationContext, access: Access, user_id: int) -> None:
-    """Find the role of the member, for a ban also of the former member, that the arguments name. Raises NOT_FOUND, which does
-    not say whether the account exists."""
-    ctx.target_role = load_role(ctx.db, ctx.server_id, user_id)
-    if ctx.target_role is None and not (access is Access.OUTRANKS and has_left(ctx.db, ctx.server_id, user_id)):
-        raise chat_error("NO_MEMBER" if access is not Access.OUTRANKS else "NO_USER")
-
-
 def check_settings(access: Access, ctx: OperationContext) -> None:
-    """Raise FORBIDDEN unless the settings allow the caller to create servers or invite people. The program always may."""
-    may, closed = ctx.settings.create_servers, ctx.settings.registration == "invite"
+    """Raise FORBIDDEN unless the settings let the caller create servers or invites. The embedding program always may."""
+    may, by_invite = ctx.settings.create_servers, ctx.settings.registration == "invite"
     if may == "everyone" or not ctx.user.digest:
         return
     if access is Access.CREATOR and may == "nobody":
         raise chat_error("CREATE_SERVERS_OFF")
-    if (access is Access.CREATOR or closed) and load_profile(ctx.db, ctx.user.user_id).guest:
+    if (access is Access.CREATOR or by_invite) and load_profile(ctx.db, ctx.user.user_id).guest:
         raise chat_error("NOT_FOR_GUESTS")
 
 
-def check_guest(ctx: OperationContext, user_id: int) -> None:
-    """Raise FORBIDDEN unless that is a guest whom the caller could remove from all of their servers, which a link opens."""
-    if not load_profile(ctx.db, user_id).guest:
-        raise chat_error("NOT_A_GUEST")
-    if is_out_of_reach(ctx.db, user_id, ctx.user.user_id):
-        raise chat_error("LINK_ELSEWHERE")
-
-
 def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
-    """Find what the arguments name. Raises UNAUTHORIZED, NOT_FOUND or FORBIDDEN."""
+    """Resolve the target and check the caller's access. Raises UNAUTHORIZED, NOT_FOUND or FORBIDDEN."""
     if access is Access.ANYONE:
         return
-    there = resolve_target(ctx, args)
+    exists = resolve_target(ctx, args)
     if access is Access.CREATOR:
         check_settings(access, ctx)
     if access in (Access.USER, Access.CREATOR):
         return
-    if not there:
+    if not exists and isinstance(args, CodeArgs):
+        raise chat_error("INVITE_UNKNOWN", field="code")
+    if not exists:
         raise chat_error(f"NO_{target_key(type(args)).removesuffix('_id').upper()}")
     if ctx.role is None:
         raise chat_error("NOT_MEMBER")
@@ -3262,21 +3152,26 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
         is_self = access is Access.SELF_OR_OUTRANKS and user_id == ctx.user.user_id
         if RANK[ctx.role] < RANK["admin"] and not is_self:
             raise chat_error("ROLE_TOO_LOW", who=access.value)
-        load_target_role(ctx, access, user_id)
+        ctx.target_role, may_have_left = load_role(ctx.db, ctx.server_id, user_id), access is Access.OUTRANKS
+        if ctx.target_role is None and not (may_have_left and is_former_member(ctx.db, ctx.server_id, user_id)):
+            raise chat_error("NO_USER" if may_have_left else "NO_MEMBER")  # also for an account that exists elsewhere
         if is_self and ctx.role != "owner":
             return
-    if not permits(access, ctx):
+    if not is_permitted(access, ctx):
         raise chat_error("ROLE_TOO_LOW", who=access.value)
-    if access in (Access.HOST, Access.HOST_OF_GUEST):
+    if access in (Access.INVITER, Access.OUTRANKS_GUEST):
         check_settings(access, ctx)
-    if access is Access.HOST_OF_GUEST:
-        check_guest(ctx, user_id or 0)
+    if access is Access.OUTRANKS_GUEST:
+        if not load_profile(ctx.db, user_id).guest:
+            raise chat_error("NOT_A_GUEST")
+        if is_out_of_reach(ctx.db, user_id, ctx.user.user_id):  # the code would open servers where the caller has no say
+            raise chat_error("LINK_ELSEWHERE")
 
 
 # ---- Operations ----------------------------------------------------------------------------------------------------
-# What clients can ask for. Each operation is declared once: its event, its route, who may, what it emits; its arguments and
-# its answer are the types in its signature, its sentence is its docstring. REST, Socket.IO, descriptions, docs and tests follow
-# from it. An operation of this section is a plain function in one transaction: it knows neither HTTP nor sockets.
+# What clients can do, in the order a user meets it. An operation is declared once: its route, its event, its access and the
+# events that it emits. Its signature has the types of its arguments and its result, its docstring is its public description.
+# REST, Socket.IO, OpenAPI, docs and tests follow from that. Each function here runs in one transaction; it knows no sockets.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -3284,102 +3179,103 @@ class Operation:
     name: str
     run: Callable[..., Any]
     kind: Literal["write", "read", "async"]
-    event: str | None = None
+    event: str | None = None  # of Socket.IO
     method: str | None
     path: str | None
     access: Access
     args: type[Args]
     result: Any
     emits: Sequence[str] = ()
-    status: int = 200  # of REST
-    replay_status: int  # where the thing had been done before
-    limit: str | None = None
-    acks: bool = True  # whether the ack carries the answer, or only says success
-    slow: bool = False  # whether it may take more than a few steps of an index
-    frees: bool = False  # whether it is possible on a disk that is nearly full, because it deletes or protects
+    status: int  # of an HTTP response: 200, or 204 without a result, unless declared
+    replay_status: int  # if the call had been made before
+    limit: str | None = None  # in addition to the limit of all requests or events; "itself": only what the operation charges
+    acks: bool = True  # whether the ack contains the result
+    slow: bool = False  # whether it may take longer than a few index look-ups
+    frees: bool  # whether a nearly full disk allows it: by default, if it is a DELETE
     summary: str
 
 
+LINK_SECONDS = 900  # lifetime of a sign-in code
+STATUS_EVENTS = ["user:status", "user:connected", "user:disconnected"]
 OPERATIONS: dict[str, Operation] = {}
 Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 def operation(kind: Literal["write", "read", "async"], http: str | None, access: Access, **more: Any) -> Callable[[Run], Run]:
-    """Add a function to `OPERATIONS`. `more`: other fields of Operation."""
+    """Add a function to `OPERATIONS`. `http`: method and path. `more`: other fields of Operation."""
     method, path = http.split() if http else (None, None)
-    more = {"replay_status": more.get("status", 200)} | more
 
     def register(run: Run) -> Run:
         hints, name, summary = typing.get_type_hints(run), run.__name__, inspect.getdoc(run) or ""
-        shape = {"args": hints["args"], "result": typing.get_args(hints["return"])[0]}
+        (result,) = typing.get_args(hints["return"])
+        status = more.get("status", 204 if result is type(None) else 200)
+        fields = {"status": status, "replay_status": status, "frees": method == "DELETE", "args": hints["args"]} | more
         OPERATIONS[name] = Operation(
-            name=name, run=run, kind=kind, method=method, path=path, access=access, summary=summary, **shape, **more
+            name=name, run=run, kind=kind, method=method, path=path, access=access, result=result, summary=summary, **fields
         )
         return run
 
     return register
 
 
-@operation("read", "GET /users/me", Access.USER)
+read, write = functools.partial(operation, "read"), functools.partial(operation, "write")
+
+
+@read("GET /users/me", Access.USER)
 def get_profile(ctx: OperationContext, args: NoArgs) -> Result[Profile]:
-    """Who I am."""
+    """Return your own profile."""
     return Result(load_profile(ctx.db, ctx.user.user_id))
 
 
-def change_status(ctx: OperationContext, status: Status) -> SetStatus:
-    before = load_profile(ctx.db, ctx.user.user_id).status
-    update_status(ctx.db, ctx.user.user_id, status)
-    return SetStatus(ctx.user.identity, before, status, load_server_ids(ctx.db, ctx.user.user_id))
+def member_event(db: sqlite3.Connection, event: str, server_id: int, user_id: int, seq: int) -> Emit:
+    """Return a `member:` event with the account's names and, if it is `member:updated`, the role."""
+    payload: Callable[..., Payload] = EVENTS[event].payload
+    user = load_profile(db, user_id)
+    fields: dict[str, Any] = {"seq": seq, "guest": user.guest, "name": user.name}
+    if event == "member:updated":
+        fields["role"] = load_role(db, server_id, user_id)
+    return Emit(event, server_id, payload(server_id, user_id, user.username, **fields))
 
 
-def member_updated(db: sqlite3.Connection, server_id: int, user_id: int, seq: int) -> Emit:
-    """Return the `member:updated` that tells of a change that took that number."""
-    role = load_role(db, server_id, user_id) or "member"
-    updated = MemberUpdated(server_id, user_id, seq=seq, role=role, **load_member_facts(db, user_id))
-    return Emit("member:updated", server_id, updated)
+def update_in_servers(db: sqlite3.Connection, user_id: int) -> list[Effect]:
+    """Give a change of the account a sequence number in each of its servers, and return the events."""
+    servers = load_server_ids(db, user_id)
+    return [member_event(db, "member:updated", one, user_id, next_seq(db, one, "members")) for one in servers]
 
 
-def member_updated_everywhere(db: sqlite3.Connection, user_id: int) -> list[Effect]:
-    """Number a change of the account in each of its servers."""
-    return [member_updated(db, one, user_id, next_seq(db, one, "members")) for one in load_server_ids(db, user_id)]
-
-
-STATUS_EVENTS = ["user:status", "user:connected", "user:disconnected"]
-
-
-@operation("write", "PATCH /users/me", Access.USER, limit="post", emits=["member:updated", *STATUS_EVENTS])
+@write("PATCH /users/me", Access.USER, limit="post", emits=["member:updated", *STATUS_EVENTS])
 def update_profile(ctx: OperationContext, args: EditProfile) -> Result[Profile]:
-    """Set my status or my display name; `null` removes the name."""
-    effects: list[Effect] = []
+    """Change your status or display name; a `name` of `null` removes it."""
+    before, user_id, effects = load_profile(ctx.db, ctx.user.user_id), ctx.user.user_id, list[Effect]()
     name = ctx.user.name if args.name is UNSET else None if args.name == ctx.user.username else args.name
     if name != ctx.user.name:
         ctx.user = ctx.user._replace(name=name)
-        update_display_name(ctx.db, ctx.user.user_id, name)
-        effects += [Rename(ctx.user.user_id, name), *member_updated_everywhere(ctx.db, ctx.user.user_id)]
+        update_display_name(ctx.db, user_id, name)
+        effects += [Rename(user_id, name), *update_in_servers(ctx.db, user_id)]
     if args.status is not UNSET:
-        effects.append(change_status(ctx, args.status))
-    return Result(load_profile(ctx.db, ctx.user.user_id), effects)
+        update_status(ctx.db, user_id, args.status)
+        effects.append(SetStatus(ctx.user.identity, before.status, args.status, load_server_ids(ctx.db, user_id)))
+    return Result(load_profile(ctx.db, user_id), effects)
 
 
-@operation("write", None, Access.USER, event="user:status", emits=STATUS_EVENTS, acks=False)
+@write(None, Access.USER, event="user:status", emits=STATUS_EVENTS, acks=False)
 def set_status(ctx: OperationContext, args: StatusArgs) -> Result[Profile]:
-    """Set my status."""
-    effects = [change_status(ctx, args.status)]
-    return Result(load_profile(ctx.db, ctx.user.user_id), effects)
+    """Change your status."""
+    return update_profile(ctx, EditProfile(status=args.status))
 
 
-@operation("write", "POST /auth/logout", Access.USER, status=204, frees=True)
+@write("POST /auth/logout", Access.USER, frees=True)
 def logout(ctx: OperationContext, args: NoArgs) -> Result[None]:
-    """End the token that the request came with; its sockets are disconnected."""
+    """Revoke the token of this request and disconnect its sockets."""
     if not ctx.user.digest:
         raise chat_error("NO_TOKEN")
     insert_revoked_token(ctx.db, ctx.user.digest, ctx.user.expires)
     return Result(None, [Revoke(ctx.user.user_id, ctx.user.digest)])
 
 
-@operation("read", "GET /servers", Access.USER, slow=True)
+@read("GET /servers", Access.USER, slow=True)
 def list_servers(ctx: OperationContext, args: NoArgs) -> Result[Servers]:
-    """The servers that I am a member of."""
+    """List your servers with their channels."""
     return Result(Servers(load_servers(ctx.db, ctx.user.user_id)))
 
 
@@ -3391,98 +3287,90 @@ def insert_owned_server(db: sqlite3.Connection, name: str, owner_id: int, now: s
     return server_id
 
 
-@operation("write", "POST /servers", Access.CREATOR, status=201, limit="post")
+@write("POST /servers", Access.CREATOR, status=201, limit="post")
 def create_server(ctx: OperationContext, args: NameArgs) -> Result[Server]:
-    """Create a server, with the channel `general`; its creator owns it."""
-    check_owned(ctx.db, ctx.user.user_id)
+    """Create a server with one channel, `general`; you become its owner."""
+    check_owned_servers(ctx.db, ctx.user.user_id)
     server_id = insert_owned_server(ctx.db, args.name, ctx.user.user_id, ctx.now)
-    return Result(load_server(ctx.db, server_id, ctx.user.user_id))
+    return Result(load_servers(ctx.db, ctx.user.user_id, server_id)[0])
 
 
-@operation("read", "GET /servers/{server_id}", Access.MEMBER)
+@read("GET /servers/{server_id}", Access.MEMBER)
 def get_server(ctx: OperationContext, args: ServerArgs) -> Result[Server]:
-    """A server, with its channels and my role in it."""
-    return Result(load_server(ctx.db, ctx.server_id, ctx.user.user_id))
+    """Return a server with its channels and your role."""
+    return Result(load_servers(ctx.db, ctx.user.user_id, ctx.server_id)[0])
 
 
-@operation("write", "PATCH /servers/{server_id}", Access.ADMIN, emits=["server:updated"])
+@write("PATCH /servers/{server_id}", Access.ADMIN, emits=["server:updated"])
 def rename_server(ctx: OperationContext, args: RenameServer) -> Result[Server]:
     """Rename a server."""
     renamed = ServerRenamed(ctx.server_id, args.name, update_server_name(ctx.db, ctx.server_id, args.name))
-    return Result(load_server(ctx.db, ctx.server_id, ctx.user.user_id), [Emit("server:updated", ctx.server_id, renamed)])
+    return Result(load_servers(ctx.db, ctx.user.user_id, ctx.server_id)[0], [Emit("server:updated", ctx.server_id, renamed)])
 
 
-@operation("write", "DELETE /servers/{server_id}", Access.OWNER, emits=["server:deleted"], status=204, slow=True, frees=True)
+@write("DELETE /servers/{server_id}", Access.OWNER, emits=["server:deleted"], slow=True)
 def delete_server(ctx: OperationContext, args: ServerArgs) -> Result[None]:
-    """Delete a server with everything in it."""
+    """Delete a server and everything in it."""
     delete_server_row(ctx.db, ctx.server_id)
     deleted = ServerDeleted(ctx.server_id)
     return Result(None, [Emit("server:deleted", ctx.server_id, deleted), RemoveRoom(ctx.server_id)])
 
 
-@operation("read", "GET /servers/{server_id}/members", Access.MEMBER, slow=True)
+@read("GET /servers/{server_id}/members", Access.MEMBER, slow=True)
 def list_members(ctx: OperationContext, args: ServerArgs) -> Result[Members]:
-    """The members, with their roles and whether they are connected."""
+    """List the members of a server, with their roles and whether they are connected, and former members."""
     members = load_members(ctx.db, ctx.server_id, ctx.visible_users(), ctx.user.user_id)
     return Result(Members(members, load_former_members(ctx.db, ctx.server_id)))
 
 
-@operation("write", "PATCH /servers/{server_id}/members/{user_id}", Access.OWNER, emits=["member:updated"])
+@write("PATCH /servers/{server_id}/members/{user_id}", Access.OWNER, emits=["member:updated"])
 def set_role(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
-    """Give a member a role; `owner` hands the server over, and its owner becomes an admin."""
+    """Change a member's role; `owner` transfers ownership, and the previous owner becomes an admin."""
     if ctx.target_role == "owner" and args.role != "owner":
         raise chat_error("OWNER_STAYS")
     changed = {args.user_id: args.role}
     if args.role == "owner" and ctx.target_role != "owner":
-        check_owned(ctx.db, args.user_id)
+        check_owned_servers(ctx.db, args.user_id)
         changed = {ctx.user.user_id: "admin", args.user_id: "owner"}
     change = functools.partial(update_role, ctx.db, ctx.server_id)
-    effects = [member_updated(ctx.db, ctx.server_id, user_id, change(user_id, role)) for user_id, role in changed.items()]
-    members = load_members(ctx.db, ctx.server_id, ctx.visible_users(), ctx.user.user_id)
-    return Result(next(member for member in members if member.user_id == args.user_id), effects)
+    event = functools.partial(member_event, ctx.db, "member:updated", ctx.server_id)
+    effects = [event(user_id, change(user_id, role)) for user_id, role in changed.items()]
+    (member,) = load_members(ctx.db, ctx.server_id, ctx.visible_users(), ctx.user.user_id, args.user_id)
+    return Result(member, effects)
 
 
 def remove_from_server(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
-    left = MemberChanged(server_id, user_id, seq=delete_member(db, server_id, user_id), **load_member_facts(db, user_id))
-    return [Emit("member:left", server_id, left), Evict(server_id, user_id)]
+    left = member_event(db, "member:left", server_id, user_id, delete_member(db, server_id, user_id))
+    return [left, Evict(server_id, user_id)]
 
 
-@operation(
-    "write",
-    "DELETE /servers/{server_id}/members/{user_id}",
-    Access.SELF_OR_OUTRANKS,
-    emits=["member:left"],
-    status=204,
-    frees=True,
-)
+@write("DELETE /servers/{server_id}/members/{user_id}", Access.SELF_OR_OUTRANKS, emits=["member:left"])
 def remove_member(ctx: OperationContext, args: MemberArgs) -> Result[None]:
-    """Leave a server, or remove a member of a lower role. The member's sockets leave its rooms and stay open."""
+    """Leave a server, or remove a member of a lower role; the member's sockets stop receiving the server's events."""
     return Result(None, remove_from_server(ctx.db, ctx.server_id, args.user_id))
 
 
-LINK_SECONDS = 900  # that a sign-in code is valid
-
-
-@operation("write", "POST /servers/{server_id}/members/{user_id}/link", Access.HOST_OF_GUEST, status=201, limit="post")
+@write("POST /servers/{server_id}/members/{user_id}/link", Access.OUTRANKS_GUEST, status=201, limit="post")
 def create_link(ctx: OperationContext, args: MemberArgs) -> Result[Link]:
-    """Make a code with which a guest can sign in again, once, within 15 minutes."""
+    """Create a code with which a guest can sign in again, once, within 15 minutes."""
     code, expires = new_code(), ctx.clock + LINK_SECONDS
     insert_link(ctx.db, args.user_id, code, expires)
     return Result(Link(code, utc(expires)))
 
 
-@operation("read", "GET /servers/{server_id}/bans", Access.ADMIN, slow=True)
+@read("GET /servers/{server_id}/bans", Access.ADMIN, slow=True)
 def list_bans(ctx: OperationContext, args: BansArgs) -> Result[Bans]:
-    """Who is banned, by user id."""
-    return Result(load_bans(ctx.db, args))
+    """List the banned users of a server, by user id."""
+    bans = load_bans(ctx.db, ctx.server_id, args.after, args.limit + 1)
+    return Result(Bans(bans[: args.limit], len(bans) > args.limit))
 
 
-@operation(
-    "write", "PUT /servers/{server_id}/bans/{user_id}", Access.OUTRANKS, emits=["member:left", "message:deleted"], status=204,
+@write(
+    "PUT /servers/{server_id}/bans/{user_id}", Access.OUTRANKS, emits=["member:left", "message:deleted"],
     limit="post", slow=True, frees=True,
 )  # fmt: skip
 def ban(ctx: OperationContext, args: BanArgs) -> Result[None]:
-    """Ban a current or former member; optionally delete their messages, and the invite by which they came."""
+    """Ban a member or former member; optionally delete their messages, and the invite they used."""
     if args.revoke_invite:
         delete_invite_used_by(ctx.db, ctx.server_id, args.user_id)
     insert_ban(ctx.db, ctx.server_id, args.user_id, ctx.user.user_id, ctx.now)
@@ -3492,7 +3380,7 @@ def ban(ctx: OperationContext, args: BanArgs) -> Result[None]:
     return Result(None, effects)
 
 
-@operation("write", "DELETE /servers/{server_id}/bans/{user_id}", Access.OUTRANKS, status=204, frees=True)
+@write("DELETE /servers/{server_id}/bans/{user_id}", Access.OUTRANKS)
 def unban(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     """Lift a ban."""
     if not delete_ban(ctx.db, ctx.server_id, args.user_id):
@@ -3500,112 +3388,104 @@ def unban(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     return Result(None)
 
 
-@operation("write", "POST /servers/{server_id}/invites", Access.HOST, status=201, limit="post")
+@write("POST /servers/{server_id}/invites", Access.INVITER, status=201, limit="post")
 def create_invite(ctx: OperationContext, args: NewInvite) -> Result[Invite]:
-    """Make an invite: for `max_uses` people, for `expires_in` seconds, or without such a limit."""
+    """Create an invite, for `max_uses` people and `expires_in` seconds if these are given."""
     expires_at = utc(ctx.clock + args.expires_in) if args.expires_in is not None else None
-    make_room_for_invite(ctx.db, ctx.server_id, ctx.now)
     invite = Invite(new_code(), ctx.server_id, args.max_uses, 0, expires_at)
-    insert_invite(ctx.db, invite.code, ctx.server_id, ctx.user.user_id, args.max_uses, expires_at)
+    insert_invite(ctx.db, invite, ctx.user.user_id, ctx.now)
     return Result(invite)
 
 
-@operation("read", "GET /servers/{server_id}/invites", Access.ADMIN)
+@read("GET /servers/{server_id}/invites", Access.ADMIN)
 def list_invites(ctx: OperationContext, args: ServerArgs) -> Result[Invites]:
-    """The invites, used up and expired ones included."""
+    """List the invites of a server, including expired and used-up ones."""
     return Result(Invites(load_invites(ctx.db, ctx.server_id)))
 
 
-@operation("read", "GET /invites/{code}", Access.ANYONE, limit="invite")
+@read("GET /invites/{code}", Access.ANYONE, limit="invite")
 def get_invite(ctx: OperationContext, args: CodeArgs) -> Result[InvitePreview]:
-    """Where an invite leads."""
-    return Result(load_invite_preview(ctx.db, load_valid_invite(ctx.db, args.code, ctx.now)))
+    """Return the server's name and number of members for an invite."""
+    return Result(load_invite_preview(ctx.db, load_valid_invite(ctx.db, args.code, ctx.now).code))
 
 
 def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, now: str) -> list[Effect]:
+    """Make an account a member by an invite, and return the effects."""
     update_invite_uses(db, invite.code)
     seq = insert_member(db, invite.server_id, user_id, "member", now, invite.code)
-    joined = MemberChanged(invite.server_id, user_id, seq=seq, **load_member_facts(db, user_id))
-    return [Emit("member:joined", invite.server_id, joined)]
+    return [member_event(db, "member:joined", invite.server_id, user_id, seq)]
 
 
-@operation("write", "POST /invites/{code}", Access.USER, emits=["member:joined"], status=201, replay_status=200, limit="invite")
+@write("POST /invites/{code}", Access.USER, emits=["member:joined"], status=201, replay_status=200, limit="invite")
 def accept_invite(ctx: OperationContext, args: CodeArgs) -> Result[Server]:
-    """Become a member by an invite; 200 for who is one already."""
-    server_id = load_invite_server(ctx.db, args.code)
-    if server_id is not None and load_role(ctx.db, server_id, ctx.user.user_id):
-        return Result(load_server(ctx.db, server_id, ctx.user.user_id), replayed=True)
+    """Join a server by invite; 200 if you are already a member."""
+    if ctx.role is not None:
+        return Result(load_servers(ctx.db, ctx.user.user_id, ctx.server_id)[0], replayed=True)
     invite = load_valid_invite(ctx.db, args.code, ctx.now)
     if is_banned(ctx.db, invite.server_id, ctx.user.user_id):
         raise chat_error("BANNED")
     effects = use_invite(ctx.db, invite, ctx.user.user_id, ctx.now)
-    return Result(load_server(ctx.db, invite.server_id, ctx.user.user_id), effects)
+    return Result(load_servers(ctx.db, ctx.user.user_id, invite.server_id)[0], effects)
 
 
-@operation("write", "DELETE /invites/{code}", Access.USER, status=204, limit="invite", frees=True)
+@write("DELETE /invites/{code}", Access.ADMIN, limit="invite")
 def revoke_invite(ctx: OperationContext, args: CodeArgs) -> Result[None]:
-    """Take an invite back (admins and the owner of its server)."""
-    server_id = load_invite_server(ctx.db, args.code)
-    if server_id is None:
-        raise chat_error("INVITE_UNKNOWN", field="code")
-    authorize(Access.ADMIN, ctx, ServerArgs(server_id=server_id))
+    """Delete an invite."""
     delete_invite(ctx.db, args.code)
     return Result(None)
 
 
-@operation("read", "GET /servers/{server_id}/channels", Access.MEMBER)
+@read("GET /servers/{server_id}/channels", Access.MEMBER)
 def list_channels(ctx: OperationContext, args: ServerArgs) -> Result[Channels]:
-    """The channels of a server."""
+    """List the channels of a server."""
     return Result(Channels(load_channels(ctx.db, ctx.server_id)))
 
 
-def channel_notice(event: str, channel: Channel, seq: int) -> Emit:
+def channel_event(event: str, channel: Channel, seq: int) -> Emit:
     changed = ChannelChanged(channel.server_id, channel.channel_id, channel.name, seq, topic=channel.topic)
-    if channel.kind != changed.kind:  # set only then: msgspec leaves a default out where it is the very same string
+    if channel.kind != changed.kind:  # set only then, because msgspec omits a default only if it is the same object
         changed.kind = channel.kind
     return Emit(event, channel.server_id, changed)
 
 
-@operation("write", "POST /servers/{server_id}/channels", Access.ADMIN, emits=["channel:created"], status=201, limit="post")
+@write("POST /servers/{server_id}/channels", Access.ADMIN, emits=["channel:created"], status=201, limit="post")
 def create_channel(ctx: OperationContext, args: NewChannel) -> Result[Channel]:
-    """Create a text or a voice channel; who is connected to the server hears it at once."""
+    """Create a text or voice channel; connected members receive its events at once."""
     channel, seq = insert_channel(ctx.db, ctx.server_id, args.name, args.kind, args.topic)
-    return Result(channel, [AddChannelRoom(ctx.server_id, channel.channel_id), channel_notice("channel:created", channel, seq)])
+    return Result(channel, [AddChannelRoom(ctx.server_id, channel.channel_id), channel_event("channel:created", channel, seq)])
 
 
-@operation("write", "PATCH /channels/{channel_id}", Access.ADMIN, emits=["channel:updated"])
+@write("PATCH /channels/{channel_id}", Access.ADMIN, emits=["channel:updated"])
 def edit_channel(ctx: OperationContext, args: EditChannel) -> Result[Channel]:
-    """Rename a channel, or give it another topic."""
+    """Change a channel's name or topic."""
     channel = load_channel(ctx.db, ctx.channel_id)
     channel.name = channel.name if args.name is None else args.name
     channel.topic = channel.topic if args.topic is None else args.topic
-    seq = update_channel(ctx.db, ctx.server_id, ctx.channel_id, channel.name, channel.topic)
-    return Result(channel, [channel_notice("channel:updated", channel, seq)])
+    return Result(channel, [channel_event("channel:updated", channel, update_channel(ctx.db, channel))])
 
 
-@operation("write", "DELETE /channels/{channel_id}", Access.ADMIN, emits=["channel:deleted"], status=204, frees=True)
+@write("DELETE /channels/{channel_id}", Access.ADMIN, emits=["channel:deleted"])
 def delete_channel(ctx: OperationContext, args: ChannelArgs) -> Result[None]:
-    """Delete a channel with its messages."""
+    """Delete a channel and its messages."""
     deleted = ChannelDeleted(ctx.server_id, ctx.channel_id, detach_channel(ctx.db, ctx.server_id, ctx.channel_id))
     return Result(None, [Emit("channel:deleted", ctx.server_id, deleted), RemoveRoom(ctx.server_id, ctx.channel_id)])
 
 
-def mention_notices(ctx: OperationContext, message: Message, known: Collection[int]) -> list[Effect]:
-    """Return a `mention` event for each member that the message names, except its author and those of `known`."""
+def mention_events(ctx: OperationContext, message: Message, notified: Collection[int]) -> list[Effect]:
+    """Return a `mention` event for each member whom the message mentions, except its author and those notified before."""
     if not message.mentions:
         return []
     notice = MentionNotice(**msgspec.structs.asdict(message), server_id=ctx.server_id)
-    known = {*known, message.author_id}
-    return [Emit("mention", user_id, notice) for user_id in message.mentions if user_id not in known]
+    skipped = {*notified, message.author_id}
+    return [Emit("mention", user_id, notice) for user_id in message.mentions if user_id not in skipped]
 
 
-@operation(
-    "write", "POST /messages", Access.MEMBER, emits=["message:new", "channel:read", "mention", "typing_stop"], status=201,
-    limit="post",
-)  # fmt: skip
+@write(
+    "POST /messages", Access.MEMBER, emits=["message:new", "channel:read", "mention", "typing_stop"], status=201, limit="post"
+)
 def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
-    """Post a message, and mark the channel as read. A repeat of a `nonce` by the same author in the same channel gives the
-    first message again."""
+    """Post a message, and mark the channel as read. If you posted with the same `nonce` in the channel before, that message is
+    returned instead."""
     if args.nonce is not None and (first := load_message_by_nonce(ctx.db, ctx.user.user_id, args.channel_id, args.nonce)):
         return Result(first, replayed=True)
     if args.reply_to is not None:
@@ -3613,30 +3493,25 @@ def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
         if original is None or original.channel_id != args.channel_id:
             raise chat_error("NO_REPLY_TARGET", field="reply_to")
     message = insert_message(ctx.db, ctx.server_id, ctx.user, args, ctx.now)
-    set_read(ctx.db, ctx.user.user_id, args.channel_id, message.message_id)
+    update_last_read(ctx.db, ctx.user.user_id, args.channel_id, message.message_id)
     effects: list[Effect] = [
         StopTyping(args.channel_id, ctx.user.user_id),
         MarkOwnPost(ctx.server_id, ctx.user.user_id, args.channel_id, message.message_id),
         Emit("message:new", ctx.server_id, message),
     ]
-    return Result(message, effects + mention_notices(ctx, message, set()))
+    return Result(message, effects + mention_events(ctx, message, ()))
 
 
-@operation("read", "GET /channels/{channel_id}/messages", Access.MEMBER)
+@read("GET /channels/{channel_id}/messages", Access.MEMBER)
 def list_messages(ctx: OperationContext, args: PageArgs) -> Result[Messages]:
-    """A page of a channel: the newest, or before, after or around a message."""
+    """List messages of a channel: the newest, or those before, after or around a message."""
     return Result(ctx.pages.get(ctx.db, ctx.server_id, args))
 
 
-def the_message(ctx: OperationContext) -> Message:
-    assert ctx.message is not None
-    return ctx.message
-
-
-@operation("read", "GET /messages/{message_id}", Access.MEMBER)
+@read("GET /messages/{message_id}", Access.MEMBER)
 def get_message(ctx: OperationContext, args: MessageArgs) -> Result[Message]:
-    """One message."""
-    return Result(the_message(ctx))
+    """Return a message."""
+    return Result(ctx.message)
 
 
 @operation(
@@ -3648,85 +3523,82 @@ def get_message(ctx: OperationContext, args: MessageArgs) -> Result[Message]:
     limit="post",
 )
 def edit_message(ctx: OperationContext, args: EditMessage) -> Result[Message]:
-    """Change a message's text."""
-    old = the_message(ctx)
-    update_message(ctx.db, ctx.server_id, old, args.content, ctx.now)
-    new = load_message(ctx.db, args.message_id)
-    assert new is not None
-    return Result(new, [Emit("message:edit", ctx.server_id, new), *mention_notices(ctx, new, old.mentions)])
+    """Change the text of a message."""
+    update_message(ctx.db, ctx.server_id, ctx.message, args.content, ctx.now)
+    new = load_message(ctx.db, args.message_id) or NO_MESSAGE
+    return Result(new, [Emit("message:edit", ctx.server_id, new), *mention_events(ctx, new, ctx.message.mentions)])
 
 
-@operation("write", "DELETE /messages/{message_id}", Access.AUTHOR_OR_ADMIN, emits=["message:deleted"], status=204, frees=True)
+@write("DELETE /messages/{message_id}", Access.AUTHOR_OR_ADMIN, emits=["message:deleted"])
 def remove_message(ctx: OperationContext, args: MessageArgs) -> Result[None]:
-    """Delete a message: its text is gone from history, search and catching up."""
+    """Delete a message; its text disappears from pages, search and changes."""
     seq = delete_message(ctx.db, ctx.server_id, args.message_id)
     return Result(None, [Emit("message:deleted", ctx.server_id, Deletion(ctx.channel_id, args.message_id, seq))])
 
 
 def same_reactions(ctx: OperationContext, emoji: str) -> list[Reaction]:
-    """Return the reactions on the message that are this emoji, with or without the variation selector."""
-    return [one for one in the_message(ctx).reactions if one.emoji.replace(VARIATION, "") == emoji.replace(VARIATION, "")]
+    """Return the message's reactions with this emoji, with or without the variation selector."""
+    return [one for one in ctx.message.reactions if one.emoji.replace(VARIATION, "") == emoji.replace(VARIATION, "")]
 
 
-def reaction_notice(ctx: OperationContext, event: str, emoji: str) -> Emit:
-    message_id = the_message(ctx).message_id
-    seq = update_message_seq(ctx.db, ctx.server_id, message_id)
-    changed = ReactionChanged(ctx.channel_id, ctx.user.user_id, ctx.user.username, message_id, emoji, seq, name=ctx.user.name)
+def reaction_event(ctx: OperationContext, event: str, emoji: str) -> Emit:
+    message, user = ctx.message, ctx.user
+    seq = update_message_seq(ctx.db, ctx.server_id, message.message_id)
+    changed = ReactionChanged(ctx.channel_id, user.user_id, user.username, message.message_id, emoji, seq, name=user.name)
     return Emit(event, ctx.server_id, changed)
 
 
-@operation(
-    "write", "PUT /messages/{message_id}/reactions/{emoji}", Access.MEMBER, event="reaction:add", emits=["reaction:add"],
-    status=204, limit="post",
-)  # fmt: skip
+@write(
+    "PUT /messages/{message_id}/reactions/{emoji}", Access.MEMBER, event="reaction:add", emits=["reaction:add"], limit="post"
+)
 def add_reaction(ctx: OperationContext, args: ReactionArgs) -> Result[None]:
-    """React to a message; nothing happens where I did so already."""
+    """Add your reaction to a message; adding it twice changes nothing."""
     same = same_reactions(ctx, args.emoji)
-    if not same and len({reaction.emoji.replace(VARIATION, "") for reaction in the_message(ctx).reactions}) >= MAX_REACTIONS:
+    if not same and len({one.emoji.replace(VARIATION, "") for one in ctx.message.reactions}) >= MAX_REACTIONS:
         raise chat_error("TOO_MANY_REACTIONS", n=MAX_REACTIONS)
     if any(ctx.user.user_id in reaction.user_ids for reaction in same):
         return Result(None, replayed=True)
     emoji = same[0].emoji if same else args.emoji
     insert_reaction(ctx.db, args.message_id, emoji, ctx.user.user_id)
-    return Result(None, [reaction_notice(ctx, "reaction:add", emoji)])
+    return Result(None, [reaction_event(ctx, "reaction:add", emoji)])
 
 
-@operation(
-    "write", "DELETE /messages/{message_id}/reactions/{emoji}", Access.MEMBER, event="reaction:remove",
-    emits=["reaction:remove"], status=204, limit="post", frees=True,
+@write(
+    "DELETE /messages/{message_id}/reactions/{emoji}", Access.MEMBER, event="reaction:remove",
+    emits=["reaction:remove"], limit="post",
 )  # fmt: skip
 def remove_reaction(ctx: OperationContext, args: ReactionArgs) -> Result[None]:
-    """Take my reaction back; nothing happens where there is none."""
-    mine = [reaction.emoji for reaction in same_reactions(ctx, args.emoji) if ctx.user.user_id in reaction.user_ids]
-    for emoji in mine:
+    """Remove your reaction from a message; without one, nothing changes."""
+    own = [reaction.emoji for reaction in same_reactions(ctx, args.emoji) if ctx.user.user_id in reaction.user_ids]
+    for emoji in own:
         delete_reaction(ctx.db, args.message_id, emoji, ctx.user.user_id)
-    return Result(None, [reaction_notice(ctx, "reaction:remove", emoji) for emoji in mine], not mine)
+    return Result(None, [reaction_event(ctx, "reaction:remove", emoji) for emoji in own], replayed=not own)
 
 
-@operation("read", "GET /users/me/reads", Access.USER, slow=True)
+@read("GET /users/me/reads", Access.USER, slow=True)
 def list_reads(ctx: OperationContext, args: NoArgs) -> Result[ReadStates]:
-    """How far I have read each of my text channels."""
+    """List your read state in each text channel."""
     return Result(ReadStates(load_read_states(ctx.db, ctx.user.user_id)))
 
 
-@operation("read", "GET /channels/{channel_id}/read", Access.MEMBER)
+@read("GET /channels/{channel_id}/read", Access.MEMBER)
 def get_read(ctx: OperationContext, args: ChannelArgs) -> Result[ReadState]:
-    """How far I have read a channel, and what is unread: messages of others, and those that name me, counted to 1,000."""
-    return Result(load_read_state(ctx.db, ctx.user.user_id, ctx.channel_id))
+    """Return the last message you have read in a channel, and how many are unread or mention you (both counted up to 1,000)."""
+    return Result(load_read_states(ctx.db, ctx.user.user_id, ctx.channel_id)[0])
 
 
-@operation("write", "PUT /channels/{channel_id}/read", Access.MEMBER, emits=["channel:read"], status=204)
+@write("PUT /channels/{channel_id}/read", Access.MEMBER, emits=["channel:read"])
 def mark_read(ctx: OperationContext, args: MarkReadArgs) -> Result[None]:
-    """Set `message_id` as the last message that I have read. The mark moves back only with `back`; 0 is before the first."""
-    state = update_read(ctx.db, ctx.user.user_id, args)
-    return Result(
-        None, [EmitReadMark(ctx.channel_id), Emit("channel:read", ctx.user.user_id, state)] if state is not None else []
-    )
+    """Mark a channel as read up to `message_id`. With `back`, the mark may also move backwards; 0 makes everything unread."""
+    state = move_read_mark(ctx.db, ctx.user.user_id, args)
+    if state is None:
+        return Result(None)
+    return Result(None, [EmitReadMark(ctx.channel_id), Emit("channel:read", ctx.user.user_id, state)])
 
 
-@operation("read", "GET /servers/{server_id}/changes", Access.MEMBER, slow=True)
+@read("GET /servers/{server_id}/changes", Access.MEMBER, slow=True)
 def list_changes(ctx: OperationContext, args: ChangesArgs) -> Result[Changes]:
-    """What came after a number of the server's sequence."""
+    """List the changes of a server after a sequence number."""
     return Result(load_changes(ctx.db, args, ctx.visible_users(), ctx.user.user_id))
 
 
@@ -5260,12 +5132,12 @@ class Hub:
             del self.voice_peers[peer.sid]
         if channel_id is None:
             self.forget_marks(server_id)
-            self.typing_tracker.close(server_id=server_id)
+            self.typing_tracker.remove(server_id=server_id)
             for sid in self.sio.members(f"server:{server_id}"):
                 self.leave_server(self.connections[sid], server_id, quietly=True)
         else:
             self._own_marks.pop(channel_id, None)
-            self.typing_tracker.close(channel_id=channel_id)
+            self.typing_tracker.remove(channel_id=channel_id)
             for sid in self.sio.members(f"channel:{channel_id}"):
                 self.connections[sid].servers[server_id].discard(channel_id)
                 self.sio.leave(sid, f"channel:{channel_id}")
@@ -5284,8 +5156,10 @@ class Hub:
     def rename(self, user_id: int, name: str | None) -> None:
         self.forget_tokens(user_id)
         self.pages.clear()  # servers that the user has left keep their number, and show the new name too
-        self.typing_tracker.rename(user_id, name)
-        self.voice_peers.rename(user_id, name)
+        typing, voice = self.typing_tracker.values(), self.voice_peers.values()
+        for notice in (*(user.notice for user in typing), *(peer.notice for peer in voice)):
+            if notice.user_id == user_id:
+                notice.name = name
         for connection in self.connections_of(user_id):
             if connection.user is not None:
                 connection.user = connection.user._replace(name=name)
@@ -5401,7 +5275,7 @@ class Hub:
             self.stop_typing(channel_id, user_id)
 
     def stop_typing(self, channel_id: int, user_id: int) -> None:
-        typist = self.typing_tracker.stop(channel_id, user_id)
+        typist = self.typing_tracker.pop((channel_id, user_id), None)
         if typist is not None and user_id not in self.presence.invisible:
             self.emit("typing_stop", channel_id, typist.notice, skip_sid=typist.sid)
 
@@ -5451,7 +5325,7 @@ async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, passw
         hashed = None
         if password is not None:
             async with hub.password_hasher.turn(caller.address):
-                hashed = await hub.password_hasher.hash(password)
+                hashed = await hub.password_hasher.run(hash_password, password)
         account = (await hub.store.write(lambda db: create_account(db, args, hashed, clock))).value
     if hashed is not None:
         remember_signing_in(hub, caller, account.user_id)
@@ -5483,14 +5357,14 @@ async def is_password(hub: Hub, caller: Caller, username: str, user_id: int, pas
     address. Without an account (`user_id` 0) the work and the limits are the same.
     """
     name, digest = name_key(username), hub.signer.address_digest(user_id, caller.address)
-    limits: list[LimitOf] = [("login", (name, caller.address))]
+    limits: list[LimitKey] = [("login", (name, caller.address))]
     if hub.store.read_inline(load_address_seen_at, user_id, digest) is None:
         limits += [("login_account", name), ("login_address", caller.address)]
     for limit in limits:
         hub.limiter.check(*limit)
     async with hub.password_hasher.turn(caller.address):
         with hub.limiter.attempt(limits) as failed:
-            right = await hub.password_hasher.verify(password, stored)
+            right = await hub.password_hasher.run(verify_password, password, stored)
             if not right:
                 failed()
     return right
@@ -5507,7 +5381,7 @@ async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthRespo
 
 
 def remove_next_guests(ctx: OperationContext, args: ServerArgs) -> Result[int]:
-    guests = load_guests_below(ctx.db, ctx.server_id, ctx.role)
+    guests = load_guests_below(ctx.db, ctx.server_id, ctx.role, GUESTS_PER_STEP)
     return Result(len(guests), [effect for user_id in guests for effect in remove_from_server(ctx.db, ctx.server_id, user_id)])
 
 
@@ -5535,7 +5409,7 @@ async def login(hub: Hub, caller: Caller, args: Credentials) -> Result[AuthRespo
 def replace_password(db: sqlite3.Connection, user_id: int, before: str | None, password: str) -> Result[int]:
     """Set a password, unless somebody else did meanwhile; all tokens end, their sockets too. The new generation."""
     generation = update_password(db, user_id, before, password)
-    return Result(generation, [Revoke(user_id), *([] if before else member_updated_everywhere(db, user_id))])
+    return Result(generation, [Revoke(user_id), *([] if before else update_in_servers(db, user_id))])
 
 
 @operation("async", "POST /auth/password", Access.USER)
@@ -5548,7 +5422,7 @@ async def change_password(hub: Hub, caller: Caller, args: NewPassword) -> Result
     if stored is not None and not await is_password(hub, caller, user.username, user.user_id, old or "", stored):
         raise chat_error("WRONG_OLD_PASSWORD", field="old_password")
     async with hub.password_hasher.turn(caller.address):
-        password = await hub.password_hasher.hash(args.new_password)
+        password = await hub.password_hasher.run(hash_password, args.new_password)
     done = await hub.store.write(lambda db: replace_password(db, user.user_id, stored, password))
     remember_signing_in(hub, caller, user.user_id)
     return Result(hub.signer.issue(user.user_id, user.username, done.value, time.time(), user.name))
@@ -5571,7 +5445,7 @@ async def check_health(hub: Hub, caller: Caller, args: NoArgs) -> Result[Health]
         async with asyncio.timeout(2):
             await hub.store.read(load_index_progress)
             if hub.store.write_error:
-                await hub.store.write(probe_write)
+                await hub.store.write(lambda db: Result(probe_write(db)))
                 hub.store.write_error = ""
             else:
                 await hub.store.write(lambda db: Result(None))
@@ -5652,7 +5526,7 @@ def require_joined(connection: Connection, server_id: int) -> None:
 def server_of_channel(hub: Hub, caller: Caller, args: ChannelArgs) -> int:
     """Return the server of the channel. Asking for it counts as an event, unless the user types there already."""
     connection, user = authenticated(caller)
-    typist = hub.typing_tracker.typing(args.channel_id, user.user_id)
+    typist = hub.typing_tracker.get((args.channel_id, user.user_id))
     if typist is None:
         hub.limiter.charge("event", user.user_id)
     server_id = typist.server_id if typist else hub.query(caller, args, lambda ctx, _: ctx.server_id)
@@ -5701,10 +5575,12 @@ async def voice_join(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Voic
     if channel.kind != "voice":
         raise chat_error("NO_VOICE_CHANNEL", field="channel_id")
     peer = hub.voice_peers.get(connection.sid)
-    if peer is None or peer.channel_id != args.channel_id:
+    if peer is None or peer.notice.channel_id != args.channel_id:
         peer = enter_voice(hub, connection, user, channel)
     servers = [IceServer(urls) for urls in hub.settings.ice_server]
-    return Result(VoiceJoinResult(peer.notice.peer_id, hub.voice_peers.others(args.channel_id, connection.sid), servers))
+    others = [peer.notice for peer in hub.voice_peers.in_channel(args.channel_id) if peer.sid != connection.sid]
+    participants = [Participant(one.user_id, one.username, one.peer_id, name=one.name) for one in others]
+    return Result(VoiceJoinResult(peer.notice.peer_id, participants, servers))
 
 
 @operation("async", None, Access.MEMBER, event="voice:leave", emits=["voice:leave"])
@@ -5712,7 +5588,7 @@ async def voice_leave(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Non
     """Leave a voice channel; nothing happens where the socket is not in it."""
     connection, _ = authenticated(caller)
     peer = hub.voice_peers.get(connection.sid)
-    if peer is not None and peer.channel_id == args.channel_id:
+    if peer is not None and peer.notice.channel_id == args.channel_id:
         hub.leave_voice(connection.sid)
     else:
         hub.require_member(caller, args)
@@ -5736,10 +5612,10 @@ async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[Non
     hub.limiter.charge("signal", user.user_id)
     check_signal(args.data)
     sender = hub.voice_peers.get(connection.sid)
-    if sender is None or sender.channel_id != args.channel_id:
+    if sender is None or sender.notice.channel_id != args.channel_id:
         require_joined(connection, hub.query(caller, ChannelArgs(channel_id=args.channel_id), lambda ctx, _: ctx.server_id))
         raise chat_error("NOT_IN_VOICE")
-    peer = hub.voice_peers.find(args.channel_id, args.to)
+    peer = next((peer for peer in hub.voice_peers.in_channel(args.channel_id) if peer.notice.peer_id == args.to), None)
     if peer is None:
         raise chat_error("NO_PEER", field="to")
     if hub.sio.is_behind(peer.sid):  # signals must not fill what may wait for the peer, which would end its connection
@@ -6134,7 +6010,7 @@ def remove_and_transfer(db: sqlite3.Connection, server_id: int, user_id: int) ->
     if not owned:
         return effects
     if (heir := load_next_owner(db, server_id)) is not None:
-        return [*effects, member_updated(db, server_id, heir, update_role(db, server_id, heir, "owner"))]
+        return [*effects, member_event(db, "member:updated", server_id, heir, update_role(db, server_id, heir, "owner"))]
     delete_server_row(db, server_id)
     return [RemoveRoom(server_id)]
 
@@ -6297,7 +6173,7 @@ async def maintenance_loop(hub: Hub) -> None:
     for turn in itertools.count():
         hub.sio.eio.client_log.flush()
         if turn % TOKEN_PURGE_INTERVAL == 0:
-            await result_or_error(hub.store.write(lambda db: delete_expired_tokens(db, time.time()), frees=True))
+            await result_or_error(hub.store.write(lambda db: Result(delete_expired_tokens(db, time.time())), frees=True))
         await result_or_error(run_maintenance(hub))
         await asyncio.sleep(MAINTENANCE_INTERVAL)
 
@@ -6807,7 +6683,7 @@ def ask_password() -> str:
     else:
         password = sys.stdin.readline().rstrip("\n")
     read_args(NewPassword, {"new_password": password})
-    return hash_password(password, secrets.token_bytes(16), **SCRYPT)
+    return hash_password(password)
 
 
 @user.command("add")

@@ -2504,8 +2504,8 @@ def test_a_user_is_heard_typing_once_a_second_and_for_three() -> None:
     assert typists.start(5, chatrtc.ChannelUser(1, 7, "ana"), "a", 11.0)
     assert typists.expired(13.9) == []
     assert typists.expired(14.0) == [(1, 8), (1, 7)] or set(typists.expired(14.0)) == {(1, 7), (1, 8)}
-    assert typists.stop(1, 7) is not None
-    assert typists.stop(1, 7) is None
+    assert typists.pop((1, 7), None) is not None
+    assert typists.pop((1, 7), None) is None
 
 
 async def test_typing_is_heard_once_a_second_and_ends_after_three(scene: Scene) -> None:
@@ -4000,7 +4000,7 @@ async def test_a_guest_comes_back_by_a_link(scene: Scene) -> None:
     )
     await store.write(lambda db: chatrtc.Result(db.execute("UPDATE links SET expires_at = ?", (time.time() - 1,)).rowcount))
     assert (await world.call("POST", "/auth/link", {"code": late["code"]})).code == "NOT_FOUND"
-    await store.write(lambda db: chatrtc.delete_expired_tokens(db, time.time()))
+    await store.write(lambda db: chatrtc.Result(chatrtc.delete_expired_tokens(db, time.time())))
     assert store.read_inline(lambda db: db.execute("SELECT count(*) FROM links").fetchone()) == (0,)
     last = await scene.ana.ok("POST", path)
     await zoe.ok("POST", "/auth/password", {"new_password": "correct horse"})
