@@ -1160,14 +1160,14 @@ class Rename(NamedTuple):  # the user's sockets and cached tokens get the new di
     name: str | None
 
 
-class MarkOwnPost(NamedTuple):  # posting moved the author's read mark; it is emitted a moment later, once for several posts
+class MarkOwnPost(NamedTuple):  # posting moved the author's read mark: emit it a moment later, once for several posts
     server_id: int
     user_id: int
     channel_id: int
     message_id: int
 
 
-class EmitReadMark(NamedTuple):  # emit now what `MarkOwnPost` put off for this channel
+class EmitReadMark(NamedTuple):  # emit the channel's read mark now, if `MarkOwnPost` delayed one
     channel_id: int
 
 
@@ -1750,8 +1750,7 @@ class Store:
         return await on_thread(self._readers[0], in_snapshot, query, *args)
 
     async def read_slow(self, user: object, gone: Callable[[], bool], query: Query[R], *args: Any) -> R:
-        """Run a query that may take seconds, in turn with other users. It is stopped at its time limit, or once the caller is
-        `gone`. Raises RATE_LIMITED, UNAVAILABLE."""
+        """Run a slow query in turn with other users, up to its time limit or until the caller is `gone`. Raises ChatError."""
         try:
             async with asyncio.timeout(TURN_SECONDS) as timer, self._turns.turn(user):
                 timer.reschedule(None)
@@ -1877,7 +1876,7 @@ class Store:
             self._require_files()
 
     def _record_write_failure(self, error: sqlite3.OperationalError | StartError) -> None:
-        """Log a write error. After a failed sync nothing may be assumed of the connection, so it is opened anew."""
+        """Log a write error. After a failed sync nothing may be assumed of the connection, so it is reopened."""
         if time.monotonic() - self._failure_logged_at > FAILURE_LOG_SECONDS:
             self._failure_logged_at = time.monotonic()
             log.error("writing %s failed: %s", self.path, error)
