@@ -87,7 +87,6 @@ import socketio
 from aiohttp import WSMsgType, web
 from engineio.async_drivers.aiohttp import translate_request
 from msgspec import UNSET, Meta, Struct, UnsetType
-from multidict import CIMultiDict
 from socketio import packet as wire
 
 __version__ = "1.0.0"
@@ -3193,6 +3192,11 @@ class Operation:
     frees: bool  # whether a nearly full disk allows it: by default, if it is a DELETE
     summary: str
 
+    @property
+    def has_body(self) -> bool:
+        """Whether the route takes arguments in the body, instead of the query."""
+        return self.method in ("POST", "PUT", "PATCH")
+
 
 LINK_SECONDS = 900  # lifetime of a sign-in code
 STATUS_EVENTS = ["user:status", "user:connected", "user:disconnected"]
@@ -4962,14 +4966,19 @@ class Caller(NamedTuple):
 
     user: Principal
     address: str
-    connection: Connection | None = None
-    request: web.Request | None = None
+    source: Connection | web.Request | None = None
+
+    @property
+    def connection(self) -> Connection:
+        """The socket of a call that came by one."""
+        assert isinstance(self.source, Connection)
+        return self.source
 
     def gone(self) -> bool:
         """Return whether nobody waits for the result any more."""
-        if self.request is not None:
-            return not connected(self.request)
-        return self.connection is not None and self.connection.closed
+        if isinstance(self.source, Connection):
+            return self.source.closed
+        return self.source is not None and not connected(self.source)
 
 
 @dataclass(slots=True)
@@ -5289,23 +5298,29 @@ class Hub:
 
 
 # ---- Async operations ----------------------------------------------------------------------------------------------
-# Operations that need more than one transaction: passwords, which take time, and sockets, which are not in the database.
+# Operations that need more than one transaction: passwords, which take time to hash, and sockets, which are kept in memory.
 
 SIGNAL_BYTES = 16 * 1024  # a WebRTC offer for audio has 2 to 6 KiB
 
 
-def remember_signing_in(hub: Hub, caller: Caller, user_id: int) -> None:
-    """Note the address that somebody signed in from, at most once a day, without making them wait."""
-    digest, clock = hub.signer.address_digest(user_id, caller.address), time.time()
-    seen = hub.store.read_inline(load_address_seen_at, user_id, digest)
+def issue_token(hub: Hub, user: Principal) -> Result[AuthResponse]:
+    return Result(hub.signer.issue(user.user_id, user.username, user.generation, time.time(), user.name))
+
+
+def sign_in(hub: Hub, caller: Caller, user: Principal) -> Result[AuthResponse]:
+    """Return a token for a user who gave the password, and record their address, at most once a day, in the background."""
+    digest, clock = hub.signer.address_digest(user.user_id, caller.address), time.time()
+    seen = hub.store.read_inline(load_address_seen_at, user.user_id, digest)
     if seen is None or clock - seen > ADDRESS_SECONDS:
-        job = functools.partial(insert_known_address, user_id=user_id, digest=digest, clock=clock)
-        hub.sio.eio.spawn(result_or_exception(hub.store.write(job)))
+        hub.sio.eio.spawn(
+            result_or_exception(hub.store.write(lambda db: insert_known_address(db, user.user_id, digest, clock)))
+        )
+    return issue_token(hub, user)
 
 
 def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: str | None, clock: float) -> Result[Principal]:
-    """A new account; with an invite, also a member of its server. The invite comes first: without one nobody learns which
-    usernames are taken."""
+    """Create an account and, with an invite, join its server. The invite is checked first: without a valid one nobody learns
+    which usernames are taken."""
     invite = load_valid_invite(db, args.code, utc(clock)) if args.code is not None else None
     username = args.username or find_free_username(db, args.name or "")
     user_id = insert_user(db, username, password, utc(clock), args.name)
@@ -5315,25 +5330,23 @@ def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: s
 
 
 async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, password: str | None) -> Result[AuthResponse]:
-    """Create an account for a password or, without one, for a guest."""
+    """Create an account with a password or, without one, for a guest, and return its token."""
     clock = time.time()
+    stored: str | None = None
     with hub.limiter.charge_unknown_code("invite", caller.address):
         if args.code is not None:
             hub.store.read_inline(load_valid_invite, args.code, utc(clock))
         hub.limiter.charge("register", caller.address)
-        hashed = None
         if password is not None:
             async with hub.password_hasher.turn(caller.address):
-                hashed = await hub.password_hasher.run(hash_password, password)
-        account = (await hub.store.write(lambda db: create_account(db, args, hashed, clock))).value
-    if hashed is not None:
-        remember_signing_in(hub, caller, account.user_id)
-    return Result(hub.signer.issue(account.user_id, account.username, 0, clock, account.name))
+                stored = await hub.password_hasher.run(hash_password, password)
+        account = (await hub.store.write(lambda db: create_account(db, args, stored, clock))).value
+    return issue_token(hub, account) if stored is None else sign_in(hub, caller, account)
 
 
 @operation("async", "POST /auth/register", Access.ANYONE, emits=["member:joined"], status=201)
 async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthResponse]:
-    """Make an account; with `code`, an invite, also become a member."""
+    """Create an account; with `code`, an invite, also join its server."""
     if hub.settings.registration == "closed":
         raise chat_error("REGISTRATION_CLOSED")
     if hub.settings.registration == "invite" and args.code is None:
@@ -5343,21 +5356,21 @@ async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthRespon
 
 @operation("async", "POST /auth/guest", Access.ANYONE, emits=["member:joined"], status=201)
 async def register_guest(hub: Hub, caller: Caller, args: NewGuest) -> Result[AuthResponse]:
-    """Come in by an invite and a name alone; a password can be set later."""
+    """Create a guest account with an invite and a name. The guest can set a password later."""
     if hub.settings.no_guests or hub.settings.registration == "closed":
         raise chat_error("GUESTS_OFF")
     return await make_account(hub, caller, args, None)
 
 
-async def is_password(hub: Hub, caller: Caller, username: str, user_id: int, password: str, stored: str | None) -> bool:
-    """Return whether it is the account's password. Raises RATE_LIMITED.
+async def is_password(hub: Hub, caller: Caller, user: Principal, password: str, stored: str | None) -> bool:
+    """Return whether `password` is the account's. Raises RATE_LIMITED.
 
-    Only a wrong password is counted: by account and address together, and more widely if the account never signed in from that
-    address. Without an account (`user_id` 0) the work and the limits are the same.
+    Only wrong passwords are counted: by account and address and, if the account never signed in from this address, also by
+    account and by address. For an account that does not exist (`user_id` 0) the work and the limits are the same.
     """
-    name, digest = name_key(username), hub.signer.address_digest(user_id, caller.address)
+    name, digest = name_key(user.username), hub.signer.address_digest(user.user_id, caller.address)
     limits: list[LimitKey] = [("login", (name, caller.address))]
-    if hub.store.read_inline(load_address_seen_at, user_id, digest) is None:
+    if hub.store.read_inline(load_address_seen_at, user.user_id, digest) is None:
         limits += [("login_account", name), ("login_address", caller.address)]
     for limit in limits:
         hub.limiter.check(*limit)
@@ -5371,25 +5384,26 @@ async def is_password(hub: Hub, caller: Caller, username: str, user_id: int, pas
 
 @operation("async", "POST /auth/link", Access.ANYONE)
 async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthResponse]:
-    """Sign in as a guest with a code that an admin made, once."""
+    """Sign in as a guest with a single-use code from an admin."""
     clock = time.time()
     with hub.limiter.charge_unknown_code("invite", caller.address):
         hub.store.read_inline(load_link_guest, args.code, clock)  # a wrong code costs no write
         user = (await hub.store.write(lambda db: Result(delete_link(db, args.code, clock)))).value
-    return Result(hub.signer.issue(user.user_id, user.username, user.generation, clock, user.name))
-
-
-def remove_next_guests(ctx: OperationContext, args: ServerArgs) -> Result[int]:
-    guests = load_guests_below(ctx.db, ctx.server_id, ctx.role, GUESTS_PER_STEP)
-    return Result(len(guests), [effect for user_id in guests for effect in remove_from_server(ctx.db, ctx.server_id, user_id)])
+    return issue_token(hub, user)
 
 
 @operation("async", "DELETE /servers/{server_id}/guests", Access.ADMIN, emits=["member:left"], limit="post")
 async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Removed]:
     """Remove all guests of a lower role."""
+
+    def remove_next(ctx: OperationContext, args: ServerArgs) -> Result[int]:
+        guests = load_guests_below(ctx.db, ctx.server_id, ctx.role, GUESTS_PER_STEP)
+        effects = [effect for user_id in guests for effect in remove_from_server(ctx.db, ctx.server_id, user_id)]
+        return Result(len(guests), effects)
+
     removed, step = 0, GUESTS_PER_STEP
-    job = AuthorizedJob(hub, Access.ADMIN, caller.user, args, remove_next_guests)
-    while step == GUESTS_PER_STEP:  # in steps, so that others are served in between
+    job = AuthorizedJob(hub, Access.ADMIN, caller.user, args, remove_next)
+    while step == GUESTS_PER_STEP:  # in steps, so that other writes run in between
         step = (await hub.store.write(job, frees=True)).value
         removed += step
     return Result(Removed(removed))
@@ -5398,48 +5412,46 @@ async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Re
 @operation("async", "POST /auth/login", Access.ANYONE)
 async def login(hub: Hub, caller: Caller, args: Credentials) -> Result[AuthResponse]:
     """Sign in. An unknown name and a wrong password take the same time and get the same answer."""
-    account, stored = hub.store.read_inline(load_account, args.username) or (NOBODY, None)
-    if not await is_password(hub, caller, args.username, account.user_id, args.password, stored):
+    account, stored = hub.store.read_inline(load_account, args.username) or (Principal(0, args.username), None)
+    if not await is_password(hub, caller, account, args.password, stored):
         raise chat_error("WRONG_PASSWORD")
-    remember_signing_in(hub, caller, account.user_id)
-    return Result(hub.signer.issue(account.user_id, account.username, account.generation, time.time(), account.name))
+    return sign_in(hub, caller, account)
 
 
 def replace_password(db: sqlite3.Connection, user_id: int, before: str | None, password: str) -> Result[int]:
-    """Set a password, unless somebody else did meanwhile; all tokens end, their sockets too. The new generation."""
+    """Set a password, revoke all tokens and return the new generation. Raises CONFLICT unless `before` is the stored hash."""
     generation = update_password(db, user_id, before, password)
     return Result(generation, [Revoke(user_id), *([] if before else update_in_servers(db, user_id))])
 
 
 @operation("async", "POST /auth/password", Access.USER)
 async def change_password(hub: Hub, caller: Caller, args: NewPassword) -> Result[AuthResponse]:
-    """Change the password (a guest sets the first one without `old_password`); every other token ends, its sockets too."""
+    """Set a new password (a guest needs no `old_password`). All other tokens are revoked and their sockets disconnected."""
     user = caller.user
     stored, old = hub.store.read_inline(load_password_hash, user.user_id), args.old_password
     if stored is not None and old is None:
         raise chat_error("FIELD_MISSING", field="old_password", what="old_password")
-    if stored is not None and not await is_password(hub, caller, user.username, user.user_id, old or "", stored):
+    if stored is not None and not await is_password(hub, caller, user, old or "", stored):
         raise chat_error("WRONG_OLD_PASSWORD", field="old_password")
     async with hub.password_hasher.turn(caller.address):
         password = await hub.password_hasher.run(hash_password, args.new_password)
-    done = await hub.store.write(lambda db: replace_password(db, user.user_id, stored, password))
-    remember_signing_in(hub, caller, user.user_id)
-    return Result(hub.signer.issue(user.user_id, user.username, done.value, time.time(), user.name))
+    generation = (await hub.store.write(lambda db: replace_password(db, user.user_id, stored, password))).value
+    return sign_in(hub, caller, user._replace(generation=generation))
 
 
 @operation("async", "GET /servers/{server_id}/search", Access.MEMBER)
 async def search_messages(hub: Hub, caller: Caller, args: SearchArgs) -> Result[Messages]:
-    """Messages that hold every word of `q`, or words that begin so, newest first. A phrase in quotes matches as a whole."""
+    """Find messages with every word of `q` (or words beginning with it), newest first. A quoted phrase matches as a whole."""
     hub.require_member(caller, args)
-    newest, known = hub.store.read_inline(load_index_progress)
-    while known < newest and not hub.store.is_full():  # what is there by now, step by step, so that posting goes on
-        known = (await hub.store.write(index_messages, slow=True)).value
+    newest, indexed = hub.store.read_inline(load_index_progress)
+    while indexed < newest and not hub.store.is_full():  # in steps, so that posts are written in between
+        indexed = (await hub.store.write(index_messages, slow=True)).value
     return Result(await hub.query_slow(caller, args, lambda ctx, args: load_search_results(ctx.db, args)))
 
 
 @operation("async", "GET /healthz", Access.ANYONE)
 async def check_health(hub: Hub, caller: Caller, args: NoArgs) -> Result[Health]:
-    """Whether the server works: the database can be read, and written."""
+    """Check that the database can be read and written."""
     try:
         async with asyncio.timeout(2):
             await hub.store.read(load_index_progress)
@@ -5455,22 +5467,16 @@ async def check_health(hub: Hub, caller: Caller, args: NoArgs) -> Result[Health]
 
 @operation("async", "GET /config", Access.ANYONE)
 async def get_configuration(hub: Hub, caller: Caller, args: NoArgs) -> Result[PublicSettings]:
-    """What a page has to know before anybody signed in."""
+    """Return the settings that a page needs before sign-in."""
     settings = hub.settings
     guests = not settings.no_guests and settings.registration != "closed"
     public, lan = settings.public_url or UNSET, hub.lan_url or UNSET
     return Result(PublicSettings(settings.registration, guests, __version__, settings.create_servers, public, lan))
 
 
-def authenticated(caller: Caller) -> tuple[Connection, Principal]:
-    assert caller.connection is not None
-    return caller.connection, caller.user
-
-
 @operation("async", None, Access.ANYONE, event="authenticate")
 async def authenticate(hub: Hub, caller: Caller, args: TokenArgs) -> Result[Identity]:
-    """Say who this socket belongs to (or pass `auth: {token}` in the handshake)."""
-    assert caller.connection is not None
+    """Authenticate this socket (or pass `auth: {token}` in the handshake)."""
     user = hub.authenticate_token(args.token or "")
     hub.bind_principal(caller.connection, user)
     return Result(user.identity)
@@ -5478,39 +5484,36 @@ async def authenticate(hub: Hub, caller: Caller, args: TokenArgs) -> Result[Iden
 
 @operation("async", None, Access.USER, event="ping")
 async def heartbeat(hub: Hub, caller: Caller, args: NoArgs) -> Result[None]:
-    """The application's heartbeat."""
+    """Do nothing: the ack shows that the connection works."""
     return Result(None)
 
 
-def missed_changes(ctx: OperationContext, args: JoinServer) -> tuple[int, Changes | UnsetType]:
-    """The server's last number, and what came after the one given."""
-    if args.after is None:
-        return load_seq(ctx.db, ctx.server_id), UNSET
-    since = ChangesArgs(server_id=ctx.server_id, after=args.after)
+def missed_changes(ctx: OperationContext, args: JoinServer) -> tuple[int, Changes]:
+    """Return the server's last sequence number and the changes after `args.after`."""
+    since = ChangesArgs(server_id=ctx.server_id, after=args.after or 0)
     return load_seq(ctx.db, ctx.server_id), load_changes(ctx.db, since, ctx.visible_users(), ctx.user.user_id)
 
 
 @operation("async", None, Access.MEMBER, event="join_server", emits=["user:connected"])
 async def join_server(hub: Hub, caller: Caller, args: JoinServer) -> Result[JoinServerResult]:
-    """Hear a server: its events from now on and, with `after`, what came after that number. Nothing falls in between."""
-    connection, user = authenticated(caller)
+    """Subscribe to a server's events and, with `after`, get the changes after that sequence number. None is lost in between."""
     channels = hub.query(caller, args, lambda ctx, _: load_channels(ctx.db, ctx.server_id))
-    hub.join_server(connection, args.server_id, [channel.channel_id for channel in channels])
-    # What was told before this moment is on disk: it is among what is read now.
+    hub.join_server(caller.connection, args.server_id, [channel.channel_id for channel in channels])
+    # Every event published before this line is already committed, so the read below includes it.
+    changes: Changes | UnsetType = UNSET
     if args.after is None:
-        seq, changes = hub.query(caller, args, missed_changes)
+        seq = hub.query(caller, args, lambda ctx, _: load_seq(ctx.db, ctx.server_id))
     else:
         seq, changes = await hub.query_slow(caller, args, missed_changes)
     voice = [peer.notice for peer in hub.voice_peers.in_server(args.server_id)]
-    return Result(JoinServerResult(hub.presence.visible(args.server_id, user.user_id), seq, changes, voice))
+    return Result(JoinServerResult(hub.presence.visible(args.server_id, caller.user.user_id), seq, changes, voice))
 
 
 @operation("async", None, Access.USER, event="leave_server", emits=["user:disconnected"])
 async def leave_server(hub: Hub, caller: Caller, args: ServerArgs) -> Result[None]:
-    """Hear a server no longer."""
-    connection, _ = authenticated(caller)
-    if not hub.leave_server(connection, args.server_id):
-        hub.require_member(caller, args)  # says what is wrong, if anything is
+    """Unsubscribe from a server's events."""
+    if not hub.leave_server(caller.connection, args.server_id):
+        hub.require_member(caller, args)
     return Result(None)
 
 
@@ -5523,59 +5526,50 @@ def require_joined(connection: Connection, server_id: int) -> None:
 
 
 def server_of_channel(hub: Hub, caller: Caller, args: ChannelArgs) -> int:
-    """Return the server of the channel. Asking for it counts as an event, unless the user types there already."""
-    connection, user = authenticated(caller)
-    typist = hub.typing_tracker.get((args.channel_id, user.user_id))
+    """Return the channel's server, which the socket must have joined. Counts as an event unless the user is typing there."""
+    typist = hub.typing_tracker.get((args.channel_id, caller.user.user_id))
     if typist is None:
-        hub.limiter.charge("event", user.user_id)
+        hub.limiter.charge("event", caller.user.user_id)
     server_id = typist.server_id if typist else hub.query(caller, args, lambda ctx, _: ctx.server_id)
-    require_joined(connection, server_id)
+    require_joined(caller.connection, server_id)
     return server_id
 
 
 @operation("async", None, Access.MEMBER, event="typing_start", emits=["user:typing"], limit="itself")
 async def typing_start(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
-    """I am typing: heard once a second at most, and for three seconds."""
-    connection, user = authenticated(caller)
-    hub.start_typing(server_of_channel(hub, caller, args), args.channel_id, user, connection.sid)
+    """Report that the user is typing: emitted at most once a second, expires after three."""
+    server_id = server_of_channel(hub, caller, args)
+    hub.start_typing(server_id, args.channel_id, caller.user, caller.connection.sid)
     return Result(None)
 
 
 @operation("async", None, Access.MEMBER, event="typing_stop", emits=["typing_stop"], limit="itself")
 async def typing_stop(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
-    """I have stopped typing."""
-    _, user = authenticated(caller)
+    """Report that the user has stopped typing."""
     server_of_channel(hub, caller, args)
-    hub.stop_typing(args.channel_id, user.user_id)
+    hub.stop_typing(args.channel_id, caller.user.user_id)
     return Result(None)
-
-
-def enter_voice(hub: Hub, connection: Connection, user: Principal, channel: Channel) -> Peer:
-    """Make the socket the user's one peer in the channel; another device of theirs leaves it. Raise CONFLICT if it is full."""
-    there = hub.voice_peers.in_channel(channel.channel_id)
-    mine = [peer for peer in there if peer.notice.user_id == user.user_id]
-    if len(there) - len(mine) >= hub.settings.voice_max:
-        raise chat_error("VOICE_FULL", field="channel_id", n=hub.settings.voice_max)
-    for sid in [connection.sid, *(peer.sid for peer in mine)]:
-        hub.leave_voice(sid)
-    notice = VoicePeer(channel.channel_id, user.user_id, user.username, secrets.token_urlsafe(9), name=user.name)
-    peer = hub.voice_peers[connection.sid] = Peer(connection.sid, channel.server_id, notice)
-    hub.emit("voice:join", channel.server_id, notice)
-    return peer
 
 
 @operation("async", None, Access.MEMBER, event="voice:join", emits=["voice:join", "voice:leave"])
 async def voice_join(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[VoiceJoinResult]:
-    """Enter a voice channel, leaving the one that the socket was in, and there take over from another device of yours. The
-    answer has the others who are there."""
-    connection, user = authenticated(caller)
+    """Join a voice channel, leaving the previous one, and get its peers. Other devices of the user leave this channel."""
+    connection, user = caller.connection, caller.user
     channel = hub.query(caller, args, lambda ctx, _: load_channel(ctx.db, ctx.channel_id))
     require_joined(connection, channel.server_id)
     if channel.kind != "voice":
         raise chat_error("NO_VOICE_CHANNEL", field="channel_id")
     peer = hub.voice_peers.get(connection.sid)
     if peer is None or peer.notice.channel_id != args.channel_id:
-        peer = enter_voice(hub, connection, user, channel)
+        there = hub.voice_peers.in_channel(args.channel_id)
+        mine = [other for other in there if other.notice.user_id == user.user_id]
+        if len(there) - len(mine) >= hub.settings.voice_max:
+            raise chat_error("VOICE_FULL", field="channel_id", n=hub.settings.voice_max)
+        for sid in [connection.sid, *(other.sid for other in mine)]:
+            hub.leave_voice(sid)
+        notice = VoicePeer(args.channel_id, user.user_id, user.username, secrets.token_urlsafe(9), name=user.name)
+        peer = hub.voice_peers[connection.sid] = Peer(connection.sid, channel.server_id, notice)
+        hub.emit("voice:join", channel.server_id, notice)
     servers = [IceServer(urls) for urls in hub.settings.ice_server]
     others = [peer.notice for peer in hub.voice_peers.in_channel(args.channel_id) if peer.sid != connection.sid]
     participants = [Participant(one.user_id, one.username, one.peer_id, name=one.name) for one in others]
@@ -5584,65 +5578,59 @@ async def voice_join(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Voic
 
 @operation("async", None, Access.MEMBER, event="voice:leave", emits=["voice:leave"])
 async def voice_leave(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
-    """Leave a voice channel; nothing happens where the socket is not in it."""
-    connection, _ = authenticated(caller)
-    peer = hub.voice_peers.get(connection.sid)
+    """Leave a voice channel. Does nothing if the socket is not in it."""
+    peer = hub.voice_peers.get(caller.connection.sid)
     if peer is not None and peer.notice.channel_id == args.channel_id:
-        hub.leave_voice(connection.sid)
+        hub.leave_voice(peer.sid)
     else:
         hub.require_member(caller, args)
     return Result(None)
 
 
-def check_signal(data: Any) -> None:
-    """Raise TOO_LARGE or BAD_REQUEST unless the data of a signal is JSON of at most 16 KiB."""
+@operation("async", None, Access.MEMBER, event="voice:signal", emits=["voice:signal"], limit="itself")
+async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[None]:
+    """Send a WebRTC signal (`data`: at most 16 KiB of JSON) to a peer in the same voice channel."""
+    hub.limiter.charge("signal", caller.user.user_id)
     try:
-        size = len(json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode())
+        size = len(json.dumps(args.data, separators=(",", ":"), ensure_ascii=False).encode())
     except TypeError:
         raise chat_error("FIELD_TYPE", field="data", what="data", n="Binary data is not accepted") from None
     if size > SIGNAL_BYTES:
         raise chat_error("FIELD_LONG", field="data", what="data", n=SIGNAL_BYTES)
-
-
-@operation("async", None, Access.MEMBER, event="voice:signal", emits=["voice:signal"], limit="itself")
-async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[None]:
-    """Pass a WebRTC signal (`data`: at most 16 KiB of JSON) on to a peer of the voice channel that the socket is in."""
-    connection, user = authenticated(caller)
-    hub.limiter.charge("signal", user.user_id)
-    check_signal(args.data)
-    sender = hub.voice_peers.get(connection.sid)
+    sender = hub.voice_peers.get(caller.connection.sid)
     if sender is None or sender.notice.channel_id != args.channel_id:
-        require_joined(connection, hub.query(caller, ChannelArgs(channel_id=args.channel_id), lambda ctx, _: ctx.server_id))
+        server_id = hub.query(caller, ChannelArgs(channel_id=args.channel_id), lambda ctx, _: ctx.server_id)
+        require_joined(caller.connection, server_id)
         raise chat_error("NOT_IN_VOICE")
     peer = next((peer for peer in hub.voice_peers.in_channel(args.channel_id) if peer.notice.peer_id == args.to), None)
     if peer is None:
         raise chat_error("NO_PEER", field="to")
-    if hub.sio.is_behind(peer.sid):  # signals must not fill what may wait for the peer, which would end its connection
+    if hub.sio.is_behind(peer.sid):  # signals must not fill the peer's queue, which would end its connection
         raise chat_error("PEER_BEHIND", retry_after=1)
-    signal = VoiceSignal(args.channel_id, sender.notice.peer_id, user.user_id, args.data)
-    hub.sio.publish("voice:signal", signal, peer.sid)
+    hub.sio.publish(
+        "voice:signal", VoiceSignal(args.channel_id, sender.notice.peer_id, caller.user.user_id, args.data), peer.sid
+    )
     return Result(None)
 
 
 # ---- API -----------------------------------------------------------------------------------------------------------
-# REST and Socket.IO: two ways to the one table of operations, and what is derived from it. A door finds out who calls, makes
-# arguments of what they sent, and turns the outcome into a response or an ack.
+# The handlers of REST and Socket.IO. They authenticate the caller, decode the arguments, run the operation and turn its result
+# into a response or an ack. Routes, events, OpenAPI and AsyncAPI all follow from the table of operations.
 
 BODY_MAX = 256 * 1024
 BODY_SECONDS = 10
-LOGGED = {"ban", "unban", "set_role", "change_password", "delete_server"}  # operations of which the log has a line each
+LOGGED = {"ban", "unban", "set_role", "change_password", "delete_server"}  # operations that write a line to the log
 
 
-async def result_or_error(work: Awaitable[Result[Any]]) -> Result[Any] | ChatError:
-    """Return what a call answered, or its error; a defect is logged and is INTERNAL_ERROR."""
-    match await result_or_exception(work):
-        case Result() | ChatError() as outcome:
-            return outcome
-        case TimeoutError():
-            return chat_error("TOO_SLOW")
-        case defect:
-            log.error("a call failed", exc_info=defect)
-            return ChatError("INTERNAL_ERROR")
+async def result_or_error(work: Awaitable[T]) -> T | ChatError:
+    """Await a call and return its result or its error. A bug is logged and becomes INTERNAL_ERROR."""
+    outcome: T | Exception = await result_or_exception(work)
+    if isinstance(outcome, TimeoutError):
+        return chat_error("TOO_SLOW")
+    if isinstance(outcome, Exception) and not isinstance(outcome, ChatError):
+        log.error("a call failed", exc_info=outcome)
+        return ChatError("INTERNAL_ERROR")
+    return outcome
 
 
 async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result[Any]:
@@ -5678,45 +5666,43 @@ async def run_operation(hub: Hub, op: Operation, caller: Caller, args: Any) -> R
 
 # REST.
 
-
-PLAIN = CIMultiDict(HEADERS)
-JSON = CIMultiDict(HEADERS | {"Content-Type": "application/json"})
+HttpHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+JSON = {"Content-Type": "application/json"}
+ANY_OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
 def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """A response of our kind; `body` None: none."""
-    fields = (PLAIN if body is None else JSON).copy()
-    if headers:
-        fields.update(headers)
-    return Answer(body=None if body is None else msgspec.json.encode(body), status=status, headers=fields)
+    """Return a response with `body` as JSON, or without a body if that is None."""
+    more = headers or {}
+    if body is None:
+        return Answer(status=status, headers=HEADERS | more)
+    return Answer(body=msgspec.json.encode(body), status=status, headers=HEADERS | JSON | more)
 
 
-async def read_body(request: web.Request) -> bytes:
-    """The body, bounded in size and time. Raises BAD_REQUEST, TOO_LARGE."""
-    if "Content-Encoding" in request.headers:
-        raise chat_error("BODY_COMPRESSED")
-    if (request.content_length or 0) > BODY_MAX:
-        raise chat_error("BODY_LONG", n=BODY_MAX)
-    if request.content.is_eof():  # all of it is here, as mostly
-        return request.content.read_nowait()
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            while chunk := await request.content.readany():
-                body += chunk
-                if len(body) > BODY_MAX:
-                    raise chat_error("BODY_LONG", n=BODY_MAX)
-    except (web.HTTPException, ValueError, OSError, aiohttp.ClientError):  # TimeoutError is an OSError
-        raise chat_error("BODY_BROKEN") from None
-    return bytes(body)
-
-
-def refuse(error: ChatError) -> web.Response:
+def error_response(error: ChatError) -> web.Response:
     body = error.body()
     response = respond(body, error.status, {"Retry-After": str(body["retry_after"])} if "retry_after" in body else None)
     if error.code == "TOO_LARGE":
         response.force_close()
     return response
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Return the body, limited in size and time. Raises BAD_REQUEST, TOO_LARGE."""
+    if "Content-Encoding" in request.headers:
+        raise chat_error("BODY_COMPRESSED")
+    if (request.content_length or 0) > BODY_MAX:
+        raise chat_error("BODY_LONG", n=BODY_MAX)
+    if request.content.is_eof():  # it usually arrives with the headers
+        return request.content.read_nowait()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            await request.content.readexactly(BODY_MAX + 1)
+    except asyncio.IncompleteReadError as error:  # the body ends before the limit
+        return error.partial
+    except (web.HTTPException, ValueError, OSError, aiohttp.ClientError):  # TimeoutError is an OSError
+        raise chat_error("BODY_BROKEN") from None
+    raise chat_error("BODY_LONG", n=BODY_MAX)
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -5729,86 +5715,84 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         raise chat_error("NOT_JSON") from None
 
 
-ANY_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
-
-
 class Route:
-    """One operation as REST offers it."""
+    """The HTTP handler of one operation."""
 
     def __init__(self, hub: Hub, op: Operation) -> None:
         self.hub, self.op = hub, op
         fields = msgspec.json.schema(op.args)["$defs"][op.args.__name__]["properties"]
-        self.numeric = {name for name, field in fields.items() if "integer" in json.dumps(field)}
-        self.has_body = op.method in ("POST", "PUT", "PATCH")
+        self.integers = {name for name, field in fields.items() if "integer" in json.dumps(field)}
         self.decoder = msgspec.json.Decoder(op.args)
 
     async def __call__(self, request: web.Request) -> web.Response:
-        address = client_address(request, self.hub.sio.eio.options)
-        outcome = await result_or_error(self.answer(request, address))
-        if isinstance(outcome, ChatError):
-            self.hub.sio.eio.client_log.record_error(address, outcome)
-            return refuse(outcome)
-        status = self.op.replay_status if outcome.replayed else self.op.status
-        headers = {"Idempotent-Replayed": "true"} if outcome.replayed else None
-        return respond(None if status == 204 else outcome.value, status, headers)
-
-    async def answer(self, request: web.Request, address: str) -> Result[Any]:
-        user = NOBODY
-        if self.op.access is not Access.ANYONE:
+        """Raises ChatError, TimeoutError."""
+        hub, op, user = self.hub, self.op, NOBODY
+        if op.access is not Access.ANYONE:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             if scheme.lower() != "bearer":
                 raise chat_error("TOKEN_INVALID")
-            user = self.hub.authenticate_token(token.strip())
-            self.hub.limiter.charge("request", user.user_id)
-        return await run_operation(self.hub, self.op, Caller(user, address, request=request), await self.read_args(request))
+            user = hub.authenticate_token(token.strip())
+            hub.limiter.charge("request", user.user_id)
+        caller = Caller(user, client_address(request, hub.sio.eio.options), request)
+        result = await run_operation(hub, op, caller, await self.arguments(request))
+        status = op.replay_status if result.replayed else op.status
+        headers = {"Idempotent-Replayed": "true"} if result.replayed else None
+        return respond(None if status == 204 else result.value, status, headers)
 
-    async def read_args(self, request: web.Request) -> Any:
-        """Return the operation's arguments, from path, query and body; each may be given once."""
-        texts = [*request.match_info.items(), *(() if self.has_body else request.query.items())]
-        given: dict[str, Any] = dict(texts)
-        for name in self.numeric & given.keys():
-            if re.fullmatch(r"-?[0-9]{1,30}", given[name]):
-                given[name] = int(given[name])
-        body = await read_body(request) if self.has_body else b""
-        if body and not given:
+    async def arguments(self, request: web.Request) -> Any:
+        """Return the operation's arguments, from the path and the body, or from path and query. Each may be given once."""
+        body = await read_body(request) if self.op.has_body else b""
+        if body and not request.match_info:
             return decode(self.decoder, body)
         payload = decode(ANY_OBJECT, body) if body else {}
-        names = [*(name for name, _ in texts), *payload]
-        if len(set(names)) < len(names):
-            ((twice, _),) = Counter(names).most_common(1)
+        texts = [*request.match_info.items(), *(() if self.op.has_body else request.query.items())]
+        given: dict[str, Any] = dict(texts)
+        for name in self.integers & given.keys():
+            if re.fullmatch(r"-?[0-9]{1,30}", given[name]):
+                given[name] = int(given[name])
+        if len(given | payload) < len(texts) + len(payload):
+            names = [*(name for name, _ in texts), *payload]
+            twice = max(names, key=names.count)
             raise chat_error("FIELD_TWICE", field=twice, what=twice)
         return read_args(self.op.args, given | payload)
 
 
-def origin_middleware(
-    options: EngineOptions, ours: Collection[object], unread: Unread
-) -> Callable[..., Awaitable[web.StreamResponse]]:
-    """Return the middleware of our handlers: it checks host and origin, and answers in our way if the router has no route."""
+async def call_handler(handler: HttpHandler, request: web.Request) -> web.StreamResponse:
+    """Answer a preflight request, or call the handler. The router's errors become ChatErrors."""
+    if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+        return respond(None, 204)
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        drop_frames(error)  # the request keeps a reference to it
+        if error.status in (404, 405):
+            raise chat_error("NO_ROUTE") from None
+        raise ChatError("TOO_LARGE" if error.status == 413 else "BAD_REQUEST") from None
+
+
+def error_middleware(engine: Engine, ours: Collection[object]) -> Callable[..., Awaitable[web.StreamResponse]]:
+    """Return the middleware of our handlers. It checks host and origin, and makes a response of every error."""
 
     @web.middleware
-    async def guard(
-        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
+    async def middleware(request: web.Request, handler: HttpHandler) -> web.StreamResponse:
         if request.match_info.http_exception is None and request.match_info.handler not in ours:
-            return await handler(request)  # the sockets', which has a check of its own, or one of the application we are in
+            return await handler(request)  # Socket.IO, which checks them itself, or a route of the application around us
         try:
-            check_request(request, options)
-            asked = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
-            await unread.room(request)
-            response = respond(None, 204) if asked else await handler(request)
+            check_request(request, engine.options)
         except ChatError as error:
-            return refuse(error)
-        except web.HTTPException as error:
-            code = {413: "TOO_LARGE", 404: "NOT_FOUND", 405: "NOT_FOUND"}.get(error.status, "BAD_REQUEST")
-            response = refuse(chat_error("NO_ROUTE") if code == "NOT_FOUND" else ChatError(code))
-            drop_frames(error)  # the request keeps it
+            return error_response(error)
+        await engine.unread.room(request)
+        response = await result_or_error(call_handler(handler, request))
+        if isinstance(response, ChatError):
+            engine.client_log.record_error(client_address(request, engine.options), response)
+            response = error_response(response)
         if "Origin" in request.headers:
-            response.headers.update(cors_headers(request, options))
+            response.headers.update(cors_headers(request, engine.options))
         if isinstance(response, Answer):
-            response.unread = unread
+            response.unread = engine.unread
         return response
 
-    return guard
+    return middleware
 
 
 # Socket.IO.
@@ -5816,8 +5800,8 @@ def origin_middleware(
 CLIENT_EVENTS = {op.event: op for op in OPERATIONS.values() if op.event is not None}
 
 
-async def hear(hub: Hub, event: str, sid: str, payload: tuple[Any, ...]) -> Result[Any]:
-    """Do what an event asks for. Raises ChatError, TimeoutError."""
+async def handle_event(hub: Hub, event: str, sid: str, payload: tuple[Any, ...]) -> Result[Any]:
+    """Run the operation of an event. Raises ChatError, TimeoutError."""
     op = CLIENT_EVENTS.get(event)
     if op is None:
         raise chat_error("NO_EVENT")
@@ -5831,13 +5815,12 @@ async def hear(hub: Hub, event: str, sid: str, payload: tuple[Any, ...]) -> Resu
     if len(payload) > 1 or (not payload and op.args is not NoArgs):
         raise chat_error("ONE_OBJECT")
     raw = payload[0] if payload and payload != (None,) else ({} if op.args is NoArgs else None)
-    return await run_operation(
-        hub, op, Caller(connection.user or NOBODY, connection.address, connection), read_args(op.args, raw)
-    )
+    caller = Caller(connection.user or NOBODY, connection.address, connection)
+    return await run_operation(hub, op, caller, read_args(op.args, raw))
 
 
-def bind_sockets(hub: Hub) -> None:
-    """Handle what sockets do: connect (and authenticate in the handshake), disconnect, and send events."""
+def add_socket_handlers(hub: Hub) -> None:
+    """Handle connections (which may authenticate in the handshake), disconnections and all events of clients."""
     sio, authenticate = hub.sio, CLIENT_EVENTS["authenticate"]
 
     async def authenticate_handshake(connection: Connection, auth: Any) -> Result[Any]:
@@ -5861,61 +5844,60 @@ def bind_sockets(hub: Hub) -> None:
 
     @sio.on("*")  # type: ignore[untyped-decorator]
     async def on_event(event: str, sid: str, *payload: Any) -> dict[str, Any] | ChatError:
-        outcome = await result_or_error(hear(hub, event, sid, payload))
+        outcome = await result_or_error(handle_event(hub, event, sid, payload))
         if isinstance(outcome, ChatError):
             if (connection := hub.connections.get(sid)) is not None:
                 sio.eio.client_log.record_error(connection.address, outcome)
-            return outcome  # the transport answers it
+            return outcome  # the Socket.IO server sends it
         return {"success": True} | (msgspec.to_builtins(outcome.value) or {} if CLIENT_EVENTS[event].acks else {})
 
 
-# Descriptions.
+# OpenAPI and AsyncAPI.
 
 
 def reference(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def describe(kinds: Iterable[Any]) -> dict[str, Any]:
-    """Return the schemas of these types, and of those in them."""
-    kinds = [kind for kind in kinds if kind is not type(None)]
-    return msgspec.json.schema_components(kinds, ref_template=reference("{name}")["$ref"])[1]
+def component_schemas(types: Iterable[Any]) -> dict[str, Any]:
+    """Return the schemas of these types and of the types of their fields, by name."""
+    types = [one for one in types if one is not type(None)]
+    return msgspec.json.schema_components(types, ref_template=reference("{name}")["$ref"])[1]
 
 
-def in_json(schema: dict[str, Any], **more: Any) -> dict[str, Any]:
+def json_content(schema: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"content": {"application/json": {"schema": schema}}, **more}
 
 
 def describe_operation(op: Operation) -> dict[str, Any]:
     emits = f" Emits {', '.join(op.emits)}." if op.emits else ""
-    return {"summary": op.summary, "description": f"Who may: {op.access.value}.{emits}"}
+    return {"summary": op.summary, "description": f"Allowed for: {op.access.value}.{emits}"}
 
 
 def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     schema = schemas[op.args.__name__]
     fields, required, in_path = schema["properties"], schema.get("required", []), re.findall(r"{(\w+)}", op.path or "")
-    has_body = op.method in ("POST", "PUT", "PATCH")
-    places = {name: "path" if name in in_path else "query" for name in fields if name in in_path or not has_body}
-    kind = op.result.__name__
-    answer = {"description": "Done."} if op.status == 204 else in_json(reference(kind), description=kind)
+    places = {name: "path" if name in in_path else "query" for name in fields if name in in_path or not op.has_body}
+    result = op.result.__name__
+    success = {"description": "Done."} if op.status == 204 else json_content(reference(result), description=result)
     route = describe_operation(op) | {
         "operationId": op.name,
         "parameters": [
             {"name": name, "in": place, "required": name in required, "schema": fields[name]} for name, place in places.items()
         ],
-        "responses": {str(op.status): answer, "default": in_json(reference("Error"), description="An error, by its code.")},
+        "responses": {str(op.status): success, "default": json_content(reference("Error"), description="An error.")},
         "security": [] if op.access is Access.ANYONE else [{"token": []}],
     }
     if body := {name: field for name, field in fields.items() if name not in places}:
         needed = [name for name in required if name in body]
         schema = {"type": "object", "properties": body, "additionalProperties": False, "required": needed}
-        route["requestBody"] = in_json(schema, required=bool(needed))
+        route["requestBody"] = json_content(schema, required=bool(needed))
     return route
 
 
 def openapi() -> dict[str, Any]:
-    """Return the routes as OpenAPI 3.1."""
-    schemas = describe(kind for op in OPERATIONS.values() for kind in (op.args, op.result))
+    """Return the routes as an OpenAPI 3.1 document."""
+    schemas = component_schemas(kind for op in OPERATIONS.values() for kind in (op.args, op.result))
     paths: dict[str, dict[str, Any]] = {}
     for op in OPERATIONS.values():
         if op.path and op.method:
@@ -5926,41 +5908,36 @@ def openapi() -> dict[str, Any]:
     wait = {"type": "integer", "description": "Seconds to wait."}
     body = {"error": text, "code": codes, "reason": reasons, "field": text, "retry_after": wait}
     schemas["Error"] = {"type": "object", "properties": body, "required": ["error", "code"]}
+    security = {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "ChatRTC", "version": __version__},
         "paths": paths,
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
-        },
+        "components": {"schemas": schemas, "securitySchemes": security},
     }
 
 
-def on_socket(name: str) -> dict[str, Any]:
+def channel_message(name: str) -> dict[str, Any]:
     return {"channel": {"$ref": "#/channels/socket"}, "messages": [{"$ref": f"#/channels/socket/messages/{name}"}]}
 
 
-def ack_schema(op: Operation) -> dict[str, Any]:
-    success = {"type": "object", "properties": {"success": {"const": True}}, "required": ["success"]}
-    return {"allOf": [success, reference(op.result.__name__)]} if op.acks and op.result is not type(None) else success
-
-
 def asyncapi() -> dict[str, Any]:
-    """Return the events as AsyncAPI 3.0: those that a client may emit, with their acks, and those that it receives."""
-    kinds = [kind for op in CLIENT_EVENTS.values() for kind in (op.args, op.result)]
-    schemas = describe([*kinds, *(kind.payload for kind in EVENTS.values())])
+    """Return the events as an AsyncAPI 3.0 document: those that a client may emit, with their acks, and those it receives."""
+    types = [kind for op in CLIENT_EVENTS.values() for kind in (op.args, op.result)]
+    schemas = component_schemas([*types, *(kind.payload for kind in EVENTS.values())])
     payloads = {name: reference(kind.payload.__name__) for name, kind in EVENTS.items()}
-    payloads |= {f"{name}.in": reference(op.args.__name__) for name, op in CLIENT_EVENTS.items()}
-    payloads |= {f"{name}.ack": ack_schema(op) for name, op in CLIENT_EVENTS.items()}
-    messages = {key: {"name": key.partition(".")[0], "payload": payload} for key, payload in payloads.items()}
+    success = {"type": "object", "properties": {"success": {"const": True}}, "required": ["success"]}
     operations: dict[str, Any] = {}
     for name, op in CLIENT_EVENTS.items():
-        receive = {"action": "receive", "reply": on_socket(f"{name}.ack")}
-        operations[f"emit {name}"] = describe_operation(op) | on_socket(f"{name}.in") | receive
+        has_value = op.acks and op.result is not type(None)
+        ack = {"allOf": [success, reference(op.result.__name__)]} if has_value else success
+        payloads |= {f"{name}.in": reference(op.args.__name__), f"{name}.ack": ack}
+        receive = {"action": "receive", "reply": channel_message(f"{name}.ack")}
+        operations[f"emit {name}"] = describe_operation(op) | channel_message(f"{name}.in") | receive
     for name, kind in EVENTS.items():
         to = "To the socket." if kind.room == "socket" else f"To room {kind.room}:{{id}}."
-        operations[f"hear {name}"] = on_socket(name) | {"action": "send", "summary": kind.description, "description": to}
+        operations[f"hear {name}"] = channel_message(name) | {"action": "send", "summary": kind.description, "description": to}
+    messages = {key: {"name": key.partition(".")[0], "payload": payload} for key, payload in payloads.items()}
     return {
         "asyncapi": "3.0.0",
         "info": {"title": "ChatRTC", "version": __version__},
@@ -5971,13 +5948,14 @@ def asyncapi() -> dict[str, Any]:
 
 
 # ---- Application ---------------------------------------------------------------------------------------------------
-# Starting, stopping and embedding: an aiohttp application's start-up opens a chat and its clean-up closes it.
+# Starting, stopping and embedding. ChatRTC adds routes to an aiohttp application, whose start-up opens the database and whose
+# clean-up closes it.
 
 MAINTENANCE_INTERVAL = 0.5  # seconds
-CONTROL_SECONDS = 5.0  # for a command to arrive
-TOKEN_PURGE_INTERVAL = 7200  # rounds of maintenance
+CONTROL_SECONDS = 5.0  # for the command line to send its command
+TOKEN_PURGE_INTERVAL = 7200  # rounds of maintenance: an hour
 MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
-SEARCH_LAG = 50_000  # messages: some 2 seconds of catching up for the first search
+SEARCH_LAG = 50_000  # messages that may wait to be indexed: the first search would index them in some 2 seconds
 KEEPALIVE = 20.0
 PATH = re.compile(r"(/[\w.~!$&'()*+,;=:@%/-]*)?", re.ASCII)
 PUBLIC_URL = re.compile(rf"(?i:{ORIGIN.pattern}){PATH.pattern}", re.ASCII)
@@ -5985,7 +5963,7 @@ PUBLIC_URL_MAX = 300
 
 
 def add_user(db: sqlite3.Connection, username: str, password: str) -> Result[int]:
-    """Make an account; its id. Raises BAD_REQUEST, CONFLICT."""
+    """Create an account and return its id. Raises BAD_REQUEST, CONFLICT."""
     read_args(NewIdentity, {"username": username})
     return Result(insert_user(db, username, password, utc(time.time())))
 
@@ -5997,13 +5975,13 @@ def require_account(db: sqlite3.Connection, username: str) -> Principal:
 
 
 def set_password(db: sqlite3.Connection, username: str, password: str) -> Result[int]:
-    """Give an account another password; its tokens end."""
+    """Set an account's password and revoke its tokens."""
     user_id = require_account(db, username).user_id
     return replace_password(db, user_id, load_password_hash(db, user_id), password)
 
 
 def remove_and_transfer(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
-    """Take somebody out of a server, handing it over if they owned it."""
+    """Remove a member from a server. The owner's server passes to its first admin, else its first member, else is deleted."""
     owned = load_role(db, server_id, user_id) == "owner"
     effects = remove_from_server(db, server_id, user_id)
     if not owned:
@@ -6015,12 +5993,9 @@ def remove_and_transfer(db: sqlite3.Connection, server_id: int, user_id: int) ->
 
 
 def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -> Result[int]:
-    """Delete an account. Its messages stay, under its name, unless `messages`. A server that it owned goes to its first admin,
-    else its first member, and with nobody left is deleted."""
+    """Delete an account, with `messages` its messages too. Otherwise they stay, under its name."""
     user_id = require_account(db, username).user_id
-    effects: list[Effect] = []
-    for server_id in load_server_ids(db, user_id):
-        effects += remove_and_transfer(db, server_id, user_id)
+    effects = [effect for server_id in load_server_ids(db, user_id) for effect in remove_and_transfer(db, server_id, user_id)]
     close_account(db, user_id)
     if messages:
         effects += start_purge(db, None, user_id)
@@ -6033,40 +6008,42 @@ def add_server(db: sqlite3.Connection, name: str, owner: str) -> Result[int]:
     return Result(insert_owned_server(db, args.name, require_account(db, owner).user_id, utc(time.time())))
 
 
-# What the command line may have done to the database.
-ADMIN: dict[str, Callable[..., Result[Any]]] = {run.__name__: run for run in (add_user, set_password, delete_user, add_server)}
+# Jobs that the command line runs on the database, or asks the server that has it open to run.
+ADMIN_JOBS: dict[str, Callable[..., Result[Any]]] = {
+    job.__name__: job for job in (add_user, set_password, delete_user, add_server)
+}
 
 
 def origin_of(url: str) -> str:
-    """Return the scheme, name and port of a URL."""
+    """Return the scheme, host name and port of a URL."""
     return "/".join(url.split("/")[:3])
 
 
 def check_addresses(settings: Settings) -> None:
-    """Raise StartError if an origin, a proxy or the public URL cannot be what it should be."""
+    """Raise StartError if an origin, a proxy or the public URL is invalid."""
     for origin in settings.cors_origin:
         if origin != "*" and parse_origin(origin) is None:
-            raise StartError(f"--cors-origin {origin}: an origin is http:// or https:// and a name, without a path")
+            raise StartError(f"--cors-origin {origin}: must be http:// or https:// and a host name, without a path")
     for proxy in settings.trusted_proxy:
         try:
             parse_network(proxy)
         except ValueError:
-            raise StartError(f"--trusted-proxy {proxy}: neither an address nor a network nor 'unix'") from None
+            raise StartError(f"--trusted-proxy {proxy}: must be an address, a network or 'unix'") from None
     url = settings.public_url
     if url is not None and not (len(url) <= PUBLIC_URL_MAX and PUBLIC_URL.fullmatch(url) and parse_origin(origin_of(url))):
-        raise StartError(f"--public-url {url}: needs http:// or https://, a name and perhaps a path, without '?' or '#'")
+        raise StartError(f"--public-url {url}: must be http:// or https://, a host name and a path if any, without '?' or '#'")
 
 
 def read_settings(given: dict[str, Any]) -> Settings:
-    """Settings of what was given. Raises StartError in one line."""
+    """Return validated settings. Raises StartError."""
     try:
         settings = msgspec.convert(given, Settings)
     except msgspec.ValidationError as error:
-        raise StartError(f"A setting does not fit: {describe_validation_error(str(error)).detail}") from None
+        raise StartError(f"Invalid setting: {describe_validation_error(str(error)).detail}") from None
     if (settings.tls_cert is None) != (settings.tls_key is None):
-        raise StartError("--tls-cert and --tls-key go together")
+        raise StartError("--tls-cert and --tls-key must be given together")
     if settings.tls_self_signed and settings.tls_cert is not None:
-        raise StartError("--tls-self-signed makes a certificate; --tls-cert brings one")
+        raise StartError("--tls-self-signed and --tls-cert cannot be combined")
     check_addresses(settings)
     if settings.lan and settings.host == Settings().host:
         settings = msgspec.structs.replace(settings, host="0.0.0.0")
@@ -6074,74 +6051,61 @@ def read_settings(given: dict[str, Any]) -> Settings:
 
 
 def engine_options(settings: Settings) -> dict[str, Any]:
-    """Return what the settings say about sockets and requests, as options of `socket_server`."""
+    """Return the options of `socket_server` that follow from the settings."""
     origins = [*settings.cors_origin, *([origin_of(settings.public_url)] if settings.public_url else [])]
     names = {parsed[1] for origin in origins if (parsed := parse_origin(origin))} | {settings.host.lower()}
-    # A host that is a name may turn out to be this machine only.
+    # A host that is a name may turn out to be a loopback address.
     local = is_loopback(settings.host) or (bool(settings.host) and parse_address(settings.host) is None)
-    options: dict[str, Any] = {
-        "origins": origins,
-        "proxies": tuple(map(parse_network, settings.trusted_proxy)),
-        "hosts": names if local else None,
-        "max_anonymous_per_address": ANONYMOUS_PER_ADDRESS,
-    }
+    limits: dict[str, Any] = {"max_anonymous_per_address": ANONYMOUS_PER_ADDRESS}
     if settings.no_rate_limit:
-        options |= {"max_sessions_per_address": 10**6, "max_anonymous_per_address": None, "frames_per_second": None}
-    return options
+        limits = {"max_sessions_per_address": 10**6, "max_anonymous_per_address": None, "frames_per_second": None}
+    proxies = tuple(map(parse_network, settings.trusted_proxy))
+    return {"origins": origins, "proxies": proxies, "hosts": names if local else None, **limits}
 
 
 def qr_code(link: str) -> Any:
-    """A link for a camera, as segno has it."""
-    import segno  # not before it is needed: it takes 1.4 MiB
+    """Return a segno QR code."""
+    import segno  # only when it is needed: it takes 1.4 MiB
 
     return segno.make(link, micro=False)
 
 
 @functools.lru_cache(MAX_CACHED_PICTURES)
 def draw(link: str) -> bytes:
+    """Return the QR code of a link as SVG."""
     picture = io.BytesIO()
     qr_code(link).save(picture, kind="svg", scale=8, border=2, light="#fff")
     return picture.getvalue()
 
 
 def public_address(hub: Hub, request: web.Request) -> str:
-    """Return the address under which people reach this chat, for a request to it.
-
-    In this order: --public-url, what a trusted proxy says, and the address that the server listens on. Only a chat within
-    another application, which does not know that address, takes the name in the request.
-    """
+    """Return the URL at which people reach this chat: --public-url, else what a trusted proxy says, else the address that the
+    server listens on. A chat embedded in another application does not know that address and uses the request's Host."""
     options, mount = hub.sio.eio.options, request.path.partition("/invites/")[0]
     if hub.settings.public_url is not None:
         return hub.settings.public_url.rstrip("/")
-    believed = not hub.own_url or is_trusted(request.remote or "", options)
-    host, scheme = request_host(request, options) if believed else None, request_scheme(request, options) or "http"
+    trusted = not hub.own_url or is_trusted(request.remote or "", options)
+    host, scheme = request_host(request, options) if trusted else None, request_scheme(request, options) or "http"
     if host is None:
         return (hub.own_url or "http://localhost") + mount
-    before = forwarded(request, options, "Prefix").rstrip("/")
-    before = before if len(before) <= PUBLIC_URL_MAX and PATH.fullmatch(before) else ""
-    return f"{scheme}://{host[0]}{f':{host[1]}' if host[1] else ''}{before}{mount}"
+    prefix = forwarded(request, options, "Prefix").rstrip("/")
+    prefix = prefix if len(prefix) <= PUBLIC_URL_MAX and PATH.fullmatch(prefix) else ""
+    return f"{scheme}://{host[0]}{f':{host[1]}' if host[1] else ''}{prefix}{mount}"
 
 
 async def send_invite_code(hub: Hub, request: web.Request) -> web.Response:
-    """Send the QR code of an invite's link."""
-    address = client_address(request, hub.sio.eio.options)
-
-    async def draw_invite() -> Result[bytes]:
-        args = read_args(CodeArgs, dict(request.match_info))
-        invite = await run_operation(hub, OPERATIONS["get_invite"], Caller(NOBODY, address), args)
-        async with hub.drawing:  # one at a time: it is 10 ms of work that holds up the event loop's thread
-            return Result(await asyncio.to_thread(draw, f"{public_address(hub, request)}/#/invite/{invite.value.code}"))
-
-    outcome = await result_or_error(draw_invite())
-    if isinstance(outcome, ChatError):
-        hub.sio.eio.client_log.record_error(address, outcome)
-        return refuse(outcome)
-    return Answer(body=outcome.value, headers=HEADERS | {"Content-Type": "image/svg+xml"})
+    """Send the QR code of an invite's link. Raises ChatError."""
+    caller = Caller(NOBODY, client_address(request, hub.sio.eio.options), request)
+    args = read_args(CodeArgs, dict(request.match_info))
+    invite = (await run_operation(hub, OPERATIONS["get_invite"], caller, args)).value
+    async with hub.drawing:  # one at a time: each takes 10 ms, in which the event loop's thread waits for the GIL
+        picture = await asyncio.to_thread(draw, f"{public_address(hub, request)}/#/invite/{invite.code}")
+    return Answer(body=picture, headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
 
 async def erase_texts(hub: Hub) -> None:
-    """Remove deleted texts from the search index and from the -wal, if there are any. The next time comes after twenty times as
-    long as this took, as a large index is written anew each time."""
+    """Erase deleted texts from the search index and the -wal file, if there are any. As this rewrites a large index, the next
+    run waits twenty times as long as this one took."""
     began = time.monotonic()
     if began < hub.erase_after or not hub.store.read_inline(has_stale_texts):
         return
@@ -6152,23 +6116,23 @@ async def erase_texts(hub: Hub) -> None:
     hub.erase_after = time.monotonic() + 20 * (time.monotonic() - began)
 
 
-async def run_maintenance(hub: Hub) -> Result[None]:
-    """Do what waits, in steps, while nobody else writes. Otherwise delete one step, and let search lag only so far behind."""
+async def run_maintenance(hub: Hub) -> None:
+    """Delete messages, index messages and erase texts, in steps, until somebody writes. Even then, delete one step and index
+    what is more than SEARCH_LAG behind."""
     for pending, step in ((load_pending_purge, purge_next_messages), (load_deleted_channel, purge_deleted_channel)):
         while hub.store.read_inline(pending):
             await hub.store.write(step, slow=True, frees=True)
             if hub.store.is_busy():
-                break  # one step a turn
-    newest, known = hub.store.read_inline(load_index_progress)
-    while known < newest and (not hub.store.is_busy() or newest - known > SEARCH_LAG):
-        known = (await hub.store.write(index_messages, slow=True)).value
+                break
+    newest, indexed = hub.store.read_inline(load_index_progress)
+    while indexed < newest and (not hub.store.is_busy() or newest - indexed > SEARCH_LAG):
+        indexed = (await hub.store.write(index_messages, slow=True)).value
     if not hub.store.is_busy():
         await erase_texts(hub)
-    return Result(None)
 
 
 async def maintenance_loop(hub: Hub) -> None:
-    """Do what can wait, for ever: forget revoked tokens that have expired, delete messages in steps, index messages."""
+    """Run maintenance, flush the log and, every hour, forget revoked tokens that have expired."""
     for turn in itertools.count():
         hub.sio.eio.client_log.flush()
         if turn % TOKEN_PURGE_INTERVAL == 0:
@@ -6178,35 +6142,32 @@ async def maintenance_loop(hub: Hub) -> None:
 
 
 async def add_slash(request: web.Request) -> web.Response:
-    """From /chat to /chat/, whatever a proxy has before it."""
+    """Redirect from /chat to /chat/, relative to any prefix that a proxy removed."""
     return respond(None, 308, {"Location": request.path.rpartition("/")[2] + "/"})
 
 
-def takes_gzip(request: web.Request) -> bool:
-    """Whether the client accepts gzip (RFC 9110, 12.5.3), and not with weight 0."""
-    accepted = request.headers.get("Accept-Encoding", "").replace(" ", "")
-    return re.search(r"(?i)(^|,)gzip(,|$|;q=(?!0(\.0*)?(,|$)))", accepted) is not None
-
-
 class StaticFile:
-    """Sends something that does not change while the server runs: compressed once, and only to clients that have it not."""
+    """Sends a file that does not change while the server runs. It is compressed once; a client that has it gets a 304."""
 
     def __init__(self, body: bytes, headers: dict[str, str]) -> None:
         tag = hashlib.sha256(body).hexdigest()[:24]
         self.headers = HEADERS | {"Cache-Control": "no-cache", "Vary": "Accept-Encoding"} | headers
         self.plain = (body, {"ETag": f'"{tag}"'})
-        self.packed = (gzip.compress(body, mtime=0), {"ETag": f'"{tag}-gzip"', "Content-Encoding": "gzip"})
+        self.gzip = (gzip.compress(body, mtime=0), {"ETag": f'"{tag}-gzip"', "Content-Encoding": "gzip"})
 
     async def __call__(self, request: web.Request) -> web.Response:
-        body, more = self.packed if takes_gzip(request) else self.plain
-        known = {f'"{tag.value}"' for tag in request.if_none_match or ()}
-        if known & {'"*"', self.plain[1]["ETag"], self.packed[1]["ETag"]}:
-            return web.Response(status=304, headers=self.headers | {"ETag": more["ETag"]})
-        return Answer(body=body, headers=self.headers | more)
+        accepted = request.headers.get("Accept-Encoding", "").replace(" ", "")
+        # RFC 9110, 12.5.3: a weight of 0 means no.
+        takes_gzip = re.search(r"(?i)(^|,)gzip(,|$|;q=(?!0(\.0*)?(,|$)))", accepted)
+        body, headers = self.gzip if takes_gzip else self.plain
+        cached = {f'"{tag.value}"' for tag in request.if_none_match or ()}
+        if cached & {'"*"', self.plain[1]["ETag"], self.gzip[1]["ETag"]}:
+            return web.Response(status=304, headers=self.headers | {"ETag": headers["ETag"]})
+        return Answer(body=body, headers=self.headers | headers)
 
 
-def page_with_headers() -> tuple[bytes, dict[str, str]]:
-    """Return the chat page and its headers. Its policy allows its own scripts and style, by hash, and no others."""
+def page_file() -> StaticFile:
+    """Return the chat page. Its Content-Security-Policy allows only its own scripts and style, by hash."""
     page = asset("chatrtc.html")
 
     def sources(tag: bytes) -> str:
@@ -6217,11 +6178,11 @@ def page_with_headers() -> tuple[bytes, dict[str, str]]:
         f"default-src 'none'; script-src {sources(b'script')}; style-src {sources(b'style')}; connect-src 'self'; "
         "img-src 'self' data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return page, {"Content-Security-Policy": policy, "Content-Type": "text/html; charset=utf-8"}
+    return StaticFile(page, {"Content-Security-Policy": policy, "Content-Type": "text/html; charset=utf-8"})
 
 
 class Handler(web.RequestHandler):
-    """Answers what is not HTTP in the same form as all else, and adds our headers to what aiohttp itself answers."""
+    """Adds our headers to aiohttp's own responses, and sends its errors, such as for malformed HTTP, as our JSON."""
 
     def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -6235,9 +6196,9 @@ class Handler(web.RequestHandler):
     ) -> web.StreamResponse:
         super().handle_error(request, status, exc, message)  # logs it
         code = {413: "TOO_LARGE", 500: "INTERNAL_ERROR"}.get(status, "BAD_REQUEST")
-        answer = refuse(ChatError(code, status=status))
-        answer.force_close()
-        return answer
+        response = error_response(ChatError(code, status=status))
+        response.force_close()
+        return response
 
 
 class HandlerServer(web.Server):
@@ -6246,7 +6207,7 @@ class HandlerServer(web.Server):
 
 
 class Runner(web.AppRunner):
-    """Runs an application that is nobody else's."""
+    """Runs our own application, with `Handler` for its connections."""
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
@@ -6254,65 +6215,62 @@ class Runner(web.AppRunner):
 
 
 class ChatRTC:
-    """A chat to run or to embed:
+    """A chat server to run or to embed:
 
         chat = ChatRTC(database="chat.db")
         chat.attach(app, prefix="/chat")
 
-    Keywords are the settings of `serve`. Every operation is a method that does what its route does, events included:
-    `await chat.post_message(author_id=1, channel_id=1, content="hello")`, where `author_id` is the user who performs it. It
-    returns the answer and raises ChatError.
+    The keywords are the settings of `serve`. Every operation, except those of sockets only, is a method with the arguments of
+    its route: `await chat.post_message(author_id=1, channel_id=1, content="hello")`. `author_id` is the user who performs it.
+    It returns the result and raises ChatError.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.settings = read_settings(settings)
         self.sio = socket_server(**engine_options(self.settings))
         self.hub = Hub(self.settings, self.sio)
-        self._maintenance: asyncio.Task[None] | None = None
-        self._control = contextlib.ExitStack()  # the socket for the command line, while it is open
-        bind_sockets(self.hub)
+        self._running = contextlib.AsyncExitStack()  # what `stop` undoes
+        add_socket_handlers(self.hub)
 
     def attach(self, app: web.Application, prefix: str = "") -> None:
-        """Mount REST, Socket.IO and the page under `prefix`; the app's start-up and clean-up open and close the chat."""
-        place = web.Application() if prefix.strip("/") else app
-        ours: set[Any] = set()
-        place.middlewares.append(origin_middleware(self.sio.eio.options, ours, self.sio.eio.unread))
-
-        def add(method: str, path: str, handler: Any) -> None:
-            ours.add(handler)
-            for name in ("GET", "HEAD") if method == "GET" else (method,):
-                place.router.add_route(name, path, handler)
-
-        add("GET", "/invites/{code}.svg", functools.partial(send_invite_code, self.hub))
-        for op in OPERATIONS.values():
-            if op.method and op.path:
-                path = op.path.replace("{emoji}", "{emoji:.+}")  # a brace or a slash may be one, too
-                add(op.method, path, Route(self.hub, op).__call__)
-        for path, text in (("/openapi.json", openapi), ("/asyncapi.json", asyncapi)):
-            body = msgspec.json.encode(text())
-            add("GET", path, StaticFile(body, {"Content-Type": "application/json"}).__call__)
-        add("GET", "/", StaticFile(*page_with_headers()).__call__)
-        self.sio.attach(place)
-        place.cleanup_ctx.append(self._run)
-        place.on_shutdown.append(lambda app: self.sio.drain())
-        if place is not app:
-            add("GET", "", add_slash)
-            app.add_subapp("/" + prefix.strip("/"), place)
+        """Mount REST, Socket.IO and the page under `prefix`. The app's start-up and clean-up open and close the chat."""
+        prefix = prefix.strip("/")
+        mounted = web.Application() if prefix else app
+        routes = [
+            web.get("/", page_file().__call__),
+            web.get("/openapi.json", StaticFile(msgspec.json.encode(openapi()), JSON).__call__),
+            web.get("/asyncapi.json", StaticFile(msgspec.json.encode(asyncapi()), JSON).__call__),
+            web.get("/invites/{code}.svg", functools.partial(send_invite_code, self.hub)),
+            *(
+                # An emoji may contain a brace or a slash.
+                web.route(op.method, op.path.replace("{emoji}", "{emoji:.+}"), Route(self.hub, op).__call__)
+                for op in OPERATIONS.values()
+                if op.method and op.path
+            ),
+            *([web.get("", add_slash)] if prefix else []),
+        ]
+        mounted.router.add_routes(routes)
+        mounted.middlewares.append(error_middleware(self.sio.eio, {route.handler for route in routes}))
+        self.sio.attach(mounted)
+        mounted.cleanup_ctx.append(self._run)
+        mounted.on_shutdown.append(lambda app: self.sio.drain())
+        if prefix:
+            app.add_subapp("/" + prefix, mounted)
 
     def on(self, event: str) -> Callable[[AsyncCall], AsyncCall]:
-        """Call a coroutine function with the payload of each such event, one after another. Other listeners do not wait for
-        it. If it falls 4,096 events behind, the oldest are dropped."""
+        """Return a decorator that calls a coroutine function with the payload of each such event, in order. Listeners do not
+        wait for each other. If one falls 4,096 events behind, the oldest are dropped."""
         if event not in EVENTS:
             raise ValueError(f"There is no event named {event}")
 
-        def remember(listener: AsyncCall) -> AsyncCall:
+        def register(listener: AsyncCall) -> AsyncCall:
             self.hub.add_listener(event, listener)
             return listener
 
-        return remember
+        return register
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        """An operation as a method."""
+        """Return an operation as a method."""
         op = OPERATIONS.get(name)
         if op is None or (op.path is None and op.kind == "async"):
             raise AttributeError(name)
@@ -6322,8 +6280,7 @@ class ChatRTC:
         user = self.hub.store.read_inline(load_principal, author_id, b"") if author_id is not None else None
         if user is None and (author_id is not None or op.access is not Access.ANYONE):
             raise chat_error("NO_AUTHOR" if author_id is None else "NO_USER")
-        done = await run_operation(self.hub, op, Caller(user or NOBODY, "program"), read_args(op.args, args))
-        return done.value
+        return (await run_operation(self.hub, op, Caller(user or NOBODY, "program"), read_args(op.args, args))).value
 
     async def _run(self, app: web.Application) -> AsyncIterator[None]:
         await self.start()
@@ -6333,42 +6290,39 @@ class ChatRTC:
             await self.stop()
 
     async def start(self) -> None:
-        """Open the chat. Raises StartError."""
-        chat = self.hub
-        await chat.store.open()
-        try:
+        """Open the database and start maintenance. Raises StartError."""
+        hub = self.hub
+        async with contextlib.AsyncExitStack() as stack:  # undoes the steps before one that fails
+            await hub.store.open()
+            stack.push_async_callback(hub.store.close)
             if self.settings.secret is None:
-                chat.signer = TokenSigner(load_or_create_secret(chat.store.path), self.settings.token_ttl)
-            token = secrets.token_hex(16)  # with the port in the file of the lock, which only its owner can read
+                hub.signer = TokenSigner(load_or_create_secret(hub.store.path), self.settings.token_ttl)
+            token = secrets.token_hex(16)  # kept with the port in the lock file, which only its owner can read
             control = await asyncio.start_server(functools.partial(self._serve_admin, token), "127.0.0.1", 0)
-            self._control.callback(control.close)
-            chat.store.lock.write_address(f"{control.sockets[0].getsockname()[1]} {token}")
-        except BaseException:
-            await chat.store.close()
-            raise
-        chat.listening = True
-        self._maintenance = asyncio.create_task(maintenance_loop(chat))
+            stack.callback(control.close)
+            hub.store.lock.write_address(f"{control.sockets[0].getsockname()[1]} {token}")
+            stack.callback(hub.password_hasher.close)
+            stack.callback(self.sio.eio.client_log.flush, now=True)
+            hub.listening = True
+            stack.push_async_callback(hub.end_listeners)
+            maintenance = asyncio.create_task(maintenance_loop(hub))
+            stack.push_async_callback(asyncio.wait, [maintenance])
+            stack.callback(maintenance.cancel)
+            self._running = stack.pop_all()
 
     async def stop(self) -> None:
-        """Close the chat: what was accepted is committed."""
-        if self._maintenance is not None:
-            self._maintenance.cancel()
-            await asyncio.gather(self._maintenance, return_exceptions=True)
-        await self.hub.end_listeners()
-        self._control.close()
-        self.sio.eio.client_log.flush(now=True)
-        self.hub.password_hasher.close()
-        await self.hub.store.close()
+        """Stop maintenance, commit every accepted write and close the database."""
+        await self._running.aclose()
 
     async def _serve_admin(self, token: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one line, the token and [name, arguments] as JSON, with one line of JSON."""
+        """Run a job of ADMIN_JOBS for the command line, which sends a line: the token and [name, arguments] as JSON."""
         try:
             async with asyncio.timeout(CONTROL_SECONDS):
                 given, _, call = (await reader.readline()).partition(b" ")
             if not hmac.compare_digest(given, token.encode()):
                 raise ValueError("wrong token")
             name, args = json.loads(call)
-            write = self.hub.store.write(lambda db: ADMIN[name](db, *args), slow=True, frees=name == "delete_user")
+            write = self.hub.store.write(lambda db: ADMIN_JOBS[name](db, *args), slow=True, frees=name == "delete_user")
             outcome = await result_or_error(write)
             reply = outcome.body() if isinstance(outcome, ChatError) else {"answer": outcome.value}
             log.info("%s on the command line for %a: %s", name, args[0] if args else "", reply.get("code", "done"))
@@ -6381,7 +6335,7 @@ class ChatRTC:
 
 
 def lan_address() -> str:
-    """This machine's address on the local network, as the system would choose it; nothing is sent."""
+    """Return this machine's address on the local network, as the system would choose it. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect(("192.0.2.1", 9))
         return str(probe.getsockname()[0])
@@ -6389,24 +6343,23 @@ def lan_address() -> str:
 
 
 def self_signed(database: Path) -> str:
-    """The file of a certificate and its key, made once for a year, so that browsers ask once. Raises StartError."""
+    """Return the path of a file with a certificate and its key, valid for a year and kept. Raises StartError."""
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
         raise StartError("--tls-self-signed needs an extra: pip install 'chatrtc[tls]'") from None
-    addresses = sorted({"127.0.0.1", "::1", lan_address()})
-    path = private_path(database, ".tls.pem")
-    now = datetime.datetime.now(datetime.UTC)
+    addresses = {ipaddress.ip_address(address) for address in ("127.0.0.1", "::1", lan_address())}
+    path, now = private_path(database, ".tls.pem"), datetime.datetime.now(datetime.UTC)
     if os.path.lexists(path):
         cert = x509.load_pem_x509_certificate(read_private(path, database))
         named = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.IPAddress)
-        if cert.not_valid_after_utc > now and {str(address) for address in named} >= set(addresses):
+        if cert.not_valid_after_utc > now and addresses <= set(named):
             return str(path)
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name.from_rfc4514_string("CN=ChatRTC")
-    names = [x509.DNSName("localhost"), *(x509.IPAddress(ipaddress.ip_address(address)) for address in addresses)]
+    names = [x509.DNSName("localhost"), *map(x509.IPAddress, addresses)]
     cert = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
@@ -6422,7 +6375,7 @@ def self_signed(database: Path) -> str:
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """The certificate to serve with, if any. Raises StartError."""
+    """Return the TLS context to serve with, or None to serve plain HTTP. Raises StartError."""
     cert = self_signed(Path(settings.database)) if settings.tls_self_signed else settings.tls_cert
     if cert is None:
         return None
@@ -6435,7 +6388,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def announce(hub: Hub, address: tuple[str, int], tls: bool) -> None:
-    """Remember and print where the server answers, for this machine and for others."""
+    """Print the URLs of the server, for this machine and for others, and set them in the hub."""
     (host, port), settings, scheme = address, hub.settings, "https" if tls else "http"
     url, lan_url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", f"{scheme}://{lan_address()}:{port}"
     click.echo(f"ChatRTC listening on {url}")
@@ -6449,14 +6402,14 @@ def announce(hub: Hub, address: tuple[str, int], tls: bool) -> None:
             click.echo(f"Others on your network: {settings.public_url or hub.lan_url}")
             qr_code(settings.public_url or hub.lan_url).terminal(compact=True, border=2)
         if not tls and not settings.trusted_proxy:
-            click.echo("Passwords cross the network unencrypted: add --tls-self-signed to serve https.")
-    elif sys.stdout.isatty() and settings.public_url is None:  # for a person; a program reads the first line
-        click.echo(f"Only this machine can reach it; with --lan others on your network can, at {lan_url}")
+            click.echo("Passwords cross the network unencrypted. Add --tls-self-signed to serve https.")
+    elif sys.stdout.isatty() and settings.public_url is None:  # only for people: programs read the first line
+        click.echo(f"Only this machine can reach it. With --lan, others on your network can, at {lan_url}")
     sys.stdout.flush()
 
 
 async def serve_until_stopped(settings: dict[str, Any]) -> None:
-    """Run a server until SIGTERM, SIGINT or SIGHUP, which from now on end it cleanly. Raises StartError."""
+    """Run a server until SIGTERM, SIGINT or SIGHUP, and then shut it down cleanly. Raises StartError."""
     stopped = asyncio.Event()
     hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # nohup ignores it
     for number in (signal.SIGINT, signal.SIGTERM, *hangup):
@@ -6473,11 +6426,11 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
         try:
             await web.TCPSite(runner, chat.settings.host, chat.settings.port, ssl_context=context, backlog=1024).start()
         except OSError as error:
-            why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-            raise StartError(f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {why}") from None
+            reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+            raise StartError(f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {reason}") from None
         announce(chat.hub, runner.addresses[0][:2], context is not None)
-        # A post costs 10 % less if what is loaded by now is never collected, and the rest seldom. Connections are freed without
-        # a collection; what libraries leave in cycles goes with the second generation, at most 500,000 objects.
+        # A post costs 10 % less if the objects loaded so far are never collected, and the others seldom. Connections are freed
+        # without a collection; what libraries leave in cycles goes with the second generation, at most 500,000 objects.
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 10, 10)
@@ -6487,15 +6440,15 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------
-# `chatrtc serve` and its siblings: each command is a few lines that call what stands above, and a StartError or a ChatError is
-# one line on standard error and exit status 1.
+# `chatrtc serve` and the other commands. A StartError or ChatError becomes one line on standard error, and exit status 1.
 
-BAR: dict[str, Any] = {"file": sys.stderr, "hidden": not sys.stderr.isatty()}  # progress is for a person
+BAR: dict[str, Any] = {"file": sys.stderr, "hidden": not sys.stderr.isatty()}  # options of progress bars, which are for people
+LOG_LINES = 60  # of each level, in a minute
 
 
 @contextlib.contextmanager
 def cli_errors() -> Iterator[None]:
-    """Whatever is wrong, in one line."""
+    """Turn expected errors into one line on standard error."""
     try:
         yield
     except (StartError, ChatError) as error:
@@ -6515,7 +6468,7 @@ class Group(click.Group):
     group_class = type
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Every option of every command reads CHATRTC_<OPTION>."""
+        """Add a command, each of whose options can be set as CHATRTC_<OPTION> in the environment."""
         cmd.context_settings = {"auto_envvar_prefix": "CHATRTC", "show_default": True, **cmd.context_settings}
         for option in cmd.params:
             if isinstance(option, click.Option) and option.name != "yes":
@@ -6539,7 +6492,7 @@ def main() -> None:
 
 
 def options(*names: str) -> Callable[[Any], Any]:
-    """Give a command those settings, or all, as options: what they are follows from their declarations."""
+    """Return a decorator that adds these settings, or all, to a command as options."""
 
     def decorate(command: Any) -> Any:
         hints = typing.get_type_hints(Settings, include_extras=True)
@@ -6555,11 +6508,8 @@ def options(*names: str) -> Callable[[Any], Any]:
     return decorate
 
 
-LOG_LINES = 60  # a minute
-
-
 class LogRateFilter(logging.Filter):
-    """Keeps clients from filling the log: so many lines a minute of a level, none on broken HTTP, which may hold a token."""
+    """Drops errors on malformed HTTP, which may quote a token, and limits the lines of each level per minute."""
 
     since, counts = -math.inf, Counter[int]()
 
@@ -6570,12 +6520,12 @@ class LogRateFilter(logging.Filter):
             self.since, self.counts = time.monotonic(), Counter()
         self.counts[record.levelno] += 1
         if self.counts[record.levelno] == LOG_LINES:
-            record.msg, record.args, record.exc_info = "So much for this minute; the rest is left out", (), None
+            record.msg, record.args, record.exc_info = "Log limit reached: further messages this minute are dropped", (), None
         return self.counts[record.levelno] <= LOG_LINES
 
 
 def index_all(db: sqlite3.Connection) -> None:
-    """Index the messages that search does not know yet, with a progress bar."""
+    """Index all messages that are not in the search index, with a progress bar."""
     with click.progressbar(length=count_rows(db)[2], label="Indexing", **BAR) as bar:
         while (state := load_index_progress(db))[1] < state[0]:
             with db:
@@ -6585,7 +6535,7 @@ def index_all(db: sqlite3.Connection) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a database that no server uses. Raises StartError."""
+    """Hold the lock of a database. Raises StartError if a server has it."""
     with contextlib.closing(Lock(path)) as lock:
         if not lock.acquire():
             raise StartError(f"{path} is in use: stop the server first")
@@ -6593,9 +6543,9 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def migrate_file(path: Path) -> None:
-    """Bring a database that no server uses to the newest format, if it has an older one. Raises StartError."""
+    """Migrate a database to the newest format if it has an older one. Raises StartError."""
     header = read_sqlite_header(path)
-    if 0 < int.from_bytes(header[60:64], "big") < SCHEMA_FORMAT:  # where SQLite keeps the user_version
+    if 0 < int.from_bytes(header[60:64], "big") < SCHEMA_FORMAT:  # the user_version
         with locked(path), contextlib.closing(prepare(path)) as db:
             index_all(db)
 
@@ -6605,13 +6555,12 @@ def migrate_file(path: Path) -> None:
 def serve(**settings: Any) -> None:
     """Run the server until Ctrl-C or SIGTERM."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    log.setLevel(logging.INFO)  # what admins and the command line do
+    log.setLevel(logging.INFO)  # for what admins and the command line do
     for handler in logging.getLogger().handlers:
         handler.addFilter(LogRateFilter())
     migrate_file(Path(read_settings(settings).database))
-    with contextlib.suppress(
-        ValueError, OSError
-    ):  # a school behind one address may have 4,000 sockets; macOS has its own limit
+    with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
+        # The hard limit: a school behind one address may have 4,000 sockets.
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with contextlib.suppress(ImportError):
@@ -6624,7 +6573,7 @@ def serve(**settings: Any) -> None:
 
 @contextlib.contextmanager
 def open_reader(database: str, *, any_format: bool = False) -> Iterator[sqlite3.Connection]:
-    """Open the database in one snapshot, whether or not a server runs; if none does, it is checked first. Raises StartError."""
+    """Open a snapshot of the database, also while a server runs; otherwise the file is checked first. Raises StartError."""
     path = Path(database)
     if not path.is_file():
         raise StartError(f"There is no database {path}")
@@ -6639,44 +6588,45 @@ def open_reader(database: str, *, any_format: bool = False) -> Iterator[sqlite3.
 
 
 def run_on_server(address: str, name: str, args: Sequence[Any]) -> Any:
-    """Have the server do something to the database; `address`: what it left in the file of the lock."""
+    """Have the server that holds the lock run a job of ADMIN_JOBS. `address`: what it wrote to the lock file."""
     try:
         port, token = address.split()
         with socket.create_connection(("127.0.0.1", int(port)), 15) as control, control.makefile("rb") as line:
             control.sendall(f"{token} {json.dumps([name, args])}\n".encode())
             reply = json.loads(line.readline(1 << 16))
     except (OSError, ValueError) as error:
-        raise StartError(f"The server that holds the database does not answer: {error}") from None
+        raise StartError(f"The server that has the database open does not answer: {error}") from None
     if "code" in reply:
         raise ChatError(reply["code"], reply["error"])
     return reply["answer"]
 
 
 def run_admin_job(database: str, name: str, *args: Any) -> Any:
-    """Have something done to the database: by the server that holds it, or here where none does."""
-    read_sqlite_header(Path(database))
-    lock = Lock(Path(database))
-    patience = time.monotonic() + 10  # for a server that is starting, or another command
+    """Run a job of ADMIN_JOBS and return its value, on the server that has the database open or, if none has, here."""
+    path = Path(database)
+    read_sqlite_header(path)
+    lock, deadline = Lock(path), time.monotonic() + 10  # for a server that is starting, or another command
     while not lock.acquire():
         if address := lock.read_address():
             return run_on_server(address, name, args)
-        if time.monotonic() > patience:
+        if time.monotonic() > deadline:
             raise StartError(f"{database} is in use by another program")
         time.sleep(0.05)
-    with contextlib.closing(lock), contextlib.closing(prepare(Path(database), may_migrate=False)) as db, db:
-        outcome = begin(db, [lambda db: ADMIN[name](db, *args)])[0]
+    with contextlib.closing(lock), contextlib.closing(prepare(path, may_migrate=False)) as db, db:
+        outcome = begin(db, [lambda db: ADMIN_JOBS[name](db, *args)])[0]
     if isinstance(outcome, ChatError):
         raise outcome
     return outcome.value
 
 
-@main.group()
-def user() -> None:
-    """Manage accounts, also while the server runs."""
+user = Group("user", help="Manage accounts, also while the server runs.")
+server = Group("server", help="Manage servers (communities), also while the server program runs.")
+main.add_command(user)
+main.add_command(server)
 
 
 def ask_password() -> str:
-    """From the terminal, twice, or a line of standard input; never from an argument, which others could see."""
+    """Return the hash of a password, typed twice or read from standard input. An argument would be visible to other users."""
     if sys.stdin.isatty():
         password = click.prompt("Password", hide_input=True, confirmation_prompt=True)
     else:
@@ -6689,7 +6639,7 @@ def ask_password() -> str:
 @click.argument("username")
 @options("database")
 def user_add(username: str, database: str) -> None:
-    """Make an account; the password is asked for, or read from standard input."""
+    """Create an account. Asks for the password, or reads it from standard input."""
     read_args(NewIdentity, {"username": username})
     click.echo(f"{username} has the id {run_admin_job(database, 'add_user', username, ask_password())}")
 
@@ -6697,7 +6647,7 @@ def user_add(username: str, database: str) -> None:
 @user.command("list")
 @options("database")
 def user_list(database: str) -> None:
-    """List the accounts: id, name, since when."""
+    """List the accounts: id, username and creation time."""
     with open_reader(database) as db:
         for row in load_accounts(db):
             click.echo("{}\t{}\t{}".format(*row))
@@ -6707,25 +6657,22 @@ def user_list(database: str) -> None:
 @click.argument("username")
 @options("database")
 def user_password(username: str, database: str) -> None:
-    """Give an account another password; its tokens end, its sockets are closed."""
+    """Set a new password. Signs the account out everywhere."""
     run_admin_job(database, "set_password", username, ask_password())
     click.echo(f"{username} has a new password")
 
 
 @user.command("delete")
 @click.argument("username")
-@click.option("--messages", is_flag=True, help="Delete its messages too.")
+@click.option("--messages", is_flag=True, help="Also delete its messages.")
 @options("database")
-@click.confirmation_option(prompt="Delete this account? Its servers go to others, or are deleted if nobody is left in them.")
+@click.confirmation_option(
+    prompt="Delete this account? Its servers pass to other members; a server without other members is deleted."
+)
 def user_delete(username: str, messages: bool, database: str) -> None:
-    """Delete an account. Its messages stay, under its name, unless --messages is given."""
+    """Delete an account. Its messages stay, under its name, unless you give --messages."""
     run_admin_job(database, "delete_user", username, messages)
     click.echo(f"{username} is deleted")
-
-
-@main.group()
-def server() -> None:
-    """Manage servers, also while the server program runs."""
 
 
 @server.command("add")
@@ -6741,15 +6688,15 @@ def server_add(name: str, owner: str, database: str) -> None:
 @click.argument("username")
 @options("database", "secret", "token_ttl")
 def token(username: str, database: str, secret: str | None, token_ttl: int) -> None:
-    """Print a token for a user, for scripts and demos."""
+    """Print a token for an account, for scripts and demos."""
     with open_reader(database) as db:
         account = require_account(db, username)
-    keys = TokenSigner(load_or_create_secret(Path(database)) if secret is None else secret, token_ttl)
-    click.echo(keys.issue(account.user_id, account.username, account.generation, time.time()).token)
+    signer = TokenSigner(load_or_create_secret(Path(database)) if secret is None else secret, token_ttl)
+    click.echo(signer.issue(account.user_id, account.username, account.generation, time.time()).token)
 
 
 def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.Connection], None] | None = None) -> Path:
-    """Return a checked, synced copy of a database next to `dest`, after `finish`. Raises StartError and then leaves none."""
+    """Copy a database next to `dest`, check it, call `finish` on it, return its path. Raises StartError, leaving no copy."""
     if not dest.parent.is_dir():
         raise StartError(f"The directory {dest.parent} does not exist")
     part = dest.with_name(dest.name + ".part")
@@ -6762,15 +6709,15 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
         try:
             copy_database(db, part, show)
             with contextlib.closing(connect_reader(part, immutable=True)) as copy:
-                write_error = check_integrity(copy)
-            if finish is not None and not write_error:
+                errors = check_integrity(copy)
+            if finish is not None and not errors:
                 with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as copy:
                     finish(copy)
         except (OSError, sqlite3.Error) as error:
-            write_error = [str(error)]
-    if write_error:
+            errors = [str(error)]
+    if errors:
         part.unlink(missing_ok=True)
-        raise StartError(f"{dest} could not be made ({write_error[0]}); what was copied is thrown away")
+        raise StartError(f"Cannot write {dest}: {errors[0]}. The incomplete copy was deleted")
     return part
 
 
@@ -6778,9 +6725,9 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
 @click.argument("dest", type=click.Path(path_type=Path))
 @options("database")
 def backup(dest: Path, database: str) -> None:
-    """Copy the database to DEST, also while the server runs; verified before it gets that name."""
+    """Back up the database to the new file DEST, verified, also while the server runs."""
     if dest.exists():
-        raise StartError(f"{dest} exists; it was left as it is")
+        raise StartError(f"{dest} already exists; it was not changed")
     with open_reader(database, any_format=True) as db:
         part = copy_verified(db, dest)
     os.rename(part, dest)
@@ -6792,31 +6739,31 @@ def backup(dest: Path, database: str) -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @options("database")
 def restore(source: Path, database: str) -> None:
-    """Put the backup SOURCE in the database's place, while no server runs; what was there is kept under another name."""
+    """Replace the database with the backup SOURCE, while no server runs. The old database is kept under another name."""
     path = Path(database).resolve()
     if not source.is_file():
         raise StartError(f"There is no backup {source}")
-    known = 0
+    last_id = 0
 
     def renew(copy: sqlite3.Connection) -> None:
         migrate(copy)
-        skip_ids(copy, known)
+        skip_ids(copy, last_id)
         index_all(copy)
 
     with locked(path):
         check_openable(source)
-        with contextlib.suppress(StartError, sqlite3.Error), snapshot(path) as db:  # what is replaced may be lost or damaged
-            known = highest_id(db)
+        with contextlib.suppress(StartError, sqlite3.Error), snapshot(path) as db:  # it may be missing or damaged
+            last_id = highest_id(db)
         with snapshot(source) as db:
             part = copy_verified(db, path, renew)
         kept = replace_database(path, part)
-    click.echo(f"{path} is what {source} holds" + (f"; what it was is kept as {kept}" if kept else ""))
+    click.echo(f"Restored {path} from {source}" + (f"; the old database is kept as {kept}" if kept else ""))
 
 
 @main.command("migrate")
 @options("database")
 def migrate_database(database: str) -> None:
-    """Bring the database to the format of this version, which cannot be undone. A start of the server does the same."""
+    """Migrate the database to this version's format. This cannot be undone. A start of the server does the same."""
     if not Path(database).is_file():
         raise StartError(f"There is no database {database}")
     migrate_file(Path(database))
@@ -6826,13 +6773,13 @@ def migrate_database(database: str) -> None:
 @main.command()
 @options("database")
 def check(database: str) -> None:
-    """Check the database's integrity, and what refers to what; exit status 1 where something is wrong."""
+    """Check the database and its references. The exit status is 1 if something is wrong."""
     with open_reader(database) as db:
         lines, counts = check_integrity(db), count_rows(db)
     for line in lines:
         click.echo(line)
     if lines:
-        raise StartError(f"{len(lines)} things are wrong with {database}")
+        raise StartError(f"{database} has {len(lines)} errors")
     click.echo("sound: {} users, {} servers, {} messages".format(*counts))
 
 
@@ -6840,40 +6787,41 @@ EXPORT_STYLE = (
     "body{font:16px/1.5 sans-serif;margin:2em auto;max-width:45em}time,small{color:#666;font-size:.8em}small{display:block}"
     "p{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}"
 )
-EXPORT_QUOTED = 1000  # messages back to which a reply shows the beginning of its original
+EXPORT_QUOTED = 1000  # a reply quotes its original if that is at most so many messages back
+Record = tuple[str, dict[str, Any]]  # the type of an exported object, and the object as the API has it
 
 
-def write_html(things: Iterable[tuple[str, dict[str, Any]]], output: typing.TextIO) -> None:
-    """Write messages as a page to read, with what they answer and who reacted."""
+def write_html(records: Iterable[Record], output: typing.TextIO) -> None:
+    """Write an export as a page to read, with the beginning of each message that another one answers."""
     names: dict[int, str] = {}  # by user id
     quotes: dict[int, str] = {}  # by message id
-    text = html.escape  # whatever people wrote
+    text = html.escape
     output.write(f'<!doctype html><meta charset="utf-8"><title>ChatRTC</title><style>{EXPORT_STYLE}</style>\n')
-    for kind, told in things:
+    for kind, record in records:
         if kind in ("member", "former"):
-            names[told["user_id"]] = told.get("name") or told["username"]
-        elif kind != "message":
-            tag = "h1" if kind == "server" else "h2"
-            output.write(f"<{tag}>{text(told['name'])}</{tag}>\n")
-        else:
-            name = names[told["author_id"]] = told.get("author_name") or told["author_username"]
-            output.write(f"<p id=m{told['message_id']}>")
-            if original := told.get("reply_to"):
-                quote = quotes.get(original, "an earlier message").replace("\n", " ")
-                output.write(f'<small>In reply to <a href="#m{original}">{text(quote)}</a></small>')
-            edited = " <small style=display:inline>(edited)</small>" if told.get("edited_at") else ""
-            output.write(f"<b>{text(name)}</b> <time>{told['created_at']}</time>{edited}\n{text(told['content'])}")
-            for reaction in told.get("reactions", ()):
-                access = ", ".join(names.get(user_id, f"#{user_id}") for user_id in reaction["user_ids"])
-                output.write(f"<small>{text(reaction['emoji'])} {text(access)}</small>")
-            output.write("</p>\n")
-            quotes[told["message_id"]] = f"{name}: {told['content'][:100]}"
-            if len(quotes) > EXPORT_QUOTED:
-                del quotes[next(iter(quotes))]
+            names[record["user_id"]] = record.get("name") or record["username"]
+            continue
+        if kind != "message":
+            output.write("<{0}>{1}</{0}>\n".format("h1" if kind == "server" else "h2", text(record["name"])))
+            continue
+        name = names[record["author_id"]] = record.get("author_name") or record["author_username"]
+        output.write(f"<p id=m{record['message_id']}>")
+        if original := record.get("reply_to"):
+            quote = quotes.get(original, "an earlier message").replace("\n", " ")
+            output.write(f'<small>In reply to <a href="#m{original}">{text(quote)}</a></small>')
+        edited = " <small style=display:inline>(edited)</small>" if record.get("edited_at") else ""
+        output.write(f"<b>{text(name)}</b> <time>{record['created_at']}</time>{edited}\n{text(record['content'])}")
+        for reaction in record.get("reactions", ()):
+            people = ", ".join(names.get(user_id, f"#{user_id}") for user_id in reaction["user_ids"])
+            output.write(f"<small>{text(reaction['emoji'])} {text(people)}</small>")
+        output.write("</p>\n")
+        quotes[record["message_id"]] = f"{name}: {record['content'][:100]}"
+        if len(quotes) > EXPORT_QUOTED:
+            del quotes[next(iter(quotes))]
 
 
-def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Servers, their members and channels, and the channels' messages, oldest first, in the shapes of the wire."""
+def export_records(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iterator[Record]:
+    """Yield each server with its members, its channels and their messages, oldest first."""
     with click.progressbar(length=count_rows(db)[2], label="Exporting", **BAR) as bar:
         for server in servers:
             yield "server", server
@@ -6888,20 +6836,20 @@ def export_things(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iter
 
 @main.command()
 @click.option("--format", type=click.Choice(["jsonl", "html"]), default="jsonl")
-@click.option("--server", type=int, help="Only the server of this id.")
-@click.option("--output", type=click.File("w", "utf-8", lazy=False), default="-", help="A file; else standard output.")
+@click.option("--server", type=int, help="Export only the server with this id.")
+@click.option("--output", type=click.File("w", "utf-8", lazy=False), default="-", help="File to write; - is standard output.")
 @options("database")
 def export(format: str, server: int | None, output: typing.TextIO, database: str) -> None:
-    """Write out one server or all: a JSON object a line, or a page to read."""
+    """Export one server or all, as JSON lines or as a page to read."""
     with open_reader(database) as db:
         chosen = [row for row in load_all_servers(db) if server in (None, row["server_id"])]
         if server is not None and not chosen:
             raise StartError(f"There is no server {server}")
         if format == "html":
-            write_html(export_things(db, chosen), output)
+            write_html(export_records(db, chosen), output)
         else:
-            things = export_things(db, chosen)
-            output.writelines(json.dumps({"type": kind} | told, ensure_ascii=False) + "\n" for kind, told in things)
+            lines = (json.dumps({"type": kind} | record, ensure_ascii=False) for kind, record in export_records(db, chosen))
+            output.writelines(line + "\n" for line in lines)
         output.flush()
 
 

@@ -7861,7 +7861,7 @@ class Ordeal:
 
     async def do(self, name: str) -> None:
         """What the command line asks of a running server."""
-        await self.chat.hub.store.write(lambda db: chatrtc.ADMIN[name](db, self.member.name))
+        await self.chat.hub.store.write(lambda db: chatrtc.ADMIN_JOBS[name](db, self.member.name))
 
 
 async def expire(stage: Ordeal) -> None:
