@@ -185,7 +185,7 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "NO_TOKEN": ("BAD_REQUEST", "There is no token to revoke: the call came from the embedding program"),
     "NOT_MEMBER": ("FORBIDDEN", "You are not a member of this server"),
     "ROLE_TOO_LOW": ("FORBIDDEN", "Only {who} may do this"),
-    "OWNER_STAYS": ("FORBIDDEN", "The owner cannot leave; transfer the ownership first"),
+    "OWNER_STAYS": ("FORBIDDEN", "A server needs an owner; transfer the ownership first"),
     "NOT_BANNED": ("NOT_FOUND", "This user is not banned"),
     "BANNED": ("FORBIDDEN", "You are banned from this server"),
     "NO_MEMBER": ("NOT_FOUND", "Member not found"),
@@ -1954,10 +1954,6 @@ class Principal(NamedTuple):
     digest: bytes = b""
     expires: float = math.inf
 
-    @property
-    def identity(self) -> Identity:
-        return Identity(self.user_id, self.username, name=self.name)
-
 
 def statement(*queries: str) -> Query[int]:
     """Return a query that runs these statements with the same values and returns the number of changed rows."""
@@ -2285,8 +2281,7 @@ def update_channel(db: sqlite3.Connection, channel: Channel) -> int:
 
 INTEGRITY_CHECKS = {  # what each query finds
     "a server without an owner": "SELECT server_id FROM servers EXCEPT SELECT server_id FROM members WHERE role = 'owner'",
-    "a sequence number beyond its server's last":
-        "SELECT message_id FROM messages m JOIN servers s USING (server_id) WHERE m.seq > s.seq",
+    "a seq beyond its server's last": "SELECT message_id FROM messages m JOIN servers s USING (server_id) WHERE m.seq > s.seq",
     "a message whose channel is in another server":
         "SELECT message_id FROM messages m JOIN channels c USING (channel_id) WHERE c.server_id <> m.server_id",
     "a reply to a message in another channel":
@@ -2540,9 +2535,7 @@ def take_messages(rows: Iterable[Sequence[Any]], limit: int, max_bytes: int = MA
     return taken
 
 
-def load_page_part(
-    db: sqlite3.Connection, channel_id: int, where: str, cursor: int, limit: int, max_bytes: int = MAX_RESULT_BYTES
-) -> Messages:
+def load_page_part(db: sqlite3.Connection, channel_id: int, where: str, cursor: int, limit: int, max_bytes: int) -> Messages:
     """Return the messages nearest to the cursor on one side of it (`where`: ">", "<" or "<="), oldest first."""
     order = "ASC" if where == ">" else "DESC"
     rows = db.execute(
@@ -2559,36 +2552,30 @@ def load_page(db: sqlite3.Connection, args: PageArgs) -> Messages:
     """Return a page of a channel, oldest first. It costs the same anywhere: an index walk of `limit` steps from the cursor."""
     load_part = functools.partial(load_page_part, db, args.channel_id)
     if args.after is not None:
-        return load_part(">", args.after, args.limit)
+        return load_part(">", args.after, args.limit, MAX_RESULT_BYTES)
     if args.around is None:
-        return load_part("<", args.before if args.before is not None else 2**63 - 1, args.limit)
+        return load_part("<", args.before if args.before is not None else 2**63 - 1, args.limit, MAX_RESULT_BYTES)
     newer = load_part(">", args.around, args.limit // 2, MAX_RESULT_BYTES // 2)
     older = load_part("<=", args.around, args.limit - len(newer.messages), MAX_RESULT_BYTES // 2)
     return Messages(older.messages + newer.messages, newer.has_more or older.has_more)
 
 
-class PageCache:
-    """The pages requested last. A page is valid while its server's `seq` is unchanged. Thirty pupils who open a channel request
-    the same page: loading it takes 120 us, a look-up here 5."""
+class PageCache(dict[tuple[int | None, ...], tuple[int, Messages]]):
+    """The pages requested last, by arguments, each with its server's `seq`: valid while that is unchanged. Thirty pupils who
+    open a channel request the same page: loading it takes 120 us, a look-up here 5."""
 
     MAX_PAGES = 256
     MAX_CHARACTERS = 32_768  # of a page: all pages together take at most 64 MiB
 
-    def __init__(self) -> None:
-        self._pages: dict[tuple[int | None, ...], tuple[int, Messages]] = {}  # arguments -> seq and page, oldest use first
-
-    def clear(self) -> None:
-        self._pages.clear()
-
-    def get(self, db: sqlite3.Connection, server_id: int, args: PageArgs) -> Messages:
+    def load(self, db: sqlite3.Connection, server_id: int, args: PageArgs) -> Messages:
         key, seq = msgspec.structs.astuple(args), load_seq(db, server_id)
-        cached_seq, page = self._pages.pop(key, (-1, None))
+        cached_seq, page = self.pop(key, (-1, None))
         if page is None or cached_seq != seq:
             page = load_page(db, args)
         if sum(len(message.content) for message in page.messages) <= self.MAX_CHARACTERS:
-            self._pages[key] = seq, page
-        if len(self._pages) > self.MAX_PAGES:
-            del self._pages[next(iter(self._pages))]
+            self[key] = seq, page
+        if len(self) > self.MAX_PAGES:
+            del self[next(iter(self))]
         return page
 
 
@@ -3257,7 +3244,8 @@ def update_profile(ctx: OperationContext, args: EditProfile) -> Result[Profile]:
         effects += [Rename(user_id, name), *update_in_servers(ctx.db, user_id)]
     if args.status is not UNSET:
         update_status(ctx.db, user_id, args.status)
-        effects.append(SetStatus(ctx.user.identity, before.status, args.status, load_server_ids(ctx.db, user_id)))
+        identity = Identity(user_id, ctx.user.username, name=name)
+        effects.append(SetStatus(identity, before.status, args.status, load_server_ids(ctx.db, user_id)))
     return Result(load_profile(ctx.db, user_id), effects)
 
 
@@ -3508,7 +3496,7 @@ def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
 @read("GET /channels/{channel_id}/messages", Access.MEMBER)
 def list_messages(ctx: OperationContext, args: PageArgs) -> Result[Messages]:
     """List messages of a channel: the newest, or those before, after or around a message."""
-    return Result(ctx.pages.get(ctx.db, ctx.server_id, args))
+    return Result(ctx.pages.load(ctx.db, ctx.server_id, args))
 
 
 @read("GET /messages/{message_id}", Access.MEMBER)
@@ -5479,7 +5467,7 @@ async def authenticate(hub: Hub, caller: Caller, args: TokenArgs) -> Result[Iden
     """Authenticate this socket (or pass `auth: {token}` in the handshake)."""
     user = hub.authenticate_token(args.token or "")
     hub.bind_principal(caller.connection, user)
-    return Result(user.identity)
+    return Result(Identity(user.user_id, user.username, name=user.name))
 
 
 @operation("async", None, Access.USER, event="ping")
