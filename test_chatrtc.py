@@ -3428,7 +3428,7 @@ def test_an_event_carries_seq_unless_nothing_durable_happened() -> None:
             f"{event}: if the change is durable, take a number by next_seq() in the transaction and emit it as `seq`; "
             "if not, add it to EVENTS_WITHOUT_SEQ with the reason"
         )
-        assert event in PASSING or f'"{event}"' in applied, f"{event}: add its effect to Replica.apply, a client's copy"
+        assert event in EVENTS_WITHOUT_SEQ or f'"{event}"' in applied, f"{event}: add its effect to Replica.apply"
 
 
 def test_every_writing_operation_takes_a_sequence_number() -> None:
@@ -12178,7 +12178,7 @@ async def test_a_real_run_fits_its_description(world: World) -> None:
 
 
 # ---- The tree itself ------------------------------------------------------------------------------------------------
-# What makes the one file readable, held by what reads it.
+# Rules about the source of chatrtc.py, and the tables of the docs.
 
 SECTION = re.compile(r"^# ---- (.+?) -+$", re.MULTILINE)
 SOURCE = (HERE / "chatrtc.py").read_text("utf-8")
@@ -12187,7 +12187,7 @@ AnyFunction = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def sections(source: str) -> dict[str, range]:
-    """The lines of each section."""
+    """Return the lines of each section."""
     found = [(match[1], source.count("\n", 0, match.start()) + 1) for match in SECTION.finditer(source)]
     ends = [line for _, line in found[1:]] + [source.count("\n") + 2]
     return {name: range(line, end) for (name, line), end in zip(found, ends, strict=True)}
@@ -12202,14 +12202,14 @@ def functions() -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def bound_in(node: ast.AST) -> set[str]:
-    """The names that it gives to something."""
+    """Return the names that a statement binds."""
     names = {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
     names |= {one.arg for one in ast.walk(node) if isinstance(one, ast.arg)}
     return names | {one.name for one in ast.walk(node) if one is not node and isinstance(one, (*AnyFunction, ast.ClassDef))}
 
 
 def uses_of(node: ast.AST) -> Iterator[ast.Name]:
-    """The names that it reads, but for those in annotations, which are read by nobody but people."""
+    """Yield the names that a statement reads, except those in annotations."""
     for field, value in ast.iter_fields(node):
         for one in value if isinstance(value, list) else [value]:
             if field in ("annotation", "returns"):
@@ -12233,7 +12233,12 @@ def test_names_point_upward() -> None:
         if name.id not in bound[node] and home.get(name.id, 0) > (node.end_lineno or 0)
     ]
     assert len(home) > 300
-    assert downward == []
+    assert downward == [], "move the definition above its use, or the use into a later section"
+
+
+def test_the_sections_of_the_tests_are_in_the_order_of_the_module() -> None:
+    ours, theirs = sections(Path(__file__).read_text("utf-8")), sections(SOURCE)
+    assert [name for name in ours if name in theirs] == [name for name in theirs if name in ours]
 
 
 PAGE = (HERE / "chatrtc.html").read_text("utf-8")
@@ -12331,14 +12336,17 @@ def calls_of(*attributes: str) -> list[ast.Call]:
     ]
 
 
+SQL_SECTIONS = {"Files", "Store", "Queries", "Message queries"}
+
+
 def test_sql_is_in_the_store() -> None:
     calls = calls_of("execute", "executemany", "executescript")
     assert len(calls) > 80
-    assert {section_of(call) for call in calls} == {"Files", "Store", "Queries", "Message queries"}
+    assert {section_of(call) for call in calls} == SQL_SECTIONS, "move the query into a function of Queries or Message queries"
 
 
 def test_no_data_is_formatted_into_sql() -> None:
-    """A value is a parameter. What is formatted in is one of our own names, chosen by the program."""
+    """Values are parameters. Only names and numbers that the program itself chooses are formatted into SQL."""
     ours = {
         "name",
         "value",
@@ -12358,12 +12366,12 @@ def test_no_data_is_formatted_into_sql() -> None:
         for part in ast.walk(call)
         if isinstance(part, ast.FormattedValue)
     }
-    assert formatted <= ours
-    assert not [call for call in calls_of("format") if section_of(call) in ("Files", "Store", "Queries", "Message queries")]
+    assert formatted <= ours, "pass the value as a parameter; if it never comes from a client, add it to `ours`"
+    assert not [call.lineno for call in calls_of("format") if section_of(call) in SQL_SECTIONS]
 
 
 def test_only_one_except_catches_everything() -> None:
-    """What does not raise again, that is: clearing up and passing on is no catching."""
+    """A handler that raises the exception again does not count."""
     broad = [
         node
         for node in ast.walk(TREE)
@@ -12371,7 +12379,7 @@ def test_only_one_except_catches_everything() -> None:
         and (node.type is None or {"Exception", "BaseException"} & names_in(node.type))
         and not any(isinstance(inner, ast.Raise) and inner.exc is None for inner in ast.walk(node))
     ]
-    assert len(broad) == 1
+    assert len(broad) == 1, f"catch the exceptions that you expect: lines {[node.lineno for node in broad]}"
 
 
 def names_in(node: ast.AST) -> set[str]:
@@ -12379,7 +12387,7 @@ def names_in(node: ast.AST) -> set[str]:
 
 
 def test_events_leave_by_one_function() -> None:
-    """`Hub.emit` is the only caller of `publish`, apart from answers to a single socket; nothing uses the library's `emit`."""
+    """Only `Hub.emit` and replies to a single socket call `publish`, and nothing calls the `emit` of the library."""
     assert len(calls_of("publish")) <= 3
     emitters = [call.func for call in calls_of("emit") if section_of(call) != "Socket.IO server"]
     assert {ast.unparse(func.value) for func in emitters if isinstance(func, ast.Attribute)} == {"hub", "self"}
@@ -12388,7 +12396,7 @@ def test_events_leave_by_one_function() -> None:
 def test_functions_are_small() -> None:
     sizes = {f"{one.name}, line {one.lineno}": (one.end_lineno or 0) - one.lineno + 1 for one in functions()}
     assert statistics.median(sizes.values()) <= 10
-    assert {name: size for name, size in sizes.items() if size > 45} == {}
+    assert {name: size for name, size in sizes.items() if size > 45} == {}, "split the function"
 
 
 async def test_the_top_level_is_tidy() -> None:
@@ -12486,7 +12494,9 @@ def test_the_readme_has_the_tables() -> None:
 def test_the_readme_names_every_command() -> None:
     written = "".join(documents().values())
     for name in all_commands():
-        assert f"chatrtc {name}" in written or f"chatrtc.py {name}" in written, name
+        assert f"chatrtc {name}" in written or f"chatrtc.py {name}" in written, (
+            f"describe `chatrtc {name}` in docs/operations.md"
+        )
 
 
 def readme_program(marker: str) -> str:
