@@ -2711,7 +2711,7 @@ async def account_deleted(world: World, person: Person) -> str:
 
 
 WRONG_TOKENS: dict[str, Callable[[Person], str]] = {
-    "stale": lambda user: sign(claims_of(user, iat=1, exp=int(time.time()) - 1)),
+    "expired": lambda user: sign(claims_of(user, iat=1, exp=int(time.time()) - 1)),
     "forged": lambda user: sign(claims_of(user))[:-4] + "AAAA",
     "of another secret": lambda user: sign(claims_of(user), secret="x" * 32),
     "of algorithm none": lambda user: sign(claims_of(user), algorithm="none"),
@@ -2725,24 +2725,24 @@ WRONG_TOKENS: dict[str, Callable[[Person], str]] = {
     "with exp a list": lambda user: sign(claims_of(user, exp=[])),
     "with exp true": lambda user: sign(claims_of(user, exp=True)),
     "with exp not a number": lambda user: sign(claims_of(user, exp=float("nan"))),
-    "not yet good": lambda user: sign(claims_of(user, nbf=int(time.time()) + HOUR)),
+    "not yet valid": lambda user: sign(claims_of(user, nbf=int(time.time()) + HOUR)),
     "for another audience": lambda user: sign(claims_of(user, aud="elsewhere", iss="chatrtc")),
     "for several audiences": lambda user: sign(claims_of(user, aud=["chatrtc", "elsewhere"], iss="chatrtc")),
     "for no audience": lambda user: sign(claims_of(user) | {"aud": None}),
     "of another issuer": lambda user: sign(claims_of(user, iss="elsewhere")),
-    "of nobody": lambda user: sign(claims_of(user, sub="999")),
-    "of a number beyond numbers": lambda user: sign(claims_of(user, sub="9" * 30)),
-    "of a name": lambda user: sign(claims_of(user, sub=user.name)),
-    "of a number that is not text": lambda user: sign(claims_of(user, sub=user.user_id)),
+    "of a missing user": lambda user: sign(claims_of(user, sub="999")),
+    "with sub too large for SQLite": lambda user: sign(claims_of(user, sub="9" * 30)),
+    "with a username as sub": lambda user: sign(claims_of(user, sub=user.name)),
+    "with sub as a number": lambda user: sign(claims_of(user, sub=user.user_id)),
     "of a later generation": lambda user: sign(claims_of(user, gen=1)),
-    "of a strange generation": lambda user: sign(claims_of(user, gen=False)),
+    "with a boolean generation": lambda user: sign(claims_of(user, gen=False)),
     "cut short": lambda user: user.token.rpartition(".")[0],
     "of five kilobytes": lambda user: sign(claims_of(user, pad="x" * 5000), secret="x" * 32),
     "garbage": lambda user: "a.b.c",
     "one word": lambda user: "token",
     "dots": lambda user: "..",
 }
-REVOKED_TOKENS = {"of an old password": password_changed, "logged out": logged_out, "of the dead": account_deleted}
+REVOKED_TOKENS = {"of an old password": password_changed, "logged out": logged_out, "of a deleted account": account_deleted}
 
 
 async def assert_token_rejected(world: World, token: str) -> None:
@@ -3507,7 +3507,7 @@ def cases(interface: str) -> list[tuple[chatrtc.Operation, str, str]]:
     ]
 
 
-@pytest.mark.parametrize("door", ["rest", "socket"])
+@pytest.mark.parametrize("interface", ["rest", "socket"])
 async def test_permissions_match_the_table(make_world: MakeWorld, interface: str) -> None:
     world = await make_world(create_servers="everyone")  # the accounts of this test have no password, like guests
     matrix, gate = await PermissionMatrix(world).open(), asyncio.Semaphore(24)
@@ -5575,18 +5575,18 @@ def mistakes_for(name: str, kind: msgspec.inspect.Type, required: bool) -> Itera
             if one.min_length:
                 yield "too short", "x" * (one.min_length - 1), "BAD_REQUEST"
             if one.pattern is not None:
-                yield "not fitting its pattern", "a\x00b", "BAD_REQUEST"
+                yield "not matching its pattern", "a\x00b", "BAD_REQUEST"
         elif isinstance(one, msgspec.inspect.IntType):
             yield "a string", "one", "BAD_REQUEST"
             yield "true", True, "BAD_REQUEST"
             yield "a fraction", 1.5, "BAD_REQUEST"
-            yield "beyond all numbers", 10**40, "BAD_REQUEST"
+            yield "too large for SQLite", 10**40, "BAD_REQUEST"
             assert one.ge is not None
             yield "too small", one.ge - 1, "BAD_REQUEST"
             assert one.le is not None
             yield "too large", one.le + 1, "BAD_REQUEST"
         elif isinstance(one, msgspec.inspect.LiteralType):
-            yield "none of its words", "nothing", "BAD_REQUEST"
+            yield "none of its values", "nothing", "BAD_REQUEST"
 
 
 def mistakes(op: chatrtc.Operation) -> Iterator[Mistake]:
@@ -5622,7 +5622,7 @@ def fields_of(op: chatrtc.Operation) -> tuple[Any, ...]:
     return msgspec.structs.fields(op.args)
 
 
-@pytest.mark.parametrize("door", ["rest", "socket"])
+@pytest.mark.parametrize("interface", ["rest", "socket"])
 async def test_invalid_arguments_are_rejected_by_their_declaration(scene: Scene, interface: str) -> None:
     chat, owner = scene.world.chat, scene.ana.user_id
     message, code = await scene.post(), (await chat.create_invite(author_id=owner, server_id=1)).code
