@@ -70,7 +70,7 @@ def bound(seconds: float) -> float:
     return seconds if SOAK else max(seconds, PATIENCE)
 
 
-# ---- Helpers ---------------------------------------------------------------------------------------------------------
+# ---- Helpers --------------------------------------------------------------------------------------------------------
 # How to add a test:
 #
 # 1. Find its section. The sections have the names and the order of those in chatrtc.py. After them come Guarantees (one
@@ -92,11 +92,12 @@ def bound(seconds: float) -> float:
 #
 # 4. Never sleep in order to wait: wait for an event (`receive`) or for a condition (`until`). Show that nothing happens by
 #    something that happens later on the same path: `receive_none` sends a ping and waits for its ack.
+#    The fixture `auditor` compares every reply, ack and event with its declaration, so tests need not list all keys.
 # 5. The third test of the same shape becomes a table: `pytest.mark.parametrize`, or a dict such as STORIES or PERMISSIONS.
 #
 # A change of the program needs tests in several sections, and each says what is missing when it fails:
 #      an operation     a row in PERMISSIONS, a rate limit, and a sequence number if it changes something durable
-#      an event         a function with @story, and a handler in the page
+#      an event         a function with @story, a handler in the page, and its effect in Replica.apply if it is durable
 #      a column         a step in MIGRATIONS, an entry in RELEASED, and clearing it on deletion
 #      a reason         a sentence in both languages of the page
 #      a setting        `README=write pytest -k readme_has_the_tables` writes it, and all of the above, into the docs
