@@ -4157,7 +4157,7 @@ async def test_create_servers_decides_who_creates_servers(make_world: MakeWorld,
 
 async def test_servers_channels_and_invites_have_a_maximum(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     ana, ben, server = scene.ana, scene.ben, scene.server
-    for name, most in (("SERVERS_MAX", 3), ("CHANNELS_MAX", 3), ("INVITES_MAX", 4)):
+    for name, most in (("MAX_OWNED_SERVERS", 3), ("MAX_CHANNELS", 3), ("MAX_INVITES", 4)):
         monkeypatch.setattr(chatrtc, name, most)
 
     async def expect_limit(person: Person, method: str, path: str, body: Any) -> None:
