@@ -12497,6 +12497,17 @@ def test_the_readme_names_every_command() -> None:
         )
 
 
+def test_the_readme_and_the_guide_name_what_exists() -> None:
+    """Every name of code in CONTRIBUTING.md occurs in the program, its schema, its page or its tests."""
+    sources = "chatrtc.py", "schema.sql", "chatrtc.html", "test_chatrtc.py"
+    known = "".join((HERE / name).read_text("utf-8") for name in sources)
+    guide = re.sub(r"```.*?```", "", (HERE / "CONTRIBUTING.md").read_text("utf-8"), flags=re.DOTALL)
+    names = set(re.findall(r"[A-Za-z]+_\w+|[A-Za-z]+[A-Z]\w+", " ".join(re.findall(r"`([^`]+)`", guide))))
+    assert len(names) > 40
+    unknown = [name for name in sorted(names) if name not in known]
+    assert not unknown, f"CONTRIBUTING.md uses names that were renamed or deleted: {unknown}"
+
+
 def readme_program(marker: str) -> str:
     """Return the Python block of README.md that contains the marker."""
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
