@@ -3594,133 +3594,124 @@ def list_changes(ctx: OperationContext, args: ChangesArgs) -> Result[Changes]:
 
 
 # ---- Engine.IO sessions --------------------------------------------------------------------------------------------
-# Engine.IO 4, one client: bounded memory, a bounded wait and a clean end for each, and a cheap fan-out. Here alone is
-# cleverness, as it was measured (1,000 WebSocket clients of one room, 380-byte frames, one core): the library's own delivery
-# costs 56 to 61 us of CPU a client and message; a frame encoded once and written at once 9 to 11; and what waits for a client
-# joined into one write, 0.4 to 1.6. It knows no chat.
+# Engine.IO 4 for one client: bounded memory, bounded waiting, a clean close, and cheap fan-out. It knows nothing of chat. Only
+# here is the code clever, because that was measured (1,000 WebSocket clients of one room, 380-byte frames, one core). For each
+# client and message, the library's own delivery takes 56 to 61 us of CPU time; a frame that is encoded once and written at once
+# takes 9 to 11, and frames that are joined into one write take 0.4 to 1.6.
 
-BACKLOG_BYTES = 1 << 20  # what may wait for one client before it is given up
+BACKLOG_BYTES = 1 << 20  # that may wait for one client; above this it is disconnected
 BACKLOG_PACKETS = 1000
-POLL_PACKETS = 16  # more in one answer, the Python client does not take
-BATCH_BYTES = 1 << 18  # what is joined into one write at most
-UNREAD_BYTES = 16 << 20  # what may wait for all clients together
-UNREAD_SECONDS = 20.0  # after which a client that takes nothing of what waits for it is given up
-WATCHED_BYTES = 1 << 14  # less than this the kernel takes at once
+POLL_PACKETS = 16  # in one poll response; the Python client does not accept more
+ROOM_BUFFER_BYTES = 1 << 18  # after which the next event starts a new buffer
+UNREAD_BYTES = 16 << 20  # that may wait for all clients together
+UNREAD_SECONDS = 20.0  # after which a client that receives none of its waiting bytes is disconnected
+WATCHED_BYTES = 1 << 14  # up to this size, the kernel's buffer takes a write at once
 PACKET_QUEUE_LENGTH = 64
-RETRY_SECONDS = 10  # for who sends too much, or has too many sessions
-CLOSE_GRACE = 0.7  # seconds for the farewell to be read before the connection is aborted
+RETRY_SECONDS = 10  # for a client that sends too much, or has too many sessions
+CLOSE_GRACE = 0.7  # seconds to read the close frame before the connection is aborted
 
 OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = "0123456"
 REASON = engineio.AsyncServer.reason
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Packet = str | bytes  # one encoded Engine.IO packet: text with its type digit, or an attachment
 AsyncCall = Callable[[Any], Awaitable[None]]
+UNREAD: web.RequestKey[Unread] = web.RequestKey("UNREAD")  # by which the response to a request is watched
 
 
-def connected(request: web.BaseRequest) -> bool:
+def is_connected(request: web.BaseRequest) -> bool:
     return request.transport is not None and not request.transport.is_closing()
 
 
 def drop_frames(error: BaseException | None) -> None:
-    """Drop the stack frames of an exception that somebody keeps. A frame that holds who keeps it would make a reference cycle,
-    which only a full garbage collection frees."""
+    """Remove the tracebacks of a stored exception. A frame that refers to the object that stores it would make a reference
+    cycle, which only a full garbage collection frees."""
     while error is not None:
         error.__traceback__ = None
         error = error.__context__
 
 
-def abort(link: asyncio.Transport | Session) -> None:
-    """Close at once; the kernel throws away what it holds for a client that does not read, which it would keep offering."""
-    with contextlib.suppress(OSError, ValueError):  # it may be closed already
-        if (pipe := link.get_extra_info("socket")) is not None:
-            pipe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    link.abort()
+def abort(client: asyncio.Transport) -> None:
+    """Close with a TCP reset: the kernel then discards unsent data instead of retrying it for a client that does not read."""
+    with contextlib.suppress(OSError, ValueError):  # the socket may be closed already
+        if (sock := client.get_extra_info("socket")) is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.abort()
 
 
-def unsent_bytes(client: asyncio.Transport | Session) -> int:
-    """Return how many bytes the kernel still holds for a client, if the system tells."""
-    pipe: Any = client.get_extra_info("socket")
+def unsent_bytes(client: asyncio.Transport) -> int:
+    """Return how many bytes the kernel still holds for a client; 0 if the system does not say."""
+    sock: Any = client.get_extra_info("socket")
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return int(struct.unpack("i", fcntl.ioctl(pipe.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0])
+        return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0])
     return 0
 
 
 class Unread:
-    """Gives up clients that do not read: those that take nothing of what waits for them for 20 s and, while more than 16 MiB
-    wait for all clients together, those that have taken nothing for the longest time."""
+    """Disconnects clients that do not read: those that receive none of their waiting bytes for 20 s and, while more than 16 MiB
+    wait for all clients together, those that have received nothing for the longest time."""
 
     def __init__(self) -> None:
-        # Each client, with the bytes held for it here, those that wait here and in the kernel, and when it last took some.
-        self.waiting: dict[asyncio.Transport | Session, tuple[int, int, float]] = {}
+        # For each client: bytes held in memory, bytes not yet received (also in the kernel), time of the last progress.
+        self.waiting: dict[asyncio.Transport, tuple[int, int, float]] = {}
         self.total = 0
         self.timer: asyncio.TimerHandle | None = None
 
-    def watch(self, client: asyncio.Transport | Session, written: int = 0) -> None:
-        """Watch a client for as long as something waits for it. `written`: bytes that stay in memory until the last is sent."""
-        waits, loop = client.get_write_buffer_size(), asyncio.get_running_loop()
+    def watch(self, client: asyncio.Transport, written: int = 0) -> None:
+        """Watch a client while bytes wait for it. `written`: bytes that stay in memory until the last of them is sent."""
+        waits = client.get_write_buffer_size()
         if not waits:
             return
-        before, left, since = self.waiting.get(client) or (0, waits + unsent_bytes(client), loop.time())
+        before, left, since = self.waiting.get(client) or (0, waits + unsent_bytes(client), time.monotonic())
         size = max(before, waits, written)
         self.waiting[client] = (size, max(left, waits), since)
         self.total += size - before
-        if self.total > UNREAD_BYTES:
+        if self.total > UNREAD_BYTES or self.timer is None:
             self._sweep()
-        if self.timer is None:
-            self.timer = loop.call_later(1.0, self._tick)
 
     def _sweep(self) -> None:
-        """Bring the sizes up to date, and give up clients, those first that have taken nothing for the longest time."""
-        now = asyncio.get_running_loop().time()
+        """Update the sizes and disconnect clients, longest without progress first. Repeat every second while bytes wait."""
+        now = time.monotonic()
         self.waiting = {
             client: (size, left := waits + unsent_bytes(client), now if left < before else since)
             for client, (size, before, since) in self.waiting.items()
             if not client.is_closing() and (waits := client.get_write_buffer_size())
         }
         self.total = sum(size for size, _, _ in self.waiting.values())
-        for client, (size, _, since) in sorted(self.waiting.items(), key=lambda one: one[1][2]):
+        for client, (size, _, since) in sorted(self.waiting.items(), key=lambda item: item[1][2]):
             if now - since >= UNREAD_SECONDS or self.total > UNREAD_BYTES:
                 self.total -= size
                 del self.waiting[client]
                 abort(client)
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = asyncio.get_running_loop().call_later(1.0, self._sweep) if self.waiting else None
 
-    def _tick(self) -> None:
-        self._sweep()
-        self.timer = asyncio.get_running_loop().call_later(1.0, self._tick) if self.waiting else None
-
-    async def room(self, request: web.Request) -> None:
-        """Wait until the client has read most of the answers to its earlier requests, or is given up."""
-        link = request.transport
-        if link is not None and link.get_write_buffer_size():
-            self.watch(link)
+    async def wait_until_read(self, request: web.Request) -> None:
+        """Wait until the client has read most of the responses to its earlier requests, or is disconnected."""
+        request[UNREAD] = self
+        if request.transport is not None and request.transport.get_write_buffer_size():
+            self.watch(request.transport)
             with contextlib.suppress(ConnectionError):
                 await request.writer.drain()
 
 
-class Answer(web.Response):
-    """A response that drops its body once it is written, and whose client is watched while it does not read."""
-
-    unread: Unread | None = None
-    link: asyncio.Transport | None = None
+class WatchedResponse(web.Response):
+    """A response whose client is watched while it does not read, and whose body is dropped once it is written."""
 
     async def prepare(self, request: web.BaseRequest) -> Any:
-        self.link = request.transport
-        return await super().prepare(request)
+        writer, size = await super().prepare(request), self.content_length or 0
+        if request.transport is not None and UNREAD in request and size > WATCHED_BYTES:
+            # Called once the body is written: aiohttp then waits until the client has read it.
+            asyncio.get_running_loop().call_soon(request[UNREAD].watch, request.transport, size)
+        return writer
 
     async def write_eof(self, data: bytes = b"") -> None:
-        size = self.content_length or 0
-        if self.link is not None and self.unread is not None and size > WATCHED_BYTES:
-            # Look once it is written: aiohttp waits in there for the client to read.
-            asyncio.get_running_loop().call_soon(self.unread.watch, self.link, size)
         await super().write_eof(data)
-        self.link = self.body = None  # aiohttp keeps the response until the next request
-
-
-# Frames and fan-out: encoding, and when to write.
+        self.body = None  # aiohttp keeps the response until the next request
 
 
 def frame(packet: Packet) -> bytes:
-    """One unmasked WebSocket message (RFC 6455, 5.2)."""
+    """Return a packet as one unmasked WebSocket message (RFC 6455, 5.2)."""
     opcode, body = (0x82, packet) if isinstance(packet, bytes) else (0x81, packet.encode())
     size = len(body)
     if size < 126:
@@ -3730,16 +3721,14 @@ def frame(packet: Packet) -> bytes:
     return struct.pack("!BBQ", opcode, 127, size) + body
 
 
-CLOSE_FRAME = b"\x88\x02\x03\xe8"  # close frame, code 1000
+CLOSE_FRAME = b"\x88\x02\x03\xe8"  # with code 1000
 CLOSE_TYPES = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 
 
 class Flusher:
-    """Flushes the connections that were written to, each once per round.
-
-    At rest a round comes at once. After a round of d seconds comes a pause of d (at most 50 ms), so
-    fan-out leaves half of the loop to others, and under load many frames share one system call.
-    """
+    """Flushes the connections that have something to send, each once per round. At rest a round starts at once. After a round
+    of d seconds comes a pause of d (at most 50 ms), so fan-out leaves half of the loop to others, and under load many frames
+    share one system call."""
 
     CHUNK = 256
 
@@ -3747,41 +3736,37 @@ class Flusher:
         self.waiting: list[Callable[[], None]] = []
         self.not_before = 0.0
 
-    def mark(self, flush: Callable[[], None]) -> None:
+    def schedule(self, flush: Callable[[], None]) -> None:
         if not self.waiting:
             asyncio.get_running_loop().call_at(self.not_before, self._round)
         self.waiting.append(flush)
 
-    def _round(self) -> None:
-        todo, self.waiting = self.waiting, []
-        self._part(todo, 0.0)
-
-    def _part(self, todo: list[Callable[[], None]], spent: float) -> None:
+    def _round(self, todo: list[Callable[[], None]] | None = None, spent: float = 0.0) -> None:
+        if todo is None:
+            todo, self.waiting = self.waiting, []
         loop = asyncio.get_running_loop()
-        began = loop.time()
+        started = loop.time()
         for flush in todo[: self.CHUNK]:
             flush()
         now = loop.time()
-        spent += now - began
+        spent += now - started
         self.not_before = now + min(spent, 0.05)
         if len(todo) > self.CHUNK:
-            loop.call_soon(self._part, todo[self.CHUNK :], spent)
+            loop.call_soon(self._round, todo[self.CHUNK :], spent)
 
 
 class RoomBuffer:
-    """What a room is told, event after event, while its clients are told nothing else: kept once, joined once for them all.
-
-    An event then costs its room one append, and a client one write a round: 64 messages to 1,000 clients took 26 ms of appends
-    to the clients' own lists, and take 0.3.
-    """
+    """Events for a room whose clients are sent nothing else in between: stored once and joined once for all of them. An event
+    costs its room one append, and a client one write per round. 64 messages to 1,000 clients took 26 ms when they were appended
+    to a list for each client, and take 0.3 ms."""
 
     __slots__ = ("__weakref__", "data", "parts", "polling", "size")
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
         self.size = 0
-        self.data: bytes | None = None  # all of it, once nothing can be added any more
-        self.polling: list[Session] = []  # clients that each event has to be given to, one by one
+        self.data: bytes | None = None  # all parts, once no more can be added
+        self.polling: list[Session] = []  # each is sent every event by itself
 
     def add(self, packets: list[Packet], frames: bytes) -> None:
         self.parts.append(frames)
@@ -3791,14 +3776,14 @@ class RoomBuffer:
                 session.send(packet)
 
     def close(self) -> bytes:
-        """All of it; nothing can be added any more."""
+        """Return all parts, joined; no more can be added."""
         if self.data is None:
             self.data = b"".join(self.parts)
         return self.data
 
 
 class PacketQueue:
-    """Handles what it is given one by one, in order, on a task of its own. `failed` is called with what the handling raises."""
+    """Handles items one by one, in order, in its own task. `failed` is called with the exception of a handler."""
 
     def __init__(self, handle: AsyncCall, failed: Callable[[Exception], None], length: int) -> None:
         self.jobs: deque[Any] = deque(maxlen=length)
@@ -3809,14 +3794,13 @@ class PacketQueue:
     def is_full(self) -> bool:
         return len(self.jobs) == self.jobs.maxlen
 
-    async def has_space(self) -> None:
-        """Wait until it is not full."""
+    async def wait_for_space(self) -> None:
         while self.is_full():
             self.started.clear()
             await self.started.wait()
 
     def put(self, job: Any) -> None:
-        """Add something to handle. If the lane is full, the oldest is dropped."""
+        """Add an item. If the queue is full, the oldest is dropped."""
         self.jobs.append(job)
         if self.running is None:
             self.running = asyncio.create_task(self._drain())
@@ -3832,115 +3816,100 @@ class PacketQueue:
             self.running = None
 
     def close(self) -> None:
-        """Forget what waits; what is being handled may finish."""
+        """Drop the items that wait; the one being handled may finish."""
         self.jobs.clear()
         self.started.set()
 
 
-# One Engine.IO session.
-
-
 @dataclass
 class EngineOptions:
-    """What a server allows its clients."""
+    """The Engine.IO options of `socket_server`."""
 
-    origins: Collection[str] = ()  # whose pages may connect, beside our own
-    proxies: Sequence[Network | None] = ()  # whose X-Forwarded headers are believed; None: whoever connects by a Unix socket
-    hosts: Collection[str] | None = None  # names that a server on loopback has besides those of loopback; None: any name
+    origins: Collection[str] = ()  # whose pages may connect, in addition to our own
+    proxies: Sequence[Network | None] = ()  # whose X-Forwarded headers are trusted; None: all that connect by a Unix socket
+    hosts: Collection[str] | None = None  # further names of a server that listens on loopback; None: any name
     ping_interval: float = 20  # seconds
     ping_timeout: float = 15  # seconds to answer a ping
     max_payload: int = 131072  # bytes in a packet, or in one POST
     connect_timeout: float = 10  # seconds to enter a namespace
     max_sessions: int = 20000
-    max_sessions_per_address: int = 4000  # a school's 1,000 pupils, with two devices of two tabs each
-    max_anonymous_per_address: int | None = None  # besides, sessions whose user is not known yet; None: they count as any
-    frames_per_second: float | None = 100  # from one client, in the long run; at once four times that; None: as many as come
+    max_sessions_per_address: int = 4000  # a school's 1,000 pupils, each with two devices and two tabs on each
+    max_anonymous_per_address: int | None = None  # more sessions, whose user is not known yet; None: they count as any other
+    frames_per_second: float | None = 100  # average for one client, in bursts of four times as many; None: unlimited
 
 
-class Session:
-    """One client's Engine.IO connection: polling, WebSocket, or on its way from one to the other.
+class Session(asyncio.Transport):
+    """One client's Engine.IO connection: polling, WebSocket, or in the middle of an upgrade. While the client polls, packets
+    wait in `outbox` for the next poll or the upgrade, and the session is the transport that `Unread` watches. A WebSocket has
+    no outbox: its frames go directly to the TCP transport, those for a room through the flusher."""
 
-    What is sent waits in `outbox` until a poll or the upgrade takes it. A WebSocket has no outbox: frames go to the TCP
-    transport themselves, shared ones through the flusher.
-    """
-
-    on_message: Callable[[str, Packet], Awaitable[None]]
-    on_end: Callable[[Session, str], None]
-
-    def __init__(self, sid: str, address: str, options: EngineOptions, flusher: Flusher, unread: Unread) -> None:
-        self.sid, self.address, self.options, self.flusher, self.unread = sid, address, options, flusher, unread
+    def __init__(self, sid: str, address: str, engine: Engine) -> None:
+        super().__init__()
+        self.sid, self.address, self.engine = sid, address, engine
         self.session: dict[str, Any] = {}
         self.closed = self.upgraded = self.upgrading = self.posting = False
-        self.link: asyncio.Transport | None = None  # TCP of the WebSocket, also of one on trial
+        self.tcp: asyncio.Transport | None = None  # of the WebSocket, from the start of the upgrade
         self.outbox: list[Packet] = []
-        self.backlog = 0
+        self.backlog = 0  # size of the outbox
         self.room_buffers: list[RoomBuffer] = []
-        self.poller: web.Request | None = None
-        self.news: asyncio.Future[None] | None = None
+        self.poll: web.Request | None = None
+        self.wakeup: asyncio.Future[None] | None = None  # of the poll
         self.loop = asyncio.get_running_loop()
-        self.tokens, self.refilled = 4 * (options.frames_per_second or 0), self.loop.time()
+        self.charged_until = 0.0  # see `_charge`
         self.pinged = False
-        self.due = self.loop.time() + options.ping_interval
+        self.due = self.loop.time() + engine.options.ping_interval
         self.timer = self.loop.call_at(self.due, self._beat)
 
     # Sending
 
     def send(self, packet: Packet) -> None:
-        """To this client alone: at once, behind all that was sent before."""
+        """Send a packet to this client only, after everything that was sent before."""
         if self.closed:
             return
         if self.upgraded:
-            self._write(self._unqueue() + frame(packet))
+            self._write(frame(packet))
         else:
             self.enqueue(packet)
 
-    def join_buffer(self, batch: RoomBuffer) -> None:
-        """Be sent, with the next round, all that the batch will hold by then."""
+    def join_buffer(self, buffer: RoomBuffer) -> None:
+        """Send the events of the buffer, also those that are added to it before the next round."""
         if not self.upgraded:
-            batch.polling.append(self)
+            buffer.polling.append(self)
             return
         if not self.room_buffers:
-            self.flusher.mark(self._flush)
+            self.engine.flusher.schedule(self._write)
         else:
-            self.room_buffers[-1].close()  # what its room is told from now on comes behind this
-        self.room_buffers.append(batch)
+            self.room_buffers[-1].close()  # later events of that room must come after those of this buffer
+        self.room_buffers.append(buffer)
 
-    def _unqueue(self) -> bytes:
-        room_buffers, self.room_buffers = self.room_buffers, []
-        return room_buffers[0].close() if len(room_buffers) == 1 else b"".join(batch.close() for batch in room_buffers)
+    def _take_frames(self) -> bytes:
+        buffers, self.room_buffers = self.room_buffers, []
+        return buffers[0].close() if len(buffers) == 1 else b"".join(buffer.close() for buffer in buffers)
 
-    def _flush(self) -> None:
-        if self.room_buffers:
-            self._write(self._unqueue())
-
-    def _write(self, data: bytes) -> None:
-        if self.link is None or self.link.is_closing():
+    def _write(self, frames: bytes = b"") -> None:
+        """Write the room buffers, then `frames`."""
+        data = self._take_frames() + frames
+        if not data or self.tcp is None or self.tcp.is_closing():
             return
-        if (waiting := self.link.get_write_buffer_size()) > BACKLOG_BYTES:
-            abort(self.link)
+        if (waiting := self.tcp.get_write_buffer_size()) > BACKLOG_BYTES:
+            abort(self.tcp)
             self.end(REASON.TRANSPORT_ERROR)
         else:
-            self.link.write(data)
+            self.tcp.write(data)
             if waiting or len(data) > WATCHED_BYTES:
-                self.unread.watch(self.link, len(data))
+                self.engine.unread.watch(self.tcp, len(data))
 
     def enqueue(self, packet: Packet) -> None:
         self.outbox.append(packet)
         self.backlog += len(packet)
+        self.wake()
         if self.backlog > BACKLOG_BYTES or len(self.outbox) > BACKLOG_PACKETS:
             self.abort()
-        else:
-            self.wake()
-            if self.backlog > WATCHED_BYTES:
-                self.unread.watch(self)
-
-    # What `Unread` asks of a transport, here of the session of a client that polls.
+        elif self.backlog > WATCHED_BYTES:
+            self.engine.unread.watch(self)
 
     def get_write_buffer_size(self) -> int:
         return self.backlog
-
-    def get_extra_info(self, name: str) -> None:
-        return None
 
     def is_closing(self) -> bool:
         return self.closed
@@ -3949,8 +3918,8 @@ class Session:
         self.end(REASON.TRANSPORT_ERROR, final_packet=None)
 
     def wake(self) -> None:
-        if self.news is not None and not self.news.done():
-            self.news.set_result(None)
+        if self.wakeup is not None and not self.wakeup.done():
+            self.wakeup.set_result(None)
 
     def pop_packets(self, most: int | None = None) -> list[Packet]:
         packets = self.outbox[:most]
@@ -3958,27 +3927,27 @@ class Session:
         self.backlog = sum(map(len, self.outbox))
         return packets
 
-    async def wait_packets(self, poller: web.Request) -> list[Packet]:
-        """All that waits, as soon as anything does; nothing if the session ended in silence."""
+    async def wait_packets(self, poll: web.Request) -> list[Packet]:
+        """Return the packets for a poll, once there are any. None are left if the session has ended or the client has gone."""
         while not self.outbox and not self.closed:
-            news = self.loop.create_future()
-            self.poller, self.news = poller, news
+            wakeup = self.loop.create_future()
+            self.poll, self.wakeup = poll, wakeup
             try:
-                await news
+                await wakeup
             finally:
-                if self.news is news:
-                    self.poller = self.news = None
-            if not connected(poller):
-                return []  # the client went away: what waits is for its next poll
+                if self.wakeup is wakeup:
+                    self.poll = self.wakeup = None
+            if not is_connected(poll):
+                return []  # the packets are for the client's next poll
         return self.pop_packets(None if self.closed else POLL_PACKETS)
 
     def is_behind(self) -> bool:
-        """Return whether a quarter of what may wait for this client does."""
-        written = self.link.get_write_buffer_size() if self.link is not None else 0
+        """Return whether the backlog is at a quarter of its limit."""
+        written = self.tcp.get_write_buffer_size() if self.tcp is not None else 0
         return max(written, self.backlog) * 4 > BACKLOG_BYTES or len(self.outbox) * 4 > BACKLOG_PACKETS
 
-    def polled(self) -> bool:
-        return self.poller is not None and connected(self.poller)
+    def has_poll(self) -> bool:
+        return self.poll is not None and is_connected(self.poll)
 
     # Heartbeat
 
@@ -3991,9 +3960,9 @@ class Session:
             self.send(PING)
         else:
             self.due = self.loop.time()
-        self._alarm(self.due + self.options.ping_timeout)
+        self._set_timer(self.due + self.engine.options.ping_timeout)
 
-    def _alarm(self, due: float) -> None:
+    def _set_timer(self, due: float) -> None:
         if not self.closed:
             self.timer.cancel()
             self.due, self.timer = due, self.loop.call_at(due, self._beat)
@@ -4001,88 +3970,86 @@ class Session:
     def _pong(self) -> None:
         if self.pinged and PING not in self.outbox:
             self.pinged = False
-            self._alarm(self.loop.time() + self.options.ping_interval)
+            self._set_timer(self.loop.time() + self.engine.options.ping_interval)
 
-    def overdue(self) -> bool:
+    def is_overdue(self) -> bool:
+        """Return whether the time for the pong is over, though the timer has not run yet."""
         return self.pinged and 0 <= self.loop.time() - self.due < 1.0
 
     # Receiving
 
-    def _spend(self) -> None:
-        rate = self.options.frames_per_second
-        if rate is not None:
+    def _charge(self) -> None:
+        """Raise RATE_LIMITED if the client sends too many packets: more than it may send in the four seconds to come."""
+        if (rate := self.engine.options.frames_per_second) is not None:
             now = self.loop.time()
-            self.tokens = min(4 * rate, self.tokens + (now - self.refilled) * rate) - 1
-            self.refilled = now
-            if self.tokens < 0:
-                raise ChatError("RATE_LIMITED", "Too many packets.", RETRY_SECONDS)
+            self.charged_until = max(self.charged_until, now) + 1 / rate
+            if self.charged_until - now > 4:
+                raise ChatError("RATE_LIMITED", "Too many packets", RETRY_SECONDS)
 
     async def handle_packet(self, packet: Packet) -> None:
-        self._spend()
+        self._charge()
         if isinstance(packet, bytes):
-            await self.on_message(self.sid, packet)
+            await self.engine.receive(self.sid, packet)
         elif packet[:1] == MESSAGE:
-            await self.on_message(self.sid, packet[1:])
+            await self.engine.receive(self.sid, packet[1:])
         elif packet[:1] == PONG:
             self._pong()
         elif packet[:1] == CLOSE:
             self.end(REASON.CLIENT_DISCONNECT, final_packet=NOOP)
         else:
-            raise ChatError("BAD_REQUEST", "Not a packet that a client may send.")
+            raise ChatError("BAD_REQUEST", "Clients may not send this packet")
 
-    async def next_frame(self, socket: web.WebSocketResponse) -> Packet | None:
-        """The next message of the WebSocket, or None at its end. After our own end frames are
-        lost, but a client in the middle of its upgrade is told what it would have polled."""
-        while (message := await socket.receive()).type not in CLOSE_TYPES:
+    async def next_packet(self, ws: web.WebSocketResponse) -> Packet | None:
+        """Return the next packet of the WebSocket, or None at its end. Once the session has ended, packets are discarded, but a
+        client that completes an upgrade is sent what a poll would have returned."""
+        while (message := await ws.receive()).type not in CLOSE_TYPES:
             if self.closed:
                 if message.data == UPGRADE and not self.upgraded:
-                    self._part()
+                    self._close_websocket()
                 continue
             if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
                 data: Packet = message.data
                 return data
-            self._spend()
+            self._charge()
             if message.type is WSMsgType.PING:
-                await socket.pong(message.data)
+                await ws.pong(message.data)
         return None
 
     def use_websocket(self) -> None:
-        """From here on the WebSocket is the transport; what waited goes first."""
+        """Make the WebSocket the transport; the packets in the outbox go first."""
         self.upgraded, self.upgrading = True, False
         self._write(b"".join(map(frame, self.pop_packets())))
 
-    # The end
+    # Closing
 
     def end(self, reason: str, final_packet: str | None = CLOSE) -> None:
-        """End it now. For a moment the client may still read what was sent before, a poll also
-        the farewell; with None not even that."""
+        """End the session. For a moment the client can still read what was sent before; a polling client then gets
+        `final_packet` ("": none) or, if that is None, nothing at all."""
         if self.closed:
             return
-        frames, self.closed = self._unqueue(), True
+        self.closed = True
         self.timer.cancel()
-        if not self.upgraded:
-            self.outbox = [] if final_packet is None else [*self.outbox, *final_packet]
+        if self.upgraded:
+            self._close_websocket()
         else:
-            self._part(frames)
-        if self.link is not None:
-            self.loop.call_later(CLOSE_GRACE, abort, self.link)
+            self.outbox = [] if final_packet is None else [*self.outbox, *final_packet]
+        if self.tcp is not None:
+            self.loop.call_later(CLOSE_GRACE, abort, self.tcp)
         self.wake()
-        self.on_end(self, reason)
+        self.engine.release(self, reason)
 
-    def _part(self, frames: bytes = b"") -> None:
-        if self.link is not None and not self.link.is_closing():
-            self.link.write(frames + b"".join(map(frame, self.pop_packets())) + CLOSE_FRAME)
+    def _close_websocket(self) -> None:
+        if self.tcp is not None and not self.tcp.is_closing():
+            self.tcp.write(self._take_frames() + b"".join(map(frame, self.pop_packets())) + CLOSE_FRAME)
 
 
 # ---- Engine.IO server ----------------------------------------------------------------------------------------------
-# All sessions, and the HTTP requests that open and reach them: over aiohttp, in the place of python-engineio's own requests,
+# All sessions, and the HTTP requests that open and use them. It runs on aiohttp and replaces python-engineio's own requests,
 # sessions and queues.
 
-POST_PACKETS = 256
-POST_SECONDS = 10.0
-
-
-HEADERS = {  # of every answer
+POST_PACKETS = 256  # in one POST
+POST_SECONDS = 10.0  # for the body of a POST, and for an upgrade
+HEADERS = {  # of every response
     "Server": "ChatRTC",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
@@ -4095,17 +4062,13 @@ PREFLIGHT = CORS | {
     "Access-Control-Allow-Headers": "Authorization, Content-Type",
     "Access-Control-Max-Age": "600",
 }
-ANONYMOUS_PART = 4  # at most one of so many sessions is of a user who is not known yet
-ANONYMOUS_PER_ADDRESS = 500  # such sessions of a chat: a school that comes back after a restart signs in within a second
+ANONYMOUS_SHARE = 4  # at most one session in four may be of a user who is not known yet
+ANONYMOUS_PER_ADDRESS = 500  # such sessions of a chat: a school that reconnects after a restart signs in within a second
 HOPS_MAX = 32  # proxies that X-Forwarded-For may name
 PORTS = {"http": 80, "https": 443}
 PORT_MAX = 65535
 HOST_MAX = 262  # characters of a name with its port
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?", re.ASCII)
-ORIGIN = re.compile(rf"(https?)://{HOST.pattern}", re.ASCII)
-
-
-# Where a request comes from, and by which name.
 
 
 @functools.lru_cache(4096)
@@ -4132,7 +4095,7 @@ def parse_network(text: str) -> Network | None:
 
 @functools.lru_cache(4096)
 def address_key(text: str) -> str:
-    """Return what an address is counted and logged as: an IPv6 address by its /64, of which one customer has all."""
+    """Return the text by which an address is counted and logged; for IPv6 the /64, all of which belongs to one customer."""
     address = parse_address(text)
     if isinstance(address, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
@@ -4140,7 +4103,7 @@ def address_key(text: str) -> str:
 
 
 def is_trusted(peer: str, options: EngineOptions) -> bool:
-    """Whether the peer is a proxy whose X-Forwarded headers are believed."""
+    """Return whether the peer is a proxy whose X-Forwarded headers are trusted."""
     address = parse_address(peer)
     return any((not peer) if network is None else (address and address in network) for network in options.proxies)
 
@@ -4159,35 +4122,33 @@ def client_address(request: web.BaseRequest, options: EngineOptions) -> str:
     return address_key(address)
 
 
-def forwarded(request: web.BaseRequest, options: EngineOptions, what: str) -> str:
-    """Return what a trusted proxy says in X-Forwarded-`what`, or nothing."""
+def forwarded(request: web.BaseRequest, options: EngineOptions, name: str) -> str:
+    """Return the value of X-Forwarded-`name`, if a trusted proxy sent it; else an empty string."""
     if not is_trusted(request.remote or "", options):
         return ""
-    return request.headers.getall(f"X-Forwarded-{what}", [""])[-1].rpartition(",")[2].strip()
+    return request.headers.getall(f"X-Forwarded-{name}", [""])[-1].rpartition(",")[2].strip()
 
 
 @functools.lru_cache(1024)
 def parse_host(text: str) -> tuple[str, int | None] | None:
-    """Return the name and the port of a Host header; None if it is malformed."""
+    """Return the name and the port in a Host header, or None if it is malformed."""
     found = HOST.fullmatch(text.lower()) if len(text) < HOST_MAX else None
     if found is None or int(found[2] or 0) > PORT_MAX:
         return None
     return found[1], int(found[2]) if found[2] else None
 
 
-@functools.lru_cache(1024)
 def parse_origin(text: str) -> tuple[str, str, int] | None:
-    """Return the scheme, name and port of an http or https origin; None if it is none."""
-    found = ORIGIN.fullmatch(text.lower()) if len(text) < HOST_MAX else None
-    if found is None or int(found[3] or 0) > PORT_MAX:
-        return None
-    return found[1], found[2], int(found[3] or PORTS[found[1]])
+    """Return the scheme, name and port of an http or https origin, or None if it is anything else."""
+    scheme, _, rest = text.lower().partition("://")
+    host = parse_host(rest) if scheme in PORTS and len(text) < HOST_MAX else None
+    return host and (scheme, host[0], host[1] or PORTS[scheme])
 
 
 def request_scheme(request: web.BaseRequest, options: EngineOptions) -> str:
-    """Return http or https, or nothing if a proxy that is not trusted may have changed it."""
-    said = forwarded(request, options, "Proto").lower().replace("ws", "http")
-    return said if said in PORTS else "https" if request.secure else ""
+    """Return http or https, or an empty string: a proxy that is not trusted may have received https and sent http."""
+    scheme = forwarded(request, options, "Proto").lower().replace("ws", "http")
+    return scheme if scheme in PORTS else "https" if request.secure else ""
 
 
 def request_host(request: web.BaseRequest, options: EngineOptions) -> tuple[str, int | None] | None:
@@ -4196,44 +4157,42 @@ def request_host(request: web.BaseRequest, options: EngineOptions) -> tuple[str,
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a host name or address means the machine itself."""
+    """Return whether a host name or address means the machine itself."""
     name = name.strip("[]").rstrip(".").lower()
     address = parse_address(name)
     return name == "localhost" or name.endswith(".localhost") or (address is not None and address.is_loopback)
 
 
-def origin_allowed(request: web.BaseRequest, options: EngineOptions) -> bool:
-    """Whether the page that sent the request, if one did, is our own or one of those allowed."""
+def is_origin_allowed(request: web.BaseRequest, options: EngineOptions) -> bool:
+    """Return whether the page that sent the request, if any, has our own origin or an allowed one."""
     text = request.headers.get("Origin")
     if text is None or "*" in options.origins:
         return True
-    origin, host, scheme = parse_origin(text[:HOST_MAX]), request_host(request, options), request_scheme(request, options)
+    origin, host = parse_origin(text[:HOST_MAX]), request_host(request, options)
     if origin is None:
         return False
-    if origin in map(parse_origin, options.origins):
-        return True
-    return host is not None and origin == (scheme or origin[0], host[0], host[1] or PORTS[scheme or origin[0]])
+    scheme = request_scheme(request, options) or origin[0]
+    own = host and (scheme, host[0], host[1] or PORTS[scheme])
+    return origin == own or origin in map(parse_origin, options.origins)
 
 
 def check_request(request: web.BaseRequest, options: EngineOptions) -> None:
-    """Raise FORBIDDEN if the request is for another server, or from a page that may not use this one.
-
-    The page of another site can point its own name at 127.0.0.1, and then reach a server that listens there (DNS rebinding).
-    """
-    said = request.headers.get("Host")
-    if options.hosts is not None and said and not is_trusted(request.remote or "", options):
-        host = parse_host(said[:HOST_MAX])
-        known = host is not None and (host[0] in options.hosts or is_loopback(host[0]))
-        here = request.transport.get_extra_info("sockname") if request.transport else None
-        if not known and isinstance(here, tuple) and is_loopback(here[0]):
+    """Raise FORBIDDEN if the request is for another server, or from a page that may not use this one. A page of another site
+    can point its own name at 127.0.0.1, and would then reach a server that listens there (DNS rebinding)."""
+    text = request.headers.get("Host")
+    if options.hosts is not None and text and not is_trusted(request.remote or "", options):
+        host = parse_host(text[:HOST_MAX])
+        own = host is not None and (host[0] in options.hosts or is_loopback(host[0]))
+        listens_on = request.transport.get_extra_info("sockname") if request.transport else None
+        if not own and isinstance(listens_on, tuple) and is_loopback(listens_on[0]):
             raise chat_error("HOST")
-    if not origin_allowed(request, options):
+    if not is_origin_allowed(request, options):
         raise chat_error("ORIGIN")
 
 
 def cors_headers(request: web.BaseRequest, options: EngineOptions) -> dict[str, str]:
     origin = request.headers.get("Origin")
-    if origin is None or not origin_allowed(request, options):
+    if origin is None or not is_origin_allowed(request, options):
         return {}
     return {"Access-Control-Allow-Origin": origin} | (PREFLIGHT if request.method == "OPTIONS" else CORS)
 
@@ -4245,11 +4204,11 @@ def encode_payload(packets: Iterable[Packet]) -> str:
 def decode_payload(body: bytes) -> list[Packet]:
     try:
         parts = body.decode().split("\x1e")
-        packets = [base64.b64decode(p[1:], validate=True) if p[:1] == "b" else p for p in parts]
+        packets = [base64.b64decode(part[1:], validate=True) if part[:1] == "b" else part for part in parts]
     except ValueError:
-        raise ChatError("BAD_REQUEST", "The payload is not text.") from None
+        raise ChatError("BAD_REQUEST", "The payload is not text") from None
     if len(packets) > POST_PACKETS:
-        raise ChatError("TOO_LARGE", "Too many packets in one request.")
+        raise ChatError("TOO_LARGE", "Too many packets in one request")
     return packets
 
 
@@ -4260,20 +4219,19 @@ def count_down(counts: Counter[str], key: str) -> None:
 
 
 class Engine(engineio.AsyncServer):  # type: ignore[misc]
-    def __init__(self, *, options: EngineOptions, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, *, options: EngineOptions, **library_options: Any) -> None:
+        super().__init__(**library_options)
         self.options = options
         self.sockets: dict[str, Session] = {}
-        self.closing_sessions: dict[str, Session] = {}  # ended, with a last poll to be answered
+        self.closing_sessions: dict[str, Session] = {}  # ended, with packets for one last poll
         self.per_address: Counter[str] = Counter()
-        # Sessions whose user is not known yet, oldest first: of all, and by address. They have a share of their own.
+        # Sessions whose user is not known yet, oldest first, and their number by address. They have a share of their own.
         self.anonymous: OrderedDict[str, Session] = OrderedDict()
         self.anonymous_at: Counter[str] = Counter()
-        self.tcp_transports: set[asyncio.Transport] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.flusher, self.unread, self.client_log, self.draining = Flusher(), Unread(), RateLimitedLog(), False
 
-    # What the Socket.IO server and its users call
+    # Methods that the Socket.IO server and the application call
 
     def attach(self, app: web.Application, engineio_path: str = "engine.io") -> None:
         for end in ("/", ""):
@@ -4284,8 +4242,8 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             session.send(pkt.encode())
 
     async def disconnect(self, sid: str | None = None) -> None:
-        chosen = self.sockets.keys() if sid is None else self.sockets.keys() & {sid}
-        for session in [self.sockets[one] for one in chosen]:
+        sids = self.sockets.keys() if sid is None else self.sockets.keys() & {sid}
+        for session in [self.sockets[sid] for sid in sids]:
             session.end(REASON.SERVER_DISCONNECT)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -4294,40 +4252,43 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         task.add_done_callback(self.tasks.discard)
         return task
 
-    async def drain(self, grace: float) -> None:
-        self.draining = True
-        for session in list(self.sockets.values()):
+    async def drain(self, grace: float = 2.0) -> None:
+        """Close all connections before the process ends; the clients then reconnect."""
+        self.draining, sessions = True, list(self.sockets.values())
+        for session in sessions:
             session.end(REASON.SERVER_DISCONNECT, final_packet="")
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=grace)
-        for link in list(self.tcp_transports):
-            abort(link)
+        for session in sessions:
+            if session.tcp is not None:
+                abort(session.tcp)
 
     # Sessions
 
-    def _end(self, session: Session, reason: str) -> None:
-        """Release all that the engine holds of a session, and tell its handlers."""
+    async def receive(self, sid: str, message: Packet) -> None:
+        await self._trigger_event("message", sid, message, run_async=False)
+
+    def release(self, session: Session, reason: str) -> None:
+        """Release everything that is held for a session that has ended, and call the handlers of `disconnect`."""
         del self.sockets[session.sid]
         count_down(self.per_address, session.address)
         self.mark_authenticated(session.sid)
-        if session.outbox and not session.polled():
+        if session.outbox and not session.has_poll():
             self.closing_sessions[session.sid] = session
             session.loop.call_later(CLOSE_GRACE, self.closing_sessions.pop, session.sid, None)
         self.spawn(self._trigger_event("disconnect", session.sid, reason, run_async=False))
 
-    def _admit(self, address: str) -> None:
-        """Raise UNAVAILABLE or RATE_LIMITED if there is no place for one more session.
-
-        `EngineOptions` limits the signed-in sessions. Anonymous ones, which anybody can open, have a share of their own. If it
-        is full, the one that takes longest to sign in is closed, so that a client that signs in at once gets in.
-        """
+    def _check_capacity(self, address: str) -> None:
+        """Raise UNAVAILABLE or RATE_LIMITED if there is no place for one more session. `EngineOptions` limits the signed-in
+        sessions. Anonymous ones, which anybody can open, have a share of their own. If it is full, the one that takes longest
+        to sign in is closed, so that a client that signs in at once gets in."""
         if self.draining or len(self.sockets) - len(self.anonymous) >= self.options.max_sessions:
-            raise ChatError("UNAVAILABLE", "The server takes no more connections.")
+            raise ChatError("UNAVAILABLE", "The server accepts no more connections")
         anonymous, share = self.anonymous_at[address], self.options.max_anonymous_per_address
         if self.per_address[address] - anonymous >= self.options.max_sessions_per_address:
-            raise ChatError("RATE_LIMITED", "Too many connections from your address.", RETRY_SECONDS)
+            raise ChatError("RATE_LIMITED", "Too many connections from your address", RETRY_SECONDS)
         here = share is not None and anonymous >= share
-        if here or (share is not None and len(self.anonymous) >= self.options.max_sessions // ANONYMOUS_PART):
+        if here or (share is not None and len(self.anonymous) >= self.options.max_sessions // ANONYMOUS_SHARE):
             oldest = next(session for session in self.anonymous.values() if not here or session.address == address)
             oldest.end(REASON.SERVER_DISCONNECT, final_packet=None)
 
@@ -4337,38 +4298,30 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             count_down(self.anonymous_at, session.address)
 
     async def _open(self, request: web.Request, transport: str) -> Session:
-        address = client_address(request, self.options)
-        self._admit(address)
+        address, options = client_address(request, self.options), self.options
+        self._check_capacity(address)
         sid = self.generate_id()
-        session = Session(sid, address, self.options, self.flusher, self.unread)
-        session.on_message = functools.partial(self._trigger_event, "message", run_async=False)
-        session.on_end = self._end
-        self.sockets[sid] = session
+        session = self.sockets[sid] = Session(sid, address, self)
         self.per_address[address] += 1
-        if self.options.max_anonymous_per_address is not None:
+        if options.max_anonymous_per_address is not None:
             self.anonymous[sid] = session
             self.anonymous_at[address] += 1
-        upgrade = self.allow_upgrades and transport == "polling" and "websocket" in self.transports
-        hello = {
-            "sid": sid,
-            "upgrades": ["websocket"] if upgrade else [],
-            "pingInterval": round(self.options.ping_interval * 1000),
-            "pingTimeout": round(self.options.ping_timeout * 1000),
-            "maxPayload": self.options.max_payload,
-        }
+        may_upgrade = self.allow_upgrades and transport == "polling" and "websocket" in self.transports
+        times = {"pingInterval": round(options.ping_interval * 1000), "pingTimeout": round(options.ping_timeout * 1000)}
+        hello = {"sid": sid, "upgrades": ["websocket"] * may_upgrade, **times, "maxPayload": options.max_payload}
         session.send(OPEN + msgspec.json.encode(hello).decode())
         environ = translate_request(request) | {"REMOTE_ADDR": address}
         if await self._trigger_event("connect", sid, environ, run_async=False) not in (None, True):
             session.end(REASON.SERVER_DISCONNECT, final_packet=None)
-            raise ChatError("FORBIDDEN", "The connection was refused.", status=401)
+            raise ChatError("FORBIDDEN", "The connection was rejected", status=401)
         return session
 
     def _find(self, sid: str) -> Session:
         session = self.sockets.get(sid)
-        if session is not None and session.overdue():
+        if session is not None and session.is_overdue():
             session.end(REASON.PING_TIMEOUT, final_packet=None)
         if session is None or session.closed:
-            raise ChatError("BAD_REQUEST", "Unknown session.")
+            raise ChatError("BAD_REQUEST", "Unknown session")
         return session
 
     # Requests
@@ -4376,156 +4329,147 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     async def handle_request(self, request: web.Request) -> web.StreamResponse:
         try:
             check_request(request, self.options)
-            await self.unread.room(request)
-            answer = await self._answer(request)
-        except ChatError as no:
-            self.client_log.record_error(client_address(request, self.options), no)
-            headers = {"Retry-After": str(RETRY_SECONDS)} if no.retry_after else {}
-            answer = web.json_response(no.body(), status=no.status, headers=headers)
-        if not answer.prepared:
-            answer.headers.update(HEADERS | cors_headers(request, self.options))
-        return answer
+            await self.unread.wait_until_read(request)
+            response = await self._respond(request)
+        except ChatError as error:
+            self.client_log.record_error(client_address(request, self.options), error)
+            headers = {"Retry-After": str(RETRY_SECONDS)} if error.retry_after else {}
+            response = web.json_response(error.body(), status=error.status, headers=headers)
+        if not response.prepared:
+            response.headers.update(HEADERS | cors_headers(request, self.options))
+        return response
 
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
+    async def _respond(self, request: web.Request) -> web.StreamResponse:
         if request.method == "OPTIONS":
             return web.Response(status=204)
         query, method = request.query, request.method
         transport, sid = query.get("transport", ""), query.get("sid")
         if transport not in self.transports or query.get("EIO") != "4":
-            raise ChatError("BAD_REQUEST", "Not an Engine.IO 4 request.")
+            raise ChatError("BAD_REQUEST", "Not an Engine.IO 4 request")
         if method not in ("GET", "POST") or (method == "POST" and sid is None):
-            raise ChatError("BAD_REQUEST", "Wrong method.")
+            raise ChatError("BAD_REQUEST", "Wrong method")
         if transport == "websocket":
             if method != "GET" or request.headers.get("Upgrade", "").lower() != "websocket":
-                raise ChatError("BAD_REQUEST", "Not a WebSocket handshake.")
+                raise ChatError("BAD_REQUEST", "Not a WebSocket handshake")
             return await self._websocket(request, sid)
         if sid is None:
             session = await self._open(request, transport)
-            return self._payload(session.pop_packets())
+            return WatchedResponse(text=encode_payload(session.pop_packets()))
         session = self.closing_sessions.pop(sid) if method == "GET" and sid in self.closing_sessions else self._find(sid)
         if session.upgraded:
-            raise ChatError("BAD_REQUEST", "The session uses a WebSocket.")
+            raise ChatError("BAD_REQUEST", "The session uses a WebSocket")
         return await (self._poll(session, request) if method == "GET" else self._post(session, request))
 
     async def _poll(self, session: Session, request: web.Request) -> web.StreamResponse:
         if session.upgrading and not session.closed:
             return web.Response(text=NOOP)
-        if session.polled():
+        if session.has_poll():
             session.end(REASON.TRANSPORT_ERROR)
-            raise ChatError("BAD_REQUEST", "Two polls at once.")
-        session.wake()  # of two polls the one whose client went away takes nothing with it
+            raise ChatError("BAD_REQUEST", "Two polls at once")
+        session.wake()  # an earlier poll whose client has gone must not take the packets of this one
         packets = await session.wait_packets(request)
         if not packets:
-            raise ChatError("BAD_REQUEST", "The session has ended.")
-        return self._payload(packets)
-
-    def _payload(self, packets: list[Packet]) -> web.Response:
-        answer = Answer(text=encode_payload(packets))
-        answer.unread = self.unread
-        return answer
+            raise ChatError("BAD_REQUEST", "The session has ended")
+        return WatchedResponse(text=encode_payload(packets))
 
     async def _post(self, session: Session, request: web.Request) -> web.StreamResponse:
         try:
             if session.posting:
-                raise ChatError("BAD_REQUEST", "Two posts at once.")
+                raise ChatError("BAD_REQUEST", "Two posts at once")
             session.posting = True
-            for packet in await self._body(request):
+            for packet in await self._read_packets(request):
                 await session.handle_packet(packet)
                 if session.closed and packet != CLOSE:
-                    raise ChatError("BAD_REQUEST", "The session has ended.")
-        except ChatError as no:
-            self.end_for_protocol_error(session, no)
+                    raise ChatError("BAD_REQUEST", "The session has ended")
+        except ChatError as error:
+            self.end_for_protocol_error(session, error)
             raise
         session.posting = False
         return web.Response(text="ok")
 
-    async def _body(self, request: web.Request) -> list[Packet]:
+    async def _read_packets(self, request: web.Request) -> list[Packet]:
         size = request.content_length
         if request.headers.get("Content-Encoding", "identity") != "identity":
-            raise ChatError("BAD_REQUEST", "Compressed bodies are not accepted.", status=415)
+            raise ChatError("BAD_REQUEST", "Compressed bodies are not accepted", status=415)
         if not size:
-            raise ChatError("BAD_REQUEST", "The request has no Content-Length.")
+            raise ChatError("BAD_REQUEST", "The request has no Content-Length")
         if size > self.options.max_payload:
-            raise ChatError("TOO_LARGE", "The payload is too large.")
+            raise ChatError("TOO_LARGE", "The payload is too large")
         try:
             async with asyncio.timeout(POST_SECONDS):
                 return decode_payload(await request.content.readexactly(size))
         except (TimeoutError, EOFError, ConnectionError, web.RequestPayloadError):
-            raise ChatError("BAD_REQUEST", "The body did not arrive.") from None
+            raise ChatError("BAD_REQUEST", "The body did not arrive") from None
 
-    def end_for_protocol_error(self, session: Session, fault: Exception) -> None:
-        """A client broke the protocol: its session ends, and one line tells of it."""
+    def end_for_protocol_error(self, session: Session, error: Exception) -> None:
+        """End the session of a client that broke the protocol, and log why."""
         if not session.closed:
-            self.client_log.record(f"Refused for {session.address}", getattr(fault, "detail", str(fault)))
+            self.client_log.record(f"Refused for {session.address}", getattr(error, "detail", str(error)))
             session.end(REASON.TRANSPORT_ERROR, final_packet=None)
 
     async def _websocket(self, request: web.Request, sid: str | None) -> web.StreamResponse:
         session = self._find(sid) if sid else await self._open(request, "websocket")
-        # Uncompressed: deflating costs each connection 200 KiB and its share of a core.
+        # Not compressed: deflating would cost each connection 200 KiB and its share of a core.
         size = self.options.max_payload + 1
-        socket = web.WebSocketResponse(timeout=CLOSE_GRACE, autoclose=False, autoping=False, compress=False, max_msg_size=size)
-        socket.headers.update(HEADERS)
+        ws = web.WebSocketResponse(timeout=CLOSE_GRACE, autoclose=False, autoping=False, compress=False, max_msg_size=size)
+        ws.headers.update(HEADERS)
         try:
-            await socket.prepare(request)
+            await ws.prepare(request)
         except web.HTTPException:
             if sid is None:
                 session.end(REASON.TRANSPORT_ERROR)
-            raise ChatError("BAD_REQUEST", "Not a WebSocket handshake.") from None
-        link = request.transport
-        if link is not None and session.link is None and not session.closed:
-            self.tcp_transports.add(link)
-            session.link = link
-            try:
-                await self.spawn(self._serve(session, socket, upgrade=sid is not None))
-            finally:
-                self.tcp_transports.discard(link)
-        if session.upgraded and session.closed and link is not None:
-            link.close()  # the close frame is out; aiohttp would send another
-        await socket.close()
-        drop_frames(socket.exception())
-        return socket
+            raise ChatError("BAD_REQUEST", "Not a WebSocket handshake") from None
+        tcp = request.transport
+        if tcp is not None and session.tcp is None and not session.closed:
+            session.tcp = tcp
+            await self.spawn(self._serve(session, ws, upgrade=sid is not None))
+        if session.upgraded and session.closed and tcp is not None:
+            tcp.close()  # the close frame has been sent; aiohttp would send another
+        await ws.close()
+        drop_frames(ws.exception())
+        return ws
 
-    async def _serve(self, session: Session, socket: web.WebSocketResponse, *, upgrade: bool) -> None:
+    async def _serve(self, session: Session, ws: web.WebSocketResponse, *, upgrade: bool) -> None:
         try:
-            if upgrade and not await self._upgrade(session, socket):
+            if upgrade and not await self._upgrade(session, ws):
                 return
             session.use_websocket()
-            while (packet := await session.next_frame(socket)) is not None:
+            while (packet := await session.next_packet(ws)) is not None:
                 await session.handle_packet(packet)
-        except ChatError as no:
-            self.end_for_protocol_error(session, no)
-            await session.next_frame(socket)
+        except ChatError as error:
+            self.end_for_protocol_error(session, error)
+            await session.next_packet(ws)
         except ConnectionError:
             pass
         finally:
             if session.upgraded:
                 session.end(REASON.TRANSPORT_CLOSE)
 
-    async def _upgrade(self, session: Session, socket: web.WebSocketResponse) -> bool:
-        """The upgrade handshake. Where it fails the session goes on polling."""
+    async def _upgrade(self, session: Session, ws: web.WebSocketResponse) -> bool:
+        """Upgrade from polling and return whether that succeeded. If it fails, the session continues to poll."""
         with contextlib.suppress(TimeoutError, ConnectionError):
             async with asyncio.timeout(POST_SECONDS):
-                if await session.next_frame(socket) == PING + "probe":
+                if await session.next_packet(ws) == PING + "probe":
                     session.upgrading = True
-                    await socket.send_str(PONG + "probe")
-                    if session.polled():
+                    await ws.send_str(PONG + "probe")
+                    if session.has_poll():
                         session.enqueue(NOOP)
-                    if await session.next_frame(socket) == UPGRADE and not session.closed:
+                    if await session.next_packet(ws) == UPGRADE and not session.closed:
                         return True
-        session.upgrading, session.link = False, None
+        session.upgrading, session.tcp = False, None
         return False
 
 
 # ---- Socket.IO server ----------------------------------------------------------------------------------------------
-# Socket.IO on that engine: a socketio.AsyncServer whose clients are heard in order and can harm nobody but themselves. What it
-# uses of the libraries that they do not promise is listed here, and checked at the start.
+# A socketio.AsyncServer on that engine. It handles each client's events in order, and no client can harm another. The private
+# names of the libraries that it uses are listed here, and checked at the start.
 
-ATTACHMENTS = 4  # to one event at most; an event with more is refused, its attachments are thrown away
+ATTACHMENTS = 4  # at most, for one event; an event with more gets an error, and they are discarded
 RESERVED = frozenset(["connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener", "*"])
 
 
 class StrictJson:
-    """JSON at msgspec's speed; what only Python's own parser takes or writes is left to it."""
+    """JSON by msgspec, which is faster; Python's parser handles what msgspec does not accept."""
 
     @staticmethod
     def loads(text: str) -> Any:
@@ -4549,10 +4493,10 @@ PACKET_HEADER = re.compile(
 
 
 class StrictPacket(wire.Packet):  # type: ignore[misc]
-    """A Socket.IO packet that raises ValueError for all that a client must not send."""
+    """A Socket.IO packet. Raises ValueError if it is one that a client must not send."""
 
     json = StrictJson
-    refused: ChatError | None = None  # what is wrong with an event that has too many attachments, or too large ones
+    error: ChatError | None = None  # of an event that has too many or too large attachments
     size = 0  # of the attachments so far
 
     def decode(self, encoded_packet: Packet) -> int:
@@ -4567,31 +4511,30 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
         except (ValueError, RecursionError):
             raise ValueError("a packet whose data is not JSON") from None
         count = int(head["attachments"] or 0)
-        self._check_event(count)
+        self._check_form(count)
         return count
 
-    def _check_event(self, attachments: int) -> None:
+    def _check_form(self, attachments: int) -> None:
         kind, data = self.packet_type, self.data
-        binary = kind in (wire.BINARY_EVENT, wire.BINARY_ACK)
-        fits = attachments > 0 if binary else attachments == 0
+        valid = (attachments > 0) is (kind in (wire.BINARY_EVENT, wire.BINARY_ACK)) and kind != wire.CONNECT_ERROR
         if kind == wire.CONNECT:
-            fits = fits and self.id is None and (data is None or isinstance(data, dict))
+            valid = valid and self.id is None and (data is None or isinstance(data, dict))
         elif kind in (wire.EVENT, wire.BINARY_EVENT):
-            fits = fits and isinstance(data, list) and bool(data)
-        elif kind in (wire.ACK, wire.BINARY_ACK):  # id 0 is where the library keeps its counter
-            fits = fits and isinstance(data, list) and bool(self.id) and attachments <= ATTACHMENTS
-        if not fits or kind == wire.CONNECT_ERROR:
+            valid = valid and isinstance(data, list) and bool(data)
+        elif kind in (wire.ACK, wire.BINARY_ACK):  # the library stores its counter under the id 0
+            valid = valid and isinstance(data, list) and bool(self.id) and attachments <= ATTACHMENTS
+        if not valid:
             raise ValueError("a packet of a form that no client sends")
         if attachments > ATTACHMENTS:
-            self.refused = ChatError("BAD_REQUEST", f"An event has at most {ATTACHMENTS} binary attachments.")
+            self.error = ChatError("BAD_REQUEST", f"An event has at most {ATTACHMENTS} binary attachments")
 
     def add_attachment(self, attachment: Packet, limit: int = 0) -> bool:
         if not isinstance(attachment, bytes):
             raise ValueError("text where an attachment was due")
         self.size += len(attachment)
-        if limit and self.size > limit and self.refused is None:
-            self.refused = ChatError("TOO_LARGE", f"The attachments of an event have at most {limit} bytes.")
-        if self.refused is not None:
+        if limit and self.size > limit and self.error is None:
+            self.error = ChatError("TOO_LARGE", f"The attachments of an event have at most {limit} bytes")
+        if self.error is not None:
             self.attachments: list[Any] = [None] * (len(self.attachments) + 1)  # counted, not kept
             return bool(len(self.attachments) == self.attachment_count)
         try:
@@ -4601,24 +4544,24 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
 
 
 class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
-    """The library's rooms, indexed by client, with events encoded once for a room."""
+    """The library's rooms, also indexed by client; an event for a room is encoded once."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.has_joined: dict[tuple[str, str], set[str | None]] = {}
+        self.rooms_of: dict[tuple[str, str], set[str | None]] = {}  # by namespace and sid
 
     def basic_enter_room(self, sid: str, namespace: str, room: str | None, eio_sid: str | None = None) -> None:
         super().basic_enter_room(sid, namespace, room, eio_sid=eio_sid)
-        self.server.end_room_buffer(namespace, room)
-        self.has_joined.setdefault((namespace, sid), set()).add(room)
+        self.server.room_buffers.pop((namespace, room), None)  # the next event is for other clients
+        self.rooms_of.setdefault((namespace, sid), set()).add(room)
 
     def basic_leave_room(self, sid: str, namespace: str, room: str | None) -> None:
         super().basic_leave_room(sid, namespace, room)
-        self.server.end_room_buffer(namespace, room)
-        self.has_joined.get((namespace, sid), set()).discard(room)
+        self.server.room_buffers.pop((namespace, room), None)
+        self.rooms_of.get((namespace, sid), set()).discard(room)
 
     def basic_disconnect(self, sid: str, namespace: str, **_: Any) -> None:
-        for room in self.has_joined.pop((namespace, sid), ()):
+        for room in self.rooms_of.pop((namespace, sid), ()):
             self.basic_leave_room(sid, namespace, room)
         self.callbacks.pop(sid, None)
         for pending in (self.pending_connect, self.pending_disconnect):
@@ -4626,7 +4569,7 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
                 pending[namespace].remove(sid)
 
     def get_rooms(self, sid: str, namespace: str) -> list[str]:
-        return [room for room in self.has_joined.get((namespace, sid), ()) if room is not None]
+        return [room for room in self.rooms_of.get((namespace, sid), ()) if room is not None]
 
     async def emit(self, event: str, data: Any, namespace: str, room: Any = None, skip_sid: Any = None, **options: Any) -> None:
         room = options.pop("to", None) or room
@@ -4641,7 +4584,7 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
         self.server.fan_out(parts, namespace, room, skipped)
 
 
-# Every name of the libraries that is theirs and not promised to us.
+# The libraries' private API, as far as it is used.
 PRIVATE_NAMES: dict[type, str] = {
     engineio.AsyncServer: "_trigger_event _get_socket",
     socketio.AsyncServer: "_engineio_server_class _handle_eio_connect _handle_eio_message _handle_eio_disconnect"
@@ -4654,111 +4597,89 @@ PRIVATE_NAMES: dict[type, str] = {
 
 
 def missing_private_names() -> list[str]:
-    """Return what we need of the libraries and do not find."""
+    """Return the names of PRIVATE_NAMES that the installed libraries do not have."""
     made = [(owner(), name) for owner, names in PRIVATE_NAMES.items() for name in names.split()]
-    return [f"{type(thing).__name__}.{name}" for thing, name in made if not hasattr(thing, name)]
+    return [f"{type(owner).__name__}.{name}" for owner, name in made if not hasattr(owner, name)]
 
 
 class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
-    """A Socket.IO server whose clients are heard in order and can harm nobody but themselves."""
+    """A Socket.IO server that handles each client's events in order, and in which no client can harm another."""
 
     eio: Engine
     manager: Any
 
-    def __init__(self, options: EngineOptions, **given: Any) -> None:
+    def __init__(self, options: EngineOptions, **library_options: Any) -> None:
         self.packet_queues: dict[str, PacketQueue] = {}
-        # The newest batch of each room, while a client still waits for it.
+        # The newest buffer of each room, while it waits to be sent to somebody.
         self.room_buffers: WeakValueDictionary[tuple[str, str], RoomBuffer] = WeakValueDictionary()
-        given.setdefault("client_manager", RoomManager())
-        # `call` insists on async_handlers; the order of events is the lanes' doing.
-        given |= {"async_mode": "aiohttp", "async_handlers": True, "serializer": StrictPacket}
-        super().__init__(options=options, **given)
+        library_options.setdefault("client_manager", RoomManager())
+        # `call` requires async_handlers; packet queues keep the order of events nevertheless.
+        library_options |= {"async_mode": "aiohttp", "async_handlers": True, "serializer": StrictPacket}
+        super().__init__(options=options, **library_options)
 
     def _engineio_server_class(self) -> type[Engine]:
         return Engine
 
-    # What the application calls
+    # Methods that the application calls
 
-    def _session(self, sid: str, namespace: str = "/") -> Session | None:
+    def session(self, sid: str, namespace: str = "/") -> Session | None:
         return self.eio.sockets.get(self.manager.eio_sid_from_sid(sid, namespace) or "")
 
     def publish(self, event: str, payload: Any, room: str, skip_sid: str | None = None) -> None:
-        """Tell a room, now: in order with all else that its members are sent."""
+        """Send an event to a room at once, in order with everything else that its clients are sent."""
         assert room, "an event needs a room"
         if room in self.manager.rooms.get("/", ()):
             self.fan_out(["42" + StrictJson.dumps([event, payload])], "/", room, (skip_sid,))
 
     def fan_out(self, packets: list[Packet], namespace: str, room: Any, skipped: Collection[str | None]) -> None:
-        """One encoded event to all of a room; at once where the room is a single client."""
+        """Send an encoded event to a room: by the room's buffer or, if it is the own room of one client, at once."""
         if (eio_sid := self.manager.eio_sid_from_sid(room, namespace)) is not None:
             if (session := self.eio.sockets.get(eio_sid)) is not None and room not in skipped:
                 for packet in packets:
                     session.send(packet)
             return
-        batch = self.room_buffers.get((namespace, room)) if isinstance(room, str) else None
-        if batch is None or batch.data is not None or batch.size > BATCH_BYTES or any(skipped):
-            batch = self._start_room_buffer(namespace, room, skipped)
-        batch.add(packets, b"".join(map(frame, packets)))
+        sockets, is_shared = self.eio.sockets, isinstance(room, str) and not any(skipped)
+        buffer = self.room_buffers.get((namespace, room)) if is_shared else None
+        if buffer is None or buffer.data is not None or buffer.size > ROOM_BUFFER_BYTES:
+            buffer = RoomBuffer()
+            for sid, eio_sid in self.manager.get_participants(namespace, room):
+                if sid not in skipped and (session := sockets.get(eio_sid)) is not None:
+                    session.join_buffer(buffer)
+            if is_shared:
+                self.room_buffers[namespace, room] = buffer
+        buffer.add(packets, b"".join(map(frame, packets)))
 
-    def _start_room_buffer(self, namespace: str, room: Any, skipped: Collection[str | None]) -> RoomBuffer:
-        sockets, batch = self.eio.sockets, RoomBuffer()
-        for sid, eio_sid in self.manager.get_participants(namespace, room):
-            if sid not in skipped and (session := sockets.get(eio_sid)) is not None:
-                session.join_buffer(batch)
-        if isinstance(room, str) and not any(skipped):
-            self.room_buffers[namespace, room] = batch
-        return batch
-
-    def end_room_buffer(self, namespace: str, room: Any) -> None:
-        """The room has other members now: the next event is for them."""
-        self.room_buffers.pop((namespace, room), None)
-
-    def disconnect_now(self, sid: str, *, no_reconnect: bool) -> None:
-        """End this client's connection. It hears nothing that is published after this call;
-        with `no_reconnect`, a client that keeps the protocol does not come back by itself."""
-        session = self._session(sid)
+    def disconnect_now(self, sid: str) -> None:
+        """Disconnect a client. It receives no event that is published later, and is told not to reconnect by itself."""
+        session = self.session(sid)
         for room in self.manager.get_rooms(sid, "/"):
             self.manager.basic_leave_room(sid, "/", room)
         if session is not None:
-            if no_reconnect:
-                session.send("41")
-            # Of a CLOSE a client that polls would make its own: JavaScript's takes it before the rest of that poll and comes
-            # back where it should not, Python's stays away where it should come back.
+            session.send("41")
+            # Without a CLOSE: JavaScript's polling client acts on it before the rest of the poll and reconnects when it should
+            # not; Python's does not reconnect when it should.
             session.end(REASON.SERVER_DISCONNECT, final_packet="")
 
     async def disconnect(self, sid: str, namespace: str | None = None, ignore_queue: bool = False) -> None:
-        session = self._session(sid, namespace or "/")
+        session = self.session(sid, namespace or "/")
         await super().disconnect(sid, namespace, ignore_queue=ignore_queue)
         if session is not None and namespace in (None, "/"):
             session.end(REASON.SERVER_DISCONNECT, final_packet="")
 
-    async def drain(self, grace: float = 2.0) -> None:
-        """Before the end of the process: clients see their connection close, and come back."""
-        await self.eio.drain(grace)
-
     def enter(self, sid: str, room: str) -> None:
-        if self._session(sid) is not None:
+        if self.session(sid) is not None:
             self.manager.basic_enter_room(sid, "/", room)
 
     def leave(self, sid: str, room: str) -> None:
         self.manager.basic_leave_room(sid, "/", room)
 
-    def mark_authenticated(self, sid: str) -> None:
-        """The user of this client is known: it has a place among the signed-in ones."""
-        self.eio.mark_authenticated(self.manager.eio_sid_from_sid(sid, "/") or "")
-
-    def members(self, room: str) -> list[str]:
+    def sids_in(self, room: str) -> list[str]:
         return [sid for sid, _ in self.manager.get_participants("/", room)]
-
-    def is_behind(self, sid: str) -> bool:
-        """Return whether so much waits for this client that more should not be sent without need."""
-        session = self._session(sid)
-        return session is not None and session.is_behind()
 
     def address(self, sid: str) -> str:
         return str((self.get_environ(sid) or {}).get("REMOTE_ADDR", ""))
 
-    # A connection's life
+    # Connections and their packets
 
     async def _handle_eio_connect(self, eio_sid: str, environ: dict[str, Any]) -> None:
         await super()._handle_eio_connect(eio_sid, environ)
@@ -4767,7 +4688,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         self._await_connect(eio_sid)
 
     def _await_connect(self, eio_sid: str) -> None:
-        """End the session unless it is in a namespace within `connect_timeout`."""
+        """End the session unless it enters a namespace within `connect_timeout`."""
 
         def check() -> None:
             session = self.eio.sockets.get(eio_sid)
@@ -4777,32 +4698,32 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         asyncio.get_running_loop().call_later(self.eio.options.connect_timeout, check)
 
     async def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
-        """Release all that is held of a client whose session has ended: its lane, its packets, its place in every namespace."""
-        if lane := self.packet_queues.pop(eio_sid, None):
-            lane.close()
+        """Release everything that is held for a client whose session has ended."""
+        if queue := self.packet_queues.pop(eio_sid, None):
+            queue.close()
         self._binary_packet.pop(eio_sid, None)
         await super()._handle_eio_disconnect(eio_sid, reason)
 
     async def _handle_eio_message(self, eio_sid: str, data: Packet) -> None:
-        session, lane = self.eio.sockets.get(eio_sid), self.packet_queues.get(eio_sid)
-        if session is None or lane is None:
+        session, queue = self.eio.sockets.get(eio_sid), self.packet_queues.get(eio_sid)
+        if session is None or queue is None:
             return
         try:
             packet = self._assemble(eio_sid, data)
-        except ValueError as fault:
-            return self.eio.end_for_protocol_error(session, fault)
+        except ValueError as error:
+            return self.eio.end_for_protocol_error(session, error)
         if packet is None:
             return
         if packet.packet_type in (wire.ACK, wire.BINARY_ACK):
-            # Past the lane: the handler that runs in it may be the one who waits for this.
+            # Acks bypass the queue: the handler that runs in it may be waiting for this one.
             await self._handle_ack(eio_sid, packet.namespace, packet.id, packet.data)
         else:
-            await lane.has_space()
+            await queue.wait_for_space()
             if not session.closed:
-                lane.put(packet)
+                queue.put(packet)
 
     def _assemble(self, eio_sid: str, data: Packet) -> StrictPacket | None:
-        """The packet that this message completes, if it does."""
+        """Return the Socket.IO packet that this message completes, or None if attachments are still to come."""
         packet: StrictPacket | None = self._binary_packet.get(eio_sid)
         if packet is None:
             packet = StrictPacket()
@@ -4825,23 +4746,21 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             await self._handle_disconnect(eio_sid, namespace, REASON.CLIENT_DISCONNECT)
             self._await_connect(eio_sid)
         else:
-            await self._handle_event(eio_sid, namespace, packet.id, packet.data, packet.refused)
+            await self._handle_event(eio_sid, namespace, packet.id, packet.data, packet.error)
 
     async def _handle_connect(self, eio_sid: str, namespace: str, data: Any) -> None:
-        known = {*self.handlers, *self.namespace_handlers, *self.namespaces}
-        if not known & {namespace, "*"}:
-            body = {"message": "Invalid namespace"}
-            await self._send_packet(eio_sid, StrictPacket(wire.CONNECT_ERROR, body, namespace))
+        if not {namespace, "*"} & {*self.handlers, *self.namespace_handlers, *self.namespaces}:
+            await self._send_packet(eio_sid, StrictPacket(wire.CONNECT_ERROR, {"message": "Invalid namespace"}, namespace))
             return
         if self.manager.sid_from_eio_sid(eio_sid, namespace) is not None:
             return self.eio.end_for_protocol_error(self.eio.sockets[eio_sid], ValueError("connected twice"))
         try:
             await super()._handle_connect(eio_sid, namespace, data)
         finally:
-            await self._answer_connect(eio_sid, namespace)
+            await self._finish_connect(eio_sid, namespace)
 
-    async def _answer_connect(self, eio_sid: str, namespace: str) -> None:
-        """After a connect handler that failed, or that outlived its client: leave no ghost."""
+    async def _finish_connect(self, eio_sid: str, namespace: str) -> None:
+        """Remove the client from the namespace if its connect handler failed, or if it has gone in the meantime."""
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace)
         if sid is None:
             return self._await_connect(eio_sid)
@@ -4861,42 +4780,39 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             self.eio.client_log.record_bug("A disconnect handler failed", error)
             await self.manager.disconnect(sid, namespace or "/", ignore_queue=True)
 
-    async def _handle_event(self, eio_sid: str, namespace: str, id: int | None, data: Any, refused: Any = None) -> None:
+    async def _handle_event(self, eio_sid: str, namespace: str, id: int | None, data: Any, error: Any = None) -> None:
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace)
         if not self.manager.is_connected(sid, namespace):
             return
-        event, *args = data
-        answer = refused or await result_or_exception(self._trigger(event, namespace, sid, args))
-        if isinstance(answer, Exception):
-            packet = self._failure(event, namespace, id, answer)
-            drop_frames(answer)
-        elif id is None or answer is self.not_handled:
+        name = data[0] if isinstance(data[0], str) else StrictJson.dumps(data[0])
+        result = error or await result_or_exception(self._trigger(name, namespace, sid, data[1:]))
+        if isinstance(result, Exception):
+            packet = self._error_packet(name, namespace, id, result)
+            drop_frames(result)
+        elif id is None or result is self.not_handled:
             return
         else:
-            values = list(answer) if isinstance(answer, tuple) else [] if answer is None else [answer]
+            values = list(result) if isinstance(result, tuple) else [] if result is None else [result]
             packet = StrictPacket(wire.ACK, values, namespace, id)
         await self._send_packet(eio_sid, packet)
 
-    def _failure(self, event: Any, namespace: str, id: int | None, error: Exception) -> StrictPacket:
-        """Return the answer to an event that failed: its ack or, if it asked for none, an `error` event. Log a defect."""
+    def _error_packet(self, event: str, namespace: str, id: int | None, error: Exception) -> StrictPacket:
+        """Return the ack of an event that failed or, if it asked for none, an `error` event. Log a bug."""
         if not isinstance(error, ChatError):
             self.eio.client_log.record_bug("A handler failed", error)
             error = ChatError("INTERNAL_ERROR")
         if id is not None:
             return StrictPacket(wire.ACK, [{"success": False} | error.body()], namespace, id)
-        name = event if isinstance(event, str) else StrictJson.dumps(event)
-        failure = ErrorNotice(name[:100], error.detail, error.code, error.reason, error.field)
-        return StrictPacket(wire.EVENT, ["error", msgspec.to_builtins(failure)], namespace)
+        notice = ErrorNotice(event[:100], error.detail, error.code, error.reason, error.field)
+        return StrictPacket(wire.EVENT, ["error", msgspec.to_builtins(notice)], namespace)
 
-    async def _trigger(self, event: Any, namespace: str, sid: str, args: list[Any]) -> Any:
-        """Call the handler of an event. A reserved name, or what is no text, has no handler of its own."""
-        if isinstance(event, str) and event not in RESERVED:
+    async def _trigger(self, event: str, namespace: str, sid: str, args: list[Any]) -> Any:
+        """Call the handler of an event, or that of `*` for a reserved name."""
+        if event not in RESERVED:
             return await self._trigger_event(event, namespace, sid, *args)
         handler = self.handlers.get(namespace, {}).get("*")
-        if handler is None:
-            return self.not_handled
-        answer = handler(event if isinstance(event, str) else StrictJson.dumps(event), sid, *args)
-        return await answer if inspect.isawaitable(answer) else answer
+        result = handler(event, sid, *args) if handler is not None else self.not_handled
+        return await result if inspect.isawaitable(result) else result
 
     async def _handle_ack(self, eio_sid: str, namespace: Any, id: Any, data: Any) -> None:
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace or "/")
@@ -4906,47 +4822,41 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
                 self.eio.client_log.record_bug("A callback failed", error)
 
 
-def socket_server(**given: Any) -> SocketServer:
-    """Return a Socket.IO server. `given`: the options of `EngineOptions` and of socketio.AsyncServer. Raises StartError."""
-    options = EngineOptions(**{field.name: given.pop(field.name) for field in fields(EngineOptions) if field.name in given})
+def socket_server(**options: Any) -> SocketServer:
+    """Return a Socket.IO server. `options`: those of `EngineOptions` and of socketio.AsyncServer. Raises StartError."""
+    ours = EngineOptions(**{field.name: options.pop(field.name) for field in fields(EngineOptions) if field.name in options})
     if missing := missing_private_names():
-        raise StartError(f"The libraries lack what ChatRTC needs of them: {', '.join(missing)}")
-    more = given.pop("cors_allowed_origins", None) or ()
-    options.origins = {*options.origins, *([more] if isinstance(more, str) else more)}
-    options.max_payload = given.pop("max_http_buffer_size", options.max_payload)
-    return SocketServer(options, **given)
+        raise StartError(f"The installed libraries lack what ChatRTC needs: {', '.join(missing)}")
+    more = options.pop("cors_allowed_origins", None) or ()
+    ours.origins = {*ours.origins, *([more] if isinstance(more, str) else more)}
+    ours.max_payload = options.pop("max_http_buffer_size", ours.max_payload)
+    return SocketServer(ours, **options)
 
 
 # ---- Hub -----------------------------------------------------------------------------------------------------------
-# The living chat: its sockets, who they belong to, and the one function that carries out what operations ask for. Everything
-# here that changes something runs between two awaits, so that nobody sees half of it.
+# The state of a running chat: its sockets, their users, and the effects of operations on them. Code here changes that state
+# between two awaits, so that nothing else sees half of a change.
 
 LOGIN_SECONDS = 10  # for a socket to authenticate
-OWN_MARK_SECONDS = 0.05  # between an own post and the event that its read mark moved
+OWN_MARK_SECONDS = 0.05  # from an own post to the `channel:read` for it
 MAX_CACHED_TOKENS = 10_000
-
 LISTENER_EVENTS = 4096  # that may wait for one listener of the program
+NOBODY = Principal(0, "")  # the user of a call without a token, and of a socket before it authenticates
 
 
 class Connection:
     """One socket, from connect to disconnect."""
 
     def __init__(self, sid: str, address: str) -> None:
-        self.sid = sid
-        self.address = address
-        self.user: Principal | None = None
-        self.closed = False
+        self.sid, self.address, self.user, self.closed = sid, address, NOBODY, False
         self.servers: dict[int, set[int]] = {}  # joined server -> its channels
-        self.timer: asyncio.TimerHandle | None = None  # the end of its time to log in, then of its token
+        self.timer: asyncio.TimerHandle | None = None
 
-    def set_timer(self, seconds: float, then: Callable[[], None]) -> None:
-        """Do that in so many seconds, and nothing that was to be done before."""
+    def set_timer(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call the function after so many seconds, instead of the one set before."""
         if self.timer is not None:
             self.timer.cancel()
-        self.timer = asyncio.get_running_loop().call_later(max(0.0, min(seconds, 10.0**8)), then)
-
-
-NOBODY = Principal(0, "")  # the user of a call without a token
+        self.timer = asyncio.get_running_loop().call_later(max(0.0, min(seconds, 10.0**8)), callback)
 
 
 class Caller(NamedTuple):
@@ -4962,56 +4872,32 @@ class Caller(NamedTuple):
         assert isinstance(self.source, Connection)
         return self.source
 
-    def gone(self) -> bool:
+    def has_gone(self) -> bool:
         """Return whether nobody waits for the result any more."""
         if isinstance(self.source, Connection):
             return self.source.closed
-        return self.source is not None and not connected(self.source)
-
-
-@dataclass(slots=True)
-class AuthorizedJob(Generic[R]):
-    """An operation or a query for one user, as `dispatch` passes it to the store.
-
-    The store calls it with the connection on which a transaction is open: it authorizes the user, then runs.
-    """
-
-    hub: Hub
-    access: Access
-    user: Principal
-    args: Args
-    run: Callable[[OperationContext, Any], R]
-
-    def __call__(self, db: sqlite3.Connection) -> R:
-        hub = self.hub
-        ctx = OperationContext(db, self.user, time.time(), hub.presence, hub.pages, hub.settings)
-        authorize(self.access, ctx, self.args)
-        return self.run(ctx, self.args)
+        return self.source is not None and not is_connected(self.source)
 
 
 class Hub:
-    """What one ChatRTC is made of. Operations of Live get it whole."""
+    """The parts of one ChatRTC instance. Async operations are given all of it."""
 
     def __init__(self, settings: Settings, sio: SocketServer) -> None:
-        self.settings = settings
-        self.sio = sio
+        self.settings, self.sio = settings, sio
         self.signer = TokenSigner(secrets.token_hex() if settings.secret is None else settings.secret, settings.token_ttl)
         self.store = Store(Path(settings.database), self.apply_effects, settings.disk_reserve << 20)
-        self.drawing = asyncio.Lock()  # of QR codes
+        self.qr_lock = asyncio.Lock()
         self.password_hasher = PasswordHasher(bounded=not settings.no_rate_limit)
         self.limiter = Limiter(enabled=not settings.no_rate_limit)
-        self.presence = Presence()
-        self.pages = PageCache()
-        self.typing_tracker = TypingTracker()
-        self._own_marks: dict[int, MarkOwnPost] = {}  # channel -> a read mark to emit soon
-        self.voice_peers = VoicePeers()
-        self.own_url = self.lan_url = ""  # where it listens, and how others on the network reach it; set by `serve`
+        self.presence, self.pages = Presence(), PageCache()
+        self.typing_tracker, self.voice_peers = TypingTracker(), VoicePeers()
+        self.own_url = self.lan_url = ""  # the address it listens on, and its address in the local network; set by `serve`
         self.connections: dict[str, Connection] = {}
-        self.sockets: dict[int, set[str]] = {}  # user -> authenticated sockets
         self.listeners: dict[str, list[PacketQueue]] = {}
-        self.erase_after = 0.0  # see `erase_texts`
         self.listening = False
-        self._token_cache: dict[str, Principal] = {}  # token -> its user, while it is known to be valid
+        self.erase_after = 0.0  # see `erase_texts`
+        self._own_marks: dict[int, MarkOwnPost] = {}  # channel -> a read mark to emit soon
+        self._token_cache: dict[str, Principal] = {}  # valid token -> its user
         self._effect_handlers: dict[type[Effect], Callable[..., None]] = {
             Emit: self.emit, AddChannelRoom: self.add_channel_room, RemoveRoom: self.remove_room, Evict: self.evict,
             Revoke: self.revoke, SetStatus: self.emit_status, Rename: self.rename, StopTyping: self.stop_typing,
@@ -5020,17 +4906,27 @@ class Hub:
 
     # Reading the database. The result of `read_inline` stays true until the next await: use it before then.
 
+    def authorized(self, access: Access, user: Principal, args: Args, run: Callable[[OperationContext, Any], R]) -> Query[R]:
+        """Return a job for the store that authorizes the user in the open transaction, then runs the operation or query."""
+
+        def job(db: sqlite3.Connection) -> R:
+            ctx = OperationContext(db, user, time.time(), self.presence, self.pages, self.settings)
+            authorize(access, ctx, args)
+            return run(ctx, args)
+
+        return job
+
     def query(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
         """Run a fast query on the target of the arguments, if the caller is a member there. Raises ChatError."""
-        return self.store.read_inline(AuthorizedJob(self, Access.MEMBER, caller.user, args, query))
+        return self.store.read_inline(self.authorized(Access.MEMBER, caller.user, args, query))
 
     async def query_slow(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
         """Do the same for a query that may take seconds, in the caller's turn."""
-        return await self.read_slow(caller, AuthorizedJob(self, Access.MEMBER, caller.user, args, query))
+        return await self.read_slow(caller, self.authorized(Access.MEMBER, caller.user, args, query))
 
-    async def read_slow(self, caller: Caller, job: AuthorizedJob[R]) -> R:
+    async def read_slow(self, caller: Caller, job: Query[R]) -> R:
         """Run a slow job in the caller's turn. It is interrupted when the caller has gone."""
-        return await self.store.read_slow(caller.user.user_id or caller.address, caller.gone, job)
+        return await self.store.read_slow(caller.user.user_id or caller.address, caller.has_gone, job)
 
     def require_member(self, caller: Caller, args: Args) -> None:
         """Raise FORBIDDEN unless the caller is a member."""
@@ -5038,88 +4934,82 @@ class Hub:
 
     def authenticate_token(self, token: str) -> Principal:
         """Return the user of a token. Raises UNAUTHORIZED if it is not valid (any more)."""
-        known = self._token_cache.get(token)
-        if known is not None and known.expires > time.time():
-            return known
+        cached = self._token_cache.get(token)
+        if cached is not None and cached.expires > time.time():
+            return cached
         user_id, generation, expires = self.signer.verify(token)
         digest = hashlib.sha256(token.encode()).digest()
-        account = self.store.read_inline(load_principal, user_id, digest)
-        if account is None or account.generation != generation:
+        user = self.store.read_inline(load_principal, user_id, digest)
+        if user is None or user.generation != generation:
             raise chat_error("TOKEN_INVALID")
         if len(self._token_cache) >= MAX_CACHED_TOKENS:
             del self._token_cache[next(iter(self._token_cache))]
-        user = self._token_cache[token] = account._replace(digest=digest, expires=expires)
+        user = self._token_cache[token] = user._replace(digest=digest, expires=expires)
         return user
 
     def forget_tokens(self, user_id: int) -> None:
         self._token_cache = {token: user for token, user in self._token_cache.items() if user.user_id != user_id}
 
-    # Carrying out.
+    # Effects and events
 
     def apply_effects(self, effects: Iterable[Effect]) -> None:
-        """Do what operations ask for beside their answer. Called once what they did is on disk, in the order of commits."""
+        """Apply the effects of operations. Called once their changes are on disk, in the order of the commits."""
         for effect in effects:
             self._effect_handlers[type(effect)](*effect)
 
     def emit(self, event: str, to: int, payload: Payload, *, room: str = "", skip_sid: str | None = None) -> None:
         """Send an event to its room, and to the program's own listeners."""
         self.sio.publish(event, payload, f"{room or EVENTS[event].room}:{to}", skip_sid)
-        for lane in self.listeners.get(event, ()) if self.listening else ():
-            if lane.is_full():
+        for queue in self.listeners.get(event, ()) if self.listening else ():
+            if queue.is_full():
                 self.sio.eio.client_log.record(f"A listener of {event} is too slow", "event dropped")
-            lane.put(payload)
+            queue.put(payload)
 
     def add_listener(self, event: str, call: AsyncCall) -> None:
-        """Call a coroutine function with each such event, in a lane of its own: a slow one delays no other. At most
-        LISTENER_EVENTS wait for it; above that the oldest is dropped, and the log says so once a minute."""
+        """Call a coroutine function with the payload of each such event. Each listener has its own queue, so that a slow one
+        delays no other. If more than LISTENER_EVENTS wait, the oldest is dropped, and the log says so."""
 
-        async def hear(payload: Payload) -> None:
+        async def handle(payload: Payload) -> None:
             await call(msgspec.to_builtins(payload))
 
-        lane = PacketQueue(hear, lambda error: log.error("a listener failed", exc_info=error), LISTENER_EVENTS)
-        self.listeners.setdefault(event, []).append(lane)
+        queue = PacketQueue(handle, lambda error: log.error("a listener failed", exc_info=error), LISTENER_EVENTS)
+        self.listeners.setdefault(event, []).append(queue)
 
     async def end_listeners(self) -> None:
-        """Forget the events that wait for listeners, and end the calls that are under way."""
+        """Drop the events that wait for listeners, and cancel the calls in progress."""
         self.listening = False
-        for lane in itertools.chain(*self.listeners.values()):
-            lane.close()
-            if (task := lane.running) is not None:
+        for queue in itertools.chain(*self.listeners.values()):
+            queue.close()
+            if (task := queue.running) is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
     def connections_of(self, user_id: int) -> list[Connection]:
-        return [self.connections[sid] for sid in self.sockets.get(user_id, ()) if sid in self.connections]
+        return [self.connections[sid] for sid in self.sio.sids_in(f"user:{user_id}") if sid in self.connections]
 
     def add_channel_room(self, server_id: int, channel_id: int) -> None:
-        for sid in self.sio.members(f"server:{server_id}"):
+        for sid in self.sio.sids_in(f"server:{server_id}"):
             self.connections[sid].servers[server_id].add(channel_id)
             self.sio.enter(sid, f"channel:{channel_id}")
 
-    def mark_own_post(self, *mark: int) -> None:
-        """Put off `channel:read` for an own post: it would double the events of whoever posts quickly."""
-        own = MarkOwnPost(*mark)
-        user_id, channel_id = own.user_id, own.channel_id
+    def mark_own_post(self, server_id: int, user_id: int, channel_id: int, message_id: int) -> None:
+        """Emit `channel:read` for an own post a moment later, so that posting quickly does not double the number of events."""
         before = self._own_marks.get(channel_id)
         if before is not None and before.user_id != user_id:
-            self.emit_read_mark(channel_id)  # what others post comes after it
-        if user_id in self.sockets or "channel:read" in self.listeners:
+            self.emit_read_mark(channel_id)  # before the other user's post
+        if self.connections_of(user_id) or "channel:read" in self.listeners:
             if channel_id not in self._own_marks:
                 asyncio.get_running_loop().call_later(OWN_MARK_SECONDS, self.emit_read_mark, channel_id)
-            self._own_marks[channel_id] = own
+            self._own_marks[channel_id] = MarkOwnPost(server_id, user_id, channel_id, message_id)
 
     def emit_read_mark(self, channel_id: int) -> None:
-        mark = self._own_marks.pop(channel_id, None)
-        if mark is not None:
+        if (mark := self._own_marks.pop(channel_id, None)) is not None:
             self.emit("channel:read", mark.user_id, ReadState(channel_id, mark.message_id, 0, 0))
 
     def forget_marks(self, server_id: int, user_id: int | None = None) -> None:
-        """Nothing of a server is told after its user has left it."""
-        self._own_marks = {
-            channel_id: mark
-            for channel_id, mark in self._own_marks.items()
-            if mark.server_id != server_id or user_id not in (None, mark.user_id)
-        }
+        """Emit no read mark to a user who has left the server, or to anybody if it is deleted."""
+        marks = self._own_marks.items()
+        self._own_marks = {k: mark for k, mark in marks if mark.server_id != server_id or user_id not in (None, mark.user_id)}
 
     def remove_room(self, server_id: int, channel_id: int | None) -> None:
         """Take all sockets out of a deleted channel or server, without events other than the one about the deletion."""
@@ -5129,12 +5019,12 @@ class Hub:
         if channel_id is None:
             self.forget_marks(server_id)
             self.typing_tracker.remove(server_id=server_id)
-            for sid in self.sio.members(f"server:{server_id}"):
+            for sid in self.sio.sids_in(f"server:{server_id}"):
                 self.leave_server(self.connections[sid], server_id, quietly=True)
         else:
             self._own_marks.pop(channel_id, None)
             self.typing_tracker.remove(channel_id=channel_id)
-            for sid in self.sio.members(f"channel:{channel_id}"):
+            for sid in self.sio.sids_in(f"channel:{channel_id}"):
                 self.connections[sid].servers[server_id].discard(channel_id)
                 self.sio.leave(sid, f"channel:{channel_id}")
 
@@ -5146,71 +5036,70 @@ class Hub:
     def revoke(self, user_id: int, digest: bytes | None) -> None:
         self.forget_tokens(user_id)
         for connection in self.connections_of(user_id):
-            if connection.user is not None and digest in (None, connection.user.digest):
+            if digest in (None, connection.user.digest):
                 self.close(connection)
 
     def rename(self, user_id: int, name: str | None) -> None:
         self.forget_tokens(user_id)
-        self.pages.clear()  # servers that the user has left keep their number, and show the new name too
+        self.pages.clear()  # servers that the user has left show the new name too, without a new sequence number
         typing, voice = self.typing_tracker.values(), self.voice_peers.values()
         for notice in (*(user.notice for user in typing), *(peer.notice for peer in voice)):
             if notice.user_id == user_id:
                 notice.name = name
         for connection in self.connections_of(user_id):
-            if connection.user is not None:
-                connection.user = connection.user._replace(name=name)
+            connection.user = connection.user._replace(name=name)
 
     def emit_status(self, user: Identity, before: Status, after: Status, server_ids: list[int]) -> None:
-        """Tell a new status; who turns invisible is seen to go, and only their own sockets hear why."""
+        """Emit a new status. Others see an invisible user as disconnected; only the user's own sockets receive that status."""
         user_id, username, name = user.user_id, user.username, user.name
         self.forget_tokens(user_id)
-        told = StatusChanged(user_id, username, after, name=name)
+        payload = StatusChanged(user_id, username, after, name=name)
         if after == "invisible":
             for connection in self.connections_of(user_id):
-                self.stop_all_typing(connection)  # who saw them begin sees them end
+                self.stop_all_typing(connection)  # as long as others can see it
             self.presence.invisible.add(user_id)
-            self.emit("user:status", user_id, told, room="user")
+            self.emit("user:status", user_id, payload, room="user")
         else:
             self.presence.invisible.discard(user_id)
             for server_id in server_ids:
-                self.emit("user:status", server_id, told)
+                self.emit("user:status", server_id, payload)
         if "invisible" in (before, after) and before != after:
             event = "user:disconnected" if after == "invisible" else "user:connected"
             for server_id in self.presence.servers(user_id):
                 self.emit(event, server_id, ServerUser(server_id, user_id, username, name=name))
 
-    # Sockets.
+    # Sockets
 
     def add_connection(self, sid: str) -> Connection:
-        """A socket has come; it has so many seconds to say who it is."""
+        """Add a socket. It is closed unless it authenticates within LOGIN_SECONDS."""
         connection = self.connections[sid] = Connection(sid, self.sio.address(sid))
         connection.set_timer(LOGIN_SECONDS, functools.partial(self.close, connection))
         return connection
 
     def bind_principal(self, connection: Connection, user: Principal) -> None:
-        """The socket is this user's, until the token ends. Raises CONFLICT, RATE_LIMITED."""
+        """Make the socket this user's until the token expires. Raises UNAVAILABLE, CONFLICT, RATE_LIMITED."""
         if connection.closed:
             raise chat_error("CLOSING")
-        if connection.user is not None and connection.user.user_id != user.user_id:
+        if connection.user.user_id not in (NOBODY.user_id, user.user_id):
             raise chat_error("SOCKET_TAKEN", name=connection.user.username)
-        sids = self.sockets.setdefault(user.user_id, set())
-        if len(sids) >= SOCKETS_PER_USER and connection.sid not in sids and not self.settings.no_rate_limit:
+        others = self.connections_of(user.user_id)
+        if len(others) >= SOCKETS_PER_USER and connection not in others and not self.settings.no_rate_limit:
             raise chat_error("TOO_MANY_SOCKETS", retry_after=30, n=SOCKETS_PER_USER)
-        if user.status == "invisible" and not sids:
+        if user.status == "invisible" and not others:
             self.presence.invisible.add(user.user_id)
-        sids.add(connection.sid)
         connection.user = user
-        self.sio.mark_authenticated(connection.sid)
+        if (session := self.sio.session(connection.sid)) is not None:
+            self.sio.eio.mark_authenticated(session.sid)
         connection.set_timer(user.expires - time.time(), functools.partial(self.close, connection))
         self.sio.enter(connection.sid, f"user:{user.user_id}")
 
     def close(self, connection: Connection) -> None:
-        """End a socket, transport included. Its client is told not to come back by itself."""
+        """Close a socket and its transport, and tell its client not to reconnect by itself."""
         self.remove_connection(connection.sid)
-        self.sio.disconnect_now(connection.sid, no_reconnect=True)
+        self.sio.disconnect_now(connection.sid)
 
     def remove_connection(self, sid: str) -> None:
-        """Release all that is held of a socket that has gone, and tell those who saw it."""
+        """Release everything that is held for a socket that has gone, and emit what that changes for others."""
         connection = self.connections.pop(sid, None)
         if connection is None:
             return
@@ -5220,24 +5109,20 @@ class Hub:
         for server_id in list(connection.servers):
             self.leave_server(connection, server_id)
         self.stop_activity(connection)
-        if connection.user is not None:
-            sids = self.sockets[connection.user.user_id]
-            sids.discard(sid)
-            if not sids:
-                del self.sockets[connection.user.user_id]
-                self.presence.invisible.discard(connection.user.user_id)
+        if not self.connections_of(connection.user.user_id):
+            self.presence.invisible.discard(connection.user.user_id)
 
     def stop_activity(self, connection: Connection, server_id: int | None = None) -> None:
-        """The socket types and talks no more (in that server)."""
+        """End the typing and the voice call of a socket, in that server or in all."""
         self.stop_all_typing(connection, server_id)
         peer = self.voice_peers.get(connection.sid)
         if peer is not None and server_id in (None, peer.server_id):
             self.leave_voice(connection.sid)
 
     def join_server(self, connection: Connection, server_id: int, channel_ids: Iterable[int]) -> None:
-        user = connection.user
-        if connection.closed or user is None:
+        if connection.closed:
             raise chat_error("CLOSING")
+        user = connection.user
         self.sio.enter(connection.sid, f"server:{server_id}")
         connection.servers[server_id] = set(channel_ids)
         for channel_id in channel_ids:
@@ -5246,10 +5131,10 @@ class Hub:
             self.emit("user:connected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
 
     def leave_server(self, connection: Connection, server_id: int, quietly: bool = False) -> bool:
-        """Take the socket out of a server. Return whether it was joined."""
-        user = connection.user
-        if user is None or server_id not in connection.servers:
+        """Take the socket out of a server's rooms and return whether it had joined them."""
+        if server_id not in connection.servers:
             return False
+        user = connection.user
         self.stop_activity(connection, server_id)
         for channel_id in connection.servers.pop(server_id):
             self.sio.leave(connection.sid, f"channel:{channel_id}")
@@ -5261,8 +5146,8 @@ class Hub:
     def start_typing(self, server_id: int, channel_id: int, user: Principal, sid: str) -> None:
         loop = asyncio.get_running_loop()
         notice = ChannelUser(channel_id, user.user_id, user.username, name=user.name)
-        heard = self.typing_tracker.start(server_id, notice, sid, loop.time())
-        if heard and user.user_id not in self.presence.invisible:
+        is_due = self.typing_tracker.start(server_id, notice, sid, loop.time())
+        if is_due and user.user_id not in self.presence.invisible:
             self.emit("user:typing", channel_id, notice, skip_sid=sid)
         loop.call_later(TYPING_SECONDS + 0.01, self.end_typing)
 
@@ -5271,17 +5156,16 @@ class Hub:
             self.stop_typing(channel_id, user_id)
 
     def stop_typing(self, channel_id: int, user_id: int) -> None:
-        typist = self.typing_tracker.pop((channel_id, user_id), None)
-        if typist is not None and user_id not in self.presence.invisible:
-            self.emit("typing_stop", channel_id, typist.notice, skip_sid=typist.sid)
+        typing_user = self.typing_tracker.pop((channel_id, user_id), None)
+        if typing_user is not None and user_id not in self.presence.invisible:
+            self.emit("typing_stop", channel_id, typing_user.notice, skip_sid=typing_user.sid)
 
     def stop_all_typing(self, connection: Connection, server_id: int | None = None) -> None:
         for channel_id, user_id in self.typing_tracker.of_socket(connection.sid, server_id):
             self.stop_typing(channel_id, user_id)
 
     def leave_voice(self, sid: str) -> None:
-        peer = self.voice_peers.pop(sid, None)
-        if peer is not None:
+        if (peer := self.voice_peers.pop(sid, None)) is not None:
             self.emit("voice:leave", peer.server_id, peer.notice)
 
 
@@ -5390,7 +5274,7 @@ async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Re
         return Result(len(guests), effects)
 
     removed, step = 0, GUESTS_PER_STEP
-    job = AuthorizedJob(hub, Access.ADMIN, caller.user, args, remove_next)
+    job = hub.authorized(Access.ADMIN, caller.user, args, remove_next)
     while step == GUESTS_PER_STEP:  # in steps, so that other writes run in between
         step = (await hub.store.write(job, frees=True)).value
         removed += step
@@ -5593,7 +5477,8 @@ async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[Non
     peer = next((peer for peer in hub.voice_peers.in_channel(args.channel_id) if peer.notice.peer_id == args.to), None)
     if peer is None:
         raise chat_error("NO_PEER", field="to")
-    if hub.sio.is_behind(peer.sid):  # signals must not fill the peer's queue, which would end its connection
+    session = hub.sio.session(peer.sid)
+    if session is not None and session.is_behind():  # signals must not fill the peer's queue, which would end its connection
         raise chat_error("PEER_BEHIND", retry_after=1)
     hub.sio.publish(
         "voice:signal", VoiceSignal(args.channel_id, sender.notice.peer_id, caller.user.user_id, args.data), peer.sid
@@ -5627,7 +5512,7 @@ async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result
         async with asyncio.timeout(CALL_TIMEOUT):
             result: Result[Any] = await op.run(hub, caller, args)
         return result
-    job: AuthorizedJob[Result[Any]] = AuthorizedJob(hub, op.access, caller.user, args, op.run)
+    job: Query[Result[Any]] = hub.authorized(op.access, caller.user, args, op.run)
     if op.kind == "write":
         return await hub.store.write(job, slow=op.slow, frees=op.frees)
     if not op.slow:
@@ -5663,8 +5548,8 @@ def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None)
     """Return a response with `body` as JSON, or without a body if that is None."""
     more = headers or {}
     if body is None:
-        return Answer(status=status, headers=HEADERS | more)
-    return Answer(body=msgspec.json.encode(body), status=status, headers=HEADERS | JSON | more)
+        return WatchedResponse(status=status, headers=HEADERS | more)
+    return WatchedResponse(body=msgspec.json.encode(body), status=status, headers=HEADERS | JSON | more)
 
 
 def error_response(error: ChatError) -> web.Response:
@@ -5769,15 +5654,13 @@ def error_middleware(engine: Engine, ours: Collection[object]) -> Callable[..., 
             check_request(request, engine.options)
         except ChatError as error:
             return error_response(error)
-        await engine.unread.room(request)
+        await engine.unread.wait_until_read(request)
         response = await result_or_error(call_handler(handler, request))
         if isinstance(response, ChatError):
             engine.client_log.record_error(client_address(request, engine.options), response)
             response = error_response(response)
         if "Origin" in request.headers:
             response.headers.update(cors_headers(request, engine.options))
-        if isinstance(response, Answer):
-            response.unread = engine.unread
         return response
 
     return middleware
@@ -5796,14 +5679,14 @@ async def handle_event(hub: Hub, event: str, sid: str, payload: tuple[Any, ...])
     connection = hub.connections.get(sid)
     if connection is None:
         raise chat_error("CLOSING")
-    if connection.user is None and op.access is not Access.ANYONE:
+    if connection.user is NOBODY and op.access is not Access.ANYONE:
         raise chat_error("SIGN_IN_FIRST")
     if op.limit != "itself":
-        hub.limiter.charge("event", connection.user.user_id if connection.user else sid)
+        hub.limiter.charge("event", connection.user.user_id or sid)
     if len(payload) > 1 or (not payload and op.args is not NoArgs):
         raise chat_error("ONE_OBJECT")
     raw = payload[0] if payload and payload != (None,) else ({} if op.args is NoArgs else None)
-    caller = Caller(connection.user or NOBODY, connection.address, connection)
+    caller = Caller(connection.user, connection.address, connection)
     return await run_operation(hub, op, caller, read_args(op.args, raw))
 
 
@@ -5946,7 +5829,7 @@ MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
 SEARCH_LAG = 50_000  # messages that may wait to be indexed: the first search would index them in some 2 seconds
 KEEPALIVE = 20.0
 PATH = re.compile(r"(/[\w.~!$&'()*+,;=:@%/-]*)?", re.ASCII)
-PUBLIC_URL = re.compile(rf"(?i:{ORIGIN.pattern}){PATH.pattern}", re.ASCII)
+PUBLIC_URL = re.compile(rf"(?i:https?://{HOST.pattern}){PATH.pattern}", re.ASCII)
 PUBLIC_URL_MAX = 300
 
 
@@ -6086,9 +5969,9 @@ async def send_invite_code(hub: Hub, request: web.Request) -> web.Response:
     caller = Caller(NOBODY, client_address(request, hub.sio.eio.options), request)
     args = read_args(CodeArgs, dict(request.match_info))
     invite = (await run_operation(hub, OPERATIONS["get_invite"], caller, args)).value
-    async with hub.drawing:  # one at a time: each takes 10 ms, in which the event loop's thread waits for the GIL
+    async with hub.qr_lock:  # one at a time: each takes 10 ms, in which the event loop's thread waits for the GIL
         picture = await asyncio.to_thread(draw, f"{public_address(hub, request)}/#/invite/{invite.code}")
-    return Answer(body=picture, headers=HEADERS | {"Content-Type": "image/svg+xml"})
+    return WatchedResponse(body=picture, headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
 
 async def erase_texts(hub: Hub) -> None:
@@ -6151,7 +6034,7 @@ class StaticFile:
         cached = {f'"{tag.value}"' for tag in request.if_none_match or ()}
         if cached & {'"*"', self.plain[1]["ETag"], self.gzip[1]["ETag"]}:
             return web.Response(status=304, headers=self.headers | {"ETag": headers["ETag"]})
-        return Answer(body=body, headers=self.headers | headers)
+        return WatchedResponse(body=body, headers=self.headers | headers)
 
 
 def page_file() -> StaticFile:
@@ -6241,7 +6124,7 @@ class ChatRTC:
         mounted.middlewares.append(error_middleware(self.sio.eio, {route.handler for route in routes}))
         self.sio.attach(mounted)
         mounted.cleanup_ctx.append(self._run)
-        mounted.on_shutdown.append(lambda app: self.sio.drain())
+        mounted.on_shutdown.append(lambda app: self.sio.eio.drain())
         if prefix:
             app.add_subapp("/" + prefix, mounted)
 

@@ -4338,7 +4338,7 @@ class BareServer:
 
     async def __aexit__(self, *_):
         self.gate.set()
-        await self.sio.drain(0.5)
+        await self.sio.eio.drain(0.5)
         await self.http.close()
         await self.runner.cleanup()
 
@@ -4377,7 +4377,7 @@ class BareServer:
         sio = self.sio
         for _ in range(200):
             rest = [sio.eio.sockets, sio.manager.rooms, sio.packet_queues, sio.environ, sio._binary_packet]
-            rest += [sio.eio.per_address, sio.manager.callbacks, sio.eio.tcp_transports]
+            rest += [sio.eio.per_address, sio.manager.callbacks, sio.eio.tasks]
             if not any(rest):
                 return True
             await asyncio.sleep(0.01)
@@ -4593,7 +4593,7 @@ async def test_publish_reaches_members_only(bare):
     a, b, c = [await bare.join() for _ in range(3)]
     for ws in (a, b):
         bare.sio.enter(ws.sid, "r")
-    assert sorted(bare.sio.members("r")) == sorted([a.sid, b.sid])
+    assert sorted(bare.sio.sids_in("r")) == sorted([a.sid, b.sid])
     bare.sio.publish("e", {"n": 1}, "r", skip_sid=a.sid)
     assert await b.next() == '42["e",{"n":1}]'
     assert await a.ask(event("echo", ack=1)) == "431[]"
@@ -4609,14 +4609,14 @@ async def test_publish_reaches_members_only(bare):
 async def test_entering_a_room_after_the_session_has_ended_leaves_nothing(bare):
     ws = await bare.join()
     bare.sio.enter(ws.sid, "r")
-    assert bare.sio.members("r") == [ws.sid]
+    assert bare.sio.sids_in("r") == [ws.sid]
     await ws.ws.close()
     await bare.next_disconnect()
     assert await bare.is_empty()
     bare.sio.enter(ws.sid, "r")
     bare.sio.leave(ws.sid, "r")
     bare.sio.enter("nobody", "r")
-    assert not bare.sio.manager.rooms and bare.sio.members("r") == []
+    assert not bare.sio.manager.rooms and bare.sio.sids_in("r") == []
 
 
 async def test_binary_reaches_polling_and_websocket(bare):
@@ -4887,15 +4887,15 @@ async def test_two_polls_end_the_session_but_a_lost_poll_does_not(bare):
     client = await bare.poller()
     lost = asyncio.create_task(client.get())
     session = bare.sio.eio.sockets[client.sid]
-    while session.news is None:
+    while session.wakeup is None:
         await asyncio.sleep(0)
     lost.cancel()
-    while session.polled():
+    while session.has_poll():
         await asyncio.sleep(0)
     bare.sio.publish("e", 1, client.sio_sid)
     assert (await client.get())[1] == '42["e",1]'
     first = asyncio.create_task(client.get())
-    while not session.polled():
+    while not session.has_poll():
         await asyncio.sleep(0)
     assert (await client.get())[0] == 400
     assert (await first) == (200, "1")
@@ -5112,7 +5112,7 @@ async def test_polling_goes_on_until_the_probe(bare):
     client = await bare.poller()
     ws = await bare.ws(f"&sid={client.sid}")
     poll = asyncio.create_task(client.get())
-    while not bare.sio.eio.sockets[client.sid].polled():
+    while not bare.sio.eio.sockets[client.sid].has_poll():
         await asyncio.sleep(0)
     bare.sio.publish("e", 1, client.sio_sid)
     assert await poll == (200, '42["e",1]')
@@ -5142,35 +5142,36 @@ async def test_a_failed_upgrade_leaves_polling_intact(bare):
 # How connections end
 
 
-@pytest.mark.parametrize("no_reconnect", [True, False])
-async def test_disconnecting_a_websocket(bare, no_reconnect):
+@pytest.mark.parametrize("flushed", [True, False])
+async def test_disconnecting_a_websocket(bare, flushed):
     ws, other = await bare.join(), await bare.join()
     for client in (ws, other):
         bare.sio.enter(client.sid, "r")
     bare.sio.publish("before", 1, "r")
-    bare.sio.disconnect_now(ws.sid, no_reconnect=no_reconnect)
+    received = [await ws.next()] if flushed else []
+    bare.sio.disconnect_now(ws.sid)
     bare.sio.publish("after", 1, "r")
-    assert bare.sio.members("r") == [other.sid]
-    received = []
+    assert bare.sio.sids_in("r") == [other.sid]
     while (packet := await ws.next()) is not None:
         received.append(packet)
-    assert received == ['42["before",1]'] + ["41"] * no_reconnect
+    assert received == ['42["before",1]', "41"]
     assert (await bare.next_disconnect())[0] == ws.sid
     assert [await other.next(), await other.next()] == ['42["before",1]', '42["after",1]']
-    bare.sio.disconnect_now(ws.sid, no_reconnect=no_reconnect)
-    bare.sio.disconnect_now("nobody", no_reconnect=no_reconnect)
+    bare.sio.disconnect_now(ws.sid)
+    bare.sio.disconnect_now("nobody")
 
 
-@pytest.mark.parametrize("no_reconnect", [True, False])
+@pytest.mark.parametrize("waiting", [True, False])
 @pytest.mark.parametrize("pending", [True, False])
-async def test_disconnecting_a_polling_client(bare, no_reconnect, pending):
+async def test_disconnecting_a_polling_client(bare, waiting, pending):
     client = await bare.poller()
     poll = asyncio.create_task(client.get()) if pending else None
-    while pending and not bare.sio.eio.sockets[client.sid].polled():
+    while pending and not bare.sio.eio.sockets[client.sid].has_poll():
         await asyncio.sleep(0)
-    bare.sio.disconnect_now(client.sio_sid, no_reconnect=no_reconnect)
-    status, body = await (poll or client.get())
-    assert (status, body) == (200, "41") if no_reconnect else status == 400  # after a CLOSE the Python client never reconnects
+    if waiting:
+        bare.sio.publish("before", 1, client.sio_sid)
+    bare.sio.disconnect_now(client.sio_sid)
+    assert await (poll or client.get()) == (200, '42["before",1]\x1e41' if waiting else "41")
     assert (await client.get())[0] == 400 and (await client.post(event("echo")))[0] == 400
     assert (await bare.next_disconnect())[0] == client.sio_sid and await bare.is_empty()
 
@@ -5179,7 +5180,7 @@ async def test_disconnecting_a_polling_client(bare, no_reconnect, pending):
 async def test_disconnecting_during_an_upgrade(bare, last):
     client = await bare.poller()
     ws = await upgrade(bare, client)
-    bare.sio.disconnect_now(client.sio_sid, no_reconnect=True)
+    bare.sio.disconnect_now(client.sio_sid)
     bare.sio.publish("after", 1, client.sio_sid)
     if last == "poll":
         assert await client.get() == (200, "41")
@@ -5217,14 +5218,14 @@ def masked(text):
 
 async def test_disconnecting_a_client_that_does_not_read(bare):
     sock, sid = await join_without_reading(bare)
-    while not (link := next(iter(bare.sio.eio.tcp_transports))).get_write_buffer_size():
+    while not (tcp := next(iter(bare.sio.eio.sockets.values())).tcp).get_write_buffer_size():
         bare.sio.publish("e", "x" * 50000, sid)
         await asyncio.sleep(0)
     began = time.monotonic()
-    bare.sio.disconnect_now(sid, no_reconnect=True)
+    bare.sio.disconnect_now(sid)
     assert (await bare.next_disconnect())[0] == sid and time.monotonic() - began < bound(0.2)
     assert await bare.is_empty() and time.monotonic() - began < bound(1.0)
-    assert link.is_closing()
+    assert tcp.is_closing()
     sock.close()
 
 
@@ -5304,12 +5305,12 @@ async def test_sessions_that_never_connect_are_closed():
 async def test_drain_notifies_all_clients_and_accepts_no_more(bare):
     ws, client = await bare.join(), await bare.poller()
     poll = asyncio.create_task(client.get())
-    while not bare.sio.eio.sockets[client.sid].polled():
+    while not bare.sio.eio.sockets[client.sid].has_poll():
         await asyncio.sleep(0)
     sock, sid = await join_without_reading(bare)
     began = time.monotonic()
     listener = asyncio.create_task(ws.closed())
-    await bare.sio.drain(30)
+    await bare.sio.eio.drain(30)
     assert await listener and time.monotonic() - began < bound(1.2)
     assert (await poll)[0] == 400  # no CLOSE: after one the Python client never reconnects
     disconnects = {(await bare.next_disconnect())[0] for _ in range(3)}
@@ -8421,7 +8422,7 @@ async def test_who_does_not_read_an_answer_is_given_up(world: World, monkeypatch
     for wire in [*wires, slow]:
         await wire.send(asking(person, place, 40))
     frozen = await Wire.join(person, place, window=4096)
-    while not any(link in unread.waiting for link in world.chat.sio.eio.tcp_transports):
+    while not any(session.tcp in unread.waiting for session in world.chat.sio.eio.sockets.values()):
         world.chat.sio.publish("e", "x" * 400_000, f"user:{person.user_id}")
         await asyncio.sleep(0.1)
     poller = await polling(person, place)
@@ -8660,7 +8661,7 @@ async def test_a_connection_leaves_no_cycle(make_world: MakeWorld, monkeypatch: 
     async def end(times: int) -> None:
         for _ in range(times):
             await ENDINGS[ending](person, place)
-        await until(lambda: not (engine.sockets or engine.tcp_transports or engine.tasks or world.chat.hub.connections))
+        await until(lambda: not (engine.sockets or engine.tasks or world.chat.hub.connections))
         await asyncio.sleep(chatrtc.CLOSE_GRACE + 0.1)  # until then a timer may hold the connection
         Wire.made.clear()
 
