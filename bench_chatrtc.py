@@ -40,7 +40,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
@@ -59,6 +59,7 @@ HERE = Path(__file__).resolve().parent
 VISIT = ("start", "connect", "fanout1000", "latency", "fanout100", "posts")
 AFTER = ("history", "growth", "idle")
 CONTENT = 100  # bytes of a message
+NODE_PACKAGES = ("socket.io", "better-sqlite3")
 WINDOW = 64  # outstanding messages in a room, and connections that post
 PACE = 50  # messages per second in a room if the rate is fixed
 Room = tuple[int, int]  # server_id, channel_id
@@ -113,17 +114,29 @@ def fsync_ms(directory: Path) -> float:
     return statistics.median(times) * 1000
 
 
+def node_modules() -> Path | None:
+    """Return the folder of the Node packages, or None if `node` or a package is missing."""
+    folders = [Path.cwd() / "node_modules", HERE / "node_modules"]
+    folders += [Path(part) for part in os.environ.get("NODE_PATH", "").split(os.pathsep) if part]
+    complete = (f for f in folders if all((f / name).is_dir() for name in NODE_PACKAGES))
+    return next(complete, None) if shutil.which("node") else None
+
+
 def describe_machine(directory: Path) -> str:
     model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     versions = []
     for name in ("aiohttp", "python-socketio", "aiosqlite", "msgspec", "uvloop"):
         with suppress(metadata.PackageNotFoundError):
             versions.append(f"{name} {metadata.version(name)}")
+    if folder := node_modules():
+        node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True)
+        versions.append(f"Node {node.stdout.strip().lstrip('v')}")
+        for name in NODE_PACKAGES:
+            versions.append(f"{name} {json.loads((folder / name / 'package.json').read_text())['version']}")
     return (
         f"{os.cpu_count()} cores, {model[1].strip() if model else platform.machine()}, "
         f"{platform.system()} {platform.release()}; Python {platform.python_version()}, "
-        f"SQLite {sqlite3.sqlite_version}, {', '.join(versions)}; "
-        f"{node_versions()}; fdatasync of 4 kB {fsync_ms(directory):.2f} ms"
+        f"SQLite {sqlite3.sqlite_version}, {', '.join(versions)}; fdatasync of 4 kB {fsync_ms(directory):.2f} ms"
     )
 
 
@@ -203,24 +216,6 @@ server.listen(0, "127.0.0.1", 1024, () =>
 """
 
 
-def node_modules() -> Path | None:
-    """Return the folder of the Node packages, or None if `node` or a package is missing."""
-    folders = [Path.cwd() / "node_modules", HERE / "node_modules"]
-    folders += [Path(part) for part in os.environ.get("NODE_PATH", "").split(os.pathsep) if part]
-    complete = (f for f in folders if all((f / name).is_dir() for name in ("socket.io", "better-sqlite3")))
-    return next(complete, None) if shutil.which("node") else None
-
-
-def node_versions() -> str:
-    folder = node_modules()
-    if not folder:
-        return "no Node"
-    files = [(name, folder / name / "package.json") for name in ("socket.io", "better-sqlite3")]
-    packages = [f"{name} {json.loads(file.read_text())['version']}" for name, file in files]
-    node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True)
-    return f"Node {node.stdout.strip().lstrip('v')}, {', '.join(packages)}"
-
-
 def message_payload(message_id: int, seq: int, channel: int, content: str) -> dict[str, Any]:
     created_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     author = {"author_id": 1, "author_username": "bench", "created_at": created_at, "seq": seq}
@@ -275,26 +270,20 @@ async def serve_empty(database: str) -> None:
 
 
 async def serve_aiohttp(post: Callable[[Any], Any], sio: Any = None) -> None:
-    """Run an application with `post` for messages and fixed answers to the other requests of the bench."""
+    """Run an application with `post` for messages and one answer to all other requests of the bench."""
     from aiohttp import web
 
     servers = itertools.count(1)
 
-    async def healthz(request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
-
-    async def register(request: web.Request) -> web.Response:
-        return web.json_response({"user_id": 1, "token": "bench"}, status=201)
-
-    async def create_server(request: web.Request) -> web.Response:
+    async def prepare(request: web.Request) -> web.Response:
         number = next(servers)
-        return web.json_response({"server_id": number, "channels": [{"channel_id": number}]}, status=201)
+        return web.json_response({"token": "bench", "server_id": number, "channels": [{"channel_id": number}]})
 
     app = web.Application()
     if sio is not None:
         sio.attach(app)
-    app.add_routes([web.get("/healthz", healthz), web.post("/auth/register", register)])
-    app.add_routes([web.post("/servers", create_server), web.post("/messages", post)])
+    app.add_routes([web.get("/healthz", prepare), web.post("/auth/register", prepare)])
+    app.add_routes([web.post("/servers", prepare), web.post("/messages", post)])
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
@@ -302,11 +291,11 @@ async def serve_aiohttp(post: Callable[[Any], Any], sio: Any = None) -> None:
     await asyncio.Event().wait()
 
 
-def text_frame(payload: bytes) -> bytes:
-    """Return a WebSocket text frame as a server sends it."""
-    size = len(payload)
-    head = bytes((0x81, size)) if size < 126 else b"\x81\x7e" + size.to_bytes(2, "big")
-    return head + payload
+def text_frame(payload: bytes, mask: bytes = b"") -> bytes:
+    """Return a WebSocket text frame of a server or, with a mask of four zeros, of a client."""
+    size, bit = len(payload), 0x80 if mask else 0
+    head = bytes((0x81, bit | size)) if size < 126 else bytes((0x81, bit | 126)) + size.to_bytes(2, "big")
+    return head + mask + payload
 
 
 def serve_ceiling() -> None:
@@ -362,14 +351,9 @@ def serve_inline(name: str, database: str) -> None:
 
 
 LABELS = {
-    "chatrtc": "ChatRTC",
-    "obvious": "obvious",
-    "ceiling": "write ceiling",
-    "node": "Node, commit per message",
-    "turn": "Node, commit per turn",
-    "empty": "empty aiohttp",
-    "empty-uvloop": "empty aiohttp, uvloop",
-}
+    "chatrtc": "ChatRTC", "obvious": "obvious", "ceiling": "write ceiling", "node": "Node, commit per message",
+    "turn": "Node, commit per turn", "empty": "empty aiohttp", "empty-uvloop": "empty aiohttp, uvloop",
+}  # fmt: skip
 DELIVERS = ("chatrtc", "obvious", "ceiling", "node", "turn")
 READS = ("chatrtc", "node")
 
@@ -505,10 +489,10 @@ class Feed:
     def latencies(self) -> Counter[int]:
         """Count the latencies of all deliveries in the log, in tenths of a millisecond."""
         found: Counter[int] = Counter()
-        log, due = self.log, self.due
-        for i in range(0, len(log), 3):
-            for k in range(self.count(log[i + 1]) + 1, self.count(log[i + 2]) + 1):
-                found[(log[i] - due[k]) // 100_000] += 1
+        for now, before, after in zip(*[iter(self.log)] * 3, strict=True):
+            for number in range(self.count(before) + 1, self.count(after) + 1):
+                found[(now - self.due[number]) // 100_000] += 1
+        self.log = array("q")
         return found
 
 
@@ -528,11 +512,7 @@ class Client:
         )
 
     def send(self, text: str) -> None:
-        """Send a masked text frame; the mask is zero, which leaves the bytes as they are."""
-        data = text.encode()
-        size = len(data)
-        head = bytes((0x81, 0x80 | size)) if size < 126 else b"\x81\xfe" + size.to_bytes(2, "big")
-        self.sock.send(head + bytes(4) + data)
+        self.sock.send(text_frame(text.encode(), mask=bytes(4)))
 
     def receive(self, chunk: memoryview) -> None:
         """Skip the bytes that the feed already has, and parse the others frame by frame."""
@@ -561,8 +541,8 @@ class Client:
             begun = bytes(feed.data[start : self.offset])
             self.move_to(start)
         data, at = begun + self.unparsed + chunk, 0
-        while (end := frame_end(data, at)) and end <= len(data):
-            payload = at + (2 if data[at + 1] < 126 else 4 if data[at + 1] == 126 else 10)
+        while (frame := find_frame(data, at))[1]:
+            payload, end = frame
             if self.joined and data.startswith(MESSAGE, payload):
                 self.move_to(feed.offset_after(self.offset, data[at:end]))
             else:
@@ -593,17 +573,14 @@ class Client:
             raise BenchError(f"connection rejected: {payload[:200]!r}")
 
 
-def frame_end(data: bytes, at: int) -> int:
-    """Return the end of the frame that begins at `at`, or 0 if its header is incomplete."""
+def find_frame(data: bytes, at: int) -> tuple[int, int]:
+    """Return the start of the payload of the frame at `at` and its end, or (0, 0) if the frame is incomplete."""
     if len(data) < at + 2:
-        return 0
+        return 0, 0
     size = data[at + 1]
-    if size < 126:
-        return at + 2 + size
-    wide = 2 if size == 126 else 8
-    if len(data) < at + 2 + wide:
-        return 0
-    return at + 2 + wide + int.from_bytes(data[at + 2 : at + 2 + wide], "big")
+    start = at + {126: 4, 127: 10}.get(size, 2)
+    end = start + (size if size < 126 else int.from_bytes(data[at + 2 : start], "big"))
+    return (start, end) if len(data) >= max(start, end) else (0, 0)
 
 
 class Listener:
@@ -627,7 +604,9 @@ class Listener:
                 client = self.clients.get(fd)
                 if client is None:
                     command, *arguments = self.control.recv()
-                    getattr(self, command)(*arguments)
+                    answer = getattr(self, command)(*arguments)
+                    if command != "join":  # which answers when all clients have joined
+                        self.control.send(answer)
                 else:
                     self.read(fd, client)
             if self.progressed:
@@ -678,9 +657,9 @@ class Listener:
         if not self.waiting and not self.handshakes:
             self.control.send("joined")
 
-    def counts(self) -> None:
-        """Send for each room: clients, messages received by all of them together, faults, closed connections."""
-        self.control.send([(len(f.offsets), f.received(), f.faults, f.closed) for f in self.feeds])
+    def counts(self) -> list[tuple[int, int, int, int]]:
+        """Return for each room: clients, messages received by all of them together, faults, closed connections."""
+        return [(len(f.offsets), f.received(), f.faults, f.closed) for f in self.feeds]
 
     def reset(self) -> None:
         """Start counting anew; between two measurements nothing is under way."""
@@ -688,17 +667,13 @@ class Listener:
             client.offset = 0
         for feed in self.feeds:
             feed.reset()
-        self.control.send("ok")
 
     def record(self, on: bool) -> None:
         for feed in self.feeds:
             feed.recording = on
-        self.control.send("ok")
 
-    def latencies(self) -> None:
-        self.control.send(sum((feed.latencies() for feed in self.feeds), Counter()))
-        for feed in self.feeds:
-            feed.log = array("q")
+    def latencies(self) -> Counter[int]:
+        return sum((feed.latencies() for feed in self.feeds), Counter())
 
     def leave(self) -> None:
         for client in self.clients.values():
@@ -706,7 +681,6 @@ class Listener:
             client.sock.close()
         self.clients, self.feeds = {}, []
         self.progress[:] = [0] * len(self.progress)
-        self.control.send("ok")
 
 
 # ---- Sender ------------------------------------------------------------
@@ -840,10 +814,6 @@ def run_sender(control: Connection, progress: list[Any], wakeup: int) -> None:
         control.send((sender.sent, [times[int(len(times) * p)] / 1e6 for p in (0.5, 0.99)] if times else []))
 
 
-def run_listener(control: Connection, progress: Any, wakeup: int) -> None:
-    Listener(control, progress, wakeup).run()
-
-
 def run_child(target: Callable[..., None], control: Connection, cpu: int, *arguments: Any) -> None:
     """Run a client process on its core; ignore Ctrl-C and send an error to the bench."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -870,10 +840,6 @@ class Span:
     seconds: float
     idle: float  # share of the busiest core of the client processes
 
-    def cpu_us(self, rate: float) -> float:
-        """Return the server's CPU time in microseconds for each event of this rate."""
-        return self.cpu / max(1.0, rate * self.seconds) * 1e6
-
 
 class Bench:
     """The client processes, and one server at a time."""
@@ -888,9 +854,8 @@ class Bench:
         self.results: dict[tuple[str, str], list[float]] = defaultdict(list)
         wakeup = os.eventfd(0, os.EFD_NONBLOCK)
         shared = [self.context.RawArray("Q", 64) for _ in range(max(1, len(others) - 1))]
-        self.listeners = [
-            self.spawn(run_listener, others[i % len(others)], progress, wakeup) for i, progress in enumerate(shared)
-        ]
+        listen, count = lambda *arguments: Listener(*arguments).run(), len(others)
+        self.listeners = [self.spawn(listen, others[i % count], progress, wakeup) for i, progress in enumerate(shared)]
         self.sender = self.spawn(run_sender, others[-1], shared, wakeup)
         os.sched_setaffinity(0, set(others))
 
@@ -960,10 +925,10 @@ class Bench:
         )
         log = (self.directory / f"{self.number}-{name}.log").open("w+")
         before = time.perf_counter()
-        with pinned(self.server_cpu):  # the process inherits it, with every thread that it will start
-            process = subprocess.Popen(
-                command, stdout=pipe, stderr=log, text=True, env=env, start_new_session=True, cwd=database.parent
-            )
+        process = subprocess.Popen(
+            command, stdout=pipe, stderr=log, text=True, env=env, start_new_session=True, cwd=database.parent,
+            preexec_fn=lambda: os.sched_setaffinity(0, {self.server_cpu}),
+        )  # fmt: skip
         server = Server(name, process)
         self.servers.append(server)
         assert process.stdout is not None
@@ -1028,6 +993,11 @@ class Bench:
         for key, value in figures.items():
             self.results[server.name, key].append(value)
 
+    def note_rate(self, server: Server, key: str, span: Span, rate: float) -> None:
+        """Note a rate, the server's CPU time in microseconds for each event of it, and the idle share of the clients."""
+        cpu_us = span.cpu / max(1.0, rate * span.seconds) * 1e6
+        self.note(server, {f"{key} /s": rate, f"{key} us": cpu_us, f"{key} idle %": span.idle * 100})
+
     def median(self, server: str, key: str) -> float | None:
         values = self.results.get((server, key))
         return statistics.median(values) if values else None
@@ -1057,16 +1027,6 @@ class Bench:
         for messages, (clients, received, faults, closed) in zip(posted, now, strict=False):
             lost = abs(clients * messages - received)
             self.note(server, {"lost": lost, "faults": faults, "closed": closed, "counted": received})
-
-
-@contextmanager
-def pinned(cpu: int) -> Iterator[None]:
-    usual = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {cpu})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, usual)
 
 
 # ---- Scenarios ---------------------------------------------------------
@@ -1109,8 +1069,7 @@ def fan_out(bench: Bench, server: Server, key: str, rooms: list[Room]) -> float:
     """Measure and return the deliveries per second with 64 outstanding messages in every room."""
     channels = [channel for _, channel in rooms]
     span, _ = bench.run_work(server, Work(server.port, server.token, channels, window=WINDOW))
-    figures = {"/s": span.deliveries, "us": span.cpu_us(span.deliveries), "idle %": span.idle * 100}
-    bench.note(server, {f"{key} {name}": value for name, value in figures.items()})
+    bench.note_rate(server, key, span, span.deliveries)
     return span.deliveries
 
 
@@ -1136,23 +1095,19 @@ def percentile(found: Counter[int], share: float) -> float:
 def durable_posts(bench: Bench, server: Server, room: Room, key: str) -> None:
     """Post over 64 connections, each as soon as it has its 201; no client is in the room."""
     span, times = bench.run_work(server, Work(server.port, server.token, [room[1]]))
-    figures = {"/s": span.answers, "us": span.cpu_us(span.answers), "p99 ms": times[1], "idle %": span.idle * 100}
-    bench.note(server, {f"{key} {name}": value for name, value in figures.items()})
+    bench.note_rate(server, key, span, span.answers)
+    bench.note(server, {f"{key} p99 ms": times[1]})
 
 
 def growth(bench: Bench) -> None:
-    """Compare the same number of clients in ten rooms and in one, each receiving the same number of messages per second.
-
-    Ten rooms take ten times the posts for that, so the cost of a delivery is the cost with the clients minus the cost of the
-    same posts without them.
-    """
+    """Compare clients in ten rooms with as many in one, all receiving the same number of messages per second."""
     server = bench.launch("chatrtc")
     server.prepare(10)
     for _ in range(bench.plan.runs):
         for key, rooms in (("one", server.rooms[:1]), ("ten", server.rooms)):
             channels = [channel for _, channel in rooms]
             work = Work(server.port, server.token, channels, rate=PACE * len(rooms))
-            without, _ = bench.run_work(server, work)
+            without, _ = bench.run_work(server, work)  # ten rooms take ten times the posts, whose cost is subtracted
             bench.join(server, rooms, bench.plan.clients)
             span, _ = bench.run_work(server, work)
             bench.leave(server)
