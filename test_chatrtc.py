@@ -11533,6 +11533,7 @@ async def test_a_blocked_microphone_is_explained(tmp_path: Path, tab: Any) -> No
         await maya.join_voice()
         await expect(maya.locator("#ask")).to_contain_text("--tls-self-signed")
         await expect(maya.locator("#ask")).to_contain_text("--tls-cert")
+        await maya.page.close()
 
 
 # Accessibility
