@@ -3835,7 +3835,7 @@ class EngineOptions:
     max_sessions: int = 20000
     max_sessions_per_address: int = 4000  # a school's 1,000 pupils, each with two devices and two tabs on each
     max_anonymous_per_address: int | None = None  # more sessions, whose user is not known yet; None: they count as any other
-    frames_per_second: float | None = 100  # average for one client, in bursts of four times as many; None: unlimited
+    frames_per_second: float | None = 100  # average for one client, in bursts of four times as many; None or 0: unlimited
 
 
 class Session(asyncio.Transport):
@@ -3980,7 +3980,7 @@ class Session(asyncio.Transport):
 
     def _charge(self) -> None:
         """Raise RATE_LIMITED if the client sends too many packets: more than it may send in the four seconds to come."""
-        if (rate := self.engine.options.frames_per_second) is not None:
+        if rate := self.engine.options.frames_per_second:
             now = self.loop.time()
             self.charged_until = max(self.charged_until, now) + 1 / rate
             if self.charged_until - now > 4:
@@ -6339,11 +6339,11 @@ class Group(click.Group):
     group_class = type
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Add a command, each of whose options can be set as CHATRTC_<OPTION> in the environment."""
+        """Add a command. A setting among its options can also be given as CHATRTC_<OPTION> in the environment."""
         cmd.context_settings = {"auto_envvar_prefix": "CHATRTC", "show_default": True, **cmd.context_settings}
         for option in cmd.params:
-            if isinstance(option, click.Option) and option.name != "yes":
-                option.show_envvar = True
+            if isinstance(option, click.Option):
+                option.show_envvar = option.allow_from_autoenv = option.name in Settings.__struct_fields__
         super().add_command(cmd, name)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
