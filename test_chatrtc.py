@@ -11748,14 +11748,18 @@ async def test_language_and_theme_can_be_chosen(api: World, tab: Any) -> None:
     await expect(maya.locator("#text")).to_have_attribute("placeholder", "Write to general")
 
 
-PAGE_WORDS = re.compile(r'\b([A-Z_]{3,}): \[\s*"((?:[^"\\]|\\.)+)",\s*"((?:[^"\\]|\\.)+)"')
+TEXT = r'((?:"(?:[^"\\]|\\.)*"\s*(?:\+\s*)?)+)'
+PAGE_TEXTS = re.compile(rf"\b([A-Z_]{{3,}}): \[\s*{TEXT},\s*{TEXT}")
 
 
 def test_each_reason_has_a_text_in_both_languages() -> None:
-    """A new reason needs its English and its French text in REASON_WORDS of chatrtc.html."""
-    table = (HERE / "chatrtc.html").read_text("utf-8").split("const REASON_WORDS = {")[1].split("\n};")[0]
-    words = {reason: (english, french) for reason, english, french in PAGE_WORDS.findall(table)}
-    assert set(words) == set(chatrtc.REASONS)
+    """A new code or reason needs its English and its French text in ERROR_TEXTS of chatrtc.html."""
+    table = PAGE.split("const ERROR_TEXTS = {")[1].split("\n};")[0]
+    words = {
+        reason: tuple("".join(re.findall(r'"((?:[^"\\]|\\.)*)"', text)) for text in texts)
+        for reason, *texts in PAGE_TEXTS.findall(table)
+    }
+    assert set(words) == {*chatrtc.REASONS, *chatrtc.ERRORS, "OFFLINE", "CODE_UNKNOWN"}
     for reason, (english, french) in words.items():
         assert english != french, reason
         assert english[-1] == french[-1] == ".", reason
