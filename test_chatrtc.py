@@ -10705,6 +10705,23 @@ async def second_tab(one: Tab) -> Tab:
     return tab
 
 
+async def test_tabs_of_a_browser_share_a_draft(api: World, tab: Any) -> None:
+    """What is typed in one tab appears in the others, so that none overwrites it."""
+    (maya_api,), _ = await create_class(api, "Maya")
+    maya = await tab(maya_api)
+    second = await second_tab(maya)
+    await expect(second.locator("#my-status b")).to_have_text("Maya")
+    await maya.fill("#text", "begun in one tab")
+    await expect(second.locator("#text")).to_have_value("begun in one tab")
+    await second.fill("#text", "begun in one tab, ended in another")
+    await expect(maya.locator("#text")).to_have_value("begun in one tab, ended in another")
+    await maya.reload()
+    await expect(maya.locator("#text")).to_have_value("begun in one tab, ended in another")
+    await maya.press("#text", "Enter")
+    await second.sees("begun in one tab, ended in another")
+    await expect(second.locator("#text")).to_have_value("")
+
+
 async def test_a_password_change_keeps_the_tabs_of_this_browser(api: World, tab: Any) -> None:
     """Other browsers are signed out; signing out in one tab signs out all tabs of a browser."""
     (maya_api,), _ = await create_class(api, "Maya")
