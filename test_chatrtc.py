@@ -10357,7 +10357,7 @@ async def test_an_unsupported_browser_shows_a_notice(tab: Any) -> None:
     await maya.page.add_init_script("delete window.structuredClone; delete Array.prototype.at;")
     await maya.open()
     await expect(maya.locator(".unable")).to_have_text([re.compile("too old for ChatRTC"), re.compile("trop ancien")])
-    await expect(maya.locator("#door")).to_be_hidden()
+    await expect(maya.locator("#sign-in")).to_be_hidden()
 
 
 async def test_a_message_that_cannot_be_rendered_hides_no_other(api: World, tab: Any) -> None:
@@ -10449,7 +10449,7 @@ async def test_people_are_managed(api: World, tab: Any, two: Any) -> None:
     await expect(jonas.locator("#empty")).to_be_visible()
     await expect(maya.locator("#people")).not_to_contain_text("Jonas")
     await maya.api.ok("POST", "/auth/logout")
-    await expect(maya.locator("#door-wrong")).to_contain_text("You have been signed out")
+    await expect(maya.locator("#sign-in-wrong")).to_contain_text("You have been signed out")
 
 
 async def none_banned(who: Person, server_id: int) -> bool:
@@ -10513,7 +10513,7 @@ async def test_a_username_is_made_of_the_name(tab: Any) -> None:
     await leo.click('#preferences [data-do="signOut"]')
     for username, password in (("Léo Martin", "correct horse"), ("Léo.Martin", "wrong horse")):
         await leo.sign_in(username, password)
-        await expect(leo.locator("#door-wrong")).to_have_text("Wrong username or password.")
+        await expect(leo.locator("#sign-in-wrong")).to_have_text("Wrong username or password.")
         await expect(leo.locator("#username-bad")).to_be_visible(visible=" " in username)
     await leo.fill("#password", "correct horse")
     await leo.click("#enter")
@@ -10563,7 +10563,7 @@ async def test_a_guest_returns_on_another_device(guest_class: Any, tab: Any) -> 
     await leo.sign_out()
     await expect(leo.locator("#ask")).to_contain_text("you will need a sign-in link from an admin")
     await leo.confirm()
-    await expect(leo.locator("#door-title")).to_have_text("Sign in")
+    await expect(leo.locator("#sign-in-title")).to_have_text("Sign in")
     await expect(maya.locator('.person[aria-label="Léo Martin guest, Offline"]')).to_be_visible()
     for typed in (False, True):
         await maya.choose(".person >> text=Léo Martin", "Sign-in link")
@@ -10582,7 +10582,7 @@ async def test_a_guest_returns_on_another_device(guest_class: Any, tab: Any) -> 
             await phone.fill("#code", code.lower())
         else:
             await phone.goto(link)
-            await expect(phone.locator("#door-title")).to_have_text("Welcome back")
+            await expect(phone.locator("#sign-in-title")).to_have_text("Welcome back")
         await phone.click("#enter")
         await expect(phone.locator("#my-status b")).to_have_text("Léo Martin")
         await phone.sees("good evening")
@@ -10689,10 +10689,10 @@ async def test_errors_are_shown_in_french(api: World, tab: Any) -> None:
     await visitor.click('#swap [data-mode="signIn"]')
     await expect(visitor.locator("#username-bad")).to_be_hidden()
     await visitor.sign_in("Maya", "wrong horse")
-    await expect(visitor.locator("#door-wrong")).to_have_text("Identifiant ou mot de passe incorrect.")
+    await expect(visitor.locator("#sign-in-wrong")).to_have_text("Identifiant ou mot de passe incorrect.")
     await visitor.reject("**/auth/login", 429, "RATE_LIMITED", reason="TOO_OFTEN", retry_after=90)
     await visitor.click("#enter")
-    waiting = visitor.locator('#door-wrong [aria-hidden="true"]')
+    waiting = visitor.locator('#sign-in-wrong [aria-hidden="true"]')
     await expect(waiting).to_have_text(re.compile("Réessayez dans (8[0-9]|90) s."))
     first = await waiting.inner_text()
     await expect(waiting).not_to_have_text(first)
@@ -10738,13 +10738,13 @@ async def test_a_password_change_keeps_the_tabs_of_this_browser(api: World, tab:
     await expect(maya.locator('#ask input[name="new_password"]')).to_have_value("a better one")
     await maya.answer(old_password="correct horse")
     await expect(maya.locator("#toasts")).to_have_text("Password saved.")
-    await expect(phone.locator("#door-wrong")).to_contain_text("signed out")
+    await expect(phone.locator("#sign-in-wrong")).to_contain_text("signed out")
     await second.write("still here")
     await maya.sees("still here")
     await second.sees("still here")
     await maya.sign_out()
     for one in (maya, second):
-        await expect(one.locator("#door-title")).to_have_text("Sign in")
+        await expect(one.locator("#sign-in-title")).to_have_text("Sign in")
 
 
 async def test_a_dialog_keeps_what_was_typed(api: World, tab: Any) -> None:
@@ -11405,7 +11405,7 @@ async def test_a_newcomers_class_talks_on_all_its_devices(api: World, device: An
     await leo.click("#me [data-do=settings]")
     await leo.click("#preferences button", "Sign out")
     await leo.click("#ask button", "Sign out")
-    await leo.sees("Sign in", "#door-title")
+    await leo.sees("Sign in", "#sign-in-title")
     await maya.click("#people .person", "Léo Martin")
     await maya.click("#menu button", "Sign-in link")
     await maya.sees("Sign-in link for Léo Martin", "#invite-title")
@@ -11596,7 +11596,7 @@ async def test_axe_finds_nothing(api: World, tab: Any, scheme: str, width: int) 
     for view, path in (("sign in", "/"), ("guest", f"/#/invite/{code}")):
         await visitor.open(path)
         await visitor.reload()
-        await expect(visitor.locator("#door-title")).not_to_be_empty()
+        await expect(visitor.locator("#sign-in-title")).not_to_be_empty()
         await check_accessibility(visitor, view)
         await visitor.shot(f"{view.replace(' ', '-')}-{width}-{scheme}")
     await visitor.open()
