@@ -10705,6 +10705,22 @@ async def second_tab(one: Tab) -> Tab:
     return tab
 
 
+async def test_only_rows_that_changed_are_rendered_again(two: Any, api: World) -> None:
+    maya, _, (server_id, channel_id) = two
+    await maya.api.post(channel_id, "hello @Jonas")
+    message = await maya.api.post(channel_id, "as it was")
+    await maya.sees("hello @Jonas")
+    await maya.sees("as it was")
+    await maya.evaluate("() => document.querySelectorAll('#log .row').forEach((row) => { row.isOld = true; })")
+    (zoe,) = await api.people("Zoë")
+    await zoe.ok("POST", f"/invites/{await maya.api.invite(server_id)}")
+    await expect(maya.locator("#people")).to_contain_text("Zoë")
+    await maya.api.ok("PATCH", f"/messages/{message['message_id']}", {"content": "as it is"})
+    await maya.sees("as it is")
+    old = await maya.evaluate("() => [...document.querySelectorAll('#log .row')].slice(-2).map((row) => row.isOld)")
+    assert old == [True, None]
+
+
 async def test_tabs_of_a_browser_share_a_draft(api: World, tab: Any) -> None:
     """What is typed in one tab appears in the others, so that none overwrites it."""
     (maya_api,), _ = await create_class(api, "Maya")
