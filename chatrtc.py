@@ -6339,11 +6339,11 @@ class Group(click.Group):
     group_class = type
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Add a command. A setting among its options can also be given as CHATRTC_<OPTION> in the environment."""
+        """Add a command, each of whose options can be set as CHATRTC_<OPTION> in the environment."""
         cmd.context_settings = {"auto_envvar_prefix": "CHATRTC", "show_default": True, **cmd.context_settings}
         for option in cmd.params:
-            if isinstance(option, click.Option):
-                option.show_envvar = option.allow_from_autoenv = option.name in Settings.__struct_fields__
+            if isinstance(option, click.Option) and option.name != "yes":
+                option.show_envvar = True
         super().add_command(cmd, name)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:

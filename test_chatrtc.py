@@ -6628,16 +6628,6 @@ async def test_an_invalid_variable_is_rejected_like_an_option(tmp_path: Path) ->
     expect_error(await run_command("serve", env={"CHATRTC_SECRET": "short"}, cwd=tmp_path), "32 bytes")
 
 
-async def test_only_settings_are_read_from_the_environment(tmp_path: Path) -> None:
-    """A variable that happens to be called CHATRTC_MESSAGES must not delete anybody's messages."""
-    for command in ("user delete", "export", "serve"):
-        variables = re.findall(r"CHATRTC_(\w+)", await run_ok(*command.split(), "--help", cwd=tmp_path))
-        assert {name.lower() for name in variables} <= set(chatrtc.Settings.__struct_fields__)
-    await run_ok("user", "add", "ana", cwd=tmp_path, stdin="correct horse\n")
-    await run_ok("export", env={"CHATRTC_OUTPUT": "out"}, cwd=tmp_path)
-    assert not (tmp_path / "out").exists()
-
-
 async def test_the_command_line_needs_no_temporary_folder(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 40)
     folder.mkdir()
