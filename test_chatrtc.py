@@ -10785,6 +10785,26 @@ async def test_a_dialog_keeps_what_was_typed(api: World, tab: Any) -> None:
     await expect(field).to_have_value("")
 
 
+async def test_the_next_user_of_a_tab_sees_nothing_that_was_typed(api: World, tab: Any) -> None:
+    """The page keeps the text of a dialog and of the search until the user signs out."""
+    people = await api.people("Maya", "Jonas")
+    for person in people:
+        await api.place(person)
+    maya = await tab(people[0])
+    field = maya.locator('#ask input[name="name"]')
+    await maya.click('#channels [data-do="addChannel"]')
+    await field.fill("private")
+    await maya.keyboard.press("Escape")
+    await maya.fill("#q", "secret")
+    await maya.sign_out()
+    await expect(maya.locator("#sign-in-title")).to_have_text("Sign in")
+    await maya.sign_in("Jonas", "correct horse")
+    await expect(maya.locator("#my-status b")).to_have_text("Jonas")
+    await expect(maya.locator("#q")).to_have_value("")
+    await maya.click('#channels [data-do="addChannel"]')
+    await expect(field).to_have_value("")
+
+
 async def test_the_page_works_under_a_prefix(tmp_path: Path, tab: Any) -> None:
     """The server is mounted at /chat in another application."""
     arguments = [sys.executable, "-c", EMBEDDED, str(tmp_path / "embedded.db")]
@@ -10905,6 +10925,43 @@ async def test_a_line_marks_where_the_tab_was_left(two: Any) -> None:
     await maya.write("and on")
     await jonas.sees("and on")
     await expect(jonas.locator("#log .fresh + .row")).to_contain_text("away 0;")
+
+
+@pytest.mark.parametrize("path, number", [("**/channels/*/read", 1), ("**/users/me/reads", 2)])
+async def test_a_late_answer_does_not_lower_the_unread_count(api: World, tab: Any, path: str, number: int) -> None:
+    """A message arrives while an older read mark is on its way: it stays counted, and the page fetches the mark again."""
+    (maya, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    requests, held, released = itertools.count(1), asyncio.Event(), asyncio.Event()
+
+    async def hold(route: Any) -> None:
+        if route.request.method != "GET" or next(requests) != number:
+            await route.continue_()
+            return
+        answer = await route.fetch()
+        held.set()
+        await released.wait()
+        await route.fulfill(response=answer)
+
+    jonas = await tab()
+    await jonas.page.route(path, hold)
+    await jonas.enter(jonas_api)
+    await jonas.evaluate(LEAVE)
+    first = await maya.post(channel_id, "first")
+    await expect(jonas.page).to_have_title(re.compile(r"^\(1\)"))
+    await maya.ok("PATCH", f"/messages/{first['message_id']}", {"content": "first, edited"})
+    async with asyncio.timeout(15):
+        await held.wait()
+    await maya.post(channel_id, "second")
+    await expect(jonas.page).to_have_title(re.compile(r"^\(2\)"))
+    await jonas.evaluate(
+        "window.titles = []; new MutationObserver(() => titles.push(document.title))"
+        ".observe(document.querySelector('title'), {childList: true})"
+    )
+    async with jonas.page.expect_request(f"**/channels/{channel_id}/read") as again:
+        released.set()
+    await (await again.value).response()
+    await expect(jonas.page).to_have_title(re.compile(r"^\(2\)"))
+    assert [one for one in await jonas.evaluate("titles") if not one.startswith("(2)")] == []
 
 
 async def test_rows_have_days_reactions_and_times(api: World, tab: Any) -> None:
