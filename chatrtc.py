@@ -6650,7 +6650,7 @@ def check(database: str) -> None:
     for line in lines:
         click.echo(line)
     if lines:
-        raise StartError(f"{database} has {len(lines)} errors")
+        raise StartError(f"{database} has errors: {len(lines)}")
     click.echo("sound: {} users, {} servers, {} messages".format(*counts))
 
 
