@@ -282,14 +282,14 @@ INVISIBLE_CHARS = (
 VISIBLE = f"(?=[\\s{INVISIBLE_CHARS}]*[^\\s{INVISIBLE_CHARS}{CONTROLS}])"  # a visible character follows
 TEXT = "[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"  # no control characters but tab and newline
 VISIBLE_TEXT = f"^{VISIBLE}{TEXT}"
-# In a name, invisible characters are spaces, or joiners and emoji selectors that follow a character they can shape.
+# A name may contain spaces. Joiners and emoji selectors are allowed only after a character that they can shape.
 NAME = (
     f"^{VISIBLE}(?:[^{CONTROLS}\u2028\u2029{INVISIBLE_CHARS}]|(?<=[^\x00-\u058f\\s{JOINERS}])[{JOINERS}](?=\\S)|"
     "(?<=[#*0-9\u00a9\u00ae\u203c-\ufdff\U0001f000-\U0001ffff])[\ufe0e\ufe0f]|(?<=\U0001f3f4)[\U000e0020-\U000e007f]+)*$(?!\n)"
 )
-# Scripts that may be mixed, by the first word of their characters' Unicode names. Other scripts are not mixed.
+# Sets of scripts that one name may mix. A script is the first word of its characters' Unicode names.
 MIXED_SCRIPTS = ({"LATIN", "CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO"}, {"LATIN", "CJK", "HANGUL"})
-SCRIPTS = {  # scripts of characters whose Unicode names do not begin with it; "": used with any script
+SCRIPTS = {  # first word of a Unicode name -> script, if they differ ("": used with any script)
     "IDEOGRAPHIC": "CJK", "HANGZHOU": "CJK", "KATAKANA-HIRAGANA": "KATAKANA", "ARABIC-INDIC": "ARABIC", "EXTENDED": "ARABIC",
     "COMBINING": "", "MODIFIER": "", "DIGIT": "", "LOW": "", "FULL": "", "HYPHEN-MINUS": "",
 }  # fmt: skip
@@ -402,7 +402,7 @@ def closing_ticks(line: str, at: int, length: int, unclosed: set[int]) -> int:
 
 
 def url_end(text: str, at: int) -> int:
-    """Return the end of a URL: it ends before a character that no URL has, and before a bracket that it did not open."""
+    """Return the end of a URL, which stops before a character not allowed in URLs or a closing bracket it did not open."""
     opened = Counter[str]()
     while part := URL_PART.match(text, at):
         opening = {")": "(", "]": "[", "}": "{"}.get(part[0])
@@ -441,7 +441,7 @@ def at_signs(text: str) -> Iterator[str]:
 
 
 def fences(line: str) -> Iterator[tuple[int, int]]:
-    """Yield start and end of each run of backticks that may open a code block: three or more, and not closed on this line."""
+    """Yield the start and end of each run of three or more backticks that may open a code block: not closed on its line."""
     at, unclosed = 0, set[int]()
     while "```" in line and (found := ESCAPED_TICKS.search(line, at)):
         start, at = found.span()
@@ -452,7 +452,7 @@ def fences(line: str) -> Iterator[tuple[int, int]]:
 
 
 def fence_end(lines: list[str], number: int, at: int, length: int) -> tuple[int, int] | None:
-    """Return the line and the position at which a code block ends that `length` backticks before lines[number][at] open."""
+    """Return the line and position where a code block ends. `length` backticks just before lines[number][at] opened it."""
     for index in range(number, len(lines)):
         for run in TICKS.finditer(lines[index], at if index == number else 0):
             if len(run[0]) >= length:
@@ -483,7 +483,7 @@ def text_lines(lines: list[str], depth: int = 0) -> Iterator[str]:
 
 
 def mention_runs(content: str) -> list[list[str]]:
-    """Return the possible handles (see `handle_keys`) of each `@` that may begin a mention. Equal texts count once."""
+    """Return the possible handles (see `handle_keys`) of each `@` that may begin a mention. Duplicates are dropped."""
     lines = text_lines(content.split("\n")) if "`" in content else [content]
     texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line))
     runs: list[list[str]] = []
@@ -513,12 +513,12 @@ def handle_of(name: str) -> str:
 
 
 def numbered(handle: str, number: int) -> str:
-    """Return a handle with a number at its end, unless that is 1."""
+    """Return a handle with a number appended, or the handle alone if the number is 1."""
     return shorten(handle, 32 - len(str(number))) + str(number) if number > 1 else handle
 
 
 def clean_code(code: str) -> str:
-    """Return the stored form of an invite or sign-in code, typed in any case and with or without its dash. Old codes stay."""
+    """Return the stored form of an invite or sign-in code. Case and the dash are optional. Other (old) codes are unchanged."""
     code = code.strip()
     halves = re.fullmatch(f"([{CODE_LETTERS}]{{5}})[- ]?([{CODE_LETTERS}]{{5}})", code.upper()) if code.isascii() else None
     return f"{halves[1]}-{halves[2]}" if halves else code
@@ -537,7 +537,7 @@ ACCENTS = re.compile(
 PLAIN_LETTERS = str.maketrans({"\u0131": "i", "ø": "o", "ł": "l", "đ": "d", "ħ": "h", "æ": "ae", "œ": "oe"})
 QUOTES = str.maketrans(dict.fromkeys("“”„‟«»\uff02", '"'))
 PHRASE = re.compile(r'"([^"]*)"|[^\s"]+')
-MAX_SEARCH_CHARS = 16_000  # indexed characters of a message: only ligatures turn its 4,000 into more
+MAX_SEARCH_CHARS = 16_000  # per message; a message has at most 4,000, but expanding ligatures adds more
 
 
 def search_text(text: str) -> str:
@@ -550,7 +550,7 @@ def search_text(text: str) -> str:
 
 def search_phrases(q: str) -> str:
     """Return the FTS5 query of a search: a phrase for each quoted phrase, a prefix for each other word. All are quoted, so that
-    nothing typed is syntax. A phrase without letters matches nothing alone, and does not change the others."""
+    no input is parsed as FTS5 syntax. A phrase without letters matches nothing if alone, and is otherwise ignored."""
     phrases: dict[str, None] = {}
     for found in PHRASE.finditer(q.translate(QUOTES)):
         text = search_text(found[0] if found[1] is None else found[1]).replace('"', " ").rstrip()
@@ -565,7 +565,7 @@ def search_phrases(q: str) -> str:
 
 
 def field_error(reason: str, field: str) -> ValueError:
-    """Return the error that a check of arguments raises, in the form of msgspec's (see `describe_validation_error`)."""
+    """Return a validation error for a field, in the same format as msgspec's (see `describe_validation_error`)."""
     return ValueError(f"{reason} - at `$.{field}`")
 
 
@@ -1004,7 +1004,7 @@ def describe_validation_error(text: str) -> ChatError:
 
 
 def read_args(kind: type[T], raw: Any) -> T:
-    """Return a JSON value as arguments of that type. Raises BAD_REQUEST or TOO_LARGE."""
+    """Convert a JSON value to arguments of type `kind`. Raises BAD_REQUEST or TOO_LARGE."""
     try:
         args = msgspec.convert(raw, kind)
         msgspec.json.encode(raw)  # raises for an unpaired surrogate, which neither the database nor a client can store
@@ -1118,7 +1118,7 @@ EVENTS = {
 }
 
 
-# The effects of an operation, which Hub applies once the transaction is committed.
+# The effects of an operation. Hub applies them after the transaction is committed.
 
 
 class Emit(NamedTuple):
@@ -1223,7 +1223,7 @@ MIGRATIONS = (
     """,
 )
 SCHEMA_FORMAT = len(MIGRATIONS) + 1
-MAX_FULL_CHECK_BYTES = 64 * 1024 * 1024  # up to this size a start also compares the indexes with the tables (about 1 s)
+MAX_FULL_CHECK_BYTES = 64 * 1024 * 1024  # largest file whose indexes are compared with its tables at startup (about 1 s)
 SQLITE_MAGIC = b"SQLite format 3\0"
 BACKUP_MODE = b"\1"  # header[18:19] of a backup; a database in use is in WAL mode (2), from the beginning
 PRAGMAS = dict(journal_mode="wal", synchronous=2, foreign_keys=1, trusted_schema=0, cell_size_check=1, secure_delete=1)
@@ -1241,7 +1241,7 @@ def utc(moment: float) -> str:
 
 
 def sibling_path(database: Path, suffix: str) -> Path:
-    """Return the file next to a database (symbolic links resolved, as SQLite does) that is named after it, such as its -wal."""
+    """Return the path of a database plus a suffix, such as its -wal. Symbolic links are resolved, as SQLite does."""
     return Path(f"{database.resolve()}{suffix}")
 
 
@@ -1252,7 +1252,7 @@ def private_path(database: Path, suffix: str) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new and changed names in a folder survive a power failure."""
+    """Sync a folder, so that created and renamed files survive a power failure."""
     file = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -1276,13 +1276,13 @@ def as_start_error(path: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.OperationalError) as error:
         raise StartError(f"Cannot open {path}: {getattr(error, 'strerror', error)}") from None
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite quotes the damage, which may not be valid text
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the error may quote damaged bytes that are not valid UTF-8
         damage = f"is damaged ({' '.join(str(error).split())}); it was left unchanged"
         raise StartError(f"{path} {damage}. To go back to a backup: `chatrtc restore BACKUP`") from None
 
 
 def open_private(path: Path, flags: int) -> int:
-    """Open a file that only its owner may access. Raises StartError if it is not a regular file: others may have planted it."""
+    """Open a file that only its owner may access. Raises StartError if it is not a regular file but, say, a planted link."""
     with as_start_error(path):
         try:
             file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
@@ -1297,14 +1297,14 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def match_owner(file: int, database: Path) -> None:
-    """If root creates a file, give it to the owner of the database (or of its folder), whose server has to open it."""
+    """If run as root, give a file to the owner of the database (or of its folder), so that their server can open it."""
     if os.geteuid() == 0:
         owner = os.stat(database if database.exists() else database.parent)
         os.fchown(file, owner.st_uid, owner.st_gid)
 
 
 def write_private(path: Path, data: bytes, database: Path) -> None:
-    """Write a file that only its owner can read: completely and synced, or not at all."""
+    """Write a file that only its owner can read, atomically, and sync it."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)  # another process may have it open
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "wb") as file:
@@ -1354,8 +1354,8 @@ def check_format(db: sqlite3.Connection, path: Path) -> int:
 
 
 def read_sqlite_header(path: Path) -> bytes:
-    """Return a database file's header, empty if there is no file. Raises StartError if it is not an SQLite database. Called
-    first, before anything is created next to the file."""
+    """Return a database file's header, empty if there is no file. Raises StartError if it is not an SQLite database. Call
+    this before creating any file next to it."""
     header = b""
     with as_start_error(path), contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
         header = file.read(100)
@@ -1402,13 +1402,13 @@ def open_writer(path: Path) -> sqlite3.Connection:
     with contextlib.ExitStack() as stack:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
         stack.callback(db.close)
-        db.execute("PRAGMA busy_timeout = 100")  # only another program could hold the lock: it must not stop the event loop
+        db.execute("PRAGMA busy_timeout = 100")  # only another program can hold the lock; do not block the event loop for long
         for name, value in PRAGMAS.items():
             db.execute(f"PRAGMA {name} = {value}")
             if db.execute(f"PRAGMA {name}").fetchone()[0] != value:
                 raise StartError(f"{path}: SQLite cannot set {name} = {value} here; use a local disk")
         db.execute("PRAGMA journal_size_limit = 67108864")
-        db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: 16 MiB, so that a page that changes often is rarely copied
+        db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages (16 MiB): a page that changes often is then copied less often
         migrate(db)
         stack.pop_all()
     return db
@@ -1423,8 +1423,8 @@ def highest_id(db: sqlite3.Connection) -> int:
 def skip_ids(db: sqlite3.Connection, known: int = 0) -> None:
     """Make a restored database continue above every id and sequence number that was ever assigned, in one transaction.
 
-    The clock gives such a number (no server makes 100,000 changes a second on average), below 2**53, JavaScript's limit. If the
-    clock was set back, a million more than the highest number of this database and than `known`, that of the replaced one.
+    Numbers continue at 100,000 times the Unix time: servers make fewer than 100,000 changes a second on average, and JavaScript
+    is exact up to 2**53. If the clock was set back: a million above the highest number here and `known`, the replaced file's.
     """
     base = max(int(time.time() * 100_000), max(known, highest_id(db)) + 1_000_000)
     with db:
@@ -1442,7 +1442,7 @@ def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
     """Check the database file, or create it, and return the connection that writes. Raises StartError."""
     with as_start_error(path):
         copied = read_sqlite_header(path)[18:19] == BACKUP_MODE  # a backup that was copied into place
-        if copied and sibling_path(path, "-journal").exists():  # an earlier start failed while it changed the backup (below)
+        if copied and sibling_path(path, "-journal").exists():  # an earlier start failed while converting the backup (below)
             with contextlib.closing(sqlite3.connect(path)) as db:
                 read_format(db)  # the first read rolls back
         version = check_openable(path)
@@ -1458,14 +1458,14 @@ def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
 
 
 class Lock:
-    """The right of one process to write a database. The lock file tells other processes how to reach that process."""
+    """A lock that lets one process write to a database. The lock file has the address at which others reach that process."""
 
     def __init__(self, path: Path) -> None:
         self.database, self.path = path.resolve(), sibling_path(path, ".lock")
         self._file: int | None = None
 
     def acquire(self) -> bool:
-        """Return whether the lock was free and is now held. Raises StartError if there can be no lock file."""
+        """Try to acquire the lock and return whether it is held. Raises StartError if the lock file cannot be created."""
         if self.path.name == ":memory:.lock":
             raise StartError("The database is a file; ':memory:' would keep nothing")
         if not self.path.parent.is_dir():
@@ -1505,7 +1505,7 @@ class Lock:
 
 @contextlib.contextmanager
 def snapshot(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open a database for reading its present content, which stays the same while others write. Raises StartError."""
+    """Open a database in a read transaction, whose content does not change while others write. Raises StartError."""
     with contextlib.ExitStack() as stack:
         with as_start_error(path):
             db = stack.enter_context(contextlib.closing(connect_reader(path)))
@@ -1528,7 +1528,7 @@ def copy_database(source: sqlite3.Connection, dest: Path, progress: Callable[[in
 def replace_database(path: Path, part: Path) -> Path | None:
     """Replace a database by the copy `part`, and return the new name of the old database with its -wal.
 
-    If this is interrupted, `path` is the old database, or the copy next to the old -wal, which `check_openable` detects.
+    After an interruption, `path` is either the old database, or the copy next to the old -wal (`check_openable` detects this).
     """
     kept = None
     if path.exists():
@@ -1551,18 +1551,18 @@ def replace_database(path: Path, part: Path) -> Path | None:
 
 # ---- Store ---------------------------------------------------------------------------------------------------------
 # The open database. One connection does all writes and checkpoints: queued jobs are committed together and synced; then their
-# effects are published and their callers answered. (Two connections that do so can meet a bug of SQLite before 3.51.3 that
-# loses rows.) Each reader has a read-only connection of its own, and each query a snapshot.
+# effects are published and their callers answered. (With two such connections, a bug in SQLite before 3.51.3 can
+# lose rows.) Each reader has a read-only connection of its own, and each query a snapshot.
 
 SLOW_READERS = 3
 SLOW_READS_PER_USER = 2  # at a time; fewer than there are readers, so that one user cannot occupy them all
 MAX_QUEUED_SLOW_READS = 64  # per user: a page that reconnects reads all its servers at once
 SLOW_READ_SECONDS = 4.0  # time limit of a slow read
-TURN_SECONDS = 3.5  # time limit of its wait for a reader; both together are less than CALL_TIMEOUT
-POLL_SECONDS = 0.1  # between two checks whether the caller still waits for a slow read
+TURN_SECONDS = 3.5  # time limit of waiting for a reader; the two add up to less than CALL_TIMEOUT
+POLL_SECONDS = 0.1  # how often a slow read checks whether its caller is still waiting
 MAX_BATCH_JOBS = 256  # in one transaction
 MAX_QUEUED_JOBS = 20_000
-CHECKPOINT_IDLE_SECONDS = 0.3  # maintenance waits for so long a time without writes
+CHECKPOINT_IDLE_SECONDS = 0.3  # maintenance runs after this time without writes
 DISK_CHECK_SECONDS = 1.0  # between two checks of the free disk space
 FAILURE_LOG_SECONDS = 60  # between two log lines about writes that fail
 CALL_TIMEOUT = 8.0  # seconds for any call; shorter than the ping timeout
@@ -1573,12 +1573,12 @@ Job = Callable[[sqlite3.Connection], Result[Any]]
 
 
 def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Awaitable[R]:
-    """Call `run` with the sqlite3 connection in its thread: one hop, where aiosqlite's public API takes one per statement."""
+    """Call `run` in the connection's thread. This switches threads once; aiosqlite's public API does so for each statement."""
     return db._execute(run, db._conn, *args)  # type: ignore[no-untyped-call]
 
 
 def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | ChatError]:
-    """Open a transaction and run the jobs in it. A ChatError of a job that changed nothing does not undo the other jobs."""
+    """Open a transaction and run the jobs in it. If a job raises ChatError before any change, the other jobs continue."""
     outcomes: list[Result[Any] | ChatError] = []
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -1597,17 +1597,17 @@ def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | Cha
 
 
 def empty_wal(db: sqlite3.Connection) -> Result[bool]:
-    """Move the -wal into the database and empty it, outside a transaction. The value is false if a reader prevented it."""
+    """Move the -wal into the database and empty it, outside a transaction. The value is False if a reader prevented it."""
     return Result(not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
 
 
 def is_bug(error: sqlite3.OperationalError) -> bool:
-    """Return whether the statement is wrong, rather than the file or the disk."""
+    """Return whether the error is in the SQL statement, not in the file or the disk."""
     return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR
 
 
 def in_snapshot(db: sqlite3.Connection, query: Query[R], *args: Any) -> R:
-    """Return the result of a query, which sees one state of the database. Raises UNAVAILABLE if the file cannot be read."""
+    """Run a query in a read transaction and return its result. Raises UNAVAILABLE if the file cannot be read."""
     db.execute("BEGIN")
     try:
         return query(db, *args)
@@ -1656,7 +1656,7 @@ class FairQueue:
                 self._fill_slots()
 
     def _fill_slots(self) -> None:
-        """Give the free slots to waiting calls; the user whose last turn is longest ago comes first."""
+        """Give the free slots to waiting calls, least recently served user first."""
         for user in list(self._queues) if self._free else ():
             queue = deque(turn for turn in self._queues.pop(user) if not turn.done())
             if queue and self._running[user] < self._each:
@@ -1678,19 +1678,19 @@ class QueuedJob(NamedTuple):
 class Store:
     """The open database. `publish` is called on the event loop with each committed job's effects, in the order of commits.
 
-    Fast jobs and queries (a few index lookups) run on the event loop: their pages are in memory, a job costs 20 us, and a hop
-    to a thread and back costs 150. Commits, which wait for the disk, and slow jobs and queries run in threads.
+    Fast jobs and queries (a few index lookups) run on the event loop: their pages are in memory, so a job takes 20 us, while
+    switching to a thread and back takes 150 us. Commits (they wait for the disk), slow jobs and slow queries run in threads.
     """
 
     def __init__(self, path: Path, publish: Callable[[Sequence[Effect]], None], reserve: int = 0) -> None:
         self.path = path
         self.lock = Lock(path)
         self.write_error = ""  # text of the last write error; cleared when a health check's write reaches the disk
-        self._reserve = reserve  # bytes of free disk space below which only jobs that free space may write
+        self._reserve = reserve  # bytes; if less disk space is free, only jobs that free space may write
         self._disk_checked_at = self._failure_logged_at = -math.inf
         self._disk_full = self._reopen_writer = self._is_open = False
         self._files: list[tuple[int, int]] = []  # the opened files (see `_identify`)
-        self._wal = sibling_path(path, "-wal")  # kept, as each commit looks at it
+        self._wal = sibling_path(path, "-wal")  # stored, because each commit checks it
         self._publish = publish
         self._queue: deque[QueuedJob] = deque()
         self._wake = asyncio.Event()
@@ -1768,7 +1768,7 @@ class Store:
             return work.result()
         finally:
             try:
-                while not work.done():  # again and again: an interrupt between two statements has no effect
+                while not work.done():  # repeat: an interrupt between two statements has no effect
                     db._conn.interrupt()
                     await asyncio.wait([work], timeout=0.02)
                 work.exception()  # retrieved, so that asyncio does not log it
@@ -1840,7 +1840,7 @@ class Store:
         return batch
 
     async def _commit(self, batch: list[QueuedJob]) -> list[Result[Any] | Exception]:
-        """Commit the jobs in one transaction or, if that fails, one by one, so that no job suffers from another."""
+        """Commit the jobs in one transaction or, if that fails, one by one, so that one bad job does not fail the others."""
         result = await result_or_exception(self._transact(batch))
         if isinstance(result, list):
             return result
@@ -1875,7 +1875,7 @@ class Store:
             self._require_files()
 
     def _record_write_failure(self, error: sqlite3.OperationalError | StartError) -> None:
-        """Log a write error. After a failed sync nothing may be assumed of the connection, so it is reopened."""
+        """Log a write error. After a failed sync the connection's state is unknown, so it is reopened."""
         if time.monotonic() - self._failure_logged_at > FAILURE_LOG_SECONDS:
             self._failure_logged_at = time.monotonic()
             log.error("writing %s failed: %s", self.path, error)
@@ -1883,7 +1883,7 @@ class Store:
         self._reopen_writer |= getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR
 
     def _time_out_jobs(self, batch: list[QueuedJob]) -> None:
-        """Answer all waiting callers, because the disk takes too long. Their jobs may still be committed."""
+        """Fail all waiting calls with DISK_SLOW. Their jobs may still be committed."""
         self.write_error = self.write_error or f"a commit takes more than {CALL_TIMEOUT:.0f} s"
         for queued in [*batch, *self._queue]:
             if not queued.future.done():
@@ -1922,7 +1922,7 @@ MEMBER_ROWS = """SELECT m.user_id, u.username, m.role,
 TARGET_ROWS = "SELECT t.server_id, m.role, u.name FROM users u LEFT JOIN "
 VALID_CALLER = """ LEFT JOIN members m ON m.server_id = t.server_id AND m.user_id = u.user_id
     WHERE u.user_id = ? AND u.generation = ? AND u.deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)"""
-TARGET_TABLES = {  # field of the arguments -> the table with the target's server; a channel without a server is deleted
+TARGET_TABLES = {  # argument that names the target -> the table with its server; a deleted channel has no server
     "server_id": "servers t ON t.server_id = ?",
     "channel_id": "channels t ON t.channel_id = ?",
     "message_id": "messages x ON x.message_id = ? AND x.deleted = 0 LEFT JOIN channels t ON t.channel_id = x.channel_id",
@@ -1986,7 +1986,7 @@ load_seq: Query[int] = first_value("SELECT seq FROM servers WHERE server_id = ?"
 def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
     """Increment and return the server's sequence number. `part`: "channels", "members" or "name" if that list changes."""
     db.execute(NEXT_SEQ[part], (server_id,))
-    return load_seq(db, server_id)  # not by RETURNING, which adds 4 us to a post
+    return load_seq(db, server_id)  # RETURNING would add 4 us to each post
 
 
 def server_change(part: str, *queries: str) -> Query[int]:
@@ -2097,7 +2097,7 @@ delete_invite_used_by = statement(
 count_rows: Query[tuple[int, int, int]] = row_as(  # users, servers, messages
     lambda *row: row, "SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM servers), (SELECT count(*) FROM messages)"
 )
-# Writes to the disk: two updates that cancel out, because SQLite skips one that changes nothing.
+# Tests that the disk can be written. Two updates that cancel out, because SQLite does not write an update without a change.
 probe_write = statement("UPDATE search SET indexed_id = indexed_id + 1", "UPDATE search SET indexed_id = indexed_id - 1")
 
 
@@ -2115,7 +2115,7 @@ def load_account(db: sqlite3.Connection, username: str) -> tuple[Principal, str 
 
 
 def find_free_username(db: sqlite3.Connection, name: str) -> str:
-    """Return a free username for a display name: `Tim.Meier`, `Tim.Meier2`, ... Needs few look-ups, however many share it."""
+    """Return a free username for a display name: `Tim.Meier`, `Tim.Meier2`, ... Few look-ups, even if many share it."""
     handle = handle_of(name)
 
     def is_free(number: int) -> bool:
@@ -2437,7 +2437,7 @@ def index_rows(db: sqlite3.Connection, rows: Iterable[tuple[int, str, int]]) -> 
 
 
 def unindex(db: sqlite3.Connection, where: str, *values: int) -> bool:
-    """Remove messages from the search index, which needs their old text. Return whether the index had any of them."""
+    """Remove messages from the search index. Call this before their text changes. Return whether any of them was indexed."""
     rows = db.execute(INDEXED_ROWS + where, values).fetchall()
     delete = "INSERT INTO messages_fts (messages_fts, rowid, content, server_id) VALUES ('delete', ?, ?, ?)"
     db.executemany(delete, [(message_id, search_text(content), server_id) for message_id, content, server_id in rows])
@@ -2446,17 +2446,17 @@ def unindex(db: sqlite3.Connection, where: str, *values: int) -> bool:
 
 
 def merge_index(db: sqlite3.Connection) -> Result[bool]:
-    """Merge the search index by one step. Return whether it is merged completely: then no word of a deleted text is in it."""
+    """Merge the search index by one step. Return whether it is fully merged, and so free of deleted text."""
     changes = db.total_changes
     db.execute("INSERT INTO messages_fts (messages_fts, rank) VALUES ('merge', -500)")  # pages
-    merged = db.total_changes - changes < 2  # as SQLite documents it: there was nothing left to merge
+    merged = db.total_changes - changes < 2  # documented by SQLite as the sign that nothing was left to merge
     if merged:
         db.execute("UPDATE search SET stale = 0")
     return Result(merged)
 
 
 def update_message(db: sqlite3.Connection, server_id: int, message: Message, content: str, now: str) -> None:
-    """Replace the text of a message, with its mentions and its place in the search index."""
+    """Replace the text of a message, and update its mentions and the search index."""
     is_indexed = unindex(db, "message_id = ?", message.message_id)
     values = (content, now, next_seq(db, server_id), message.message_id)
     db.execute("UPDATE messages SET content = ?, edited_at = ?, seq = ?, extras = 1 WHERE message_id = ?", values)
@@ -2491,7 +2491,7 @@ def purge_deleted_channel(db: sqlite3.Connection) -> Result[None]:
 
 
 def purge_next_messages(db: sqlite3.Connection) -> Result[None]:
-    """Delete the next messages of the newest purge, newest first, each with the event of a single deletion."""
+    """Delete the next messages of the newest purge, newest first, and emit an event for each."""
     row = db.execute("SELECT purge_id, server_id, author_id, last_id FROM purges ORDER BY purge_id DESC LIMIT 1").fetchone()
     if row is None:
         return Result(None)
@@ -2517,14 +2517,14 @@ def purge_next_messages(db: sqlite3.Connection) -> Result[None]:
 
 def start_purge(db: sqlite3.Connection, server_id: int | None, author_id: int) -> Sequence[Effect]:
     """Delete an author's messages in a server (None: in all servers): the newest now, the others later, in steps. Return the
-    effects of the deletions made now. It takes some milliseconds, so the operation has to be `slow`."""
+    effects of the deletions made now. It takes milliseconds, so the operation must be `slow`."""
     newest = "SELECT ?, ?, coalesce(max(message_id), 0) FROM messages"
     db.execute("INSERT INTO purges (server_id, author_id, last_id) " + newest, (server_id, author_id))
     return purge_next_messages(db).effects
 
 
 def take_messages(rows: Iterable[Sequence[Any]], limit: int, max_bytes: int = MAX_RESULT_BYTES) -> Messages:
-    """Return the first messages of the rows: at most `limit`, and at most `max_bytes` of JSON but at least one."""
+    """Return the first messages of the rows: at most `limit`, and at most `max_bytes` of JSON unless the first is larger."""
     taken = Messages([], False)
     for row in rows:
         message = message_from_row(row)
@@ -2549,7 +2549,7 @@ def load_page_part(db: sqlite3.Connection, channel_id: int, where: str, cursor: 
 
 
 def load_page(db: sqlite3.Connection, args: PageArgs) -> Messages:
-    """Return a page of a channel, oldest first. It costs the same anywhere: an index walk of `limit` steps from the cursor."""
+    """Return a page of a channel, oldest first. The cost, `limit` index steps, does not depend on the cursor."""
     load_part = functools.partial(load_page_part, db, args.channel_id)
     if args.after is not None:
         return load_part(">", args.after, args.limit, MAX_RESULT_BYTES)
@@ -2561,8 +2561,8 @@ def load_page(db: sqlite3.Connection, args: PageArgs) -> Messages:
 
 
 class PageCache(dict[tuple[int | None, ...], tuple[int, Messages]]):
-    """The pages requested last, by arguments, each with its server's `seq`: valid while that is unchanged. Thirty pupils who
-    open a channel request the same page: loading it takes 120 us, a look-up here 5."""
+    """A cache of the most recent pages, by arguments. An entry is valid while its server's `seq` is unchanged. When 30 pupils
+    open a channel, all request the same page: loading it takes 120 us, a look-up here 5 us."""
 
     MAX_PAGES = 256
     MAX_CHARACTERS = 32_768  # of a page: all pages together take at most 64 MiB
@@ -2676,9 +2676,9 @@ def load_channel_messages(db: sqlite3.Connection, channel_id: int) -> Iterator[M
 
 # ---- Presence ------------------------------------------------------------------------------------------------------
 # Users who are connected, typing or in a voice channel: kept in memory only, changed by plain functions that never wait.
-# A user is connected to a server while one of their sockets has joined it. Only invisible users themselves see that they are.
+# A user is connected to a server while one of their sockets has joined it. Invisible users are shown only to themselves.
 
-TYPING_SECONDS = 3.0  # without a new `typing_start`, the user has stopped
+TYPING_SECONDS = 3.0  # a user stops typing after this time without a new `typing_start`
 TYPING_INTERVAL = 1.0  # seconds between two announcements of a user
 
 
@@ -2708,7 +2708,7 @@ class Presence:
 
     def visible(self, server_id: int, viewer: int = 0) -> list[int]:
         """Return the ids of the connected users that `viewer` may see, ascending."""
-        users = list(self._online.get(server_id, ()))  # copied in one step, because reader threads call this too
+        users = list(self._online.get(server_id, ()))  # an atomic copy, because reader threads call this too
         return sorted(user_id for user_id in users if user_id not in self.invisible or user_id == viewer)
 
     def servers(self, user_id: int) -> list[int]:
@@ -2761,7 +2761,7 @@ class Peer(NamedTuple):
 
 
 class VoicePeers(dict[str, Peer]):
-    """The sockets that are in a voice channel, each in one."""
+    """The sockets in voice channels. Each socket is in one channel."""
 
     def in_server(self, server_id: int) -> list[Peer]:
         return [peer for peer in self.values() if peer.server_id == server_id]
@@ -2771,14 +2771,14 @@ class VoicePeers(dict[str, Peer]):
 
 
 # ---- Authentication ------------------------------------------------------------------------------------------------
-# Passwords and tokens. Verifying a password takes 16 MiB and about 50 ms, on threads of its own, whether or not the account
-# exists. A token is a JWT with one algorithm. The Hub looks up in the database whether it is revoked, and caches the result.
+# Passwords and tokens. Verifying a password takes 16 MiB and about 50 ms in a separate thread, even if the account does not
+# exist. A token is a JWT with one algorithm. The Hub looks up in the database whether it is revoked, and caches the result.
 
 ALGORITHM = "HS256"
-# The decoder also accepts other spellings of a token (padding, unused bits at the end). Revocation needs exactly one.
+# Revocation compares digests, so each token must have one spelling. The decoder also accepts padding and unused end bits.
 CANONICAL_TOKEN = re.compile(r"[\w-]+\.[\w-]+\.[\w-]{42}[AEIMQUYcgkosw048]", re.ASCII)
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1
-DUMMY_HASH = f"scrypt${SCRYPT_N}${SCRYPT_R}${SCRYPT_P}${secrets.token_hex(16)}${secrets.token_hex(32)}"  # of no password
+DUMMY_HASH = f"scrypt${SCRYPT_N}${SCRYPT_R}${SCRYPT_P}${secrets.token_hex(16)}${secrets.token_hex(32)}"  # matches nothing
 ISSUER = "chatrtc"  # `iss` and `aud`: another program may sign its own tokens with the same secret
 HASHERS = 2
 HASHING_QUEUE = 256  # jobs that may wait for a hasher
@@ -2793,7 +2793,7 @@ def hash_password(password: str, salt: bytes = b"", n: int = SCRYPT_N, r: int = 
 
 
 def verify_password(password: str, stored: str | None) -> bool:
-    """Return whether the password matches the stored hash. Takes equally long without one (`None`), and returns False."""
+    """Return whether the password matches the stored hash. Without one (`None`), return False after the same time."""
     _, n, r, p, salt, _ = (stored or DUMMY_HASH).split("$")
     made = hash_password(password, bytes.fromhex(salt), int(n), int(r), int(p))
     return secrets.compare_digest(made, stored or DUMMY_HASH) and stored is not None
@@ -2895,13 +2895,13 @@ LIMITS = {
     "signal": Limit(20, 300, "user", "WebRTC signals (`voice:signal`)"),
     "event": Limit(8, 120, "user", "Socket.IO events (a repeated `typing_start` is not counted)"),
     "request": Limit(50, 500, "user", "REST requests"),
-    # 1,000 pupils, each trying one taken name first. In the long run, an address adds at most 3,600 accounts an hour.
+    # Allows for 1,000 pupils, each trying one taken name first. Sustained: 3,600 accounts an hour for an address.
     "register": Limit(1, 2000, "address", "new accounts and guests"),
-    # The typing errors of one person. Guessing one account's password from one address: 7,200 tries a day.
+    # Allows for one person's typing errors. One address has 7,200 guesses a day at one account's password.
     "login": Limit(5 / 60, 5, "account and address", "wrong passwords", True),
-    # Many addresses guessing one account's password together. Addresses that the account signed in from are exempt.
+    # Limits guesses at one account's password from many addresses. Addresses that the account has signed in from are exempt.
     "login_account": Limit(5 / 60, 50, "account", "wrong passwords, from addresses that the account has not used", True),
-    # 1,000 pupils, two thirds of whom mistype. Accounts that have signed in from the address are exempt.
+    # Allows for 1,000 pupils, two thirds of whom mistype. Accounts that have signed in from the address are exempt.
     "login_address": Limit(1, 600, "address", "wrong passwords, for accounts that have not signed in from there", True),
     # A code has 50 bits and needs no lock. This bounds the work that guessing causes, and lets one pupil in four mistype.
     "invite": Limit(1, 100, "address", "unknown invite codes", True),
@@ -2920,8 +2920,8 @@ class Limiter:
         self._tables: dict[str, OrderedDict[object, float]] = {name: OrderedDict() for name in LIMITS}
 
     def _bucket(self, name: str, key: object, now: float) -> tuple[object, float]:
-        """Return the key of the bucket that counts for `key`, and when it is full. A bucket is only removed when it is full,
-        because others may be stopping an attack. While the table has no space, new keys share one bucket."""
+        """Return the key of the bucket that counts for `key`, and when it is full. Only a full bucket is removed,
+        because any other may be limiting an attacker. While the table has no space, new keys share one bucket."""
         table = self._tables[name]
         for _ in range(4 if key not in table and len(table) >= MAX_BUCKETS else 0):
             oldest, full_at = next(iter(table.items()))
@@ -2933,20 +2933,20 @@ class Limiter:
         return bucket, max(now, table.get(bucket, now))
 
     def count(self, name: str, key: object, times: int = 1) -> None:
-        """Count without checking the limit. A negative number refunds."""
+        """Count `times` events without checking the limit. A negative number refunds them."""
         now = time.monotonic()
         bucket, full_at = self._bucket(name, key, now)
         self._tables[name][bucket] = max(now, full_at + times / LIMITS[name].per_second)
 
     def check(self, name: str, key: object) -> None:
-        """Raise RATE_LIMITED if one more would exceed the limit."""
+        """Raise RATE_LIMITED if one more event would exceed the limit."""
         limit, now = LIMITS[name], time.monotonic()
         available = limit.burst - (self._bucket(name, key, now)[1] - now) * limit.per_second
         if available < 1 and self._enabled:
             raise chat_error("TOO_OFTEN", retry_after=(1 - available) / limit.per_second)
 
     def charge(self, name: str, key: object) -> None:
-        """Count one. Raises RATE_LIMITED if it exceeds the limit."""
+        """Count one event. Raises RATE_LIMITED if it exceeds the limit."""
         if self._enabled:
             self.check(name, key)
             self.count(name, key)
@@ -3010,7 +3010,7 @@ class RateLimitedLog:
             log.warning("%s: %s (1)", subject, what, exc_info=error)
 
     def flush(self, now: bool = False) -> None:
-        """Write the counts if a minute has passed, or `now`. Forget the subjects without any."""
+        """Write the counts if a minute has passed or `now` is true, and remove subjects without new events."""
         if time.monotonic() - self._since < 60 and not now:
             return
         self._since = time.monotonic()
@@ -3098,7 +3098,7 @@ def resolve_target(ctx: OperationContext, args: Args) -> bool:
     if found is None:
         raise chat_error("TOKEN_INVALID")
     ctx.server_id, ctx.role = found[0] or 0, found[1]
-    if found[2] != ctx.user.name:  # changed since the token was cached
+    if found[2] != ctx.user.name:  # the name changed after the token was cached
         ctx.user = ctx.user._replace(name=found[2])
     if key == "message_id":
         ctx.message = load_message(ctx.db, target) or NO_MESSAGE
@@ -3139,7 +3139,7 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
             raise chat_error("ROLE_TOO_LOW", who=access.value)
         ctx.target_role, may_have_left = load_role(ctx.db, ctx.server_id, user_id), access is Access.OUTRANKS
         if ctx.target_role is None and not (may_have_left and is_former_member(ctx.db, ctx.server_id, user_id)):
-            raise chat_error("NO_USER" if may_have_left else "NO_MEMBER")  # also for an account that exists elsewhere
+            raise chat_error("NO_USER" if may_have_left else "NO_MEMBER")  # even if an account with this id exists
         if is_self and ctx.role != "owner":
             return
     if not is_permitted(access, ctx):
@@ -3149,7 +3149,7 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     if access is Access.OUTRANKS_GUEST:
         if not load_profile(ctx.db, user_id).guest:
             raise chat_error("NOT_A_GUEST")
-        if is_out_of_reach(ctx.db, user_id, ctx.user.user_id):  # the code would open servers where the caller has no say
+        if is_out_of_reach(ctx.db, user_id, ctx.user.user_id):  # a sign-in code opens all the guest's servers
             raise chat_error("LINK_ELSEWHERE")
 
 
