@@ -3156,7 +3156,7 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
 # ---- Operations ----------------------------------------------------------------------------------------------------
 # What clients can do, in the order a user meets it. An operation is declared once: its route, its event, its access and the
 # events that it emits. Its signature has the types of its arguments and its result, its docstring is its public description.
-# REST, Socket.IO, OpenAPI, docs and tests follow from that. Each function here runs in one transaction; it knows no sockets.
+# REST, Socket.IO, OpenAPI, docs and tests follow from that. Each function here runs in one transaction, without sockets.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -3228,7 +3228,7 @@ def member_event(db: sqlite3.Connection, event: str, server_id: int, user_id: in
 
 
 def update_in_servers(db: sqlite3.Connection, user_id: int) -> list[Effect]:
-    """Give a change of the account a sequence number in each of its servers, and return the events."""
+    """Give an account change a sequence number in each of the account's servers, and return the events."""
     servers = load_server_ids(db, user_id)
     return [member_event(db, "member:updated", one, user_id, next_seq(db, one, "members")) for one in servers]
 
@@ -3726,7 +3726,7 @@ CLOSE_TYPES = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.E
 
 
 class Flusher:
-    """Flushes the connections that have something to send, each once per round. At rest a round starts at once. After a round
+    """Flushes the connections that have something to send, each once per round. If idle, a round starts at once. After a round
     of d seconds comes a pause of d (at most 50 ms), so fan-out leaves half of the loop to others, and under load many frames
     share one system call."""
 
@@ -3756,7 +3756,7 @@ class Flusher:
 
 
 class RoomBuffer:
-    """Events for a room whose clients are sent nothing else in between: stored once and joined once for all of them. An event
+    """Consecutive events for a room, with no other packets in between: stored once and joined once for all of them. An event
     costs its room one append, and a client one write per round. 64 messages to 1,000 clients took 26 ms when they were appended
     to a list for each client, and take 0.3 ms."""
 
@@ -3973,7 +3973,7 @@ class Session(asyncio.Transport):
             self._set_timer(self.loop.time() + self.engine.options.ping_interval)
 
     def is_overdue(self) -> bool:
-        """Return whether the time for the pong is over, though the timer has not run yet."""
+        """Return whether the pong is overdue, even if the timer has not run yet."""
         return self.pinged and 0 <= self.loop.time() - self.due < 1.0
 
     # Receiving
@@ -4293,7 +4293,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             oldest.end(REASON.SERVER_DISCONNECT, final_packet=None)
 
     def mark_authenticated(self, sid: str) -> None:
-        """Count the session as signed in from now on, or as ended."""
+        """Stop counting the session as anonymous, because it has signed in or ended."""
         if (session := self.anonymous.pop(sid, None)) is not None:
             count_down(self.anonymous_at, session.address)
 
@@ -4873,7 +4873,7 @@ class Caller(NamedTuple):
         return self.source
 
     def has_gone(self) -> bool:
-        """Return whether nobody waits for the result any more."""
+        """Return whether the client has disconnected, so that the result is not needed."""
         if isinstance(self.source, Connection):
             return self.source.closed
         return self.source is not None and not is_connected(self.source)
@@ -4921,7 +4921,7 @@ class Hub:
         return self.store.read_inline(self.authorized(Access.MEMBER, caller.user, args, query))
 
     async def query_slow(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
-        """Do the same for a query that may take seconds, in the caller's turn."""
+        """Like `query`, for a query that may take seconds; it waits for the caller's turn."""
         return await self.read_slow(caller, self.authorized(Access.MEMBER, caller.user, args, query))
 
     async def read_slow(self, caller: Caller, job: Query[R]) -> R:
@@ -5056,7 +5056,7 @@ class Hub:
         payload = StatusChanged(user_id, username, after, name=name)
         if after == "invisible":
             for connection in self.connections_of(user_id):
-                self.stop_all_typing(connection)  # as long as others can see it
+                self.stop_all_typing(connection)  # while others can still see it
             self.presence.invisible.add(user_id)
             self.emit("user:status", user_id, payload, room="user")
         else:
@@ -5077,7 +5077,7 @@ class Hub:
         return connection
 
     def bind_principal(self, connection: Connection, user: Principal) -> None:
-        """Make the socket this user's until the token expires. Raises UNAVAILABLE, CONFLICT, RATE_LIMITED."""
+        """Assign the socket to the user until the token expires. Raises UNAVAILABLE, CONFLICT, RATE_LIMITED."""
         if connection.closed:
             raise chat_error("CLOSING")
         if connection.user.user_id not in (NOBODY.user_id, user.user_id):
@@ -5492,7 +5492,7 @@ async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[Non
 
 BODY_MAX = 256 * 1024
 BODY_SECONDS = 10
-LOGGED = {"ban", "unban", "set_role", "change_password", "delete_server"}  # operations that write a line to the log
+LOGGED = {"ban", "unban", "set_role", "change_password", "delete_server"}  # operations that are logged
 
 
 async def result_or_error(work: Awaitable[T]) -> T | ChatError:
