@@ -1282,7 +1282,7 @@ def as_start_error(path: Path) -> Iterator[None]:
 
 
 def open_private(path: Path, flags: int) -> int:
-    """Open a file that only its owner may access. Raises StartError if it is not a regular file but, say, a planted link."""
+    """Open a file that only its owner may access. Raises StartError if it is not a regular file, such as a symbolic link."""
     with as_start_error(path):
         try:
             file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
