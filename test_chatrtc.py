@@ -7622,7 +7622,9 @@ async def test_acknowledged_posts_survive_a_power_cut(launch: Launch, tmp_path: 
     database = disk.folder / "chat.db"
     process = await launch(database, env=disk.env)
     writers = await start_writers(process)
-    for number in range(tries):
+    for number in range(4 * tries):
+        if number >= tries and dropped:
+            break  # by chance, a few cuts can find everything synced: then more are needed
         await write_and_kill(process, writers, dice.uniform(0, 0.3))
         dropped += disk.lose_power(dice)
         if number % 10 == 0:
@@ -7634,7 +7636,7 @@ async def test_acknowledged_posts_survive_a_power_cut(launch: Launch, tmp_path: 
     await writers.settle(world)
     await writers.check(world)
     assert await process.stop() == (0, "")
-    assert dropped or not SOAK, "everything was synced before each cut, so the cuts show nothing"
+    assert dropped, "everything was synced before each cut, so the cuts show nothing"
     print(f"{tries} cuts, {len(writers.answered)} answered, {dropped} writes undone, start at most {max(starts):.2f} s")
     assert max(starts) < bound(2)
 
