@@ -101,6 +101,9 @@ log = logging.getLogger("chatrtc")
 SECRET_BYTES = 32  # minimum length of the key that signs tokens
 
 
+ProcessName = Annotated[str, Meta(pattern="^[A-Za-z0-9]{1,32}$")]
+
+
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on; 0 picks a free one and prints it.")] = 3000
@@ -130,6 +133,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(description="Proxy whose X-Forwarded headers are trusted: address, network or 'unix' (repeatable)."),
     ] = ()
     disk_reserve: Annotated[int, Meta(ge=0, le=10**9, description="Free disk space in MiB below which writes fail.")] = 256
+    redis: Annotated[
+        str | None, Meta(description="Share the database with other servers, using Redis at this URL: redis://HOST:PORT.")
+    ] = None
+    process: Annotated[ProcessName | None, Meta(description="Name of this process, with --redis (default: generated).")] = None
     voice_max: Annotated[int, Meta(ge=2, le=1000, description="Maximum number of people in a voice channel.")] = 12
     no_rate_limit: Annotated[bool, Meta(description="Turn off all rate and size limits, for benchmarks.")] = False
 
@@ -4900,6 +4907,7 @@ class Hub:
         self.connections: dict[str, Connection] = {}
         self.listeners: dict[str, list[PacketQueue]] = {}
         self.listening = False
+        self.foreign = False  # whether what is applied now happened in another process
         self.erase_after = 0.0  # see `erase_texts`
         self._own_marks: dict[int, MarkOwnPost] = {}  # channel -> a read mark to emit soon
         self._token_cache: dict[str, Principal] = {}  # valid token -> its user
@@ -4962,10 +4970,19 @@ class Hub:
         for effect in effects:
             self._effect_handlers[type(effect)](*effect)
 
+    @contextlib.contextmanager
+    def as_foreign(self) -> Iterator[None]:
+        """Apply in the body what happened in another process: that process calls the program's listeners."""
+        self.foreign = True
+        try:
+            yield
+        finally:
+            self.foreign = False
+
     def emit(self, event: str, to: int, payload: Payload, *, room: str = "", skip_sid: str | None = None) -> None:
         """Send an event to its room, and to the program's own listeners."""
         self.sio.publish(event, payload, f"{room or EVENTS[event].room}:{to}", skip_sid)
-        for queue in self.listeners.get(event, ()) if self.listening else ():
+        for queue in self.listeners.get(event, ()) if self.listening and not self.foreign else ():
             if queue.is_full():
                 self.sio.eio.client_log.record(f"A listener of {event} is too slow", "event dropped")
             queue.put(payload)
