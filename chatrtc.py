@@ -160,7 +160,7 @@ ERRORS: dict[str, tuple[int, str]] = {  # code -> HTTP status and text
     "INTERNAL_ERROR": (500, "Internal server error; it has been logged"),
     "UNAVAILABLE": (503, "The server cannot do this at the moment; nothing was changed"),
 }
-REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is finer than a code, and translated by the page
+REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is more specific, and the page translates it
     "FIELD_MISSING": ("BAD_REQUEST", "{what} is missing"),
     "FIELD_UNKNOWN": ("BAD_REQUEST", "Unknown field: {what}"),
     "FIELD_TWICE": ("BAD_REQUEST", "{what} is given twice"),
@@ -372,9 +372,9 @@ NOT_IN_URL = (
     r"\u3000-\u3003\u3008-\u301f\ufeff\uff01\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f\uff3b\uff3d\uff5b-\uff65"
 )
 URL_PART = re.compile(rf"[()[\]{{}}]|[^{NOT_IN_URL}()[\]{{}}]+")
-RUN = re.compile(r"[^\s!-,/:-@\[-^`{-~]{2,100}")
+AFTER_AT = re.compile(r"[^\s!-,/:-@\[-^`{-~]{2,100}")
 LABEL = r"\[(?=(?P<label>[^\[\]\n]{1,300})\]\((?P<scheme>https?://|mailto:))"
-TOKEN = re.compile(rf"\\[\\`@\[]|`+|@|https?://|www\.|{LABEL}", re.IGNORECASE | re.ASCII)
+MENTION_SYNTAX = re.compile(rf"\\[\\`@\[]|`+|@|https?://|www\.|{LABEL}", re.IGNORECASE | re.ASCII)
 TICKS, ESCAPED_TICKS = re.compile(r"`+"), re.compile(r"\\[\\`]|`+")
 QUOTED = re.compile(r" {0,3}>(?:[ \t]|$)")
 
@@ -391,9 +391,9 @@ def char_kind(char: str) -> str:
     return "free" if UNSPACED_CHAR.match(char) else "hangul" if HANGUL_CHAR.match(char) else "word"
 
 
-def handle_keys(run: str) -> list[str]:
-    """Return the handles that may be meant at the beginning of the text after an `@`, as name keys, shortest first."""
-    folded = name_key(run)[:33]
+def handle_keys(text: str) -> list[str]:
+    """Return every handle that the text after an `@` may begin with, as name keys, shortest first."""
+    folded = name_key(text)[:33]
     kinds = [*map(char_kind, folded), ""]
     ends = range(2, min(kinds.index(""), 32) + 1)
     return [folded[:end] for end in ends if kinds[end] != "word" or kinds[end - 1] in ("free", "hangul")]
@@ -432,12 +432,16 @@ def plain_url_end(text: str, start: int, at: int) -> int:
 def at_signs(text: str) -> Iterator[str]:
     """Yield the text after each `@` that may begin a mention, in a text without code blocks."""
     at, unclosed = 0, set[int]()
-    while found := TOKEN.search(text, at):
+    while found := MENTION_SYNTAX.search(text, at):
         start, at = found.span()
         if text[start] == "@":
             before = text[start - 1 : start]
-            if char_kind(before) not in ("word", "hangul") and before not in (".", "-", "/") and (run := RUN.match(text, at)):
-                yield run[0]
+            if (
+                char_kind(before) not in ("word", "hangul")
+                and before not in (".", "-", "/")
+                and (found := AFTER_AT.match(text, at))
+            ):
+                yield found[0]
         elif text[start] == "`":
             at = closing_ticks(text, at, at - start, unclosed) or at
         elif text[start] not in "\\[":
@@ -489,15 +493,15 @@ def text_lines(lines: list[str], depth: int = 0) -> Iterator[str]:
         yield line
 
 
-def mention_runs(content: str) -> list[list[str]]:
-    """Return the possible handles (see `handle_keys`) of each `@` that may begin a mention. Duplicates are dropped."""
+def possible_mentions(content: str) -> list[list[str]]:
+    """Return, for each `@` that may begin a mention, the handles that it may mean (see `handle_keys`), without duplicates."""
     lines = text_lines(content.split("\n")) if "`" in content else [content]
     texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line))
-    runs: list[list[str]] = []
+    mentions: list[list[str]] = []
     for text in itertools.islice(texts, MAX_MENTIONS):
-        if sum(map(len, runs)) < MAX_MENTION_KEYS:
-            runs.append(handle_keys(text))
-    return runs
+        if sum(map(len, mentions)) < MAX_MENTION_KEYS:
+            mentions.append(handle_keys(text))
+    return mentions
 
 
 def shorten(name: str, length: int) -> str:
@@ -525,7 +529,7 @@ def numbered(handle: str, number: int) -> str:
 
 
 def clean_code(code: str) -> str:
-    """Return the stored form of an invite or sign-in code. Case and the dash are optional. Other (old) codes are unchanged."""
+    """Return the stored form of an invite or sign-in code: upper case, with a dash. Codes of older versions are unchanged."""
     code = code.strip()
     halves = re.fullmatch(f"([{CODE_LETTERS}]{{5}})[- ]?([{CODE_LETTERS}]{{5}})", code.upper()) if code.isascii() else None
     return f"{halves[1]}-{halves[2]}" if halves else code
@@ -1570,13 +1574,13 @@ SLOW_READERS = 3
 SLOW_READS_PER_USER = 2  # at a time; fewer than there are readers, so that one user cannot occupy them all
 MAX_QUEUED_SLOW_READS = 64  # per user: a page that reconnects reads all its servers at once
 SLOW_READ_SECONDS = 4.0  # time limit of a slow read
-TURN_SECONDS = 3.5  # time limit of waiting for a reader; the two add up to less than CALL_TIMEOUT
+READER_WAIT_SECONDS = 3.5  # time limit of the wait for a free reader; the two add up to less than CALL_TIMEOUT
 POLL_SECONDS = 0.1  # how often a slow read checks whether its caller is still waiting
-MAX_BATCH_JOBS = 256  # in one transaction
+MAX_BATCH_JOBS = 256  # jobs in one transaction
 MAX_QUEUED_JOBS = 20_000
 CHECKPOINT_IDLE_SECONDS = 0.3  # maintenance runs after this time without writes
-DISK_CHECK_SECONDS = 1.0  # between two checks of the free disk space
-FAILURE_LOG_SECONDS = 60  # between two log lines about writes that fail
+DISK_CHECK_SECONDS = 1.0  # time between two checks of the free disk space
+FAILURE_LOG_SECONDS = 60  # time between two log lines about failed writes
 CALL_TIMEOUT = 8.0  # seconds for any call; shorter than the ping timeout
 
 R = TypeVar("R")
@@ -1761,9 +1765,9 @@ class Store:
         return await on_thread(self._readers[0], in_snapshot, query, *args)
 
     async def read_slow(self, user: object, gone: Callable[[], bool], query: Query[R], *args: Any) -> R:
-        """Run a slow query in turn with other users, up to its time limit or until the caller is `gone`. Raises ChatError."""
+        """Run a slow query; users take turns. It fails at its time limit or once `gone()` is true. Raises ChatError."""
         try:
-            async with asyncio.timeout(TURN_SECONDS) as timer, self._turns.turn(user):
+            async with asyncio.timeout(READER_WAIT_SECONDS) as timer, self._turns.turn(user):
                 timer.reschedule(None)
                 return await self._run_slow(gone, query, *args)
         except TimeoutError:
@@ -1948,10 +1952,10 @@ NEXT_SEQ = {
     "members": "UPDATE servers SET seq = seq + 1, members_seq = seq + 1 WHERE server_id = ?",
     "name": "UPDATE servers SET seq = seq + 1, name_seq = seq + 1 WHERE server_id = ?",
 }
-MAX_OWNED_SERVERS = 100  # of an account
-MAX_CHANNELS = 500  # in a server
-MAX_INVITES = 200  # in a server
-MAX_KNOWN_ADDRESSES = 20  # of an account
+MAX_OWNED_SERVERS = 100  # per account
+MAX_CHANNELS = 500  # per server
+MAX_INVITES = 200  # per server
+MAX_KNOWN_ADDRESSES = 20  # per account
 GUESTS_PER_STEP = 50  # guests removed in one transaction
 
 
@@ -2067,11 +2071,11 @@ is_former_member: Query[int | None] = first_value(
 load_next_owner: Query[int | None] = first_value(
     "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1"
 )
-# 1 if a user (?1) is a member of a server from which another user (?2) could not remove them.
-is_out_of_reach: Query[int | None] = first_value(
-    """SELECT 1 FROM members t WHERE t.user_id = ?1 AND NOT EXISTS (
-           SELECT 1 FROM members m WHERE m.server_id = t.server_id AND m.user_id = ?2
-           AND (m.role = 'owner' OR (m.role = 'admin' AND t.role = 'member')))"""
+# 1 if a user (?1) has a higher role than another user (?2) in each of the other user's servers, else 0.
+outranks_everywhere: Query[int] = first_value(
+    """SELECT NOT EXISTS (SELECT 1 FROM members t WHERE t.user_id = ?2 AND NOT EXISTS (
+           SELECT 1 FROM members m WHERE m.server_id = t.server_id AND m.user_id = ?1
+           AND (m.role = 'owner' OR (m.role = 'admin' AND t.role = 'member'))))"""
 )
 # The guests of a server (?1) whose role is lower than ?2, by id, at most ?3.
 load_guests_below = rows_as(
@@ -2220,13 +2224,13 @@ def insert_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Ro
     return next_seq(db, server_id, "members")
 
 
-def insert_link(db: sqlite3.Connection, user_id: int, code: str, expires: float) -> None:
+def insert_sign_in_code(db: sqlite3.Connection, user_id: int, code: str, expires: float) -> None:
     """Insert a sign-in code for a guest. It replaces an earlier one."""
     db.execute("DELETE FROM links WHERE user_id = ?", (user_id,))
     db.execute("INSERT INTO links VALUES (?, ?, ?)", (hashlib.sha256(code.encode()).digest(), user_id, expires))
 
 
-def load_link_guest(db: sqlite3.Connection, code: str, now: float) -> Principal:
+def load_guest_by_code(db: sqlite3.Connection, code: str, now: float) -> Principal:
     """Return the guest of a valid sign-in code. Raises NOT_FOUND."""
     valid = """JOIN links l ON u.user_id = l.user_id
                WHERE l.digest = ? AND l.expires_at > ? AND u.password IS NULL AND u.deleted = 0"""
@@ -2236,9 +2240,9 @@ def load_link_guest(db: sqlite3.Connection, code: str, now: float) -> Principal:
     return Principal(*row[:5])
 
 
-def delete_link(db: sqlite3.Connection, code: str, now: float) -> Principal:
+def delete_sign_in_code(db: sqlite3.Connection, code: str, now: float) -> Principal:
     """Delete a valid sign-in code and return its guest. Raises NOT_FOUND."""
-    guest = load_link_guest(db, code, now)
+    guest = load_guest_by_code(db, code, now)
     db.execute("DELETE FROM links WHERE user_id = ?", (guest.user_id,))
     return guest
 
@@ -2350,7 +2354,7 @@ VARIATION = "\ufe0f"  # selects the coloured form of an emoji; a reaction is the
 MAX_REACTIONS = 50  # different emojis on one message
 INDEX_STEP = 500  # messages indexed, or deleted with their channel, in one transaction
 PURGE_STEP = 200  # messages of one author deleted in one transaction
-PURGE_SCAN_STEP = 5000  # messages examined to find them
+PURGE_SCAN_STEP = 5000  # messages examined in one transaction to find them
 
 
 # Gives a message (?2) the server's (?1) next sequence number, because its reactions changed.
@@ -2410,18 +2414,18 @@ def load_message_by_nonce(db: sqlite3.Connection, author_id: int, channel_id: in
 def load_mentions(db: sqlite3.Connection, server_id: int, author_id: int, content: str, reply_to: int | None) -> list[int]:
     """Return the ids of the members whom a message mentions: by `@handle` (for each `@`, the longest handle that matches), and
     the author of the message that it replies to, unless that is its own author. At most `MAX_MENTIONS`, ascending."""
-    answered, runs = [], mention_runs(content) if "@" in content else []
+    answered, mentioned = [], possible_mentions(content) if "@" in content else []
     if reply_to is not None:
         answered = load_answered_author(db, server_id, reply_to, author_id)
-    if not any(runs):
+    if not any(mentioned):
         return answered
     rows = db.execute(
         """SELECT u.username_key, m.user_id FROM json_each(?) k CROSS JOIN users u ON u.username_key = k.value
            CROSS JOIN members m ON m.server_id = ? AND m.user_id = u.user_id""",
-        (json.dumps(list({key for keys in runs for key in keys})), server_id),
+        (json.dumps(list({key for keys in mentioned for key in keys})), server_id),
     )
     members: dict[str, int] = dict(rows.fetchall())
-    longest = {next((members[key] for key in reversed(keys) if key in members), 0) for keys in runs} - {0}
+    longest = {next((members[key] for key in reversed(keys) if key in members), 0) for keys in mentioned} - {0}
     return sorted(list(dict.fromkeys(answered + sorted(longest)))[:MAX_MENTIONS])
 
 
@@ -2577,7 +2581,7 @@ class PageCache(dict[tuple[int | None, ...], tuple[int, Messages]]):
     open a channel, all request the same page: loading it takes 120 us, a look-up here 5 us."""
 
     MAX_PAGES = 256
-    MAX_CHARACTERS = 32_768  # of a page: all pages together take at most 64 MiB
+    MAX_CHARACTERS = 32_768  # in a cached page, so that all pages together take at most 64 MiB
 
     def load(self, db: sqlite3.Connection, server_id: int, args: PageArgs) -> Messages:
         key, seq = msgspec.structs.astuple(args), load_seq(db, server_id)
@@ -2691,7 +2695,7 @@ def load_channel_messages(db: sqlite3.Connection, channel_id: int) -> Iterator[M
 # A user is connected to a server while one of their sockets has joined it. Invisible users are shown only to themselves.
 
 TYPING_SECONDS = 3.0  # a user stops typing after this time without a new `typing_start`
-TYPING_INTERVAL = 1.0  # seconds between two announcements of a user
+TYPING_INTERVAL = 1.0  # time between two `user:typing` events of a user
 
 
 class Presence:
@@ -2795,7 +2799,7 @@ ISSUER = "chatrtc"  # `iss` and `aud`: another program may sign its own tokens w
 HASHERS = 2
 HASHING_QUEUE = 256  # jobs that may wait for a hasher
 HASHING_QUEUE_PER_ADDRESS = 64  # about 2 seconds of work
-ADDRESS_SECONDS = 86400  # between two records of the same known address
+ADDRESS_SECONDS = 86400  # time between two records of the same known address
 
 
 def hash_password(password: str, salt: bytes = b"", n: int = SCRYPT_N, r: int = SCRYPT_R, p: int = SCRYPT_P) -> str:
@@ -2903,20 +2907,20 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "post": Limit(10, 20, "user", "messages, edits and reactions"),
+    "post": Limit(10, 20, "user", "messages, edits, reactions, bans, profile changes, and new servers, channels and invites"),
     "signal": Limit(20, 300, "user", "WebRTC signals (`voice:signal`)"),
-    "event": Limit(8, 120, "user", "Socket.IO events (a repeated `typing_start` is not counted)"),
-    "request": Limit(50, 500, "user", "REST requests"),
+    "event": Limit(8, 120, "user", "Socket.IO events, except `voice:signal`, and except typing events of a user who is typing"),
+    "request": Limit(50, 500, "user", "REST requests with a token"),
     # Allows for 1,000 pupils, each trying one taken name first. Sustained: 3,600 accounts an hour for an address.
-    "register": Limit(1, 2000, "address", "new accounts and guests"),
+    "register": Limit(1, 2000, "address", "new accounts, with or without a password"),
     # Allows for one person's typing errors. One address has 7,200 guesses a day at one account's password.
     "login": Limit(5 / 60, 5, "account and address", "wrong passwords", True),
     # Limits guesses at one account's password from many addresses. Addresses that the account has signed in from are exempt.
-    "login_account": Limit(5 / 60, 50, "account", "wrong passwords, from addresses that the account has not used", True),
+    "login_account": Limit(5 / 60, 50, "account", "wrong passwords from addresses where the account has never signed in", True),
     # Allows for 1,000 pupils, two thirds of whom mistype. Accounts that have signed in from the address are exempt.
-    "login_address": Limit(1, 600, "address", "wrong passwords, for accounts that have not signed in from there", True),
-    # A code has 50 bits and needs no lock. This bounds the work that guessing causes, and lets one pupil in four mistype.
-    "invite": Limit(1, 100, "address", "unknown invite codes", True),
+    "login_address": Limit(1, 600, "address", "wrong passwords for accounts that have never signed in there", True),
+    # Codes have 50 bits, too many to guess. This bounds the work that guessing causes, and lets one pupil in four mistype.
+    "invite": Limit(1, 100, "address", "unknown invite codes and sign-in codes", True),
 }
 SOCKETS_PER_USER = 20
 MAX_BUCKETS = 20_000  # of each limit: about 4 MiB
@@ -2932,7 +2936,7 @@ class Limiter:
         self._tables: dict[str, OrderedDict[object, float]] = {name: OrderedDict() for name in LIMITS}
 
     def _bucket(self, name: str, key: object, now: float) -> tuple[object, float]:
-        """Return the key of the bucket that counts for `key`, and when it is full. Only a full bucket is removed,
+        """Return the key of the bucket that counts for `key`, and when it is full again. Only a full bucket is removed,
         because any other may be limiting an attacker. While the table has no space, new keys share one bucket."""
         table = self._tables[name]
         for _ in range(4 if key not in table and len(table) >= MAX_BUCKETS else 0):
@@ -3066,18 +3070,18 @@ class OperationContext:
 
 
 class Access(enum.Enum):
-    """Who may call an operation. The value completes "Who may: ..." and "Only ... may do this"."""
+    """Who may call an operation. The value completes "Allowed for: ..." and "Only ... may do this"."""
 
     ANYONE = "anyone, no token needed"
     USER = "any signed-in user"
     CREATOR = "signed-in users, as `--create-servers` allows"
     MEMBER = "members"
     ADMIN = "admins and the owner"
-    INVITER = "admins and the owner; with `--registration invite` no guests, unless guests can create servers"
+    INVITER = "admins and the owner (with `--registration invite`, guests only if `--create-servers everyone` is set)"
     OWNER = "the owner"
     AUTHOR = "the message's author"
     AUTHOR_OR_ADMIN = "the message's author, admins and the owner"
-    SELF_OR_OUTRANKS = "the member themselves (unless they are the owner), and admins or the owner for lower roles"
+    SELF_OR_OUTRANKS = "the member (except the owner), or an admin or owner of a higher role"
     OUTRANKS = "admins and the owner, for members of a lower role and former members"
     OUTRANKS_GUEST = "admins and the owner, for guests of a lower role"
 
@@ -3161,7 +3165,7 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     if access is Access.OUTRANKS_GUEST:
         if not load_profile(ctx.db, user_id).guest:
             raise chat_error("NOT_A_GUEST")
-        if is_out_of_reach(ctx.db, user_id, ctx.user.user_id):  # a sign-in code opens all the guest's servers
+        if not outranks_everywhere(ctx.db, ctx.user.user_id, user_id):  # a sign-in code opens all the guest's servers
             raise chat_error("LINK_ELSEWHERE")
 
 
@@ -3184,11 +3188,11 @@ class Operation:
     result: Any
     emits: Sequence[str] = ()
     status: int  # of an HTTP response: 200, or 204 without a result, unless declared
-    replay_status: int  # if the call had been made before
-    limit: str | None = None  # in addition to the limit of all requests or events; "itself": only what the operation charges
+    replay_status: int  # of an HTTP response that replays an earlier call
+    limit: str | None = None  # in addition to "request" or "event"; "itself": the operation charges all its limits
     acks: bool = True  # whether the ack contains the result
     slow: bool = False  # whether it may take longer than a few index look-ups
-    frees: bool  # whether a nearly full disk allows it: by default, if it is a DELETE
+    frees_space: bool  # whether it is allowed while the disk is nearly full; by default, if its method is DELETE
     summary: str
 
     @property
@@ -3197,7 +3201,7 @@ class Operation:
         return self.method in ("POST", "PUT", "PATCH")
 
 
-LINK_SECONDS = 900  # lifetime of a sign-in code
+SIGN_IN_CODE_SECONDS = 900  # lifetime of a sign-in code
 STATUS_EVENTS = ["user:status", "user:connected", "user:disconnected"]
 OPERATIONS: dict[str, Operation] = {}
 Run = TypeVar("Run", bound=Callable[..., Any])
@@ -3211,7 +3215,7 @@ def operation(kind: Literal["write", "read", "async"], http: str | None, access:
         hints, name, summary = typing.get_type_hints(run), run.__name__, inspect.getdoc(run) or ""
         (result,) = typing.get_args(hints["return"])
         status = more.get("status", 204 if result is type(None) else 200)
-        fields = {"status": status, "replay_status": status, "frees": method == "DELETE", "args": hints["args"]} | more
+        fields = {"status": status, "replay_status": status, "frees_space": method == "DELETE", "args": hints["args"]} | more
         OPERATIONS[name] = Operation(
             name=name, run=run, kind=kind, method=method, path=path, access=access, result=result, summary=summary, **fields
         )
@@ -3267,7 +3271,7 @@ def set_status(ctx: OperationContext, args: StatusArgs) -> Result[Profile]:
     return update_profile(ctx, EditProfile(status=args.status))
 
 
-@write("POST /auth/logout", Access.USER, frees=True)
+@write("POST /auth/logout", Access.USER, frees_space=True)
 def logout(ctx: OperationContext, args: NoArgs) -> Result[None]:
     """Revoke the token of this request and disconnect its sockets."""
     if not ctx.user.digest:
@@ -3355,9 +3359,9 @@ def remove_member(ctx: OperationContext, args: MemberArgs) -> Result[None]:
 
 @write("POST /servers/{server_id}/members/{user_id}/link", Access.OUTRANKS_GUEST, status=201, limit="post")
 def create_link(ctx: OperationContext, args: MemberArgs) -> Result[Link]:
-    """Create a code with which a guest can sign in again, once, within 15 minutes."""
-    code, expires = new_code(), ctx.clock + LINK_SECONDS
-    insert_link(ctx.db, args.user_id, code, expires)
+    """Create a single-use code with which a guest can sign in again; it expires after 15 minutes."""
+    code, expires = new_code(), ctx.clock + SIGN_IN_CODE_SECONDS
+    insert_sign_in_code(ctx.db, args.user_id, code, expires)
     return Result(Link(code, utc(expires)))
 
 
@@ -3370,7 +3374,7 @@ def list_bans(ctx: OperationContext, args: BansArgs) -> Result[Bans]:
 
 @write(
     "PUT /servers/{server_id}/bans/{user_id}", Access.OUTRANKS, emits=["member:left", "message:deleted"],
-    limit="post", slow=True, frees=True,
+    limit="post", slow=True, frees_space=True,
 )  # fmt: skip
 def ban(ctx: OperationContext, args: BanArgs) -> Result[None]:
     """Ban a member or former member; optionally delete their messages, and the invite they used."""
@@ -3517,14 +3521,7 @@ def get_message(ctx: OperationContext, args: MessageArgs) -> Result[Message]:
     return Result(ctx.message)
 
 
-@operation(
-    "write",
-    "PATCH /messages/{message_id}",
-    Access.AUTHOR,
-    event="message:edit",
-    emits=["message:edit", "mention"],
-    limit="post",
-)
+@write("PATCH /messages/{message_id}", Access.AUTHOR, event="message:edit", emits=["message:edit", "mention"], limit="post")
 def edit_message(ctx: OperationContext, args: EditMessage) -> Result[Message]:
     """Change the text of a message."""
     update_message(ctx.db, ctx.server_id, ctx.message, args.content, ctx.now)
@@ -3606,28 +3603,28 @@ def list_changes(ctx: OperationContext, args: ChangesArgs) -> Result[Changes]:
 
 
 # ---- Engine.IO sessions --------------------------------------------------------------------------------------------
-# Engine.IO 4 for one client: bounded memory, bounded waiting, a clean close, and cheap fan-out. It knows nothing of chat. Only
-# here is the code clever, because that was measured (1,000 WebSocket clients of one room, 380-byte frames, one core). For each
-# client and message, the library's own delivery takes 56 to 61 us of CPU time; a frame that is encoded once and written at once
-# takes 9 to 11, and frames that are joined into one write take 0.4 to 1.6.
+# Engine.IO 4 for one client. Memory and waiting times are bounded. Nothing here depends on the chat. Delivery to a room is
+# optimized, because it limits the whole server. Measured per client and message (1,000 WebSocket clients in one room, 380-byte
+# frames, one core), the library's own delivery takes 56 to 61 us of CPU time; a frame that is encoded once for all clients and
+# written at once takes 9 to 11 us, and frames that are joined into one write take 0.4 to 1.6 us.
 
-BACKLOG_BYTES = 1 << 20  # that may wait for one client; above this it is disconnected
-BACKLOG_PACKETS = 1000
-POLL_PACKETS = 16  # in one poll response; the Python client does not accept more
-ROOM_BUFFER_BYTES = 1 << 18  # after which the next event starts a new buffer
-UNREAD_BYTES = 16 << 20  # that may wait for all clients together
-UNREAD_SECONDS = 20.0  # after which a client that receives none of its waiting bytes is disconnected
-WATCHED_BYTES = 1 << 14  # up to this size, the kernel's buffer takes a write at once
+BACKLOG_BYTES = 1 << 20  # maximum size of the packets that wait for one client; with more, it is disconnected
+BACKLOG_PACKETS = 1000  # maximum number of these packets
+POLL_PACKETS = 16  # packets in one poll response; the Python client does not accept more
+ROOM_BUFFER_BYTES = 1 << 18  # size of a room's buffer, after which the next event starts a new one
+MAX_UNSENT_BYTES = 16 << 20  # bytes that may wait for all clients together
+MAX_STALL_SECONDS = 20.0  # a client that receives none of its waiting bytes for this time is disconnected
+WATCHED_BYTES = 1 << 14  # a write of up to this size fits into the kernel's buffer
 PACKET_QUEUE_LENGTH = 64
-RETRY_SECONDS = 10  # for a client that sends too much, or has too many sessions
-CLOSE_GRACE = 0.7  # seconds to read the close frame before the connection is aborted
+RETRY_SECONDS = 10  # `retry_after` for a client that sends too much, or has too many sessions
+CLOSE_GRACE = 0.7  # time to read the close frame before the connection is aborted
 
 OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = "0123456"
 REASON = engineio.AsyncServer.reason
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Packet = str | bytes  # one encoded Engine.IO packet: text with its type digit, or an attachment
 AsyncCall = Callable[[Any], Awaitable[None]]
-UNREAD: web.RequestKey[Unread] = web.RequestKey("UNREAD")  # by which the response to a request is watched
+SLOW_CLIENTS: web.RequestKey[SlowClients] = web.RequestKey("SLOW_CLIENTS")  # watches the client of a request
 
 
 def is_connected(request: web.BaseRequest) -> bool:
@@ -3658,8 +3655,8 @@ def unsent_bytes(client: asyncio.Transport) -> int:
     return 0
 
 
-class Unread:
-    """Disconnects clients that do not read: those that receive none of their waiting bytes for 20 s and, while more than 16 MiB
+class SlowClients:
+    """The clients for which bytes wait. It disconnects those that receive none of them for 20 s and, while more than 16 MiB
     wait for all clients together, those that have received nothing for the longest time."""
 
     def __init__(self) -> None:
@@ -3677,7 +3674,7 @@ class Unread:
         size = max(before, waits, written)
         self.waiting[client] = (size, max(left, waits), since)
         self.total += size - before
-        if self.total > UNREAD_BYTES or self.timer is None:
+        if self.total > MAX_UNSENT_BYTES or self.timer is None:
             self._sweep()
 
     def _sweep(self) -> None:
@@ -3690,7 +3687,7 @@ class Unread:
         }
         self.total = sum(size for size, _, _ in self.waiting.values())
         for client, (size, _, since) in sorted(self.waiting.items(), key=lambda item: item[1][2]):
-            if now - since >= UNREAD_SECONDS or self.total > UNREAD_BYTES:
+            if now - since >= MAX_STALL_SECONDS or self.total > MAX_UNSENT_BYTES:
                 self.total -= size
                 del self.waiting[client]
                 abort(client)
@@ -3700,7 +3697,7 @@ class Unread:
 
     async def wait_until_read(self, request: web.Request) -> None:
         """Wait until the client has read most of the responses to its earlier requests, or is disconnected."""
-        request[UNREAD] = self
+        request[SLOW_CLIENTS] = self
         if request.transport is not None and request.transport.get_write_buffer_size():
             self.watch(request.transport)
             with contextlib.suppress(ConnectionError):
@@ -3712,9 +3709,9 @@ class WatchedResponse(web.Response):
 
     async def prepare(self, request: web.BaseRequest) -> Any:
         writer, size = await super().prepare(request), self.content_length or 0
-        if request.transport is not None and UNREAD in request and size > WATCHED_BYTES:
+        if request.transport is not None and SLOW_CLIENTS in request and size > WATCHED_BYTES:
             # Called once the body is written: aiohttp then waits until the client has read it.
-            asyncio.get_running_loop().call_soon(request[UNREAD].watch, request.transport, size)
+            asyncio.get_running_loop().call_soon(request[SLOW_CLIENTS].watch, request.transport, size)
         return writer
 
     async def write_eof(self, data: bytes = b"") -> None:
@@ -3768,9 +3765,8 @@ class Flusher:
 
 
 class RoomBuffer:
-    """Consecutive events for a room, with no other packets in between: stored once and joined once for all of them. An event
-    costs its room one append, and a client one write per round. 64 messages to 1,000 clients took 26 ms when they were appended
-    to a list for each client, and take 0.3 ms."""
+    """Consecutive events for a room, shared by all its clients. An event is appended once, and the joined events are sent to
+    each client by one write per round. 64 messages to 1,000 clients take 0.3 ms; with a list for each client they took 26."""
 
     __slots__ = ("__weakref__", "data", "parts", "polling", "size")
 
@@ -3778,7 +3774,7 @@ class RoomBuffer:
         self.parts: list[bytes] = []
         self.size = 0
         self.data: bytes | None = None  # all parts, once no more can be added
-        self.polling: list[Session] = []  # each is sent every event by itself
+        self.polling: list[Session] = []  # sessions that are sent each event separately
 
     def add(self, packets: list[Packet], frames: bytes) -> None:
         self.parts.append(frames)
@@ -3837,23 +3833,23 @@ class PacketQueue:
 class EngineOptions:
     """The Engine.IO options of `socket_server`."""
 
-    origins: Collection[str] = ()  # whose pages may connect, in addition to our own
-    proxies: Sequence[Network | None] = ()  # whose X-Forwarded headers are trusted; None: all that connect by a Unix socket
-    hosts: Collection[str] | None = None  # further names of a server that listens on loopback; None: any name
+    origins: Collection[str] = ()  # origins whose pages may connect, in addition to our own
+    proxies: Sequence[Network | None] = ()  # peers whose X-Forwarded headers are trusted; None: all that use a Unix socket
+    hosts: Collection[str] | None = None  # names, besides localhost, of a server that listens on loopback; None: any name
     ping_interval: float = 20  # seconds
     ping_timeout: float = 15  # seconds to answer a ping
-    max_payload: int = 131072  # bytes in a packet, or in one POST
+    max_payload: int = 131072  # maximum bytes of a packet, and of the body of a POST
     connect_timeout: float = 10  # seconds to enter a namespace
     max_sessions: int = 20000
     max_sessions_per_address: int = 4000  # a school's 1,000 pupils, each with two devices and two tabs on each
-    max_anonymous_per_address: int | None = None  # more sessions, whose user is not known yet; None: they count as any other
-    frames_per_second: float | None = 100  # average for one client, in bursts of four times as many; None or 0: unlimited
+    max_anonymous_per_address: int | None = None  # sessions without a user, counted separately; None: counted with the others
+    frames_per_second: float | None = 100  # average of one client, with bursts of four times as many; None or 0: unlimited
 
 
 class Session(asyncio.Transport):
     """One client's Engine.IO connection: polling, WebSocket, or in the middle of an upgrade. While the client polls, packets
-    wait in `outbox` for the next poll or the upgrade, and the session is the transport that `Unread` watches. A WebSocket has
-    no outbox: its frames go directly to the TCP transport, those for a room through the flusher."""
+    wait in `outbox` for the next poll or the upgrade, and `SlowClients` watches the session as if it were a transport. A
+    WebSocket has no outbox: its frames go directly to the TCP transport, those for a room through the flusher."""
 
     def __init__(self, sid: str, address: str, engine: Engine) -> None:
         super().__init__()
@@ -3884,7 +3880,7 @@ class Session(asyncio.Transport):
             self.enqueue(packet)
 
     def join_buffer(self, buffer: RoomBuffer) -> None:
-        """Send the events of the buffer, also those that are added to it before the next round."""
+        """Send the events of a buffer, including those that are added to it before the next round."""
         if not self.upgraded:
             buffer.polling.append(self)
             return
@@ -3909,7 +3905,7 @@ class Session(asyncio.Transport):
         else:
             self.tcp.write(data)
             if waiting or len(data) > WATCHED_BYTES:
-                self.engine.unread.watch(self.tcp, len(data))
+                self.engine.slow_clients.watch(self.tcp, len(data))
 
     def enqueue(self, packet: Packet) -> None:
         self.outbox.append(packet)
@@ -3918,7 +3914,7 @@ class Session(asyncio.Transport):
         if self.backlog > BACKLOG_BYTES or len(self.outbox) > BACKLOG_PACKETS:
             self.abort()
         elif self.backlog > WATCHED_BYTES:
-            self.engine.unread.watch(self)
+            self.engine.slow_clients.watch(self)
 
     def get_write_buffer_size(self) -> int:
         return self.backlog
@@ -3940,7 +3936,7 @@ class Session(asyncio.Transport):
         return packets
 
     async def wait_packets(self, poll: web.Request) -> list[Packet]:
-        """Return the packets for a poll, once there are any. None are left if the session has ended or the client has gone."""
+        """Wait for packets and return those for a poll: none if the session ends without any, or the client disconnects."""
         while not self.outbox and not self.closed:
             wakeup = self.loop.create_future()
             self.poll, self.wakeup = poll, wakeup
@@ -3954,7 +3950,7 @@ class Session(asyncio.Transport):
         return self.pop_packets(None if self.closed else POLL_PACKETS)
 
     def is_behind(self) -> bool:
-        """Return whether the backlog is at a quarter of its limit."""
+        """Return whether the backlog is above a quarter of its limit."""
         written = self.tcp.get_write_buffer_size() if self.tcp is not None else 0
         return max(written, self.backlog) * 4 > BACKLOG_BYTES or len(self.outbox) * 4 > BACKLOG_PACKETS
 
@@ -3991,7 +3987,7 @@ class Session(asyncio.Transport):
     # Receiving
 
     def _charge(self) -> None:
-        """Raise RATE_LIMITED if the client sends too many packets: more than it may send in the four seconds to come."""
+        """Count a packet. Raises RATE_LIMITED if the client is more than four seconds ahead of its packet rate."""
         if rate := self.engine.options.frames_per_second:
             now = self.loop.time()
             self.charged_until = max(self.charged_until, now) + 1 / rate
@@ -4035,8 +4031,8 @@ class Session(asyncio.Transport):
     # Closing
 
     def end(self, reason: str, final_packet: str | None = CLOSE) -> None:
-        """End the session. For a moment the client can still read what was sent before; a polling client then gets
-        `final_packet` ("": none) or, if that is None, nothing at all."""
+        """End the session. For CLOSE_GRACE seconds the client can still read the packets that wait. A polling client then gets
+        `final_packet` ("": no packet); if that is None, the packets that wait are dropped."""
         if self.closed:
             return
         self.closed = True
@@ -4059,8 +4055,8 @@ class Session(asyncio.Transport):
 # All sessions, and the HTTP requests that open and use them. It runs on aiohttp and replaces python-engineio's own requests,
 # sessions and queues.
 
-POST_PACKETS = 256  # in one POST
-POST_SECONDS = 10.0  # for the body of a POST, and for an upgrade
+POST_PACKETS = 256  # maximum number of packets in one POST
+POST_SECONDS = 10.0  # time limit for the body of a POST, and for an upgrade
 HEADERS = {  # of every response
     "Server": "ChatRTC",
     "X-Content-Type-Options": "nosniff",
@@ -4074,9 +4070,9 @@ PREFLIGHT = CORS | {
     "Access-Control-Allow-Headers": "Authorization, Content-Type",
     "Access-Control-Max-Age": "600",
 }
-ANONYMOUS_SHARE = 4  # at most one session in four may be of a user who is not known yet
-ANONYMOUS_PER_ADDRESS = 500  # such sessions of a chat: a school that reconnects after a restart signs in within a second
-HOPS_MAX = 32  # proxies that X-Forwarded-For may name
+ANONYMOUS_SHARE = 4  # at most one session in four may be anonymous: its user is not known yet
+ANONYMOUS_PER_ADDRESS = 500  # anonymous sessions: a school that reconnects after a restart signs in within a second
+HOPS_MAX = 32  # addresses in X-Forwarded-For that are examined
 PORTS = {"http": 80, "https": 443}
 PORT_MAX = 65535
 HOST_MAX = 262  # characters of a name with its port
@@ -4237,11 +4233,11 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.sockets: dict[str, Session] = {}
         self.closing_sessions: dict[str, Session] = {}  # ended, with packets for one last poll
         self.per_address: Counter[str] = Counter()
-        # Sessions whose user is not known yet, oldest first, and their number by address. They have a share of their own.
+        # Sessions whose user is not known yet, oldest first, and their number by address.
         self.anonymous: OrderedDict[str, Session] = OrderedDict()
         self.anonymous_at: Counter[str] = Counter()
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.flusher, self.unread, self.client_log, self.draining = Flusher(), Unread(), RateLimitedLog(), False
+        self.flusher, self.slow_clients, self.client_log, self.draining = Flusher(), SlowClients(), RateLimitedLog(), False
 
     # Methods that the Socket.IO server and the application call
 
@@ -4291,17 +4287,17 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.spawn(self._trigger_event("disconnect", session.sid, reason, run_async=False))
 
     def _check_capacity(self, address: str) -> None:
-        """Raise UNAVAILABLE or RATE_LIMITED if there is no place for one more session. `EngineOptions` limits the signed-in
-        sessions. Anonymous ones, which anybody can open, have a share of their own. If it is full, the one that takes longest
-        to sign in is closed, so that a client that signs in at once gets in."""
+        """Raise UNAVAILABLE or RATE_LIMITED if the server, or this address, has the maximum number of sessions. Anonymous ones,
+        which anybody can open, are limited separately: if there are too many, the oldest is closed instead of rejecting the
+        new one, so that they cannot keep out a client that signs in at once."""
         if self.draining or len(self.sockets) - len(self.anonymous) >= self.options.max_sessions:
             raise ChatError("UNAVAILABLE", "The server accepts no more connections")
         anonymous, share = self.anonymous_at[address], self.options.max_anonymous_per_address
         if self.per_address[address] - anonymous >= self.options.max_sessions_per_address:
             raise ChatError("RATE_LIMITED", "Too many connections from your address", RETRY_SECONDS)
-        here = share is not None and anonymous >= share
-        if here or (share is not None and len(self.anonymous) >= self.options.max_sessions // ANONYMOUS_SHARE):
-            oldest = next(session for session in self.anonymous.values() if not here or session.address == address)
+        at_share = share is not None and anonymous >= share
+        if at_share or (share is not None and len(self.anonymous) >= self.options.max_sessions // ANONYMOUS_SHARE):
+            oldest = next(session for session in self.anonymous.values() if not at_share or session.address == address)
             oldest.end(REASON.SERVER_DISCONNECT, final_packet=None)
 
     def mark_authenticated(self, sid: str) -> None:
@@ -4341,7 +4337,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     async def handle_request(self, request: web.Request) -> web.StreamResponse:
         try:
             check_request(request, self.options)
-            await self.unread.wait_until_read(request)
+            await self.slow_clients.wait_until_read(request)
             response = await self._respond(request)
         except ChatError as error:
             self.client_log.record_error(client_address(request, self.options), error)
@@ -4473,10 +4469,10 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
 
 # ---- Socket.IO server ----------------------------------------------------------------------------------------------
-# A socketio.AsyncServer on that engine. It handles each client's events in order, and no client can harm another. The private
-# names of the libraries that it uses are listed here, and checked at the start.
+# A socketio.AsyncServer that uses this Engine.IO server. It handles each client's events in order, and no client can harm
+# another. PRIVATE_NAMES lists the private names of the libraries that it uses; they are checked at startup.
 
-ATTACHMENTS = 4  # at most, for one event; an event with more gets an error, and they are discarded
+ATTACHMENTS = 4  # maximum for one event; if it has more, they are discarded and the event fails
 RESERVED = frozenset(["connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener", "*"])
 
 
@@ -4644,7 +4640,8 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             self.fan_out(["42" + StrictJson.dumps([event, payload])], "/", room, (skip_sid,))
 
     def fan_out(self, packets: list[Packet], namespace: str, room: Any, skipped: Collection[str | None]) -> None:
-        """Send an encoded event to a room: by the room's buffer or, if it is the own room of one client, at once."""
+        """Send an encoded event to the clients in a room, except those in `skipped`: directly if the room is the sid of one
+        client, otherwise through the room's buffer."""
         if (eio_sid := self.manager.eio_sid_from_sid(room, namespace)) is not None:
             if (session := self.eio.sockets.get(eio_sid)) is not None and room not in skipped:
                 for packet in packets:
@@ -4662,14 +4659,14 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         buffer.add(packets, b"".join(map(frame, packets)))
 
     def disconnect_now(self, sid: str) -> None:
-        """Disconnect a client. It receives no event that is published later, and is told not to reconnect by itself."""
+        """Disconnect a client. It receives no later event, and does not reconnect by itself."""
         session = self.session(sid)
         for room in self.manager.get_rooms(sid, "/"):
             self.manager.basic_leave_room(sid, "/", room)
         if session is not None:
             session.send("41")
-            # Without a CLOSE: JavaScript's polling client acts on it before the rest of the poll and reconnects when it should
-            # not; Python's does not reconnect when it should.
+            # No CLOSE packet: JavaScript's polling client would act on it before the rest of the poll, and reconnect when it
+            # should not; Python's would not reconnect when it should.
             session.end(REASON.SERVER_DISCONNECT, final_packet="")
 
     async def disconnect(self, sid: str, namespace: str | None = None, ignore_queue: bool = False) -> None:
@@ -4849,10 +4846,10 @@ def socket_server(**options: Any) -> SocketServer:
 # The state of a running chat: its sockets, their users, and the effects of operations on them. Code here changes that state
 # between two awaits, so that nothing else sees half of a change.
 
-LOGIN_SECONDS = 10  # for a socket to authenticate
-OWN_MARK_SECONDS = 0.05  # from an own post to the `channel:read` for it
+LOGIN_SECONDS = 10  # time limit for a socket to authenticate
+OWN_MARK_SECONDS = 0.05  # delay of the `channel:read` for a user's own post
 MAX_CACHED_TOKENS = 10_000
-LISTENER_EVENTS = 4096  # that may wait for one listener of the program
+LISTENER_EVENTS = 4096  # maximum number of events that wait for one listener of the program
 NOBODY = Principal(0, "")  # the user of a call without a token, and of a socket before it authenticates
 
 
@@ -4865,7 +4862,7 @@ class Connection:
         self.timer: asyncio.TimerHandle | None = None
 
     def set_timer(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Call the function after so many seconds, instead of the one set before."""
+        """Call `callback` after that time. A connection has one timer: a timer that was set before is cancelled."""
         if self.timer is not None:
             self.timer.cancel()
         self.timer = asyncio.get_running_loop().call_later(max(0.0, min(seconds, 10.0**8)), callback)
@@ -4934,11 +4931,11 @@ class Hub:
         return self.store.read_inline(self.authorized(Access.MEMBER, caller.user, args, query))
 
     async def query_slow(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
-        """Like `query`, for a query that may take seconds; it waits for the caller's turn."""
+        """Like `query`, for a query that may take seconds (see `read_slow`)."""
         return await self.read_slow(caller, self.authorized(Access.MEMBER, caller.user, args, query))
 
     async def read_slow(self, caller: Caller, job: Query[R]) -> R:
-        """Run a slow job in the caller's turn. It is interrupted when the caller has gone."""
+        """Run a slow query; callers take turns. It is interrupted if the client disconnects."""
         return await self.store.read_slow(caller.user.user_id or caller.address, caller.has_gone, job)
 
     def require_member(self, caller: Caller, args: Args) -> None:
@@ -5029,7 +5026,7 @@ class Hub:
             self.emit("channel:read", mark.user_id, ReadState(channel_id, mark.message_id, 0, 0))
 
     def forget_marks(self, server_id: int, user_id: int | None = None) -> None:
-        """Emit no read mark to a user who has left the server, or to anybody if it is deleted."""
+        """Drop the delayed read marks of a user in a server that the user has left, or of all users if it is deleted."""
         marks = self._own_marks.items()
         self._own_marks = {k: mark for k, mark in marks if mark.server_id != server_id or user_id not in (None, mark.user_id)}
 
@@ -5281,8 +5278,8 @@ async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthRespo
     """Sign in as a guest with a single-use code from an admin."""
     clock = time.time()
     with hub.limiter.charge_unknown_code("invite", caller.address):
-        hub.store.read_inline(load_link_guest, args.code, clock)  # a wrong code costs no write
-        user = (await hub.store.write(lambda db: Result(delete_link(db, args.code, clock)))).value
+        hub.store.read_inline(load_guest_by_code, args.code, clock)  # a wrong code costs no write
+        user = (await hub.store.write(lambda db: Result(delete_sign_in_code(db, args.code, clock)))).value
     return issue_token(hub, user)
 
 
@@ -5536,7 +5533,7 @@ async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result
         return result
     job: Query[Result[Any]] = hub.authorized(op.access, caller.user, args, op.run)
     if op.kind == "write":
-        return await hub.store.write(job, slow=op.slow, frees=op.frees)
+        return await hub.store.write(job, slow=op.slow, frees=op.frees_space)
     if not op.slow:
         return hub.store.read_inline(job)
     async with asyncio.timeout(CALL_TIMEOUT):
@@ -5671,12 +5668,12 @@ def error_middleware(engine: Engine, ours: Collection[object]) -> Callable[..., 
     @web.middleware
     async def middleware(request: web.Request, handler: HttpHandler) -> web.StreamResponse:
         if request.match_info.http_exception is None and request.match_info.handler not in ours:
-            return await handler(request)  # Socket.IO, which checks them itself, or a route of the application around us
+            return await handler(request)  # Socket.IO, which checks them itself, or a route of the embedding application
         try:
             check_request(request, engine.options)
         except ChatError as error:
             return error_response(error)
-        await engine.unread.wait_until_read(request)
+        await engine.slow_clients.wait_until_read(request)
         response = await result_or_error(call_handler(handler, request))
         if isinstance(response, ChatError):
             engine.client_log.record_error(client_address(request, engine.options), response)
@@ -6010,8 +6007,8 @@ async def erase_texts(hub: Hub) -> None:
 
 
 async def run_maintenance(hub: Hub) -> None:
-    """Delete messages, index messages and erase texts, in steps, until somebody writes. Even then, delete one step and index
-    what is more than SEARCH_LAG behind."""
+    """Delete purged messages, index new ones and erase deleted texts, in short steps that stop while clients write. Even then,
+    one step of each deletion runs, and the index stays within SEARCH_LAG messages of the newest."""
     for pending, step in ((load_pending_purge, purge_next_messages), (load_deleted_channel, purge_deleted_channel)):
         while hub.store.read_inline(pending):
             await hub.store.write(step, slow=True, frees=True)
@@ -6228,7 +6225,7 @@ class ChatRTC:
 
 
 def lan_address() -> str:
-    """Return this machine's address on the local network, as the system would choose it. Sends nothing."""
+    """Return this machine's address on the local network, 127.0.0.1 if it has none. Connecting a UDP socket sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect(("192.0.2.1", 9))
         return str(probe.getsockname()[0])

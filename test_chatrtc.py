@@ -1524,7 +1524,7 @@ async def test_a_message_mentions_at_most_fifty_members(world: World) -> None:
     message = await ana.post(place.channel_id, " ".join(f"@user{number}" for number in range(60)))
     assert len(message["mentions"]) == 50
     text = "".join("@" + chr(0x4E00 + number) * 31 for number in range(120))
-    assert sum(map(len, chatrtc.mention_runs(text))) <= chatrtc.MAX_MENTION_KEYS + 31
+    assert sum(map(len, chatrtc.possible_mentions(text))) <= chatrtc.MAX_MENTION_KEYS + 31
 
 
 async def test_an_edit_notifies_only_members_mentioned_for_the_first_time(scene: Scene) -> None:
@@ -2123,7 +2123,7 @@ FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELEC
 
 async def test_slow_reads_of_one_user_do_not_delay_others(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chatrtc, "SLOW_READ_SECONDS", 1.0)
-    monkeypatch.setattr(chatrtc, "TURN_SECONDS", 2.5)
+    monkeypatch.setattr(chatrtc, "READER_WAIT_SECONDS", 2.5)
     store, started = scene.world.chat.hub.store, Counter[object]()
 
     def endless(db: sqlite3.Connection, user: object) -> Any:
@@ -8430,28 +8430,28 @@ async def long_channel(world: World) -> tuple[Person, Place]:
 
 async def test_a_client_that_reads_no_answer_is_disconnected(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     person, place = await long_channel(world)
-    unread = world.chat.sio.eio.unread
+    slow_clients = world.chat.sio.eio.slow_clients
     join = event_packet("421", "join_server", {"server_id": place.server_id, "after": 0})
     wires = [await Wire.reach(world.url, window=4096) for _ in range(4)]
     slow = await Wire.reach(world.url, window=4096)
     for wire in [*wires, slow]:
         await wire.send(page_requests(person, place, 40))
     frozen = await Wire.join(person, place, window=4096)
-    while not any(session.tcp in unread.waiting for session in world.chat.sio.eio.sockets.values()):
+    while not any(session.tcp in slow_clients.waiting for session in world.chat.sio.eio.sockets.values()):
         world.chat.sio.publish("e", "x" * 400_000, f"user:{person.user_id}")
         await asyncio.sleep(0.1)
     poller = await polling(person, place)
     assert (await poller.request("POST", poller.path, join.encode()))[0] == 200
-    await until(lambda: len(unread.waiting) == 7)
-    assert max(size for size, *_ in unread.waiting.values()) < 2**20, "a client has at most one unread answer"
+    await until(lambda: len(slow_clients.waiting) == 7)
+    assert max(size for size, *_ in slow_clients.waiting.values()) < 2**20, "a client has at most one unread answer"
     reading = asyncio.create_task(read_slowly(slow))
-    monkeypatch.setattr(chatrtc, "UNREAD_SECONDS", 3.0)
+    monkeypatch.setattr(chatrtc, "MAX_STALL_SECONDS", 3.0)
     await until(lambda: not any(wire.open() for wire in [*wires, frozen]), 20)
     assert (await poller.request("GET", poller.path))[0] == 400
-    assert slow.open() and len(unread.waiting) == 1
+    assert slow.open() and len(slow_clients.waiting) == 1
     reading.cancel()
     await slow.end()
-    await until(lambda: not unread.waiting)
+    await until(lambda: not slow_clients.waiting)
 
 
 async def read_slowly(wire: Wire) -> None:
@@ -8461,15 +8461,15 @@ async def read_slowly(wire: Wire) -> None:
 
 
 async def test_unread_answers_of_all_clients_together_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chatrtc, "UNREAD_BYTES", 2 << 20)
+    monkeypatch.setattr(chatrtc, "MAX_UNSENT_BYTES", 2 << 20)
     person, place = await long_channel(world)
-    unread = world.chat.sio.eio.unread
+    slow_clients = world.chat.sio.eio.slow_clients
     wires = [await Wire.reach(world.url, window=4096) for _ in range(12)]
     largest = 0
     for wire in wires:
         await wire.send(page_requests(person, place, 40))
-        await until(lambda wire=wire: not wire.open() or wire.port in map(port_of, unread.waiting))  # type: ignore[misc]
-        largest = max(largest, sum(size for size, *_ in unread.waiting.values()))
+        await until(lambda wire=wire: not wire.open() or wire.port in map(port_of, slow_clients.waiting))  # type: ignore[misc]
+        largest = max(largest, sum(size for size, *_ in slow_clients.waiting.values()))
         messages = await person.ok("GET", f"/channels/{place.channel_id}/messages?limit=100")
         assert len(messages["messages"]) == 100, "other clients get their answers"
     assert 2**20 < largest <= (2 << 20) + 2**19
@@ -9228,7 +9228,7 @@ async def test_a_full_disk_is_not_fatal(launch: Launch, small_disk: Path, tries:
 async def test_a_disk_reserve_is_kept_for_deleting(make_world: MakeWorld, small_disk: Path) -> None:
     """With little space left, adding data is rejected; deleting, protecting and reading work."""
     deletions = [op for op in chatrtc.OPERATIONS.values() if op.method == "DELETE" and op.kind == "write"]
-    assert [op.name for op in deletions if not op.frees] == []
+    assert [op.name for op in deletions if not op.frees_space] == []
     world = await make_world(database=str(small_disk / "chat.db"), disk_reserve=1)
     ana, ben = await world.people("ana", "ben")
     place = await world.place(ana, ben)
