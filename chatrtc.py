@@ -2347,7 +2347,7 @@ READ_STATE_ROWS = """  -- a user's channels: the last message read, how many are
           FROM members m JOIN channels c ON c.server_id = m.server_id
           LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE m.user_id = :user_id) AS mine
 """
-MAX_UNREAD = 1000
+MAX_UNREAD = 1000  # unread messages and mentions are counted up to this number
 READ_LIMITS = {"most": MAX_UNREAD, "steps": 2 * MAX_UNREAD}  # steps: messages examined, the user's own included
 MAX_RESULT_BYTES = 448 * 1024  # JSON bytes of the messages and lists in one result, which then stays below 512 KiB
 VARIATION = "\ufe0f"  # selects the coloured form of an emoji; a reaction is the same with and without it
@@ -2923,7 +2923,7 @@ LIMITS = {
     "invite": Limit(1, 100, "address", "unknown invite codes and sign-in codes", True),
 }
 SOCKETS_PER_USER = 20
-MAX_BUCKETS = 20_000  # of each limit: about 4 MiB
+MAX_BUCKETS = 20_000  # buckets of each limit, about 4 MiB
 SHARED_BUCKET = object()  # key of the bucket shared by new keys while a limit's table is full
 UNKNOWN_CODE_REASONS = {"INVITE_UNKNOWN", "LINK_UNKNOWN"}
 LimitKey = tuple[str, object]  # the name of a limit, and the user or address that it counts for
@@ -2994,7 +2994,7 @@ class Limiter:
 
 
 LOGGED_REASONS = {"WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code"}
-MAX_LOG_SUBJECTS = 30  # a minute; further ones share a line
+MAX_LOG_SUBJECTS = 30  # subjects with a line of their own in a minute; the others share one
 
 
 class RateLimitedLog:
@@ -3180,7 +3180,7 @@ class Operation:
     name: str
     run: Callable[..., Any]
     kind: Literal["write", "read", "async"]
-    event: str | None = None  # of Socket.IO
+    event: str | None = None  # the Socket.IO event
     method: str | None
     path: str | None
     access: Access
@@ -3856,12 +3856,12 @@ class Session(asyncio.Transport):
         self.sid, self.address, self.engine = sid, address, engine
         self.session: dict[str, Any] = {}
         self.closed = self.upgraded = self.upgrading = self.posting = False
-        self.tcp: asyncio.Transport | None = None  # of the WebSocket, from the start of the upgrade
+        self.tcp: asyncio.Transport | None = None  # the connection of the WebSocket, from the start of the upgrade
         self.outbox: list[Packet] = []
         self.backlog = 0  # size of the outbox
         self.room_buffers: list[RoomBuffer] = []
         self.poll: web.Request | None = None
-        self.wakeup: asyncio.Future[None] | None = None  # of the poll
+        self.wakeup: asyncio.Future[None] | None = None  # what the poll waits for
         self.loop = asyncio.get_running_loop()
         self.charged_until = 0.0  # see `_charge`
         self.pinged = False
@@ -3892,7 +3892,7 @@ class Session(asyncio.Transport):
 
     def _take_frames(self) -> bytes:
         buffers, self.room_buffers = self.room_buffers, []
-        return buffers[0].close() if len(buffers) == 1 else b"".join(buffer.close() for buffer in buffers)
+        return b"".join([buffer.close() for buffer in buffers])  # which does not copy a single buffer
 
     def _write(self, frames: bytes = b"") -> None:
         """Write the room buffers, then `frames`."""
@@ -4231,7 +4231,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         super().__init__(**library_options)
         self.options = options
         self.sockets: dict[str, Session] = {}
-        self.closing_sessions: dict[str, Session] = {}  # ended, with packets for one last poll
+        self.closing_sessions: dict[str, Session] = {}  # sessions that have ended, with packets for one last poll
         self.per_address: Counter[str] = Counter()
         # Sessions whose user is not known yet, oldest first, and their number by address.
         self.anonymous: OrderedDict[str, Session] = OrderedDict()
@@ -4504,8 +4504,8 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
     """A Socket.IO packet. Raises ValueError if it is one that a client must not send."""
 
     json = StrictJson
-    error: ChatError | None = None  # of an event that has too many or too large attachments
-    size = 0  # of the attachments so far
+    error: ChatError | None = None  # the error of an event with too many or too large attachments
+    size = 0  # total size of the attachments received so far
 
     def decode(self, encoded_packet: Packet) -> int:
         head = PACKET_HEADER.match(encoded_packet) if isinstance(encoded_packet, str) else None
@@ -4538,7 +4538,7 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
 
     def add_attachment(self, attachment: Packet, limit: int = 0) -> bool:
         if not isinstance(attachment, bytes):
-            raise ValueError("text where an attachment was due")
+            raise ValueError("text instead of an attachment")
         self.size += len(attachment)
         if limit and self.size > limit and self.error is None:
             self.error = ChatError("TOO_LARGE", f"The attachments of an event have at most {limit} bytes")
@@ -4869,7 +4869,7 @@ class Connection:
 
 
 class Caller(NamedTuple):
-    """The user and address of a call, and the socket or request that it came by (neither if the program itself makes it)."""
+    """The user and address of a call, and its socket or request (None if the embedding program makes it)."""
 
     user: Principal
     address: str
@@ -4889,7 +4889,7 @@ class Caller(NamedTuple):
 
 
 class Hub:
-    """The parts of one ChatRTC instance. Async operations are given all of it."""
+    """The parts of one ChatRTC instance. Each async operation receives it."""
 
     def __init__(self, settings: Settings, sio: SocketServer) -> None:
         self.settings, self.sio = settings, sio

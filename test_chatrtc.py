@@ -10809,6 +10809,36 @@ async def test_the_next_user_of_a_tab_sees_nothing_that_was_typed(api: World, ta
     await expect(field).to_have_value("")
 
 
+async def test_an_answer_for_the_previous_user_of_a_tab_is_dropped(api: World, tab: Any) -> None:
+    """Maya signs out before the page's first requests are answered. It does not go on with her answers: Jonas, who signs in
+    next, does not see her servers, and nothing is requested without a token (a 401 would fail the test)."""
+    maya_api, _ = await api.people("Maya", "Jonas")
+    await api.place(maya_api, name="Biology 3B")
+    held, released = asyncio.Event(), asyncio.Event()
+
+    async def hold(route: Any) -> None:
+        answer = await route.fetch()
+        held.set()
+        await released.wait()
+        await route.fulfill(response=answer)
+
+    maya = await tab()
+    await maya.page.route("**/users/me/reads", hold, times=1)
+    await maya.store_session(maya_api)
+    async with asyncio.timeout(15):
+        await held.wait()
+    await maya.sign_out()
+    await expect(maya.locator("#sign-in-title")).to_have_text("Sign in")
+    async with maya.page.expect_response("**/users/me/reads") as answer:
+        released.set()
+    await (await answer.value).finished()
+    await maya.sign_in("Jonas", "correct horse")
+    await expect(maya.locator("#my-status b")).to_have_text("Jonas")
+    await expect(maya.locator('#rail [aria-label="Biology 3B"]')).to_have_count(0)
+    await expect(maya.locator("#empty")).to_be_visible()
+    await expect(maya.locator("#toasts")).to_have_text("")
+
+
 async def test_the_page_works_under_a_prefix(tmp_path: Path, tab: Any) -> None:
     """The server is mounted at /chat in another application."""
     arguments = [sys.executable, "-c", EMBEDDED, str(tmp_path / "embedded.db")]
