@@ -38,7 +38,6 @@ import contextlib
 import datetime
 import enum
 import errno
-import fcntl
 import functools
 import gc
 import gzip
@@ -56,8 +55,8 @@ import math
 import operator
 import os
 import re
-import resource
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -65,7 +64,6 @@ import ssl
 import stat
 import struct
 import sys
-import termios
 import time
 import traceback
 import typing
@@ -88,6 +86,13 @@ from aiohttp import WSMsgType, web
 from engineio.async_drivers.aiohttp import translate_request
 from msgspec import UNSET, Meta, Struct, UnsetType
 from socketio import packet as wire
+
+try:
+    import fcntl
+    import resource
+    import termios
+except ImportError:  # Windows
+    fcntl = resource = termios = None  # type: ignore[assignment]
 
 __version__ = "1.0.0"
 __all__ = ["ChatError", "ChatRTC", "Settings", "socket_server"]
@@ -1241,9 +1246,10 @@ PRAGMAS = dict(journal_mode="wal", synchronous=2, foreign_keys=1, trusted_schema
 
 
 def asset(name: str) -> bytes:
-    """Return the content of a file of the program: `name` next to this file or, as a wheel installs it, chatrtc.*."""
-    names = name, f"chatrtc{Path(name).suffix}"
-    return next(path for name in names if (path := Path(__file__).resolve().with_name(name)).exists()).read_bytes()
+    """Return a text file of the program: `name` next to this file or, as a wheel installs it, chatrtc.*. Its lines end as
+    browsers hash them, even if git has converted them on Windows."""
+    paths = [Path(__file__).resolve().with_name(one) for one in (name, f"chatrtc{Path(name).suffix}")]
+    return next(filter(Path.exists, paths)).read_bytes().replace(b"\r\n", b"\n")
 
 
 @functools.lru_cache(8)  # formatting takes 4 us, and the posts of one second have the same time
@@ -1268,12 +1274,13 @@ def private_path(database: Path, suffix: str) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder, so that created and renamed files survive a power failure."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    """Sync a folder, so that created and renamed files survive a power failure. Windows cannot open folders."""
+    if hasattr(os, "O_DIRECTORY"):
+        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def connect_reader(path: Path, *, immutable: bool = False) -> sqlite3.Connection:
@@ -1301,7 +1308,7 @@ def open_private(path: Path, flags: int) -> int:
     """Open a file that only its owner may access. Raises StartError if it is not a regular file, such as a symbolic link."""
     with as_start_error(path):
         try:
-            file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            file = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.ENXIO):
                 raise
@@ -1312,9 +1319,12 @@ def open_private(path: Path, flags: int) -> int:
     raise StartError(f"{path} is not a regular file: move it away")
 
 
+effective_user: Callable[[], int | None] = getattr(os, "geteuid", lambda: None)  # None on Windows: no owners, no modes
+
+
 def match_owner(file: int, database: Path) -> None:
     """If run as root, give a file to the owner of the database (or of its folder), so that their server can open it."""
-    if os.geteuid() == 0:
+    if effective_user() == 0:
         owner = os.stat(database if database.exists() else database.parent)
         os.fchown(file, owner.st_uid, owner.st_gid)
 
@@ -1323,23 +1333,23 @@ def write_private(path: Path, data: bytes, database: Path) -> None:
     """Write a file that only its owner can read, atomically, and sync it."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)  # another process may have it open
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "wb") as file:
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         match_owner(file.fileno(), database)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.rename(part, path)
+    os.replace(part, path)
     sync_folder(path.parent)
 
 
 def read_private(path: Path, database: Path) -> bytes:
     """Return the content of a secret file. Raises StartError if other users can read it, or if it belongs to one of them."""
     with open(open_private(path, os.O_RDONLY), "rb") as file:
-        found = os.fstat(file.fileno())
-        owners = {os.geteuid(), os.stat(database).st_uid if os.geteuid() == 0 and database.exists() else 0}
-        if found.st_uid not in owners:
+        found, me = os.fstat(file.fileno()), effective_user()
+        owners = {me, os.stat(database).st_uid if me == 0 and database.exists() else 0}
+        if me is not None and found.st_uid not in owners:
             raise StartError(f"{path} belongs to another user: move it away to have a new one made")
-        if found.st_mode & 0o077:
+        if me is not None and found.st_mode & 0o077:
             raise StartError(f"Other users can read {path}: run `chmod 600 {path}`, or move it away to have a new one made")
         return file.read()
 
@@ -1537,8 +1547,20 @@ def copy_database(source: sqlite3.Connection, dest: Path, progress: Callable[[in
     with contextlib.closing(sqlite3.connect(dest, isolation_level=None)) as target:
         source.backup(target, pages=1024, progress=progress, sleep=0)
         target.execute("PRAGMA journal_mode = delete")  # a single file, marked as a backup
-    with dest.open("rb") as file:
+    with dest.open("r+b") as file:  # Windows syncs only files that are open for writing
         os.fsync(file.fileno())
+
+
+def link_or_copy(path: str, kept: str) -> None:
+    """Give a file a second name or, if the file system has no hard links, copy it. Raises OSError."""
+    try:
+        os.link(path, kept)
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError:
+        shutil.copy2(path, kept)
+        with open(kept, "r+b") as file:
+            os.fsync(file)
 
 
 def replace_database(path: Path, part: Path) -> Path | None:
@@ -1551,13 +1573,14 @@ def replace_database(path: Path, part: Path) -> Path | None:
         kept = path.with_name(f"{path.name}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
         for suffix in ("", "-wal"):
             with contextlib.suppress(FileNotFoundError):
-                os.link(f"{path}{suffix}", f"{kept}{suffix}")
-        part.chmod(stat.S_IMODE(path.stat().st_mode))
-    with part.open("rb") as file:
+                link_or_copy(f"{path}{suffix}", f"{kept}{suffix}")
+    with part.open("r+b") as file:
+        if kept is not None:
+            part.chmod(stat.S_IMODE(path.stat().st_mode))
         match_owner(file.fileno(), path)
         os.fsync(file)
     sync_folder(path.parent)
-    os.rename(part, path)
+    os.replace(part, path)
     sync_folder(path.parent)
     for suffix in ("-wal", "-shm"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
@@ -1819,8 +1842,7 @@ class Store:
         if now - self._disk_checked_at > DISK_CHECK_SECONDS:
             self._disk_checked_at = now
             with contextlib.suppress(OSError):
-                disk = os.statvfs(self.path.resolve().parent)
-                self._disk_full = disk.f_bavail * disk.f_frsize <= self._reserve
+                self._disk_full = shutil.disk_usage(self.path.resolve().parent).free <= self._reserve
         return self._disk_full
 
     def _identify(self) -> list[tuple[int, int]]:
@@ -6298,12 +6320,20 @@ def announce(hub: Hub, address: tuple[str, int], tls: bool) -> None:
     sys.stdout.flush()
 
 
+def handle_signals(stop: Callable[[], None]) -> None:
+    """Call `stop` on the event loop on Ctrl-C and the other signals that end a server, as far as the system has them."""
+    loop = asyncio.get_running_loop()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # nohup ignores it
+            # Windows has no add_signal_handler. A signal may also come after the loop was closed.
+            signal.signal(number, lambda *_: loop.is_closed() or loop.call_soon_threadsafe(stop))
+
+
 async def serve_until_stopped(settings: dict[str, Any]) -> None:
-    """Run a server until SIGTERM, SIGINT or SIGHUP, and then shut it down cleanly. Raises StartError."""
+    """Run a server until SIGTERM, SIGINT, SIGHUP or SIGBREAK, and then shut it down cleanly. Raises StartError."""
     stopped = asyncio.Event()
-    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # nohup ignores it
-    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    handle_signals(stopped.set)
     chat = ChatRTC(**settings)
     app = web.Application()
     chat.attach(app)
@@ -6316,7 +6346,8 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
         try:
             await web.TCPSite(runner, chat.settings.host, chat.settings.port, ssl_context=context, backlog=1024).start()
         except OSError as error:
-            reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+            reason = "Unknown error" if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+            reason = str(error.strerror) if reason.startswith("Unknown error") else reason  # Windows has no texts for sockets
             raise StartError(f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {reason}") from None
         announce(chat.hub, runner.addresses[0][:2], context is not None)
         # A post costs 10 % less if the objects loaded so far are never collected, and the others seldom. Connections are freed
@@ -6349,6 +6380,8 @@ def cli_errors() -> Iterator[None]:
         raise
     except OSError as error:
         raise click.ClickException(f"{error.filename or 'Writing'}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise click.ClickException("Standard input is not valid UTF-8") from None
     except click.UsageError as error:
         click.echo(f"Error: {' '.join(error.format_message().split())}", err=True)
         raise click.exceptions.Exit(error.exit_code) from None
@@ -6371,6 +6404,9 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         os.umask(0o077)
+        for stream in (sys.stdin, sys.stdout):
+            if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+                stream.reconfigure(encoding="utf-8")  # Windows has another encoding for files and pipes
         with cli_errors():
             return super().invoke(ctx)
 
@@ -6449,7 +6485,7 @@ def serve(**settings: Any) -> None:
     for handler in logging.getLogger().handlers:
         handler.addFilter(LogRateFilter())
     migrate_file(Path(read_settings(settings).database))
-    with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no limit, macOS a lower one of its own
         # The hard limit: a school behind one address may have 4,000 sockets.
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
@@ -6620,7 +6656,7 @@ def backup(dest: Path, database: str) -> None:
         raise StartError(f"{dest} already exists; it was not changed")
     with open_reader(database, any_format=True) as db:
         part = copy_verified(db, dest)
-    os.rename(part, dest)
+    os.replace(part, dest)
     sync_folder(dest.parent)
     click.echo(f"{dest} holds {dest.stat().st_size} bytes, verified")
 
