@@ -45,6 +45,7 @@ import hashlib
 import heapq
 import hmac
 import html
+import importlib
 import inspect
 import io
 import ipaddress
@@ -98,6 +99,16 @@ __version__ = "1.0.0"
 __all__ = ["ChatError", "ChatRTC", "Settings", "socket_server"]
 
 log = logging.getLogger("chatrtc")
+
+
+def optional_import(name: str) -> Any:
+    """Return a module of the standard library, or None if this system does not have it."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module(name)
+    return None
+
+
+fcntl, msvcrt = optional_import("fcntl"), optional_import("msvcrt")
 
 # ---- Settings ------------------------------------------------------------------------------------------------------
 # Each field is an option of `serve`, an environment variable CHATRTC_<NAME>, a keyword argument of ChatRTC() and a row of the
@@ -1140,7 +1151,7 @@ EVENTS = {
 class Emit(NamedTuple):
     event: str
     to: int  # the id of the server, channel or user whose room receives it
-    payload: Payload
+    payload: Payload | msgspec.Raw  # Raw: JSON, from the log
 
 
 class AddChannelRoom(NamedTuple):  # the server's sockets enter the room of a new channel
@@ -1180,6 +1191,7 @@ class MarkOwnPost(NamedTuple):  # posting moved the author's read mark: emit it 
     user_id: int
     channel_id: int
     message_id: int
+    foreign: bool = False  # whether another process committed the post
 
 
 class EmitReadMark(NamedTuple):  # emit the channel's read mark now, if `MarkOwnPost` delayed one
@@ -1191,7 +1203,39 @@ class StopTyping(NamedTuple):
     user_id: int
 
 
-Effect = Emit | AddChannelRoom | RemoveRoom | Evict | Revoke | SetStatus | Rename | StopTyping | MarkOwnPost | EmitReadMark
+class EmitCustom(NamedTuple):  # an event of the embedding program, for the sockets of all processes
+    packet: str
+    attachments: list[bytes]
+    namespace: str
+    room: Any
+    skipped: list[str | None]
+
+
+class LogLine(NamedTuple):  # what the command line did, for the log of each server
+    text: str
+
+
+Effect = (
+    Emit | AddChannelRoom | RemoveRoom | Evict | Revoke | SetStatus | Rename | StopTyping | MarkOwnPost | EmitReadMark
+    | EmitCustom | LogLine
+)  # fmt: skip
+EFFECTS: dict[str, Any] = {kind.__name__: kind for kind in typing.get_args(Effect)}
+
+
+def encode_effects(effects: Sequence[Effect]) -> bytes:
+    """Return effects as a row of the log has them: a JSON list of [name, fields]."""
+    return msgspec.json.encode([(type(effect).__name__, effect) for effect in effects])
+
+
+def decode_effects(data: bytes) -> list[Effect]:
+    """Return the effects of a row of the log. Payloads remain JSON, because they are only passed on."""
+    effects: list[Effect] = []
+    for name, content in msgspec.json.decode(data, type=list[tuple[str, msgspec.Raw]]):
+        if name == "Emit":
+            effects.append(Emit(*msgspec.json.decode(content, type=tuple[str, int, msgspec.Raw])))
+        else:
+            effects.append(msgspec.json.decode(content, type=EFFECTS[name]))
+    return effects
 
 
 class Result(NamedTuple, Generic[T]):
@@ -1237,11 +1281,19 @@ MIGRATIONS = (
     ALTER TABLE search ADD COLUMN stale INTEGER NOT NULL DEFAULT 0;
     UPDATE search SET indexed_id = 0;
     """,
+    """
+    CREATE TABLE log (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, written_at REAL NOT NULL, bytes INTEGER NOT NULL,
+        effects BLOB NOT NULL) STRICT;
+    CREATE TABLE secret_check (digest BLOB NOT NULL) STRICT;
+    """,
 )
 SCHEMA_FORMAT = len(MIGRATIONS) + 1
 MAX_FULL_CHECK_BYTES = 64 * 1024 * 1024  # largest file whose indexes are compared with its tables at startup (about 1 s)
 SQLITE_MAGIC = b"SQLite format 3\0"
 BACKUP_MODE = b"\1"  # header[18:19] of a backup; a database in use is in WAL mode (2), from the beginning
+MAX_TURN_SECONDS = 10.0  # for which a command, or a server that starts or stops, waits for its turn to write
+TURN_POLL_SECONDS = 0.001
 PRAGMAS = dict(journal_mode="wal", synchronous=2, foreign_keys=1, trusted_schema=0, cell_size_check=1, secure_delete=1)
 
 
@@ -1483,50 +1535,134 @@ def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
         return open_writer(path)
 
 
-class Lock:
-    """A lock that lets one process write to a database. The lock file has the address at which others reach that process."""
+def join_writers(path: Path) -> sqlite3.Connection:
+    """Return a connection that writes to a database which servers have open. Raises StartError if its format is different."""
+    with as_start_error(path):
+        with contextlib.closing(connect_reader(path)) as db:
+            if check_format(db, path) < SCHEMA_FORMAT:
+                raise StartError(f"{path} is in use by an older ChatRTC: stop it first")
+        return open_writer(path)
 
-    def __init__(self, path: Path) -> None:
-        self.database, self.path = path.resolve(), sibling_path(path, ".lock")
+
+class FileLock:
+    """A lock file next to a database. Many processes can share its lock, or one can hold it alone. The system releases it when
+    a process ends. Where `flock` is missing, bytes are locked: one of them to share the lock, all of them to hold it alone."""
+
+    SHARES = 64
+
+    def __init__(self, database: Path, suffix: str = ".lock") -> None:
+        self.database, self.path = database.resolve(), sibling_path(database, suffix)
         self._file: int | None = None
+        self._bytes: tuple[int, int] | None = None  # the start and number of the locked bytes
 
-    def acquire(self) -> bool:
-        """Try to acquire the lock and return whether it is held. Raises StartError if the lock file cannot be created."""
-        if self.path.name == ":memory:.lock":
-            raise StartError("The database is a file; ':memory:' would keep nothing")
-        if not self.path.parent.is_dir():
-            raise StartError(f"The directory {self.path.parent} does not exist")
-        file = open_private(self.path, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            return False
-        self._file = file
-        with as_start_error(self.path):
-            if stat.S_IMODE(os.fstat(file).st_mode) != 0o600:
-                os.fchmod(file, 0o600)  # it will contain a token
-            match_owner(file, self.database)
-        self.write_address("")
+    def open(self) -> int:
+        """Open the lock file, creating it if it is missing. Raises StartError."""
+        if self._file is None:
+            if self.database.name == ":memory:":
+                raise StartError("The database is a file; ':memory:' would keep nothing")
+            if not self.path.parent.is_dir():
+                raise StartError(f"The directory {self.path.parent} does not exist")
+            self._file = open_private(self.path, os.O_RDWR | os.O_CREAT)
+            with as_start_error(self.path):
+                match_owner(self._file, self.database)
+        return self._file
+
+    def acquire(self, *, shared: bool = False, wait: bool = False) -> bool:
+        """Acquire the lock, if need be `wait` for it, and return whether it is held. Raises StartError."""
+        file = self.open()
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return False
+            return True
+        while not any(
+            self._lock_bytes(file, *part) for part in ([(n, 1) for n in range(self.SHARES)] if shared else [(0, self.SHARES)])
+        ):
+            if not wait:
+                return False
+            time.sleep(TURN_POLL_SECONDS)
         return True
 
-    def write_address(self, address: str) -> None:
-        """Write an address for processes that find the lock taken."""
-        assert self._file is not None
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, address.encode(), 0)
+    def _lock_bytes(self, file: int, start: int, number: int) -> bool:
+        os.lseek(file, start, os.SEEK_SET)
+        with contextlib.suppress(OSError):
+            msvcrt.locking(file, msvcrt.LK_NBLCK, number)
+            self._bytes = start, number
+            return True
+        return False
 
-    def read_address(self) -> str:
-        """Return the address that the process with the lock has written."""
-        with open(open_private(self.path, os.O_RDONLY), errors="replace") as file:
-            return file.read(200).strip()
+    def release(self) -> None:
+        """Release the lock, if it is held."""
+        if self._file is not None and fcntl is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        elif self._file is not None and self._bytes is not None:
+            os.lseek(self._file, self._bytes[0], os.SEEK_SET)
+            msvcrt.locking(self._file, msvcrt.LK_UNLCK, self._bytes[1])
+            self._bytes = None
 
     def close(self) -> None:
-        """Release the lock, if it is held."""
+        """Release the lock and close the file."""
         if self._file is not None:
-            self.write_address("")
+            self.release()
             os.close(self._file)
             self._file = None
+
+
+class Turn:
+    """The right to write to a database, which its writers take in turn: they commit, checkpoint and close only in their turn.
+
+    Two locks make it fair: a writer waits for its turn holding the lock `next`, so a writer that has just had its turn cannot
+    overtake it. With one lock, three busy writers had shares of 2, 28 and 70 %; with two, 33 % each.
+    """
+
+    def __init__(self, database: Path) -> None:
+        self._next, self._turn = FileLock(database, ".next.lock"), FileLock(database, ".turn.lock")
+
+    def try_acquire(self) -> bool:
+        """Take the turn if it is free and nobody waits for it, and return whether it was taken."""
+        if not self._next.acquire():
+            return False
+        try:
+            return self._turn.acquire()
+        finally:
+            self._next.release()
+
+    def acquire(self) -> None:
+        """Wait for the turn."""
+        self._next.acquire(wait=True)
+        try:
+            self._turn.acquire(wait=True)
+        finally:
+            self._next.release()
+
+    def release(self) -> None:
+        self._turn.release()
+
+    def wait(self) -> bool:
+        """Wait for the turn at most MAX_TURN_SECONDS, and return whether it was taken."""
+        deadline = time.monotonic() + MAX_TURN_SECONDS
+        for lock in (self._next, self._turn):
+            while not lock.acquire():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(TURN_POLL_SECONDS)
+        self._next.release()
+        return True
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Have the turn in the body. Raises StartError if another process does not end its turn."""
+        try:
+            if not self.wait():
+                raise StartError(f"{self._turn.database} is in use by another program, which does not let others write")
+            yield
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._next.close()
+        self._turn.close()
 
 
 @contextlib.contextmanager
@@ -1605,6 +1741,15 @@ CHECKPOINT_IDLE_SECONDS = 0.3  # maintenance runs after this time without writes
 DISK_CHECK_SECONDS = 1.0  # time between two checks of the free disk space
 FAILURE_LOG_SECONDS = 60  # time between two log lines about failed writes
 CALL_TIMEOUT = 8.0  # seconds for any call; shorter than the ping timeout
+LOG_ROWS, LOG_BYTES, LOG_SECONDS = (
+    4096,
+    32 << 20,
+    60.0,
+)  # limits of the log; a process that is further behind reconnects its clients
+LOG_STEP = 256  # rows that are read at a time
+LOG_POLL_SECONDS = 0.25  # between two looks at the log, if nobody says that there is news
+SETTLE_SECONDS = 0.001  # between two looks whether everything is applied
+TRIM_STEP = 8  # rows that are looked at in each commit
 
 R = TypeVar("R")
 Query = Callable[..., R]
@@ -1633,6 +1778,47 @@ def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | Cha
         db.rollback()
         raise
     return outcomes
+
+
+def load_log_end(db: sqlite3.Connection) -> int:
+    """Return the id of the last row that was ever added to the log."""
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone()
+    return int(row[0]) if row else 0
+
+
+def load_log(db: sqlite3.Connection, after: int) -> tuple[list[tuple[int, bytes]], int]:
+    """Return the next rows of the log, as id and effects, and the id of the last one."""
+    rows = db.execute("SELECT id, effects FROM log WHERE id > ? ORDER BY id LIMIT ?", (after, LOG_STEP)).fetchall()
+    return rows, load_log_end(db)
+
+
+def trim_log(db: sqlite3.Connection, clock: float, step: int = LOG_STEP) -> Result[int]:
+    """Delete some of the oldest rows of the log, if they are too old or too many, and return how many were deleted."""
+    last_id, total = db.execute("SELECT id, bytes FROM log ORDER BY id DESC LIMIT 1").fetchone() or (0, 0)
+    deleted = db.execute(
+        """DELETE FROM log WHERE id IN (SELECT id FROM (SELECT id, written_at, bytes FROM log ORDER BY id LIMIT ?)
+           WHERE id <= ? OR bytes <= ? OR written_at < ?)""",
+        (step, last_id - LOG_ROWS, total - LOG_BYTES, clock - LOG_SECONDS),
+    )
+    return Result(deleted.rowcount)
+
+
+def has_old_log(db: sqlite3.Connection, clock: float) -> bool:
+    """Return whether the oldest row of the log has to be deleted."""
+    row = db.execute("SELECT written_at FROM log ORDER BY id LIMIT 1").fetchone()
+    return row is not None and row[0] < clock - LOG_SECONDS
+
+
+def append_log(db: sqlite3.Connection, effects: Sequence[Effect]) -> int:
+    """Add the effects of the open transaction to the log, and return the id of the row."""
+    data, clock = encode_effects(effects), time.time()
+    last = db.execute("SELECT bytes FROM log ORDER BY id DESC LIMIT 1").fetchone()
+    row = db.execute(
+        "INSERT INTO log (written_at, bytes, effects) VALUES (?, ?, ?)", (clock, len(data) + (last[0] if last else 0), data)
+    )
+    while trim_log(db, clock, TRIM_STEP).value == TRIM_STEP:
+        pass
+    return int(row.lastrowid or 0)
 
 
 def empty_wal(db: sqlite3.Connection) -> Result[bool]:
@@ -1715,15 +1901,25 @@ class QueuedJob(NamedTuple):
 
 
 class Store:
-    """The open database. `publish` is called on the event loop with each committed job's effects, in the order of commits.
+    """The open database. `publish` is called on the event loop with the effects of each committed job, in the order of commits,
+    and with whether another process committed them. If the database is `shared`, other servers write to it too.
 
     Fast jobs and queries (a few index lookups) run on the event loop: their pages are in memory, so a job takes 20 us, while
     switching to a thread and back takes 150 us. Commits (they wait for the disk), slow jobs and slow queries run in threads.
     """
 
-    def __init__(self, path: Path, publish: Callable[[Sequence[Effect]], None], reserve: int = 0) -> None:
+    def __init__(
+        self, path: Path, publish: Callable[[Sequence[Effect], bool], None], reserve: int = 0, shared: bool = False
+    ) -> None:
         self.path = path
-        self.lock = Lock(path)
+        self.ring: Callable[[], None] = lambda: None  # called when a row of the log is committed
+        self.lost: Callable[[], None] = lambda: None  # called when rows of the log were deleted before they were read
+        self._shared = shared
+        self._lock, self._turn = FileLock(path), Turn(path)
+        self._read_id = self._applied_id = 0  # the last row of the log that was read, and that was applied
+        self._committing = False
+        self._news = asyncio.Event()
+        self._follower: asyncio.Task[None] | None = None
         self.write_error = ""  # text of the last write error; cleared when a health check's write reaches the disk
         self._reserve = reserve  # bytes; if less disk space is free, only jobs that free space may write
         self._disk_checked_at = self._failure_logged_at = -math.inf
@@ -1741,39 +1937,79 @@ class Store:
         self._committer: asyncio.Task[None] | None = None
         self._wrote_at = 0.0  # time of the last call of `write` for a fast job
 
-    async def open(self) -> None:
-        """Acquire the lock, check and migrate the file, start the writer and the readers. Raises StartError."""
+    def _lock_database(self) -> bool:
+        """Acquire the lock and return whether no other server has the database open. Raises StartError if one must not."""
+        if self._lock.acquire():
+            if self._shared:
+                self._lock.release()
+                self._lock.acquire(shared=True)
+            return True
+        if not self._lock.acquire(shared=True):
+            raise StartError(f"{self.path} is in use by another ChatRTC" + (" without --redis: stop it first" * self._shared))
+        if not self._shared:
+            raise StartError(f"{self.path} is in use by servers that share it: start this one with --redis too")
+        return False
+
+    def _open_writer(self, set_up: Callable[[sqlite3.Connection, bool], None]) -> sqlite3.Connection:
+        """Lock the database and open the connection that writes. Raises StartError."""
+        with Turn(self.path).hold():
+            first = self._lock_database()
+            db = prepare(self.path) if first else join_writers(self.path)
+            try:
+                set_up(db, first)
+            except BaseException:
+                db.close()
+                raise
+        return db
+
+    async def open(self, set_up: Callable[[sqlite3.Connection, bool], None]) -> None:
+        """Acquire the lock, check and migrate the file, start the writer and the readers. Raises StartError.
+
+        `set_up` is called with the writer and with whether no other server has the database open, before others can open it.
+        """
         read_sqlite_header(self.path)
-        if not self.lock.acquire():
-            raise StartError(f"{self.path} is in use by another ChatRTC")
         try:
-            db = await asyncio.to_thread(prepare, self.path)
+            db = await asyncio.to_thread(self._open_writer, set_up)
             self._writer = await aiosqlite.Connection(lambda: db, 64)
             for _ in range(1 + SLOW_READERS):
                 self._readers.append(await aiosqlite.Connection(functools.partial(connect_reader, self.path), 64))
             self._idle = self._readers[1:]
             self._inline_reader = connect_reader(self.path)
             self._files = self._identify()
+            self._read_id = self._applied_id = self.read_inline(load_log_end)
         except BaseException:
             await self.close()
             raise
         self._is_open = True
         self._committer = asyncio.create_task(self._commit_jobs(), name="chatrtc-writer")
+        self._follower = asyncio.create_task(self._follow_log(), name="chatrtc-log")
 
     async def close(self) -> None:
         """Commit the queued jobs, checkpoint and close."""
         self._is_open = False
         self._wake.set()
-        if self._committer is not None:
-            await asyncio.wait([self._committer])
-            self._committer = None
+        self._news.set()
+        for task in filter(None, [self._committer, self._follower]):
+            await asyncio.wait([task])
+        self._committer = self._follower = None
         if self._inline_reader is not None:
             self._inline_reader.close()
-        for db in [*self._readers, *filter(None, [self._writer])]:  # the writer last: the last connection checkpoints
+        for db in self._readers:
             await db.close()
+        if self._writer is not None:
+            await self._close_writer(self._writer)
         self._readers.clear()
         self._writer = self._inline_reader = None
-        self.lock.close()
+        self._turn.close()
+        self._lock.close()
+
+    async def _close_writer(self, writer: aiosqlite.Connection) -> None:
+        """Close the writer in its turn, because the last connection that is closed checkpoints."""
+        turn = Turn(self.path)
+        if not await asyncio.to_thread(turn.wait):
+            log.error("%s was closed while another process writes", self.path)  # which therefore still has it open
+        await writer.close()
+        turn.close()
 
     def read_inline(self, query: Query[R], *args: Any) -> R:
         """Run a fast query on the event loop, without waiting. Raises UNAVAILABLE if the database cannot be read."""
@@ -1865,10 +2101,8 @@ class Store:
             while self._queue:
                 batch = self._next_batch()
                 timer = loop.call_later(CALL_TIMEOUT, self._time_out_jobs, batch)
-                outcomes = await self._commit(batch)
+                await self._commit(batch)
                 timer.cancel()
-                for queued, outcome in zip(batch, outcomes, strict=True):
-                    loop.call_soon(self._resolve, queued.future, outcome)
 
     def _next_batch(self) -> list[QueuedJob]:
         """Take the jobs of the next transaction from the queue: a slow job alone, fast jobs together."""
@@ -1877,21 +2111,52 @@ class Store:
             batch.append(self._queue.popleft())
         return batch
 
-    async def _commit(self, batch: list[QueuedJob]) -> list[Result[Any] | Exception]:
+    async def _commit(self, batch: list[QueuedJob]) -> None:
         """Commit the jobs in one transaction or, if that fails, one by one, so that one bad job does not fail the others."""
-        result = await result_or_exception(self._transact(batch))
-        if isinstance(result, list):
-            return result
-        if len(batch) > 1:
-            return [(await self._commit([queued]))[0] for queued in batch]
-        if isinstance(result, StartError) or (isinstance(result, sqlite3.OperationalError) and not is_bug(result)):
-            self._record_write_failure(result)
-            detail = f"The database cannot be written at the moment ({result}); nothing was changed"
-            full = getattr(result, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
-            return [ChatError("UNAVAILABLE", detail, reason="DISK_FULL" if full else "DATABASE_DOWN")]
-        return [result]
+        outcomes = await result_or_exception(self._transact(batch))
+        if isinstance(outcomes, Exception):
+            if len(batch) > 1:
+                for queued in batch:
+                    await self._commit([queued])
+                return
+            outcomes = [self._write_failure(outcomes)]
+        loop = asyncio.get_running_loop()
+        for queued, outcome in zip(batch, outcomes, strict=True):
+            loop.call_soon(self._resolve, queued.future, outcome)
+        loop.call_soon(self._mark_applied, self._read_id)
+
+    def _write_failure(self, error: Exception) -> Exception:
+        """Return the error for the caller of a job whose transaction failed."""
+        if not isinstance(error, StartError) and (not isinstance(error, sqlite3.OperationalError) or is_bug(error)):
+            return error
+        self._record_write_failure(error)
+        detail = f"The database cannot be written at the moment ({error}); nothing was changed"
+        full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+        return ChatError("UNAVAILABLE", detail, reason="DISK_FULL" if full else "DATABASE_DOWN")
 
     async def _transact(self, batch: list[QueuedJob]) -> list[Result[Any] | ChatError]:
+        """Run the jobs and commit, in this process's turn. Then schedule the effects of earlier commits of other processes."""
+        assert self._writer is not None
+        if not self._turn.try_acquire():
+            await on_thread(self._writer, lambda db: self._turn.acquire())
+        self._committing = True  # our own row must not be taken for another process's
+        try:
+            outcomes, own_id, end = await self._run_jobs(batch)
+            before = end if own_id is None else own_id - 1
+            while self._read_id < before:
+                self._read_log(before)
+                await asyncio.sleep(0)
+            self._read_id = end
+        finally:
+            self._committing = False
+            self._turn.release()
+        if own_id is not None:
+            self.ring()
+            self.pull()
+        return outcomes
+
+    async def _run_jobs(self, batch: list[QueuedJob]) -> tuple[list[Result[Any] | ChatError], int | None, int]:
+        """Run the jobs and commit. Return their outcomes, the id of their row in the log, if any, and that of its last row."""
         assert self._writer is not None
         if self._reopen_writer:
             self._require_files()
@@ -1900,17 +2165,81 @@ class Store:
             self._reopen_writer = False
         jobs = [queued.job for queued in batch]
         if jobs == [empty_wal]:
-            return [await on_thread(self._writer, empty_wal)]
+            return [await on_thread(self._writer, empty_wal)], None, self._read_id
         if batch[0].slow:
             outcomes = await on_thread(self._writer, begin, jobs)
         else:
             outcomes = begin(self._writer._conn, jobs)
-        await on_thread(self._writer, self._finish)
-        return outcomes
+        effects = [effect for outcome in outcomes if isinstance(outcome, Result) for effect in outcome.effects]
+        return outcomes, *await on_thread(self._writer, self._finish, effects)
 
-    def _finish(self, db: sqlite3.Connection) -> None:
-        with db:  # commits, or rolls back on failure
-            self._require_files()
+    def _finish(self, db: sqlite3.Connection, effects: Sequence[Effect]) -> tuple[int | None, int]:
+        """Commit, and end the turn. Return the id of the added row of the log, if any, and that of its last row."""
+        try:
+            with db:  # commits, or rolls back on failure
+                self._require_files()
+                own_id = append_log(db, effects) if self._shared and effects else None
+                return own_id, load_log_end(db)
+        finally:
+            self._turn.release()
+
+    def pull(self) -> None:
+        """Look at the log soon, because another process may have committed."""
+        self._news.set()
+
+    async def _follow_log(self) -> None:
+        """Apply what other processes commit, until the store is closed."""
+        while self._is_open:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOG_POLL_SECONDS):
+                    await self._news.wait()
+            self._news.clear()
+            if not self._committing and self._read_log():
+                self.pull()  # in steps, so that other work runs in between
+
+    def _read_log(self, before: int | None = None) -> bool:
+        """Schedule the effects of the next rows that others have added to the log. Return whether there may be more rows.
+
+        If rows are missing, or cannot be read although an own commit came after them (`before` is the last), events are lost.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            rows, end = self.read_inline(load_log, self._read_id)
+        except ChatError:
+            rows, end = [], self._read_id
+        end = end if before is None else before
+        rows = [row for row in rows if row[0] <= end]
+        if end > self._read_id and (not rows or rows[0][0] != self._read_id + 1):
+            loop.call_soon(self._lose, end)
+            self._read_id = end
+        for row_id, data in rows if self._read_id < end else ():
+            loop.call_soon(self._apply_row, row_id, data)
+            self._read_id = row_id
+        return self._read_id < end
+
+    def _apply_row(self, row_id: int, data: bytes) -> None:
+        """Publish the effects of a row that another process added to the log."""
+        try:
+            effects = decode_effects(data)
+        except (msgspec.DecodeError, KeyError) as error:
+            log.error("row %d of the log cannot be read: %s", row_id, error)
+            self._lose(row_id)
+        else:
+            self._mark_applied(row_id)
+            self._publish(effects, True)
+
+    def _lose(self, last_id: int) -> None:
+        self._mark_applied(last_id)
+        self.lost()
+
+    def _mark_applied(self, row_id: int) -> None:
+        self._applied_id = row_id
+
+    async def settle(self) -> None:
+        """Wait until everything that is committed, by any process, is also applied. It is until the next await."""
+        while self._applied_id < self.read_inline(load_log_end):
+            self.pull()
+            await asyncio.sleep(SETTLE_SECONDS)
 
     def _record_write_failure(self, error: sqlite3.OperationalError | StartError) -> None:
         """Log a write error. After a failed sync the connection's state is unknown, so it is reopened."""
@@ -1931,7 +2260,7 @@ class Store:
         """Publish a job's effects, then answer its caller. If publishing raises, the event loop logs it; other jobs go on."""
         try:
             if isinstance(outcome, Result):
-                self._publish(outcome.effects)
+                self._publish(outcome.effects, False)
         finally:
             if future.done():
                 pass  # the caller stopped waiting
@@ -2174,6 +2503,16 @@ def insert_user(db: sqlite3.Connection, username: str, password: str | None, now
     if row is None:
         raise chat_error("USERNAME_TAKEN", field="username")
     return int(row[0])
+
+
+def load_secret_check(db: sqlite3.Connection) -> bytes | None:
+    row = db.execute("SELECT digest FROM secret_check").fetchone()
+    return row[0] if row else None
+
+
+def update_secret_check(db: sqlite3.Connection, digest: bytes) -> None:
+    with db:
+        db.execute("INSERT OR REPLACE INTO secret_check (rowid, digest) VALUES (1, ?)", (digest,))
 
 
 def insert_known_address(db: sqlite3.Connection, user_id: int, digest: bytes, clock: float) -> Result[None]:
@@ -2909,6 +3248,10 @@ class TokenSigner:
             return user_id, generation, float(claims["exp"])
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
             raise chat_error("TOKEN_INVALID") from None
+
+    def check_digest(self) -> bytes:
+        """Return a keyed hash by which servers recognize that they have the same secret."""
+        return hmac.digest(self._secret.encode(), b"the same secret", "sha256")[:16]
 
     def address_digest(self, user_id: int, address: str) -> bytes:
         """Return a keyed hash by which the database recognizes an address that an account signed in from."""
@@ -4611,7 +4954,10 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
         parts = packet if isinstance(packet, list) else [packet]
         parts = [MESSAGE + part if isinstance(part, str) else part for part in parts]
         skipped = skip_sid if isinstance(skip_sid, list | tuple | set) else (skip_sid,)
-        self.server.fan_out(parts, namespace, room, skipped)
+        if self.server.share is None or self.eio_sid_from_sid(room, namespace) is not None:
+            self.server.fan_out(parts, namespace, room, skipped)
+        else:
+            await self.server.share(EmitCustom(str(parts[0]), parts[1:], namespace, room, list(skipped)))
 
 
 # The libraries' private API, as far as it is used.
@@ -4640,6 +4986,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
 
     def __init__(self, options: EngineOptions, **library_options: Any) -> None:
         self.packet_queues: dict[str, PacketQueue] = {}
+        self.share: Callable[[EmitCustom], Awaitable[None]] | None = None  # emits an event on all processes
         # The newest buffer of each room, while it waits to be sent to somebody.
         self.room_buffers: WeakValueDictionary[tuple[str, str], RoomBuffer] = WeakValueDictionary()
         library_options.setdefault("client_manager", RoomManager())
@@ -4916,7 +5263,10 @@ class Hub:
     def __init__(self, settings: Settings, sio: SocketServer) -> None:
         self.settings, self.sio = settings, sio
         self.signer = TokenSigner(secrets.token_hex() if settings.secret is None else settings.secret, settings.token_ttl)
-        self.store = Store(Path(settings.database), self.apply_effects, settings.disk_reserve << 20)
+        shared = settings.redis is not None
+        self.store = Store(Path(settings.database), self.apply_effects, settings.disk_reserve << 20, shared)
+        self.store.lost = self.reconnect_all
+        self.sio.share = self.share if shared else None
         self.qr_lock = asyncio.Lock()
         self.password_hasher = PasswordHasher(bounded=not settings.no_rate_limit)
         self.limiter = Limiter(enabled=not settings.no_rate_limit)
@@ -4933,7 +5283,7 @@ class Hub:
         self._effect_handlers: dict[type[Effect], Callable[..., None]] = {
             Emit: self.emit, AddChannelRoom: self.add_channel_room, RemoveRoom: self.remove_room, Evict: self.evict,
             Revoke: self.revoke, SetStatus: self.emit_status, Rename: self.rename, StopTyping: self.stop_typing,
-            MarkOwnPost: self.mark_own_post, EmitReadMark: self.emit_read_mark,
+            MarkOwnPost: self.mark_own_post, EmitReadMark: self.emit_read_mark, EmitCustom: self.emit_custom, LogLine: log.info,
         }  # fmt: skip
 
     # Reading the database. The result of `read_inline` stays true until the next await: use it before then.
@@ -4984,21 +5334,37 @@ class Hub:
 
     # Effects and events
 
-    def apply_effects(self, effects: Iterable[Effect]) -> None:
+    def apply_effects(self, effects: Iterable[Effect], foreign: bool = False) -> None:
         """Apply the effects of operations. Called once their changes are on disk, in the order of the commits."""
-        for effect in effects:
-            self._effect_handlers[type(effect)](*effect)
+        with self.as_foreign(foreign):
+            for effect in effects:
+                self._effect_handlers[type(effect)](*effect)
 
     @contextlib.contextmanager
-    def as_foreign(self) -> Iterator[None]:
+    def as_foreign(self, foreign: bool = True) -> Iterator[None]:
         """Apply in the body what happened in another process: that process calls the program's listeners."""
-        self.foreign = True
+        before, self.foreign = self.foreign, foreign
         try:
             yield
         finally:
-            self.foreign = False
+            self.foreign = before
 
-    def emit(self, event: str, to: int, payload: Payload, *, room: str = "", skip_sid: str | None = None) -> None:
+    async def share(self, effect: EmitCustom) -> None:
+        """Emit an event of the embedding program on all processes. Raises UNAVAILABLE."""
+        await self.store.write(lambda db: Result(None, [effect]))
+
+    def emit_custom(self, packet: str, attachments: list[bytes], namespace: str, room: Any, skipped: list[str | None]) -> None:
+        self.sio.fan_out([packet, *attachments], namespace, room, skipped)
+
+    def reconnect_all(self) -> None:
+        """Close all sockets, because they have missed events. Their clients reconnect and catch up."""
+        log.warning("this process was away for too long: its clients reconnect")
+        self._token_cache.clear()
+        self.pages.clear()
+        for session in list(self.sio.eio.sockets.values()):
+            session.end(REASON.TRANSPORT_ERROR, final_packet="")
+
+    def emit(self, event: str, to: int, payload: Payload | msgspec.Raw, *, room: str = "", skip_sid: str | None = None) -> None:
         """Send an event to its room, and to the program's own listeners."""
         self.sio.publish(event, payload, f"{room or EVENTS[event].room}:{to}", skip_sid)
         for queue in self.listeners.get(event, ()) if self.listening and not self.foreign else ():
@@ -5033,19 +5399,20 @@ class Hub:
             self.connections[sid].servers[server_id].add(channel_id)
             self.sio.enter(sid, f"channel:{channel_id}")
 
-    def mark_own_post(self, server_id: int, user_id: int, channel_id: int, message_id: int) -> None:
+    def mark_own_post(self, server_id: int, user_id: int, channel_id: int, message_id: int, foreign: bool) -> None:
         """Emit `channel:read` for an own post a moment later, so that posting quickly does not double the number of events."""
         before = self._own_marks.get(channel_id)
         if before is not None and before.user_id != user_id:
             self.emit_read_mark(channel_id)  # before the other user's post
-        if self.connections_of(user_id) or "channel:read" in self.listeners:
+        if self.connections_of(user_id) or ("channel:read" in self.listeners and not self.foreign):
             if channel_id not in self._own_marks:
                 asyncio.get_running_loop().call_later(OWN_MARK_SECONDS, self.emit_read_mark, channel_id)
-            self._own_marks[channel_id] = MarkOwnPost(server_id, user_id, channel_id, message_id)
+            self._own_marks[channel_id] = MarkOwnPost(server_id, user_id, channel_id, message_id, self.foreign)
 
     def emit_read_mark(self, channel_id: int) -> None:
         if (mark := self._own_marks.pop(channel_id, None)) is not None:
-            self.emit("channel:read", mark.user_id, ReadState(channel_id, mark.message_id, 0, 0))
+            with self.as_foreign(mark.foreign):
+                self.emit("channel:read", mark.user_id, ReadState(channel_id, mark.message_id, 0, 0))
 
     def forget_marks(self, server_id: int, user_id: int | None = None) -> None:
         """Drop the delayed read marks of a user in a server that the user has left, or of all users if it is deleted."""
@@ -5390,6 +5757,7 @@ async def get_configuration(hub: Hub, caller: Caller, args: NoArgs) -> Result[Pu
 @operation("async", None, Access.ANYONE, event="authenticate")
 async def authenticate(hub: Hub, caller: Caller, args: TokenArgs) -> Result[Identity]:
     """Authenticate this socket (or pass `auth: {token}` in the handshake)."""
+    await hub.store.settle()
     user = hub.authenticate_token(args.token or "")
     hub.bind_principal(caller.connection, user)
     return Result(Identity(user.user_id, user.username, name=user.name))
@@ -5410,6 +5778,7 @@ def missed_changes(ctx: OperationContext, args: JoinServer) -> tuple[int, Change
 @operation("async", None, Access.MEMBER, event="join_server", emits=["user:connected"])
 async def join_server(hub: Hub, caller: Caller, args: JoinServer) -> Result[JoinServerResult]:
     """Subscribe to a server's events and, with `after`, get the changes after that sequence number. None is lost in between."""
+    await hub.store.settle()
     channels = hub.query(caller, args, lambda ctx, _: load_channels(ctx.db, ctx.server_id))
     hub.join_server(caller.connection, args.server_id, [channel.channel_id for channel in channels])
     # Every event published before this line is already committed, so the read below includes it.
@@ -5864,7 +6233,6 @@ def asyncapi() -> dict[str, Any]:
 # clean-up closes it.
 
 MAINTENANCE_INTERVAL = 0.5  # seconds
-CONTROL_SECONDS = 5.0  # for the command line to send its command
 TOKEN_PURGE_INTERVAL = 7200  # rounds of maintenance: an hour
 MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
 SEARCH_LAG = 50_000  # messages that may wait to be indexed: the first search would index them in some 2 seconds
@@ -5920,7 +6288,7 @@ def add_server(db: sqlite3.Connection, name: str, owner: str) -> Result[int]:
     return Result(insert_owned_server(db, args.name, require_account(db, owner).user_id, utc(time.time())))
 
 
-# Jobs that the command line runs on the database, or asks the server that has it open to run.
+# Jobs that the command line runs on the database.
 ADMIN_JOBS: dict[str, Callable[..., Result[Any]]] = {
     job.__name__: job for job in (add_user, set_password, delete_user, add_server)
 }
@@ -6049,6 +6417,8 @@ async def maintenance_loop(hub: Hub) -> None:
         hub.sio.eio.client_log.flush()
         if turn % TOKEN_PURGE_INTERVAL == 0:
             await result_or_error(hub.store.write(lambda db: Result(delete_expired_tokens(db, time.time())), frees=True))
+        if hub.store.read_inline(has_old_log, time.time()):
+            await result_or_error(hub.store.write(lambda db: trim_log(db, time.time()), frees=True))
         await result_or_error(run_maintenance(hub))
         await asyncio.sleep(MAINTENANCE_INTERVAL)
 
@@ -6205,14 +6575,8 @@ class ChatRTC:
         """Open the database and start maintenance. Raises StartError."""
         hub = self.hub
         async with contextlib.AsyncExitStack() as stack:  # undoes the steps before one that fails
-            await hub.store.open()
+            await hub.store.open(self._set_secret)
             stack.push_async_callback(hub.store.close)
-            if self.settings.secret is None:
-                hub.signer = TokenSigner(load_or_create_secret(hub.store.path), self.settings.token_ttl)
-            token = secrets.token_hex(16)  # kept with the port in the lock file, which only its owner can read
-            control = await asyncio.start_server(functools.partial(self._serve_admin, token), "127.0.0.1", 0)
-            stack.callback(control.close)
-            hub.store.lock.write_address(f"{control.sockets[0].getsockname()[1]} {token}")
             stack.callback(hub.password_hasher.close)
             stack.callback(self.sio.eio.client_log.flush, now=True)
             hub.listening = True
@@ -6226,24 +6590,15 @@ class ChatRTC:
         """Stop maintenance, commit every accepted write and close the database."""
         await self._running.aclose()
 
-    async def _serve_admin(self, token: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Run a job of ADMIN_JOBS for the command line, which sends a line: the token and [name, arguments] as JSON."""
-        try:
-            async with asyncio.timeout(CONTROL_SECONDS):
-                given, _, call = (await reader.readline()).partition(b" ")
-            if not hmac.compare_digest(given, token.encode()):
-                raise ValueError("wrong token")
-            name, args = json.loads(call)
-            write = self.hub.store.write(lambda db: ADMIN_JOBS[name](db, *args), slow=True, frees=name == "delete_user")
-            outcome = await result_or_error(write)
-            reply = outcome.body() if isinstance(outcome, ChatError) else {"answer": outcome.value}
-            log.info("%s on the command line for %a: %s", name, args[0] if args else "", reply.get("code", "done"))
-            writer.write(json.dumps(reply).encode() + b"\n")
-            await writer.drain()
-        except (ValueError, TypeError, RecursionError, OSError, TimeoutError) as error:
-            log.warning("a command could not be read: %s", error)
-        finally:
-            writer.close()
+    def _set_secret(self, db: sqlite3.Connection, first: bool) -> None:
+        """Load the secret. Raises StartError if servers that share the database have another one."""
+        if self.settings.secret is None:
+            self.hub.signer = TokenSigner(load_or_create_secret(self.hub.store.path), self.settings.token_ttl)
+        digest = self.hub.signer.check_digest()
+        if first:
+            update_secret_check(db, digest)
+        elif load_secret_check(db) != digest:
+            raise StartError("The servers that share this database have another secret: start all with the same --secret")
 
 
 def lan_address() -> str:
@@ -6462,7 +6817,7 @@ def index_all(db: sqlite3.Connection) -> None:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a database. Raises StartError if a server has it."""
-    with contextlib.closing(Lock(path)) as lock:
+    with Turn(path).hold(), contextlib.closing(FileLock(path)) as lock:
         if not lock.acquire():
             raise StartError(f"{path} is in use: stop the server first")
         yield
@@ -6504,7 +6859,7 @@ def open_reader(database: str, *, any_format: bool = False) -> Iterator[sqlite3.
     if not path.is_file():
         raise StartError(f"There is no database {path}")
     read_sqlite_header(path)
-    with contextlib.closing(Lock(path)) as lock:
+    with contextlib.closing(FileLock(path)) as lock:
         if lock.acquire():
             check_openable(path)
     with snapshot(path) as db:
@@ -6513,33 +6868,16 @@ def open_reader(database: str, *, any_format: bool = False) -> Iterator[sqlite3.
         yield db
 
 
-def run_on_server(address: str, name: str, args: Sequence[Any]) -> Any:
-    """Have the server that holds the lock run a job of ADMIN_JOBS. `address`: what it wrote to the lock file."""
-    try:
-        port, token = address.split()
-        with socket.create_connection(("127.0.0.1", int(port)), 15) as control, control.makefile("rb") as line:
-            control.sendall(f"{token} {json.dumps([name, args])}\n".encode())
-            reply = json.loads(line.readline(1 << 16))
-    except (OSError, ValueError) as error:
-        raise StartError(f"The server that has the database open does not answer: {error}") from None
-    if "code" in reply:
-        raise ChatError(reply["code"], reply["error"])
-    return reply["answer"]
-
-
 def run_admin_job(database: str, name: str, *args: Any) -> Any:
-    """Run a job of ADMIN_JOBS and return its value, on the server that has the database open or, if none has, here."""
+    """Run a job of ADMIN_JOBS and return its value. Servers that have the database open learn of it by the log."""
     path = Path(database)
     read_sqlite_header(path)
-    lock, deadline = Lock(path), time.monotonic() + 10  # for a server that is starting, or another command
-    while not lock.acquire():
-        if address := lock.read_address():
-            return run_on_server(address, name, args)
-        if time.monotonic() > deadline:
-            raise StartError(f"{database} is in use by another program")
-        time.sleep(0.05)
-    with contextlib.closing(lock), contextlib.closing(prepare(path, may_migrate=False)) as db, db:
-        outcome = begin(db, [lambda db: ADMIN_JOBS[name](db, *args)])[0]
+    with Turn(path).hold(), contextlib.closing(FileLock(path)) as lock:
+        alone = lock.acquire()
+        with contextlib.closing(prepare(path, may_migrate=False) if alone else join_writers(path)) as db, db:
+            outcome = begin(db, [lambda db: ADMIN_JOBS[name](db, *args)])[0]
+            if isinstance(outcome, Result) and not alone:
+                append_log(db, [*outcome.effects, LogLine(f"{name} on the command line for {args[0]!a}: done")])
     if isinstance(outcome, ChatError):
         raise outcome
     return outcome.value

@@ -172,3 +172,17 @@ INSERT INTO search (indexed_id) VALUES (0);
 CREATE VIRTUAL TABLE messages_fts USING fts5 (
     content, server_id, content = '', tokenize = "unicode61 remove_diacritics 2 categories 'L* M* N* Co'"
 );
+
+-- What other processes have to know of recent commits: each row has the effects of one commit, as JSON. The command line writes
+-- rows, and so do servers that share the database (--redis). Each server applies the rows of others in the order of their ids.
+CREATE TABLE log (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    written_at REAL NOT NULL,                      -- Unix seconds
+    bytes      INTEGER NOT NULL,                   -- total size of the effects up to this row
+    effects    BLOB NOT NULL
+) STRICT;
+
+-- One row: a keyed hash by which servers that share the database recognize that they have the same secret.
+CREATE TABLE secret_check (
+    digest BLOB NOT NULL
+) STRICT;
