@@ -6600,7 +6600,7 @@ async def test_an_unusable_database_is_not_changed(
         expect_error(await run_command(*args, *database))
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert {name: after.get(name) for name in before} == before
-    assert set(after) - set(before) <= {"chat.db.lock", "chat.db-shm"}
+    assert {name for name in set(after) - set(before) if not name.endswith(".lock")} <= {"chat.db-shm"}
 
 
 USAGE_ERRORS = {
@@ -6636,7 +6636,7 @@ USAGE_ERRORS = {
 @pytest.mark.parametrize("line", USAGE_ERRORS)
 async def test_a_usage_error_is_one_clear_line(line: str, tmp_path: Path) -> None:
     expect_error(await run_command(*line.split(), cwd=tmp_path, stdin="correct horse\n"), USAGE_ERRORS[line])
-    assert {path.name for path in tmp_path.iterdir()} <= {"chatrtc.db", "chatrtc.db.lock", "chatrtc.db.secret"}
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} <= {"chatrtc.db", "chatrtc.db.secret"}
     assert not (tmp_path / "chatrtc.db").exists() or "--host" in line
 
 
@@ -6655,28 +6655,26 @@ async def test_the_command_line_needs_no_temporary_folder(tmp_path: Path) -> Non
     process = await Process.start(folder / "chat.db", env=nowhere)
     try:
         assert "has the id 1" in await run_ok("user", "add", "ana", *database, stdin="correct horse\n", env=nowhere)
-        port, token = (folder / "chat.db.lock").read_text().split()
-        for line in (b"", b"wrong []\n", b"\n", token[:-1].encode() + b" []\n", b"x" * 200_000, b"[" * 60_000 + b"\n",
-                     f"{token} [[\n".encode(), f"{token} {'[' * 9000}\n".encode(), f"{token} 7\n".encode(),
-                     b"GET / HTTP/1.1\r\n\r\n"):  # fmt: skip
-            reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
-            writer.write(line)
-            with contextlib.suppress(OSError):
-                writer.write_eof()
-                assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
-            writer.close()
         assert (await run_ok("user", "list", *database)).count("\n") == 1
     finally:
         status, log = await process.stop()
     assert (status, "Traceback" in log) == (0, False), log
 
 
-async def test_a_command_must_arrive_in_time(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chatrtc, "CONTROL_SECONDS", 0.1)
-    port, _ = (tmp_path / "chat.db.lock").read_text().split()
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
-    assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
-    writer.close()
+async def test_a_command_waits_for_its_turn(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatrtc, "MAX_TURN_SECONDS", 0.2)
+    database = str(tmp_path / "chat.db")
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    socket = await ana.socket(place.server_id)
+    turn = chatrtc.Turn(Path(database))
+    assert turn.try_acquire()
+    with pytest.raises(chatrtc.StartError, match="does not let others write"):
+        await asyncio.to_thread(chatrtc.run_admin_job, database, "delete_user", "ana")
+    turn.release()
+    await asyncio.to_thread(chatrtc.run_admin_job, database, "delete_user", "ana")
+    await asyncio.wait_for(socket.closed.wait(), PATIENCE)
+    turn.close()
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux can read the limits of another process")
@@ -7028,7 +7026,7 @@ async def test_only_a_sound_backup_is_restored(name: str, filled: dict[str, byte
     restore = ("restore", str(tmp_path / "backups" / "chat.db"), "--database", str(tmp_path / "chat.db"))
     expect_error(await run_command(*restore))
     assert (tmp_path / "chat.db").read_bytes() == filled["stopped"]
-    assert {path.name for path in tmp_path.iterdir()} <= {"backups", "chat.db", "chat.db.lock"}
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} <= {"backups", "chat.db"}
 
 
 async def test_a_restore_needs_no_database_to_replace(filled: dict[str, bytes], tmp_path: Path) -> None:
@@ -7163,7 +7161,17 @@ async def test_only_the_owner_can_read_the_files(tmp_path: Path) -> None:
         await run_ok("backup", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
         modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     await process.stop()
-    names = ["chat.db", "chat.db-shm", "chat.db-wal", "chat.db.lock", "chat.db.secret", "copy", "copy.lock"]
+    names = [
+        "chat.db",
+        "chat.db-shm",
+        "chat.db-wal",
+        "chat.db.lock",
+        "chat.db.next.lock",
+        "chat.db.turn.lock",
+        "chat.db.secret",
+        "copy",
+        "copy.lock",
+    ]
     assert modes == {name: 0o600 for name in names if name in modes}
     assert set(modes) >= set(names[:-1])
 
