@@ -1797,6 +1797,21 @@ RELEASED = {
         b"<a$zeTqrMf8}Q8<O$A>4%hHl>w(CvB$hF&j{HK(|bYeSqAXXpL2(L<drO%XQexSOY`UQmkD<669){M%T|KpVaA&NJ|4=D~3n$m#7dk91qn8yhfInWzj"
         b"z{3SN7ch)_@4)!<A0gPq5d"
     ),
+    3: (
+        b"c-qBSO>^2v5dAA%xd1L5?9?W;u7rb(6<ZZ7vO>hkNi|3Vo&Y0OGhnm7KJ%e3&<KmgwR<qAte&3k*RQAF@XfdH9&AAC^^!!0lZ1vOhCW<fy}$nB<Db{p"
+        b"A3njrckIA{z`hweuwgi5&{f~k)b#@A&hg=!?>^Z6Px$Km1bY&UTu&@}aJ;}$rWCC(1kR5Dypi~u42R|a!v)^$zk`YA{xxwdSR=-slQdSZEnpn+4Lh*C"
+        b"b-vh>VE~<kE(ygQ7~DI9uh7kmT@SkXD+@a48SUivbi>p)p<BYpbcs8?o&`~g5yx?e_+hYfOmV6JDpIaRaA`q|msmJBVv~ngT0&PWypr3ODD_|*`0gM$"
+        b"KtILXWFg|?;*-iU#AJ>chnwN(rdk3E@XMN{n8{3pgJBs+?%9GzH@F{70`NzV?(M-wqBL7wX#Lc()TS~wW6JQ~N5PDq5T$s@!q*H}cr_K#zG|n~cHF25"
+        b"`D_a#AcYs-`QrGFH*m%UfFn=%9y-F$z#b3mTgR%kj%m4SGYisWd4Ok5AN59a`&lqkQ9E7{Dj#&LiqO9j!Fv<-lJ~MI(_PkEqDpZ%OOw@61go|07DyC1"
+        b"^<Jfy>)kp(ih@mdp<F3ZDge%16-)GCkgZH84pqi`Yl=vE@OUpU)WG#21LvTYvm{*!>;I>uHQ>*NR3|k>^uJDJD%(?K(%!hv#5c-c<0>JDk~nLcy%X_l"
+        b"Wb%WoUA`;yBDu|STa^$y+FX@0TT>(J_0rW?uNnE;+2?+-O|O1%>4wR0k*%h4lc^P8m5p-%r<j+EqXXsyo}4+07F2X`h~ilIVAv!+j_h5HzdCs^t%Y+y"
+        b"#cY$@MOz-OH|bmjsU8~UriqR1NQgH4DQTPh5;1NxZ5VQMw0@H_1kJcuZyL0MH<XiQ!@H)VpzznW2)S~Qr-6QKDPT@4%h<_7Hz^;pxV2zGXl$P9>W!M}"
+        b"9KUcm%eM)Mv^M3*nnX?7SD0pFvWi<CK(ATVForZ;v&VmpQ$_IA5jXLtsL{DBj}po;<?VGRj!ET(ls@a_PH5`#sHO>xaDM49QdN{EMXZI+FAPhWf6gVL"
+        b">6p(e8Lq{r)<$`0%X(OqDpx?xMN__8A1=+}tJp-kl)m@&sSr=L>MJfZ#Cr~kfT|qIijl{tm&rkxfmXXAp-A4+8Ypd|Q4xTFh<KI!BBqOLOK$F+XjSl)"
+        b"<C8_sO7Q&ck~<-fBRzd2$&+sdI=gT~<!wZhBTu*($7VYB>O6=~lnQTfZmEH*Zc?uUWk{$kP%1g8=(43Ulq}(jv)Yv&rO}gsM9dicf*V3)9I1<Ci~F(b"
+        b"jU7Lbwxhy%>AMHt?cqe=)x9hu`R@9`L`bgv=@ZU4gUQ(S?m#?!P!e7p>6JNC9`k)Q?bI(I<R5v-d$*xPYW|N`0)$nv#bHcPloC!N2JayfQ(&H?MD##s"
+        b"cmWR=;9bBV>AZuQ=1t}jo>l|!S@`Eh5jov)gU%NnKbzr5B)TU>n+7w(VtjE?UmPtCRCs;qZ^uObiU"
+    ),
 }  # fmt: skip
 
 
@@ -2397,13 +2412,13 @@ async def test_a_thousand_concurrent_posts_reach_a_hundred_sockets_in_order(worl
 async def test_a_bug_in_publishing_one_job_does_not_stop_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     published: list[Any] = []
 
-    def publish(effects: Any) -> None:
+    def publish(effects: Any, foreign: bool) -> None:
         published.extend(effects)
         if effects[0] % 2:
             raise Boom
 
     store = chatrtc.Store(tmp_path / "chat.db", publish)
-    await store.open()
+    await store.open(lambda db, first: None)
     jobs = [functools.partial(lambda number, db: chatrtc.Result(number, [number]), number) for number in range(300)]
     done = await asyncio.gather(*map(store.write, jobs))
     await store.close()
@@ -2752,21 +2767,6 @@ WRONG_TOKENS: dict[str, Callable[[Person], str]] = {
     "garbage": lambda user: "a.b.c",
     "one word": lambda user: "token",
     "dots": lambda user: "..",
-    3: (
-        b"c-qBSO>^2v5dAA%xd1L5?9?W;u7rb(6<ZZ7vO>hkNi|3Vo&Y0OGhnm7KJ%e3&<KmgwR<qAte&3k*RQAF@XfdH9&AAC^^!!0lZ1vOhCW<fy}$nB<Db{p"
-        b"A3njrckIA{z`hweuwgi5&{f~k)b#@A&hg=!?>^Z6Px$Km1bY&UTu&@}aJ;}$rWCC(1kR5Dypi~u42R|a!v)^$zk`YA{xxwdSR=-slQdSZEnpn+4Lh*C"
-        b"b-vh>VE~<kE(ygQ7~DI9uh7kmT@SkXD+@a48SUivbi>p)p<BYpbcs8?o&`~g5yx?e_+hYfOmV6JDpIaRaA`q|msmJBVv~ngT0&PWypr3ODD_|*`0gM$"
-        b"KtILXWFg|?;*-iU#AJ>chnwN(rdk3E@XMN{n8{3pgJBs+?%9GzH@F{70`NzV?(M-wqBL7wX#Lc()TS~wW6JQ~N5PDq5T$s@!q*H}cr_K#zG|n~cHF25"
-        b"`D_a#AcYs-`QrGFH*m%UfFn=%9y-F$z#b3mTgR%kj%m4SGYisWd4Ok5AN59a`&lqkQ9E7{Dj#&LiqO9j!Fv<-lJ~MI(_PkEqDpZ%OOw@61go|07DyC1"
-        b"^<Jfy>)kp(ih@mdp<F3ZDge%16-)GCkgZH84pqi`Yl=vE@OUpU)WG#21LvTYvm{*!>;I>uHQ>*NR3|k>^uJDJD%(?K(%!hv#5c-c<0>JDk~nLcy%X_l"
-        b"Wb%WoUA`;yBDu|STa^$y+FX@0TT>(J_0rW?uNnE;+2?+-O|O1%>4wR0k*%h4lc^P8m5p-%r<j+EqXXsyo}4+07F2X`h~ilIVAv!+j_h5HzdCs^t%Y+y"
-        b"#cY$@MOz-OH|bmjsU8~UriqR1NQgH4DQTPh5;1NxZ5VQMw0@H_1kJcuZyL0MH<XiQ!@H)VpzznW2)S~Qr-6QKDPT@4%h<_7Hz^;pxV2zGXl$P9>W!M}"
-        b"9KUcm%eM)Mv^M3*nnX?7SD0pFvWi<CK(ATVForZ;v&VmpQ$_IA5jXLtsL{DBj}po;<?VGRj!ET(ls@a_PH5`#sHO>xaDM49QdN{EMXZI+FAPhWf6gVL"
-        b">6p(e8Lq{r)<$`0%X(OqDpx?xMN__8A1=+}tJp-kl)m@&sSr=L>MJfZ#Cr~kfT|qIijl{tm&rkxfmXXAp-A4+8Ypd|Q4xTFh<KI!BBqOLOK$F+XjSl)"
-        b"<C8_sO7Q&ck~<-fBRzd2$&+sdI=gT~<!wZhBTu*($7VYB>O6=~lnQTfZmEH*Zc?uUWk{$kP%1g8=(43Ulq}(jv)Yv&rO}gsM9dicf*V3)9I1<Ci~F(b"
-        b"jU7Lbwxhy%>AMHt?cqe=)x9hu`R@9`L`bgv=@ZU4gUQ(S?m#?!P!e7p>6JNC9`k)Q?bI(I<R5v-d$*xPYW|N`0)$nv#bHcPloC!N2JayfQ(&H?MD##s"
-        b"cmWR=;9bBV>AZuQ=1t}jo>l|!S@`Eh5jov)gU%NnKbzr5B)TU>n+7w(VtjE?UmPtCRCs;qZ^uObiU"
-    ),
 }
 REVOKED_TOKENS = {"of an old password": password_changed, "logged out": logged_out, "of a deleted account": account_deleted}
 
