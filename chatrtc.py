@@ -6237,6 +6237,7 @@ TOKEN_PURGE_INTERVAL = 7200  # rounds of maintenance: an hour
 MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
 SEARCH_LAG = 50_000  # messages that may wait to be indexed: the first search would index them in some 2 seconds
 KEEPALIVE = 20.0
+WATCHDOG_SECONDS = 2.0  # between two notices to systemd
 PATH = re.compile(r"(/[\w.~!$&'()*+,;=:@%/-]*)?", re.ASCII)
 PUBLIC_URL = re.compile(rf"(?i:https?://{HOST.pattern}){PATH.pattern}", re.ASCII)
 PUBLIC_URL_MAX = 300
@@ -6595,9 +6596,11 @@ class ChatRTC:
         if self.settings.secret is None:
             self.hub.signer = TokenSigner(load_or_create_secret(self.hub.store.path), self.settings.token_ttl)
         digest = self.hub.signer.check_digest()
+        if self.settings.redis is None or load_secret_check(db) == digest:
+            return
         if first:
             update_secret_check(db, digest)
-        elif load_secret_check(db) != digest:
+        else:
             raise StartError("The servers that share this database have another secret: start all with the same --secret")
 
 
@@ -6685,6 +6688,24 @@ def handle_signals(stop: Callable[[], None]) -> None:
             signal.signal(number, lambda *_: loop.is_closed() or loop.call_soon_threadsafe(stop))
 
 
+def notify_systemd(state: str) -> None:
+    """Send a line such as READY=1 to systemd, if it has asked for that."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address and hasattr(socket, "AF_UNIX"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notice, contextlib.suppress(OSError):
+            notice.setblocking(False)
+            notice.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+
+
+async def wait_for_stop(stopped: asyncio.Event) -> None:
+    """Wait until the event is set. Meanwhile tell systemd that the event loop runs: it kills a frozen process (WatchdogSec)."""
+    while not stopped.is_set():
+        notify_systemd("WATCHDOG=1")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WATCHDOG_SECONDS):
+                await stopped.wait()
+
+
 async def serve_until_stopped(settings: dict[str, Any]) -> None:
     """Run a server until SIGTERM, SIGINT, SIGHUP or SIGBREAK, and then shut it down cleanly. Raises StartError."""
     stopped = asyncio.Event()
@@ -6710,7 +6731,9 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 10, 10)
-        await stopped.wait()
+        notify_systemd("READY=1")
+        await wait_for_stop(stopped)
+        notify_systemd("STOPPING=1")
     finally:
         await runner.cleanup()
 

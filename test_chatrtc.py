@@ -6677,6 +6677,20 @@ async def test_a_command_waits_for_its_turn(world: World, tmp_path: Path, monkey
     turn.close()
 
 
+@pytest.mark.parametrize("abstract", [False, True])
+async def test_systemd_learns_that_the_server_is_ready_and_alive(tmp_path: Path, abstract: bool) -> None:
+    address = f"@chatrtc-{tmp_path.name}-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_DGRAM) as notices:
+        notices.bind(address.replace("@", "\0"))
+        notices.settimeout(PATIENCE)
+        process = await Process.start(tmp_path / "chat.db", env={"NOTIFY_SOCKET": address})
+        received = [await asyncio.to_thread(notices.recv, 100) for _ in range(3)]
+        await process.stop()
+        assert received == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
+        while await asyncio.to_thread(notices.recv, 100) != b"STOPPING=1":
+            pass
+
+
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux can read the limits of another process")
 async def test_the_server_raises_its_limit_of_open_files(tmp_path: Path) -> None:
     process = await Process.start(tmp_path / "chat.db", prefix=(find_program("prlimit"), "--nofile=256:1024", "--"))
