@@ -18,7 +18,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import socket as socket_module
@@ -37,6 +36,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -59,6 +59,11 @@ from playwright.async_api import Browser, Locator, Page, async_playwright, expec
 from yarl import URL
 
 import chatrtc
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 30.0  # seconds that a test waits for an event, a reply or a condition
@@ -1003,6 +1008,7 @@ def test_an_invalid_setting_is_rejected(tmp_path: Path) -> None:
 JOINED_NAME = "می\u200cنا"  # with a joiner that the script needs  # noqa: RUF001
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     "name",
     [
@@ -1020,6 +1026,7 @@ async def test_a_username_may_use_any_script(world: World, name: str) -> None:
     assert (login.status, login.body["user_id"]) == (200, person.user_id)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     "name",
     [
@@ -1052,6 +1059,7 @@ HIDDEN = [
 ]
 
 
+@pytest.mark.portable
 async def test_every_text_needs_visible_characters(world: World) -> None:
     ana = await world.person("ana")
     place = await world.place(ana)
@@ -1086,6 +1094,7 @@ async def test_every_text_needs_visible_characters(world: World) -> None:
     assert (await ana.call("PATCH", f"/channels/{place.channel_id}", {"topic": ""})).status == 200
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
@@ -1106,6 +1115,7 @@ async def test_a_username_is_derived_from_a_name(world: World, name: str, first:
     assert (login.body["user_id"], login.body.get("name")) == (one.body["user_id"], one.body.get("name"))
 
 
+@pytest.mark.portable
 async def test_people_with_the_same_name_get_different_usernames(world: World) -> None:
     ana = await world.person("ana")
     place = await world.place(ana)
@@ -1122,6 +1132,7 @@ async def test_people_with_the_same_name_get_different_usernames(world: World) -
 # The errors of invalid arguments, and the keys of results.
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
@@ -1140,6 +1151,7 @@ async def test_validation_errors_are_plain_sentences(world: World, body: Any, se
     assert (await ana.call("POST", "/messages", body)).body["error"] == sentence
 
 
+@pytest.mark.portable
 async def test_a_plain_message_has_the_keys_of_the_specification_and_seq(world: World) -> None:
     ana, ben = await world.people("ana", "ben")
     place = await world.place(ana, ben)
@@ -1153,6 +1165,7 @@ async def test_a_plain_message_has_the_keys_of_the_specification_and_seq(world: 
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", message["created_at"])
 
 
+@pytest.mark.portable
 async def test_an_optional_key_is_omitted_while_it_equals_its_default(world: World) -> None:
     ana, ben = await world.people("ana", "ben")
     place = await world.place(ana, ben)
@@ -1171,6 +1184,7 @@ async def test_an_optional_key_is_omitted_while_it_equals_its_default(world: Wor
     assert set(await ben.ok("GET", path)) == MESSAGE_KEYS | {"reply_to", "nonce", "edited_at"}
 
 
+@pytest.mark.portable
 async def test_results_have_the_keys_of_the_contract(world: World) -> None:
     ana = await world.person("ana")
     account = (await world.call("POST", "/auth/login", {"username": "ana", "password": "correct horse"})).body
@@ -1456,6 +1470,7 @@ async def by_leaving_voice(scene: Scene) -> dict[str, Any]:
     return {"channel_id": channel_id, "user_id": scene.ana.user_id, "username": "ana", "peer_id": ack["peer_id"]}
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("name", STORIES)
 async def test_an_event_reaches_its_room_and_nobody_else(scene: Scene, name: str) -> None:
     story = STORIES[name]
@@ -1472,12 +1487,14 @@ async def test_an_event_reaches_its_room_and_nobody_else(scene: Scene, name: str
         await scene.cy_socket.receive_none(story.event, **received)
 
 
+@pytest.mark.portable
 def test_every_event_of_the_contract_has_its_story() -> None:
     tested_below = {"mention", "channel:read", "member:updated", "voice:signal", "error"}
     missing = set(chatrtc.EVENTS) - {story.event for story in STORIES.values()} - tested_below
     assert not missing, f"write a function with @story for {missing}: it causes the event, once for each way to cause it"
 
 
+@pytest.mark.portable
 async def test_a_mention_reaches_each_socket_of_the_mentioned_members(scene: Scene) -> None:
     text = "@BEN, @cy. @ana @dee @nobody"
     message = await scene.ana.post(scene.place.channel_id, text)
@@ -1488,6 +1505,7 @@ async def test_a_mention_reaches_each_socket_of_the_mentioned_members(scene: Sce
     await scene.dee_socket.receive_none("mention")
 
 
+@pytest.mark.portable
 async def test_mentions_match_the_table(world: World) -> None:
     people = {name: await world.person(name) for name in MENTIONED}
     ana = people["ana"]
@@ -1498,6 +1516,7 @@ async def test_mentions_match_the_table(world: World) -> None:
         assert {names[user_id] for user_id in message.get("mentions", [])} == set(expected.split()), text
 
 
+@pytest.mark.portable
 async def test_a_reply_mentions_the_author_of_the_original(scene: Scene) -> None:
     channel_id = scene.place.channel_id
     original = await scene.ben.post(channel_id, "who is coming?")
@@ -1514,6 +1533,7 @@ async def test_a_reply_mentions_the_author_of_the_original(scene: Scene) -> None
     assert "mentions" not in late
 
 
+@pytest.mark.portable
 async def test_a_message_mentions_at_most_fifty_members(world: World) -> None:
     ana = await world.person("ana")
     place = await world.place(ana)
@@ -1527,6 +1547,7 @@ async def test_a_message_mentions_at_most_fifty_members(world: World) -> None:
     assert sum(map(len, chatrtc.possible_mentions(text))) <= chatrtc.MAX_MENTION_KEYS + 31
 
 
+@pytest.mark.portable
 async def test_an_edit_notifies_only_members_mentioned_for_the_first_time(scene: Scene) -> None:
     message = await scene.ana.post(scene.place.channel_id, "@ben")
     await scene.ben_socket.receive("mention")
@@ -1536,6 +1557,7 @@ async def test_an_edit_notifies_only_members_mentioned_for_the_first_time(scene:
     await scene.ben_socket.receive_none("mention")
 
 
+@pytest.mark.portable
 async def test_a_moved_read_mark_is_emitted_to_its_users_sockets(scene: Scene) -> None:
     path = f"/channels/{scene.place.channel_id}/read"
     first, second = await scene.post(), await scene.ana.post(scene.place.channel_id, "@ben")
@@ -1599,6 +1621,7 @@ async def payloads_with_names(scene: Scene, seq: int, voice: int) -> list[dict[s
     return [*received, *more, history[0], listed["members"][0], joined["changes"]["members"][0], talking["participants"][0]]
 
 
+@pytest.mark.portable
 async def test_a_display_name_accompanies_every_username(scene: Scene) -> None:
     voice = (await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "talk", "kind": "voice"}))["channel_id"]
     await scene.ana_socket.ok("typing_start", {"channel_id": scene.place.channel_id})
@@ -1615,6 +1638,7 @@ async def test_a_display_name_accompanies_every_username(scene: Scene) -> None:
     assert {name_in(payload) for payload in await payloads_with_names(scene, seq, voice)} == {None}
 
 
+@pytest.mark.portable
 async def test_a_display_name_equal_to_the_username_is_omitted(scene: Scene) -> None:
     assert "name" not in await scene.ana.ok("PATCH", "/users/me", {"name": "ana"})
     await scene.ben_socket.receive_none("member:updated")
@@ -1622,6 +1646,7 @@ async def test_a_display_name_equal_to_the_username_is_omitted(scene: Scene) -> 
     assert ack == {"success": True, "user_id": scene.ana.user_id, "username": "ana"}
 
 
+@pytest.mark.portable
 async def test_former_members_keep_their_names(scene: Scene) -> None:
     message = await scene.post()
     await scene.ben.ok("PUT", f"/messages/{message['message_id']}/reactions/x")
@@ -1643,6 +1668,7 @@ async def test_former_members_keep_their_names(scene: Scene) -> None:
     assert "former" not in await scene.ana.ok("GET", f"{scene.server}/members")
 
 
+@pytest.mark.portable
 async def test_a_change_of_role_is_emitted(scene: Scene) -> None:
     member = await scene.ana.ok("PATCH", f"{scene.server}/members/{scene.ben.user_id}", {"role": "admin"})
     assert member["role"] == "admin"
@@ -1655,11 +1681,13 @@ async def test_a_change_of_role_is_emitted(scene: Scene) -> None:
     await scene.dee_socket.receive_none("member:updated")
 
 
+@pytest.mark.portable
 def test_every_event_is_emitted_by_an_operation() -> None:
     emitted = {event for op in chatrtc.OPERATIONS.values() for event in op.emits}
     assert emitted | {"error"} == set(chatrtc.EVENTS)
 
 
+@pytest.mark.portable
 async def test_a_failed_event_without_an_ack_gets_an_error_event(scene: Scene) -> None:
     await scene.ben_socket.client.emit("typing_start", {"channel_id": 999})
     received = await scene.ben_socket.receive("error")
@@ -1670,6 +1698,7 @@ async def test_a_failed_event_without_an_ack_gets_an_error_event(scene: Scene) -
     await scene.ana_socket.receive_none("error")
 
 
+@pytest.mark.portable
 async def test_banned_and_removed_members_receive_no_further_events(scene: Scene) -> None:
     for verb, path in (("PUT", "bans"), ("DELETE", "members")):
         eve = await scene.world.person(f"eve-{path}")
@@ -1688,6 +1717,7 @@ async def test_banned_and_removed_members_receive_no_further_events(scene: Scene
         assert (await eve.call("GET", f"/channels/{scene.place.channel_id}/messages")).code == "FORBIDDEN"
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("transport", ["polling", "websocket"])
 @pytest.mark.parametrize("kind", ["ban", "removal", "leaving"])
 async def test_a_socket_stays_joined_to_its_users_other_servers(scene: Scene, transport: str, kind: str) -> None:
@@ -1721,6 +1751,7 @@ async def test_a_socket_stays_joined_to_its_users_other_servers(scene: Scene, tr
     await socket.close()
 
 
+@pytest.mark.portable
 async def test_a_socket_must_join_a_server_to_type_or_talk(scene: Scene) -> None:
     channel_id, peer = await join_voice(scene)
     typing = {"channel_id": scene.place.channel_id}
@@ -1740,6 +1771,7 @@ async def test_a_socket_must_join_a_server_to_type_or_talk(scene: Scene) -> None
     await second.close()
 
 
+@pytest.mark.portable
 async def test_typing_and_voice_fail_in_a_deleted_server(scene: Scene) -> None:
     channel_id, peer = await join_voice(scene)
     typing = {"channel_id": scene.place.channel_id}
@@ -1754,6 +1786,7 @@ async def test_typing_and_voice_fail_in_a_deleted_server(scene: Scene) -> None:
     await scene.ben_socket.receive_none("voice:leave", "typing_stop")
 
 
+@pytest.mark.portable
 async def test_a_leaving_member_receives_member_left_and_nothing_after(scene: Scene) -> None:
     await scene.ben.ok("DELETE", f"{scene.server}/members/{scene.ben.user_id}")
     assert (await scene.ben_socket.receive("member:left"))["user_id"] == scene.ben.user_id
@@ -1881,6 +1914,7 @@ def migrated_schema(path: Path, version: int) -> Any:
         return schema_of(db)
 
 
+@pytest.mark.portable
 def test_a_change_of_the_schema_is_a_new_format(tmp_path: Path) -> None:
     newest = chatrtc.SCHEMA_FORMAT
     expected = set(range(1, newest + 1))
@@ -1894,6 +1928,7 @@ def test_a_change_of_the_schema_is_a_new_format(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("version", RELEASED)
 def test_a_migrated_database_equals_a_new_one(tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(chatrtc.prepare(tmp_path / "new.db")) as db:
@@ -1986,6 +2021,7 @@ async def test_only_serve_and_migrate_change_an_older_format(tmp_path: Path) -> 
 # a client that reconnects reads the missed ones and ends with the same state.
 
 
+@pytest.mark.portable
 async def test_every_durable_change_takes_the_next_sequence_number(scene: Scene) -> None:
     ana, server = scene.ana, scene.server
     start = (await ana.ok("GET", f"{server}/changes"))["seq"]
@@ -2009,6 +2045,7 @@ async def test_every_durable_change_takes_the_next_sequence_number(scene: Scene)
     assert emitted[-11:] == [start + 1 + step for step in range(11)]
 
 
+@pytest.mark.portable
 async def test_changes_list_everything_after_a_sequence_number(scene: Scene) -> None:
     ana, server = scene.ana, scene.server
     seq = (await ana.ok("GET", f"{server}/changes"))["seq"]
@@ -2037,6 +2074,7 @@ async def test_changes_list_everything_after_a_sequence_number(scene: Scene) -> 
     assert changes == {"seq": seq + 7, "has_more": False, "messages": [], "deleted": [], "name": "renamed"}
 
 
+@pytest.mark.portable
 async def test_joining_with_after_gives_the_changes_and_then_the_events(scene: Scene) -> None:
     ack = await scene.cy_socket.ok("join_server", {"server_id": scene.place.server_id})
     assert set(ack) == {"success", "connected_users", "seq"}
@@ -2050,6 +2088,7 @@ async def test_joining_with_after_gives_the_changes_and_then_the_events(scene: S
     assert (await scene.cy_socket.receive("message:new"))["seq"] == posted["seq"] == again["seq"] + 1
 
 
+@pytest.mark.portable
 async def test_changes_come_in_pages(scene: Scene) -> None:
     seq = (await scene.ana.ok("GET", f"{scene.server}/changes"))["seq"]
     posted = [await scene.ana.post(scene.place.channel_id, str(number)) for number in range(7)]
@@ -2311,6 +2350,7 @@ async def converge(scene: Scene, seed: int, steps: int) -> None:
     assert stable.requests == 0, "a client that stays connected misses no number"
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("seed", range(4))
 async def test_a_reconnecting_client_ends_equal_to_a_connected_one(scene: Scene, seed: int) -> None:
     await converge(scene, seed, 60)
@@ -2395,6 +2435,7 @@ async def test_an_authors_messages_are_deleted_in_steps_and_each_is_emitted(
     assert replica.state() == await server_state(scene.cy, scene.place.server_id)
 
 
+@pytest.mark.portable
 async def test_a_thousand_concurrent_posts_reach_a_hundred_sockets_in_order(world: World) -> None:
     ana, ben = await world.people("ana", "ben")
     place = await world.place(ana, ben)
@@ -2499,6 +2540,7 @@ def remains_of(db: sqlite3.Connection, table: str, key: str) -> set[str]:
     return remains
 
 
+@pytest.mark.portable
 def test_a_deleted_message_keeps_only_what_is_listed(filled_tables: sqlite3.Connection) -> None:
     assert remains_of(filled_tables, "messages", "message_id") >= {"content", "reactions.message_id", "mentions.message_id"}
     chatrtc.delete_message(filled_tables, 1, 1)
@@ -2508,6 +2550,7 @@ def test_a_deleted_message_keeps_only_what_is_listed(filled_tables: sqlite3.Conn
     assert remains == set(KEPT_OF_A_MESSAGE), "KEPT_OF_A_MESSAGE lists something that is cleared"
 
 
+@pytest.mark.portable
 def test_a_deleted_account_keeps_only_what_is_listed(filled_tables: sqlite3.Connection) -> None:
     assert remains_of(filled_tables, "users", "user_id") >= {"password", "known_addresses.user_id", "reactions.user_id"}
     chatrtc.delete_user(filled_tables, "x", messages=True)
@@ -2569,6 +2612,7 @@ TestPresence = PresenceMachine.TestCase
 TestPresence.settings = settings(max_examples=60, stateful_step_count=30, derandomize=True, database=None, deadline=None)
 
 
+@pytest.mark.portable
 def test_typing_is_limited_per_user_and_channel() -> None:
     typists = chatrtc.TypingTracker()
     assert typists.start(5, chatrtc.ChannelUser(1, 7, "ana"), "a", 10.0)
@@ -2598,6 +2642,7 @@ async def test_typing_is_emitted_once_a_second_and_ends_after_three(scene: Scene
     await scene.ben_socket.receive("typing_stop", user_id=scene.ana.user_id)
 
 
+@pytest.mark.portable
 async def test_typing_is_emitted_to_the_users_other_tab(scene: Scene) -> None:
     tab = await scene.ana.socket(scene.place.server_id)
     await scene.ana_socket.ok("typing_start", {"channel_id": scene.place.channel_id})
@@ -2605,6 +2650,7 @@ async def test_typing_is_emitted_to_the_users_other_tab(scene: Scene) -> None:
     await scene.ana_socket.receive_none("user:typing")
 
 
+@pytest.mark.portable
 async def test_several_tabs_count_as_one_user(scene: Scene) -> None:
     scene.ben_socket.received.clear()
     scene.ben_socket._read = 0
@@ -2621,6 +2667,7 @@ async def test_several_tabs_count_as_one_user(scene: Scene) -> None:
     assert ack["connected_users"] == sorted([scene.ana.user_id, scene.ben.user_id])
 
 
+@pytest.mark.portable
 async def test_joining_twice_is_joining_once(scene: Scene) -> None:
     await scene.ana_socket.ok("join_server", {"server_id": scene.place.server_id})
     await scene.ben_socket.receive_none("user:connected")
@@ -2638,6 +2685,7 @@ async def connected(person: Person, scene: Scene) -> dict[int, bool]:
     return {member["user_id"]: member["connected"] for member in members}
 
 
+@pytest.mark.portable
 async def test_invisible_users_appear_disconnected_to_others(scene: Scene) -> None:
     ana = scene.ana.user_id
     assert (await connected(scene.ben, scene))[ana]
@@ -2660,6 +2708,7 @@ async def test_invisible_users_appear_disconnected_to_others(scene: Scene) -> No
     assert (await connected(scene.ben, scene))[ana]
 
 
+@pytest.mark.portable
 async def test_turning_invisible_emits_typing_stop(scene: Scene) -> None:
     await scene.ana_socket.ok("typing_start", {"channel_id": scene.place.channel_id})
     await scene.ben_socket.receive("user:typing", user_id=scene.ana.user_id)
@@ -2668,6 +2717,7 @@ async def test_turning_invisible_emits_typing_stop(scene: Scene) -> None:
     await scene.ben_socket.receive("user:disconnected", user_id=scene.ana.user_id)
 
 
+@pytest.mark.portable
 async def test_an_invisible_user_connects_without_an_event(scene: Scene) -> None:
     await scene.cy.ok("PATCH", "/users/me", {"status": "invisible"})
     await scene.cy_socket.close()
@@ -2680,6 +2730,7 @@ async def test_an_invisible_user_connects_without_an_event(scene: Scene) -> None
     await scene.ben_socket.receive_none("user:connected", "user:disconnected", "user:status")
 
 
+@pytest.mark.portable
 async def test_a_socket_that_disconnects_while_joining_leaves_no_presence(scene: Scene) -> None:
     for _ in range(10):
         socket = await scene.cy.socket(transports=["websocket"])
@@ -2786,6 +2837,7 @@ async def assert_token_rejected(world: World, token: str) -> None:
     await socket.close()
 
 
+@pytest.mark.portable
 async def test_a_token_with_only_sub_iat_and_exp_is_valid(make_world: MakeWorld) -> None:
     world = await make_world(secret=SECRET)
     ana = await world.person("ana")
@@ -2800,6 +2852,7 @@ async def test_a_token_with_only_sub_iat_and_exp_is_valid(make_world: MakeWorld)
     assert ack == {"success": True, "user_id": ana.user_id, "username": "ana"}
 
 
+@pytest.mark.portable
 async def test_a_missing_token_is_rejected_like_a_wrong_one(world: World) -> None:
     socket = await world.socket()
     for payload in ({}, {"token": None}, {"token": ""}):
@@ -2807,6 +2860,7 @@ async def test_a_missing_token_is_rejected_like_a_wrong_one(world: World) -> Non
         assert (ack["error"], ack["code"]) == ("Invalid token", "UNAUTHORIZED")
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("kind", WRONG_TOKENS)
 async def test_a_wrong_token_is_rejected_by_every_interface(make_world: MakeWorld, kind: str) -> None:
     world = await make_world(secret=SECRET)
@@ -2826,6 +2880,7 @@ async def test_a_token_of_ten_kilobytes_is_rejected_by_every_interface(make_worl
     assert (await socket.call("authenticate", {"token": token}))["code"] == "TOO_LARGE"
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("kind", REVOKED_TOKENS)
 async def test_a_revoked_token_is_rejected_and_its_sockets_are_closed(world: World, kind: str) -> None:
     ana = await world.person("ana")
@@ -2866,6 +2921,7 @@ async def test_a_socket_is_closed_when_its_token_expires(make_world: MakeWorld) 
     assert (await ana.call("GET", "/users/me")).code == "UNAUTHORIZED"
 
 
+@pytest.mark.portable
 async def test_a_wrong_old_password_changes_nothing(world: World) -> None:
     ana = await world.person("ana")
     reply = await ana.call("POST", "/auth/password", {"old_password": "wrong horse", "new_password": "battery staple"})
@@ -2894,6 +2950,7 @@ async def test_logging_in_with_an_unknown_name_takes_as_much_work(world: World, 
     assert len(answers[0][2]) == 1
 
 
+@pytest.mark.portable
 async def test_a_rejected_handshake_carries_the_error(world: World) -> None:
     socket, failed = Socket(), asyncio.get_running_loop().create_future()
     socket.client.on("connect_error", failed.set_result)
@@ -3533,6 +3590,7 @@ def cases(interface: str) -> list[tuple[chatrtc.Operation, str, str]]:
     ]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("interface", ["rest", "socket"])
 async def test_permissions_match_the_table(make_world: MakeWorld, interface: str) -> None:
     world = await make_world(create_servers="everyone")  # the accounts of this test have no password, like guests
@@ -3579,6 +3637,7 @@ async def test_permissions_match_the_table(make_world: MakeWorld, interface: str
 # The features over REST: messages, pages, reactions, read marks, search, members, invites and channels.
 
 
+@pytest.mark.portable
 async def test_a_repeated_nonce_gives_the_first_message_and_no_second_event(scene: Scene) -> None:
     body = {"channel_id": scene.place.channel_id, "content": "once", "nonce": "n"}
     first = await scene.ana.call("POST", "/messages", body)
@@ -3595,6 +3654,7 @@ async def test_a_repeated_nonce_gives_the_first_message_and_no_second_event(scen
     assert "Idempotent-Replayed" not in elsewhere.headers
 
 
+@pytest.mark.portable
 async def test_concurrent_repeats_of_a_nonce_post_once(scene: Scene) -> None:
     body = {"channel_id": scene.place.channel_id, "content": "once", "nonce": "n"}
     replies = await asyncio.gather(*(scene.ana.call("POST", "/messages", body) for _ in range(20)))
@@ -3603,6 +3663,7 @@ async def test_concurrent_repeats_of_a_nonce_post_once(scene: Scene) -> None:
     assert sum("Idempotent-Replayed" in reply.headers for reply in replies) == 19
 
 
+@pytest.mark.portable
 async def test_a_reply_is_to_a_message_of_the_same_channel(scene: Scene) -> None:
     first = await scene.post()
     reply = await scene.ben.post(scene.place.channel_id, "yes", reply_to=first["message_id"])
@@ -3613,6 +3674,7 @@ async def test_a_reply_is_to_a_message_of_the_same_channel(scene: Scene) -> None
         assert (await scene.ben.call("POST", "/messages", body)).code == "NOT_FOUND"
 
 
+@pytest.mark.portable
 async def test_a_deleted_message_cannot_be_found_anywhere(scene: Scene) -> None:
     message = await scene.ana.post(scene.place.channel_id, "@ben secretword")
     await scene.ben.ok("PUT", f"/messages/{message['message_id']}/reactions/x")
@@ -3635,6 +3697,7 @@ async def test_a_deleted_message_cannot_be_found_anywhere(scene: Scene) -> None:
     assert (await scene.ben.ok("GET", f"/channels/{scene.place.channel_id}/read"))["mentions"] == 0
 
 
+@pytest.mark.portable
 async def test_pages(scene: Scene) -> None:
     path = f"/channels/{scene.place.channel_id}/messages"
     first = (await scene.ana.ok("GET", path))["messages"][0]
@@ -3669,6 +3732,7 @@ async def test_pages(scene: Scene) -> None:
         assert (await scene.ben.call("GET", path + query)).code == "BAD_REQUEST", query
 
 
+@pytest.mark.portable
 async def test_long_pages_are_not_cached(scene: Scene) -> None:
     pages, path = scene.world.chat.hub.pages, f"/channels/{scene.place.channel_id}/messages"
     for _ in range(9):
@@ -3680,6 +3744,7 @@ async def test_long_pages_are_not_cached(scene: Scene) -> None:
     assert len(pages) == kept + 1
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("limit", [1, 7, 100])
 async def test_paging_in_either_direction_returns_each_message_once(scene: Scene, limit: int) -> None:
     posted = [(await scene.post())["message_id"] for _ in range(20)]
@@ -3701,6 +3766,7 @@ async def test_paging_in_either_direction_returns_each_message_once(scene: Scene
     assert down[-len(posted) :] == posted
 
 
+@pytest.mark.portable
 async def test_reactions_are_idempotent(scene: Scene) -> None:
     message = await scene.post()
     path = f"/messages/{message['message_id']}"
@@ -3716,6 +3782,7 @@ async def test_reactions_are_idempotent(scene: Scene) -> None:
     await scene.ben_socket.receive_none("reaction:remove")
 
 
+@pytest.mark.portable
 async def test_an_emoji_with_and_without_its_variation_selector_is_one_reaction(scene: Scene) -> None:
     ana, ben = scene.ana, scene.ben
     for first, second in (("\u2764\ufe0f", "\u2764"), ("\u2764", "\u2764\ufe0f"), ("🏳\ufe0f\u200d🌈", "🏳\u200d🌈")):
@@ -3733,6 +3800,7 @@ async def test_an_emoji_with_and_without_its_variation_selector_is_one_reaction(
         assert "reactions" not in await ana.ok("GET", path)
 
 
+@pytest.mark.portable
 async def test_a_message_has_a_maximum_of_different_reactions(scene: Scene) -> None:
     path = f"/messages/{(await scene.post())['message_id']}/reactions"
     for number in range(chatrtc.MAX_REACTIONS):
@@ -3742,6 +3810,7 @@ async def test_a_message_has_a_maximum_of_different_reactions(scene: Scene) -> N
     assert (await scene.ben.call("PUT", f"{path}/e1\ufe0f")).status == 204, "nor is one with a variation selector"
 
 
+@pytest.mark.portable
 async def test_unread_counts_the_later_messages_of_others(scene: Scene) -> None:
     path, ben = f"/channels/{scene.place.channel_id}/read", scene.ben
     start = await ben.ok("GET", path)
@@ -3770,6 +3839,7 @@ async def test_unread_counts_the_later_messages_of_others(scene: Scene) -> None:
         assert (await ben.call("PUT", path, body)).code == "NOT_FOUND", body
 
 
+@pytest.mark.portable
 async def test_one_request_returns_the_read_states_of_all_channels(scene: Scene) -> None:
     ana, ben = scene.ana, scene.ben
     second = await ana.ok("POST", f"{scene.server}/channels", {"name": "second"})
@@ -3782,6 +3852,7 @@ async def test_one_request_returns_the_read_states_of_all_channels(scene: Scene)
     assert [state["unread"] for state in reads] == [1, 1, 0]
 
 
+@pytest.mark.portable
 async def test_messages_from_before_joining_are_not_unread(scene: Scene) -> None:
     await scene.ana.post(scene.place.channel_id, "hello @eve")
     eve, path = await scene.world.person("eve"), f"/channels/{scene.place.channel_id}/read"
@@ -3797,6 +3868,7 @@ async def test_messages_from_before_joining_are_not_unread(scene: Scene) -> None
         await eve.ok("DELETE", f"{scene.server}/members/{eve.user_id}")
 
 
+@pytest.mark.portable
 async def test_unread_is_counted_to_a_thousand(scene: Scene) -> None:
     path = f"/channels/{scene.place.channel_id}/read"
     ids = [await scene.world.chat.post_message(author_id=scene.ana.user_id, channel_id=scene.place.channel_id, content="@ben")]
@@ -3817,6 +3889,7 @@ async def found(person: Person, server: str, q: str, **narrow: Any) -> list[str]
     return [message["content"] for message in reply.body["messages"]]
 
 
+@pytest.mark.portable
 async def test_search_finds_words_newest_first(scene: Scene) -> None:
     ana, server, channel_id = scene.ana, scene.server, scene.place.channel_id
     texts = ["red apple", "Green Apple pie", "a pear", "crème brûlée", "привет мир", "日本語 テスト", "C++ & C#", "x OR y"]
@@ -3860,6 +3933,7 @@ SPELLINGS = {  # message -> queries that find it, and queries that do not
 }
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("text", SPELLINGS)
 async def test_search_finds_other_spellings(scene: Scene, text: str) -> None:
     await scene.ana.post(scene.place.channel_id, "another message")
@@ -3874,6 +3948,7 @@ async def test_search_finds_other_spellings(scene: Scene, text: str) -> None:
         await scene.ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": text})
 
 
+@pytest.mark.portable
 async def test_search_finds_nothing_that_was_deleted(scene: Scene) -> None:
     texts = [*SPELLINGS, "ﷺ" * 4000, "a\u0301\ufe0f" * 1000, "ᾼ ŉ ǰ", "ﬃ", "x\u200by\u00adz", '\uff02"']
     for text in [*texts, "", "hello"]:
@@ -3921,6 +3996,7 @@ ODD_QUERIES = [
 ]
 
 
+@pytest.mark.portable
 async def test_a_search_without_words_finds_nothing(scene: Scene) -> None:
     await scene.ana.post(scene.place.channel_id, "a b c OR")
     for q in ODD_QUERIES:
@@ -3930,6 +4006,7 @@ async def test_a_search_without_words_finds_nothing(scene: Scene) -> None:
         assert await found(scene.ana, scene.server, q) == [], "the query contains no word"
 
 
+@pytest.mark.portable
 async def test_search_finds_edited_texts_and_nothing_of_other_servers(scene: Scene) -> None:
     ana, server, channel_id = scene.ana, scene.server, scene.place.channel_id
     other = await scene.world.place(scene.ana, name="mine too")
@@ -3950,6 +4027,7 @@ async def test_search_finds_edited_texts_and_nothing_of_other_servers(scene: Sce
     assert await found(ana, server, "needle") == []
 
 
+@pytest.mark.portable
 async def test_the_ownership_of_a_server_is_transferred(scene: Scene) -> None:
     ana, ben, server = scene.ana, scene.ben, scene.server
     assert (await ana.call("DELETE", f"{server}/members/{ana.user_id}")).code == "FORBIDDEN"
@@ -3966,6 +4044,7 @@ async def test_the_ownership_of_a_server_is_transferred(scene: Scene) -> None:
     assert (await ben.call("GET", server)).code == "NOT_FOUND"
 
 
+@pytest.mark.portable
 async def test_admins_remove_only_members_of_a_lower_role(scene: Scene) -> None:
     for admin in (scene.ben, scene.cy):
         await scene.ana.ok("PATCH", f"{scene.server}/members/{admin.user_id}", {"role": "admin"})
@@ -3976,6 +4055,7 @@ async def test_admins_remove_only_members_of_a_lower_role(scene: Scene) -> None:
     assert (await scene.ben.call("DELETE", f"{scene.server}/members/{scene.cy.user_id}")).status == 204
 
 
+@pytest.mark.portable
 async def test_bans(scene: Scene) -> None:
     server, cy = scene.server, scene.cy
     invite = await scene.ana.ok("POST", f"{server}/invites", {})
@@ -3997,6 +4077,7 @@ async def test_bans(scene: Scene) -> None:
     assert [ban["user_id"] for ban in (await scene.ana.ok("GET", f"{server}/bans"))["bans"]] == [cy.user_id]
 
 
+@pytest.mark.portable
 async def test_bans_come_in_pages(scene: Scene) -> None:
     for person in (scene.ben, scene.cy):
         await scene.ana.ok("PUT", f"{scene.server}/bans/{person.user_id}")
@@ -4013,6 +4094,7 @@ async def guest(scene: Scene, code: str, name: str = "Zoe") -> Person:
     return Person(scene.world, reply.body["username"], reply.body["user_id"], reply.body["token"])
 
 
+@pytest.mark.portable
 async def test_a_ban_can_delete_the_messages_and_revoke_the_invite(scene: Scene) -> None:
     server, channel_id = scene.server, scene.place.channel_id
     invite, other = [await scene.ana.ok("POST", f"{server}/invites", {}) for _ in range(2)]
@@ -4033,6 +4115,7 @@ async def test_a_ban_can_delete_the_messages_and_revoke_the_invite(scene: Scene)
     assert (await scene.ana.call("PUT", f"{server}/bans/{scene.ben.user_id}", {"colour": 1})).code == "BAD_REQUEST"
 
 
+@pytest.mark.portable
 async def test_only_admins_see_by_which_invite_a_member_joined(scene: Scene) -> None:
     invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
     zoe = await guest(scene, invite["code"], "Zoe Ray")
@@ -4059,6 +4142,7 @@ async def test_only_admins_see_by_which_invite_a_member_joined(scene: Scene) -> 
     assert "guest" not in await zoe.ok("GET", "/users/me")
 
 
+@pytest.mark.portable
 async def test_a_guest_signs_in_again_by_a_link(scene: Scene) -> None:
     server, world = scene.server, scene.world
     invite = await scene.ana.ok("POST", f"{server}/invites", {})
@@ -4095,6 +4179,7 @@ async def test_a_guest_signs_in_again_by_a_link(scene: Scene) -> None:
     assert (await scene.ana.call("POST", path)).body["reason"] == "NOT_A_GUEST"
 
 
+@pytest.mark.portable
 async def test_a_guest_of_another_server_gets_no_link(scene: Scene) -> None:
     invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
     zoe = await guest(scene, invite["code"])
@@ -4105,6 +4190,7 @@ async def test_a_guest_of_another_server_gets_no_link(scene: Scene) -> None:
     assert (await scene.ana.call("POST", path)).status == 201
 
 
+@pytest.mark.portable
 async def test_all_guests_are_removed_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chatrtc, "GUESTS_PER_STEP", 2)
     invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
@@ -4124,6 +4210,7 @@ async def test_all_guests_are_removed_at_once(scene: Scene, monkeypatch: pytest.
     assert [member["username"] for member in members] == ["ana", "ben", "cy"]
 
 
+@pytest.mark.portable
 async def test_an_invite_code_is_accepted_in_any_spelling(scene: Scene) -> None:
     invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
     code = invite["code"]
@@ -4144,6 +4231,7 @@ async def test_an_invite_code_is_accepted_in_any_spelling(scene: Scene) -> None:
     assert (await scene.world.call("GET", f"/invites/{code}")).body["reason"] == "INVITE_UNKNOWN"
 
 
+@pytest.mark.portable
 async def test_create_servers_decides_who_creates_servers(make_world: MakeWorld, tmp_path: Path) -> None:
     for setting, registration, account, guests, host in (
         ("everyone", "open", "", "", ""),
@@ -4180,6 +4268,7 @@ async def test_create_servers_decides_who_creates_servers(make_world: MakeWorld,
                 assert await reason(f"/servers/{server.server_id}/{path}", tokens[number]) == expected, (options, number, path)
 
 
+@pytest.mark.portable
 async def test_servers_channels_and_invites_have_a_maximum(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     ana, ben, server = scene.ana, scene.ben, scene.server
     for name, most in (("MAX_OWNED_SERVERS", 3), ("MAX_CHANNELS", 3), ("MAX_INVITES", 4)):
@@ -4212,6 +4301,7 @@ async def test_servers_channels_and_invites_have_a_maximum(scene: Scene, monkeyp
     await expect_limit(ana, "POST", f"{server}/invites", {})
 
 
+@pytest.mark.portable
 async def test_lists_take_one_query_each(scene: Scene) -> None:
     """The number of queries does not depend on the number of servers and channels."""
     queries: list[str] = []
@@ -4229,6 +4319,7 @@ async def test_lists_take_one_query_each(scene: Scene) -> None:
     assert few == count(6) == 2
 
 
+@pytest.mark.portable
 async def test_a_path_that_ends_like_the_socket_endpoint_is_checked_like_any(world: World) -> None:
     for path in ("/nothing/socket.io", "/nothing/socket.io/"):
         assert (await world.call("GET", path)).code == "NOT_FOUND"
@@ -4237,6 +4328,7 @@ async def test_a_path_that_ends_like_the_socket_endpoint_is_checked_like_any(wor
         assert reply.code == "FORBIDDEN"
 
 
+@pytest.mark.portable
 async def test_invites_expire_by_use_and_by_time(scene: Scene) -> None:
     server = scene.server
     once = await scene.ana.ok("POST", f"{server}/invites", {"max_uses": 1})
@@ -4260,6 +4352,7 @@ async def test_invites_expire_by_use_and_by_time(scene: Scene) -> None:
     assert (await eve.call("POST", f"/invites/{revoked['code']}")).code == "NOT_FOUND"
 
 
+@pytest.mark.portable
 async def test_an_invite_for_one_admits_one_user(scene: Scene) -> None:
     invite = await scene.ana.ok("POST", f"{scene.server}/invites", {"max_uses": 1})
     people = await scene.world.people(*(f"p{number}" for number in range(6)))
@@ -4267,6 +4360,7 @@ async def test_an_invite_for_one_admits_one_user(scene: Scene) -> None:
     assert sorted(reply.status for reply in replies) == [201] + [404] * 5
 
 
+@pytest.mark.portable
 async def test_channel_names_are_unique_in_their_server(scene: Scene) -> None:
     await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "Straße"})
     for name in ("Straße", "STRASSE", "strasse"):
@@ -4278,6 +4372,7 @@ async def test_channel_names_are_unique_in_their_server(scene: Scene) -> None:
     assert (same.status, same.body["name"]) == (200, "GENERAL"), "its own name may change in spelling"
 
 
+@pytest.mark.portable
 async def test_a_new_channel_emits_events_at_once_and_a_deleted_one_none(scene: Scene) -> None:
     channel = await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "new"})
     await scene.ben_socket.receive("channel:created")
@@ -4293,6 +4388,7 @@ async def test_a_new_channel_emits_events_at_once_and_a_deleted_one_none(scene: 
     assert (await scene.ana_socket.call("typing_start", {"channel_id": channel["channel_id"]}))["code"] == "NOT_FOUND"
 
 
+@pytest.mark.portable
 async def test_a_deleted_server_leaves_nothing(scene: Scene) -> None:
     message = await scene.post()
     await scene.ana.ok("DELETE", scene.server)
@@ -4474,6 +4570,7 @@ def event(*args, ack=None):
 # Order
 
 
+@pytest.mark.portable
 async def test_events_are_handled_in_order_and_acked(bare):
     ws = await bare.join()
     await ws.send(event("wait", 1), event("wait", 2), event("echo", "ä", ack=0))
@@ -4521,6 +4618,7 @@ async def test_waiting_events_are_discarded_on_disconnect(bare):
     assert await bare.is_empty() and bare.events.empty()
 
 
+@pytest.mark.portable
 async def test_broadcasts_acks_and_emits_keep_their_order(bare):
     clients = [await bare.join(), await bare.poller()]
     sids = [clients[0].sid, clients[1].sio_sid]
@@ -4644,6 +4742,7 @@ async def test_entering_a_room_after_the_session_has_ended_leaves_nothing(bare):
     assert not bare.sio.manager.rooms and bare.sio.sids_in("r") == []
 
 
+@pytest.mark.portable
 async def test_binary_reaches_polling_and_websocket(bare):
     ws, poll = await bare.join(), await bare.poller()
     for sid in (ws.sid, poll.sio_sid):
@@ -4706,6 +4805,7 @@ BROKEN = [
 ]  # fmt: skip
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("packet", BROKEN, ids=lambda p: repr(p)[:24])
 async def test_broken_packets_end_the_connection(bare, packet, caplog):
     ws = await bare.join()
@@ -4855,6 +4955,7 @@ async def test_too_many_frames_end_the_connection():
 # Polling
 
 
+@pytest.mark.portable
 async def test_many_packets_in_one_post(bare):
     client = await bare.poller()
     assert (await client.post("\x1e".join(event("echo", n, ack=n) for n in range(256))))[0] == 200
@@ -5402,6 +5503,7 @@ async def test_a_server_with_an_incompatible_library_does_not_start(monkeypatch)
 # Listeners of the embedding program.
 
 
+@pytest.mark.portable
 async def test_a_listener_receives_the_events_of_sockets(world: World) -> None:
     published: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -5417,6 +5519,7 @@ async def test_a_listener_receives_the_events_of_sockets(world: World) -> None:
     assert received == msgspec.to_builtins(posted) == await asyncio.wait_for(published.get(), PATIENCE)
 
 
+@pytest.mark.portable
 async def test_a_slow_listener_delays_no_other(world: World) -> None:
     received: dict[str, list[str]] = {"slow": [], "quick": []}
     gate = asyncio.Event()
@@ -5439,6 +5542,7 @@ async def test_a_slow_listener_delays_no_other(world: World) -> None:
     await until(lambda: received["slow"] == posted)
 
 
+@pytest.mark.portable
 async def test_a_listener_that_falls_behind_misses_the_oldest_with_a_warning(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -5464,6 +5568,7 @@ async def test_a_listener_that_falls_behind_misses_the_oldest_with_a_warning(
 # Voice and its relay, and registration.
 
 
+@pytest.mark.portable
 async def test_two_people_talk_through_the_relay(make_world: MakeWorld) -> None:
     world = await make_world(ice_server=["stun:example.org:3478"])
     scene = await Scene.make(world)
@@ -5493,6 +5598,7 @@ async def test_two_people_talk_through_the_relay(make_world: MakeWorld) -> None:
     )
 
 
+@pytest.mark.portable
 async def test_a_second_device_takes_over_in_voice(scene: Scene) -> None:
     channel_id, peer = await join_voice(scene)
     channel = {"channel_id": channel_id}
@@ -5512,6 +5618,7 @@ async def test_a_second_device_takes_over_in_voice(scene: Scene) -> None:
     assert len((await scene.ben_socket.ok("voice:join", channel))["participants"]) == 1
 
 
+@pytest.mark.portable
 async def test_a_voice_channel_has_a_maximum_of_participants(make_world: MakeWorld) -> None:
     scene = await Scene.make(await make_world(voice_max=2))
     channel_id, _ = await join_voice(scene)
@@ -5529,6 +5636,7 @@ async def test_a_voice_channel_has_a_maximum_of_participants(make_world: MakeWor
     await scene.cy_socket.ok("voice:join", channel)
 
 
+@pytest.mark.portable
 async def test_signals_are_bounded_and_drop_nobody(scene: Scene) -> None:
     channel_id, _ = await join_voice(scene)
     wire = await Wire.join(scene.ben, scene.place, window=4096)  # a peer that stops reading for a while
@@ -5548,6 +5656,7 @@ async def test_signals_are_bounded_and_drop_nobody(scene: Scene) -> None:
     assert wire.open()
 
 
+@pytest.mark.portable
 async def test_the_registration_setting_decides_who_registers(make_world: MakeWorld, tmp_path: Path) -> None:
     closed = await make_world(registration="closed", database=str(tmp_path / "closed.db"))
     account = {"username": "ana", "password": "correct horse"}
@@ -5563,6 +5672,7 @@ async def test_the_registration_setting_decides_who_registers(make_world: MakeWo
     assert (await world.call("POST", "/auth/register", ben | {"username": "cy"})).code == "NOT_FOUND"
 
 
+@pytest.mark.portable
 async def test_the_embedding_program_has_no_token_to_revoke(world: World) -> None:
     ana = await world.person("ana")
     with pytest.raises(chatrtc.ChatError):
@@ -5649,6 +5759,7 @@ def fields_of(op: chatrtc.Operation) -> tuple[Any, ...]:
     return msgspec.structs.fields(op.args)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("interface", ["rest", "socket"])
 async def test_invalid_arguments_are_rejected_by_their_declaration(scene: Scene, interface: str) -> None:
     chat, owner = scene.world.chat, scene.ana.user_id
@@ -5677,6 +5788,7 @@ async def test_invalid_arguments_are_rejected_by_their_declaration(scene: Scene,
     assert (await scene.post())["seq"] == message["seq"] + 1, "none of the calls changed anything"
 
 
+@pytest.mark.portable
 async def test_a_body_must_be_an_object(scene: Scene) -> None:
     for body in (b"", b"{", b"[]", b"null", b"1", b'"x"', b"\xff", b'{"content": "\xff"}', b"{}" * 2, b"[" * 10_000):
         reply = await scene.ana.call("POST", "/messages", data=body)
@@ -5695,6 +5807,7 @@ async def test_a_body_must_be_an_object(scene: Scene) -> None:
     await scene.post()
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("transport", ["polling", "websocket"])
 async def test_events_of_one_socket_are_handled_in_the_order_they_were_sent(scene: Scene, transport: str) -> None:
     message = await scene.post()
@@ -5717,6 +5830,7 @@ async def test_events_of_one_socket_are_handled_in_the_order_they_were_sent(scen
 RESERVED = ["connect", "disconnect", "connect_error", "newListener", "message", "*", "error", "", "__proto__"]
 
 
+@pytest.mark.portable
 async def test_every_event_gets_its_ack(scene: Scene) -> None:
     for event in [*RESERVED, "message:new", "user:connected", "x" * 5000]:
         for payload in ((), ({"server_id": 1},), ("spoofed",), (None,)):
@@ -5988,6 +6102,7 @@ async def test_every_response_has_the_security_headers(tmp_path: Path) -> None:
     assert (await process.stop())[0] == 0
 
 
+@pytest.mark.portable
 async def test_the_page_is_compressed_and_cached(world: World) -> None:
     whole = len(chatrtc.asset("chatrtc.html"))
     for path in ("/", "/openapi.json", "/asyncapi.json"):
@@ -6135,6 +6250,7 @@ async def test_errors_and_administration_are_logged(tmp_path: Path) -> None:
     assert set(chatrtc.OPERATIONS) >= chatrtc.LOGGED
 
 
+@pytest.mark.portable
 async def test_a_chat_can_be_mounted_under_a_prefix(tmp_path: Path) -> None:
     async def own(request: web.Request) -> web.Response:
         return web.Response(text="mine")
@@ -6167,6 +6283,7 @@ async def test_a_chat_can_be_mounted_under_a_prefix(tmp_path: Path) -> None:
     lock.close()
 
 
+@pytest.mark.portable
 async def test_a_method_does_the_same_as_its_route(world: World, caplog: pytest.LogCaptureFixture) -> None:
     chat, published = world.chat, asyncio.Queue[Any]()
 
@@ -6227,6 +6344,7 @@ async def test_routes_of_the_host_application_are_unchanged(tmp_path: Path) -> N
         assert (await world.call("GET", "/nowhere")).code == "NOT_FOUND"
 
 
+@pytest.mark.portable
 async def test_two_chats_in_one_application(tmp_path: Path) -> None:
     app = web.Application()
     chats = {name: chatrtc.ChatRTC(database=str(tmp_path / f"{name}.db")) for name in ("one", "two")}
@@ -6251,6 +6369,7 @@ async def test_two_chats_in_one_application(tmp_path: Path) -> None:
             await socket.close()
 
 
+@pytest.mark.portable
 async def test_a_database_serves_one_chat(world: World, tmp_path: Path) -> None:
     app = web.Application()
     chatrtc.ChatRTC(database=str(tmp_path / "chat.db")).attach(app)
@@ -6294,6 +6413,7 @@ async def test_a_chat_leaves_no_task_behind(tmp_path: Path) -> None:
     assert [thread for thread in threading.enumerate() if thread not in threads and "asyncio" not in thread.name] == []
 
 
+@pytest.mark.portable
 async def test_the_bare_socket_server() -> None:
     sio = chatrtc.socket_server()
     assert isinstance(sio, socketio.AsyncServer)
@@ -6342,9 +6462,10 @@ async def test_accepted_requests_are_answered_during_a_shutdown(tmp_path: Path) 
         writer.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 @pytest.mark.parametrize("times", [1, 2])
-async def test_a_signal_ends_the_server_cleanly(tmp_path: Path, number: signal.Signals, times: int) -> None:
+async def test_a_signal_ends_the_server_cleanly(tmp_path: Path, name: str, times: int) -> None:
+    number = signal.Signals[name]
     if signal.getsignal(number) is signal.SIG_IGN:  # `nohup` ignores SIGHUP for its children, and the server respects that
         signal.signal(number, signal.SIG_DFL)
     process = await Process.start(tmp_path / "chat.db", "--no-rate-limit")
@@ -6780,7 +6901,7 @@ async def test_a_part_file_of_another_user_is_not_used(tmp_path: Path, name: str
     assert set(file_modes(tmp_path).values()) == {"0o600"}
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the owner of a file")
+@pytest.mark.skipif(chatrtc.effective_user() != 0, reason="only root can change the owner of a file")
 async def test_root_keeps_the_owner_of_the_files(tmp_path: Path, filled: dict[str, bytes]) -> None:
     folder, backup = tmp_path / "data", tmp_path / "copy"
     folder.mkdir()
@@ -7214,6 +7335,252 @@ async def test_secrets_stay_secret(tmp_path: Path, database: DatabaseOption) -> 
         for word in (secret, password, token):
             assert word not in text
     expect_error(await run_command("serve", "--secret", secret[:31], *database))
+
+
+# What Windows lacks. There is no Windows in the tests: they hide it on Linux. The names are from the stubs that mypy contains.
+
+
+def stub_names(body: list[ast.stmt], platform: str) -> Iterator[str]:
+    """Yield the names that a stub defines on a platform, for the oldest Python."""
+    for node in body:
+        match node:
+            case ast.If():
+                system = types.SimpleNamespace(platform=platform, version_info=(3, 11))
+                yield from stub_names(node.body if eval(ast.unparse(node.test), {"sys": system}) else node.orelse, platform)
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.AnnAssign(target=ast.Name(id=name)):
+                yield name
+            case ast.ImportFrom():
+                yield from (alias.asname for alias in node.names if alias.asname)
+
+
+@functools.cache
+def absent_on_windows() -> dict[str, list[str]]:
+    """Return, for each module that chatrtc.py imports, the names that it lacks on Windows; all of them if it is missing."""
+    folder = Path(str(find_spec("mypy").origin)).parent / "typeshed" / "stdlib"
+    found = {}
+    for name in {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}:
+        for stub in (folder / f"{name}.pyi", folder / name / "__init__.pyi"):
+            if stub.exists():
+                body = ast.parse(stub.read_text("utf-8")).body
+                found[name] = sorted({*stub_names(body, "linux")} - {*stub_names(body, "win32")})
+    return found
+
+
+# A sitecustomize.py, which Python runs when it starts. Modules and names are hidden only from chatrtc.py and its tests, because
+# the libraries have other code for Windows; files behave as on Windows for all, on a disk without hard links.
+WINDOWS = """
+import asyncio, builtins, fcntl, json, os, signal, struct, sys, types
+
+ABSENT = json.loads(os.environ["ABSENT_ON_WINDOWS"])
+VIEWS = {}
+
+
+def refuse(error, *args):
+    raise error(*args)
+
+
+def is_open(path):
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            file = os.stat(int(name))
+        except OSError:
+            continue
+        if os.path.samestat(file, found):
+            return True
+    return False
+
+
+def closed_only(call, may_exist=True):
+    def wrapped(*paths, **options):
+        if not may_exist and os.path.exists(paths[1]):
+            raise FileExistsError(17, "Cannot create a file when that file already exists", os.fspath(paths[1]))
+        for path in paths:
+            if is_open(path):
+                raise PermissionError(13, "The file is being used by another process", os.fspath(path))
+        return call(*paths, **options)
+
+    return wrapped
+
+
+def open_file(path, *args, real=os.open, **options):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", os.fspath(path))
+    return real(path, *args, **options)
+
+
+def sync(file, real=os.fsync):
+    number = file if isinstance(file, int) else file.fileno()
+    if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(9, "Bad file descriptor")
+    real(number)
+
+
+def without_modes(file, real=os.fstat):
+    found = real(file)
+    return os.stat_result((found.st_mode | 0o066, *found[1:4], 0, 0, *found[6:]))
+
+
+class Locks:  # msvcrt.locking by Linux's locks of open files
+    LK_UNLCK, LK_NBLCK = 0, 2
+
+    def __init__(self):
+        self.held = set()
+
+    def locking(self, file, mode, size):
+        start = os.lseek(file, 0, os.SEEK_CUR)
+        mine = [(first, number) for other, first, number in self.held if other == file]
+        if mode == self.LK_UNLCK:
+            if (start, size) not in mine:
+                raise PermissionError(13, "Permission denied")
+            self.held.remove((file, start, size))
+        elif any(first < start + size and start < first + number for first, number in mine):
+            raise PermissionError(13, "Permission denied")
+        kind = fcntl.F_UNLCK if mode == self.LK_UNLCK else fcntl.F_WRLCK
+        try:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, start, size, 0))
+        except OSError:
+            raise PermissionError(13, "Permission denied") from None
+        if mode != self.LK_UNLCK:
+            self.held.add((file, start, size))
+
+    def close(self, file, real=os.close):
+        self.held = {one for one in self.held if one[0] != file}
+        real(file)
+
+
+def import_module(name, globals=None, locals=None, fromlist=(), level=0, real=builtins.__import__):
+    if name == "uvloop":
+        raise ModuleNotFoundError(name)
+    if os.path.basename((globals or {}).get("__file__") or "") in ("chatrtc.py", "test_chatrtc.py"):
+        if name in VIEWS:
+            return VIEWS[name]
+        if name in ("fcntl", "grp", "pwd", "resource", "termios"):
+            raise ModuleNotFoundError(name)
+    return real(name, globals, locals, fromlist, level)
+
+
+locks = Locks()
+os.rename = closed_only(os.rename, may_exist=False)
+os.replace, os.unlink, os.remove = closed_only(os.replace), closed_only(os.unlink), closed_only(os.remove)
+os.close, os.open, os.fsync = locks.close, open_file, sync
+os.link = lambda *args, **options: refuse(OSError, 22, "Incorrect function")
+asyncio.SelectorEventLoop.add_signal_handler = lambda *args: refuse(NotImplementedError)
+for name in ("errno", "os", "signal", "socket", "sys", "time"):
+    VIEWS[name] = types.ModuleType(name)
+    vars(VIEWS[name]).update({key: value for key, value in vars(sys.modules[name]).items() if key not in ABSENT[name]})
+VIEWS["os"].fstat = without_modes
+VIEWS["signal"].SIGBREAK = signal.SIGUSR1
+VIEWS["msvcrt"] = locks
+builtins.__import__ = import_module
+"""
+
+
+@pytest.fixture
+def windows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a Python process in which chatrtc.py finds only what Windows has."""
+    folder = tmp_path_factory.mktemp("windows")
+    (folder / "sitecustomize.py").write_text(WINDOWS, "utf-8")
+    return {
+        "PYTHONPATH": os.pathsep.join([str(folder), str(HERE)]),
+        "PYTHONIOENCODING": "cp1252",  # as when standard input and output are redirected
+        "PYTHONWARNDEFAULTENCODING": "1",  # to standard error, which has to be empty
+        "ABSENT_ON_WINDOWS": json.dumps(absent_on_windows()),
+    }
+
+
+def test_only_guarded_code_uses_what_windows_lacks() -> None:
+    absent = {f"{module}.{name}" for module, names in absent_on_windows().items() for name in names}
+    assert {"fcntl.flock", "os.geteuid", "os.statvfs", "signal.SIGHUP", "socket.AF_UNIX", "time.tzset"} <= absent
+    used = {ast.unparse(node) for node in ast.walk(TREE) if isinstance(node, ast.Attribute)} & absent
+    used = {name for name in used if name.split(".")[0] not in ("fcntl", "resource", "termios")}  # None if they are missing
+    assert used == {"os.O_DIRECTORY", "os.fchown"}, "this raises AttributeError on Windows"
+
+
+@pytest.mark.parametrize(
+    ("statement", "error"),
+    [
+        *((f"import {name}", "ModuleNotFoundError") for name in ("fcntl", "termios", "resource", "pwd", "grp", "uvloop")),
+        *((f"import os; os.{name}", "AttributeError") for name in ("geteuid", "fchown", "statvfs", "O_NOFOLLOW", "pwrite")),
+        ("import signal; signal.SIGHUP", "AttributeError"),
+        ("from socket import AF_UNIX", "ImportError"),
+        ("import os; os.open('.', os.O_RDONLY)", "PermissionError"),
+        ("import os; os.rename('chatrtc.py', 'other')", "FileExistsError"),
+        ("import os; file = open('other'); os.replace('chatrtc.py', 'other')", "PermissionError"),
+        ("from pathlib import Path; file = open('other'); Path('other').unlink()", "PermissionError"),
+        ("import os; file = open('other'); os.fsync(file.fileno())", "OSError"),
+        ("import asyncio; asyncio.SelectorEventLoop().add_signal_handler(2, print)", "NotImplementedError"),
+        ("import msvcrt; file = open('other', 'r+b'); [msvcrt.locking(file.fileno(), 2, 1) for _ in '12']", "PermissionError"),
+        ("import msvcrt; files = [open('other', 'r+b') for _ in '12']; "
+         "[msvcrt.locking(file.fileno(), 2, 9) for file in files]", "PermissionError"),
+        ("import msvcrt; msvcrt.locking(open('other', 'r+b').fileno(), 0, 1)", "PermissionError"),
+        ("import msvcrt; file = open('other', 'r+b'); msvcrt.locking(file.fileno(), 2, 9)", ""),
+        ("import os; os.replace('chatrtc.py', 'other')", ""),
+    ],
+)  # fmt: skip
+def test_the_tests_hide_what_windows_lacks(tmp_path: Path, windows: dict[str, str], statement: str, error: str) -> None:
+    program = tmp_path / "chatrtc.py"
+    program.write_text(statement, "utf-8")
+    (tmp_path / "other").touch()
+    ended = subprocess.run(
+        [sys.executable, str(program)], cwd=tmp_path, env=os.environ | windows, capture_output=True, encoding="utf-8"
+    )
+    assert f"{error}" in ended.stderr if error else ended.returncode == 0, ended
+
+
+async def test_the_server_runs_without_what_windows_lacks(tmp_path: Path, windows: dict[str, str]) -> None:
+    path, copy = tmp_path / "Schüler.db", tmp_path / "copy.db"
+    database = ("--database", str(path))
+    process = await Process.start(path, "--no-rate-limit", env=windows)
+    async with process.world() as world:
+        ana, ben = await world.people("ana", "ben")
+        place = await world.place(ana, ben)
+        sockets = [await ben.socket(place.server_id, transports=[way]) for way in ("websocket", "polling")]
+        message = await ana.post(place.channel_id, "hello 👋")
+        for socket in sockets:
+            assert (await socket.receive("message:new"))["content"] == "hello 👋"
+        expect_error(await run_command("serve", "--port", "0", *database, env=windows), "in use")
+        port = world.url.rpartition(":")[2]
+        expect_error(await run_command("serve", "--port", port, env=windows, cwd=tmp_path), "Cannot listen")
+        await run_ok("user", "add", "Zoë王", *database, stdin="pässwörd王\n", env=windows)
+        assert "Zoë王" in await run_ok("user", "list", *database, env=windows)
+        assert (await world.sign_in("Zoë王", "pässwörd王")).status == 200
+        await run_ok("server", "add", "club", "--owner", "ana", *database, env=windows)
+        assert "verified" in await run_ok("backup", str(copy), *database, env=windows)
+        assert "hello 👋" in await run_ok("export", *database, env=windows)
+        assert "hello 👋" in await run_ok("export", "--format", "html", *database, env=windows)
+        assert (await run_ok("check", *database, env=windows)) == "sound: 3 users, 2 servers, 1 messages\n"
+        expect_error(await run_command("restore", str(copy), *database, env=windows), "stop the server first")
+        after = await ana.post(place.channel_id, "after the backup")
+        assert (await sockets[0].receive("message:new"))["message_id"] == after["message_id"] > message["message_id"]
+    status, errors = await process.stop(signal.SIGINT)
+    assert (status, "Traceback" in errors) == (0, False), errors
+    process = await Process.start(path, env=windows)
+    async with process.world() as world:
+        ana = Person(world, "ana", ana.user_id, ana.token)
+        history = await ana.ok("GET", f"/channels/{place.channel_id}/messages")
+        assert [one["content"] for one in history["messages"]] == ["hello 👋", "after the backup"]
+    assert await process.stop(signal.SIGUSR1) == (0, ""), "this signal stands for Ctrl-Break"
+    assert "is kept as" in await run_ok("restore", str(copy), *database, env=windows)
+    assert [is_sound(file) for file in tmp_path.glob("Schüler.db.2*")] == [True], "the old database was copied"
+    process = await Process.start(path, "--tls-self-signed", env=windows)
+    assert await process.stop() == (0, "")
+    assert (await run_ok("check", *database, env=windows)) == "sound: 3 users, 2 servers, 1 messages\n"
+
+
+async def test_the_portable_tests_pass_without_what_windows_lacks(windows: dict[str, str]) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "pytest", "-q", "-x", "-m", "portable", "-k", "packets or binary or search or page or poll or migrated",
+        "-p", "no:cacheprovider", str(HERE / "test_chatrtc.py"),
+        env=os.environ | windows | {"PYTHONWARNDEFAULTENCODING": ""}, cwd=HERE,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    assert process.returncode == 0, out.decode("utf-8", "replace")
+    assert int(re.search(rb"(\d+) passed", out)[1]) > 20
 
 
 # ---- Guarantees -----------------------------------------------------------------------------------------------------
