@@ -6777,14 +6777,14 @@ class Group(click.Group):
         super().add_command(cmd, name)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+                stream.reconfigure(encoding="utf-8", errors=stream.errors)  # on Windows, files and pipes have another one
         with cli_errors():
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         os.umask(0o077)
-        for stream in (sys.stdin, sys.stdout):
-            if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
-                stream.reconfigure(encoding="utf-8")  # Windows has another encoding for files and pipes
         with cli_errors():
             return super().invoke(ctx)
 
