@@ -1292,8 +1292,8 @@ SCHEMA_FORMAT = len(MIGRATIONS) + 1
 MAX_FULL_CHECK_BYTES = 64 * 1024 * 1024  # largest file whose indexes are compared with its tables at startup (about 1 s)
 SQLITE_MAGIC = b"SQLite format 3\0"
 BACKUP_MODE = b"\1"  # header[18:19] of a backup; a database in use is in WAL mode (2), from the beginning
-MAX_TURN_SECONDS = 10.0  # for which a command, or a server that starts or stops, waits for its turn to write
-TURN_POLL_SECONDS = 0.001
+TURN_SECONDS = 10.0  # for which a writer waits for its turn
+TURN_POLL_SECONDS = 0.0002
 PRAGMAS = dict(journal_mode="wal", synchronous=2, foreign_keys=1, trusted_schema=0, cell_size_check=1, secure_delete=1)
 
 
@@ -1567,21 +1567,16 @@ class FileLock:
                 match_owner(self._file, self.database)
         return self._file
 
-    def acquire(self, *, shared: bool = False, wait: bool = False) -> bool:
-        """Acquire the lock, if need be `wait` for it, and return whether it is held. Raises StartError."""
+    def acquire(self, *, shared: bool = False) -> bool:
+        """Try to acquire the lock and return whether it is held. Raises StartError."""
         file = self.open()
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                return False
-            return True
-        while not any(
-            self._lock_bytes(file, *part) for part in ([(n, 1) for n in range(self.SHARES)] if shared else [(0, self.SHARES)])
-        ):
-            if not wait:
-                return False
-            time.sleep(TURN_POLL_SECONDS)
+        if fcntl is None:
+            parts = [(start, 1) for start in range(self.SHARES)] if shared else [(0, self.SHARES)]
+            return any(self._lock_bytes(file, *part) for part in parts)
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
         return True
 
     def _lock_bytes(self, file: int, start: int, number: int) -> bool:
@@ -1629,33 +1624,25 @@ class Turn:
             self._next.release()
 
     def acquire(self) -> None:
-        """Wait for the turn."""
-        self._next.acquire(wait=True)
+        """Wait for the turn. Raises StartError if another process does not end its turn within TURN_SECONDS."""
+        deadline = time.monotonic() + TURN_SECONDS
         try:
-            self._turn.acquire(wait=True)
+            for lock in (self._next, self._turn):
+                while not lock.acquire():
+                    if time.monotonic() > deadline:
+                        raise StartError(f"{lock.database} is in use by another program, which does not let others write")
+                    time.sleep(TURN_POLL_SECONDS)
         finally:
             self._next.release()
 
     def release(self) -> None:
         self._turn.release()
 
-    def wait(self) -> bool:
-        """Wait for the turn at most MAX_TURN_SECONDS, and return whether it was taken."""
-        deadline = time.monotonic() + MAX_TURN_SECONDS
-        for lock in (self._next, self._turn):
-            while not lock.acquire():
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(TURN_POLL_SECONDS)
-        self._next.release()
-        return True
-
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Have the turn in the body. Raises StartError if another process does not end its turn."""
+        """Have the turn in the body. Raises StartError."""
         try:
-            if not self.wait():
-                raise StartError(f"{self._turn.database} is in use by another program, which does not let others write")
+            self.acquire()
             yield
         finally:
             self.close()
@@ -2005,11 +1992,10 @@ class Store:
 
     async def _close_writer(self, writer: aiosqlite.Connection) -> None:
         """Close the writer in its turn, because the last connection that is closed checkpoints."""
-        turn = Turn(self.path)
-        if not await asyncio.to_thread(turn.wait):
-            log.error("%s was closed while another process writes", self.path)  # which therefore still has it open
+        error = await result_or_exception(asyncio.to_thread(self._turn.acquire))
+        if isinstance(error, StartError):
+            log.error("closing without a checkpoint: %s", error)  # the other process has the database open, and will do it
         await writer.close()
-        turn.close()
 
     def read_inline(self, query: Query[R], *args: Any) -> R:
         """Run a fast query on the event loop, without waiting. Raises UNAVAILABLE if the database cannot be read."""

@@ -6783,7 +6783,7 @@ async def test_the_command_line_needs_no_temporary_folder(tmp_path: Path) -> Non
 
 
 async def test_a_command_waits_for_its_turn(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chatrtc, "MAX_TURN_SECONDS", 0.2)
+    monkeypatch.setattr(chatrtc, "TURN_SECONDS", 0.2)
     database = str(tmp_path / "chat.db")
     ana = await world.person("ana")
     place = await world.place(ana)
