@@ -22,6 +22,7 @@ has been committed. The sections, to be read in this order:
     Engine.IO server    all sessions, and the HTTP requests that open and reach them
     Socket.IO server    Socket.IO on top of Engine.IO: packets are validated, and handled in order
     Hub                 sockets and their users; applies the effects of operations
+    Bus                 what processes that share a database tell each other by Redis
     Async operations    operations that need more than one transaction, or sockets
     API                 REST and Socket.IO handlers, OpenAPI and AsyncAPI, all derived from the table of operations
     Application         starting, stopping, embedding
@@ -117,7 +118,7 @@ fcntl, msvcrt = optional_import("fcntl"), optional_import("msvcrt")
 SECRET_BYTES = 32  # minimum length of the key that signs tokens
 
 
-ProcessName = Annotated[str, Meta(pattern="^[A-Za-z0-9]{1,32}$")]
+ProcessName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9]{1,32}\Z")]
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -988,6 +989,7 @@ class VoiceJoinResult(Payload):
 class Health(Payload):
     status: Literal["ok"]
     version: str
+    redis: Literal["up", "down"] | UnsetType = UNSET  # with --redis only
 
 
 class PublicSettings(Payload):
@@ -1046,6 +1048,10 @@ def read_args(kind: type[T], raw: Any) -> T:
 
 # ---- Events --------------------------------------------------------------------------------------------------------
 # The events that the server emits, each with its payload and the room that receives it, and the effects of operations.
+
+Instance = Annotated[str, Meta(pattern=r"^[A-Za-z0-9-]{0,64}\Z")]  # a run of a process: its name and a random part
+HELLO_ENTRIES = 200  # in one message
+PACKET_MESSAGES = 100
 
 
 class MentionNotice(Message, kw_only=True):
@@ -1145,6 +1151,9 @@ EVENTS = {
 }
 
 
+TOLD_EVENTS = {"user:typing", "typing_stop", "voice:join", "voice:leave"}  # emitted on all processes, though not in the log
+
+
 # The effects of an operation. Hub applies them after the transaction is committed.
 
 
@@ -1236,6 +1245,47 @@ def decode_effects(data: bytes) -> list[Effect]:
         else:
             effects.append(msgspec.json.decode(content, type=EFFECTS[name]))
     return effects
+
+
+# What processes that share a database tell each other. See the section Bus.
+
+
+class BusMessage(Struct, array_like=True, tag=True): ...
+
+
+class Notice(BusMessage):
+    what: Literal["wake", "beat", "bye", "want"]  # the log has new rows; the sender is alive; it stops; it needs a `Hello`
+    instance: Instance = ""  # from this process or, if empty, from all
+
+
+class Change(BusMessage):  # of the sender's own users
+    event: Annotated[str, Meta(max_length=20)]  # user:connected, user:disconnected or one of TOLD_EVENTS
+    place: Id  # the server for the first two, else the channel
+    user_id: Id
+    peer_id: PeerId = "-"
+
+
+class Signal(BusMessage):  # a WebRTC signal to a peer of another process
+    from_: PeerId
+    to: PeerId
+    data: Annotated[str, Meta(max_length=100_000)]  # JSON
+
+
+class Counted(BusMessage):  # an event that a limit counts on all processes
+    limit: Annotated[str, Meta(max_length=20)]
+    key: Annotated[list[Annotated[str, Meta(max_length=1000)]], Meta(min_length=1, max_length=2)]
+
+
+class Hello(BusMessage):  # the list of the sender's users and voice peers, in parts
+    part: Literal["first", "next", "last"] = "next"
+    users: Annotated[list[tuple[Id, Id]], Meta(max_length=HELLO_ENTRIES)] = []
+    peers: Annotated[list[tuple[Id, Id, PeerId]], Meta(max_length=HELLO_ENTRIES)] = []
+
+
+class BusPacket(Struct, array_like=True):
+    sender: Instance
+    number: Annotated[int, Meta(ge=0, le=2**63 - 1)]  # of its last message
+    messages: Annotated[list[Notice | Change | Signal | Counted | Hello], Meta(max_length=PACKET_MESSAGES)]
 
 
 class Result(NamedTuple, Generic[T]):
@@ -2383,6 +2433,7 @@ update_server_name = server_change("name", "UPDATE servers SET name = ?2 WHERE s
 delete_server_row = statement("DELETE FROM servers WHERE server_id = ?")
 load_channels = rows_as(Channel, CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id")
 load_channel = row_as(Channel, CHANNEL_ROWS + "WHERE channel_id = ?")
+find_channel = rows_as(Channel, CHANNEL_ROWS + "WHERE channel_id = ? AND server_id IS NOT NULL")
 # Removes a channel from its server. Its messages are deleted later, by `purge_deleted_channel`.
 detach_channel = server_change("channels", "UPDATE channels SET server_id = NULL WHERE server_id = ? AND channel_id = ?")
 
@@ -3042,10 +3093,17 @@ def load_channel_messages(db: sqlite3.Connection, channel_id: int) -> Iterator[M
 # A user is connected to a server while one of their sockets has joined it. Invisible users are shown only to themselves.
 
 TYPING_SECONDS = 3.0  # a user stops typing after this time without a new `typing_start`
+FOREIGN = "@"  # begins the name by which another process's users and voice peers are kept; no socket's id contains it
 TYPING_INTERVAL = 1.0  # time between two `user:typing` events of a user
 
 
+def is_foreign(sid: str) -> bool:
+    return sid.startswith(FOREIGN)
+
+
 class Presence:
+    """A process announces its own users. The others keep all sockets of a user there as one, under that process's name."""
+
     def __init__(self) -> None:
         self.invisible: set[int] = set()
         self._online: dict[int, dict[int, set[str]]] = {}  # server -> user -> sockets
@@ -3076,6 +3134,15 @@ class Presence:
 
     def servers(self, user_id: int) -> list[int]:
         return [server_id for server_id, users in self._online.items() if user_id in users]
+
+    def has(self, server_id: int, user_id: int, sid: str = "") -> bool:
+        """Return whether the user is connected by this socket or, without `sid`, by any socket of this process."""
+        sids = self._online.get(server_id, {}).get(user_id, set())
+        return sid in sids if sid else not all(map(is_foreign, sids))
+
+    def users_of(self, sid: str = "") -> set[tuple[int, int]]:
+        """Return the servers and users of another process or, without `sid`, of this one."""
+        return {(server, user) for server, users in self._online.items() for user in users if self.has(server, user, sid)}
 
 
 class TypingUser(NamedTuple):
@@ -3283,6 +3350,7 @@ LimitKey = tuple[str, object]  # the name of a limit, and the user or address th
 class Limiter:
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
+        self.announce: Callable[[str, object], None] = lambda name, key: None  # tells other processes of a failure
         # For each limit: key -> the time at which its bucket is full again, least recently examined first.
         self._tables: dict[str, OrderedDict[object, float]] = {name: OrderedDict() for name in LIMITS}
 
@@ -3317,6 +3385,8 @@ class Limiter:
         if self._enabled:
             self.check(name, key)
             self.count(name, key)
+            if LIMITS[name].by != "user":
+                self.announce(name, key)
 
     @contextlib.contextmanager
     def charge_unknown_code(self, name: str, key: object) -> Iterator[None]:
@@ -3340,8 +3410,11 @@ class Limiter:
         try:
             yield failed.set
         finally:
-            for limit in () if failed.is_set() else limits:
-                self.count(*limit, times=-1)
+            for limit in limits:
+                if failed.is_set():
+                    self.announce(*limit)
+                else:
+                    self.count(*limit, times=-1)
 
 
 LOGGED_REASONS = {"WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code"}
@@ -4184,6 +4257,7 @@ class PacketQueue:
 class EngineOptions:
     """The Engine.IO options of `socket_server`."""
 
+    sid_prefix: str = ""  # of all session ids
     origins: Collection[str] = ()  # origins whose pages may connect, in addition to our own
     proxies: Sequence[Network | None] = ()  # peers whose X-Forwarded headers are trusted; None: all that use a Unix socket
     hosts: Collection[str] | None = None  # names, besides localhost, of a server that listens on loopback; None: any name
@@ -4659,7 +4733,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     async def _open(self, request: web.Request, transport: str) -> Session:
         address, options = client_address(request, self.options), self.options
         self._check_capacity(address)
-        sid = self.generate_id()
+        sid = options.sid_prefix + self.generate_id()
         session = self.sockets[sid] = Session(sid, address, self)
         self.per_address[address] += 1
         if options.max_anonymous_per_address is not None:
@@ -5262,6 +5336,8 @@ class Hub:
         self.connections: dict[str, Connection] = {}
         self.listeners: dict[str, list[PacketQueue]] = {}
         self.listening = False
+        self.say: Callable[[BusMessage], None] = lambda message: None  # tells the other processes; set by `Bus`
+        self.redis: Literal["up", "down"] | UnsetType = UNSET  # whether the processes hear each other, with --redis
         self.foreign = False  # whether what is applied now happened in another process
         self.erase_after = 0.0  # see `erase_texts`
         self._own_marks: dict[int, MarkOwnPost] = {}  # channel -> a read mark to emit soon
@@ -5355,6 +5431,8 @@ class Hub:
 
     def emit(self, event: str, to: int, payload: Payload | msgspec.Raw, *, room: str = "", skip_sid: str | None = None) -> None:
         """Send an event to its room, and to the program's own listeners."""
+        if isinstance(payload, ChannelUser) and event in TOLD_EVENTS and not self.foreign:
+            self.say(Change(event, payload.channel_id, payload.user_id, getattr(payload, "peer_id", "-")))
         self.sio.publish(event, payload, f"{room or EVENTS[event].room}:{to}", skip_sid)
         for queue in self.listeners.get(event, ()) if self.listening and not self.foreign else ():
             if queue.is_full():
@@ -5450,20 +5528,33 @@ class Hub:
         """Emit a new status. Others see an invisible user as disconnected; only the user's own sockets receive that status."""
         user_id, username, name = user.user_id, user.username, user.name
         self.forget_tokens(user_id)
-        payload = StatusChanged(user_id, username, after, name=name)
+        payload, was_invisible = StatusChanged(user_id, username, after, name=name), user_id in self.presence.invisible
         if after == "invisible":
-            for connection in self.connections_of(user_id):
-                self.stop_all_typing(connection)  # while others can still see it
+            for key in [key for key in self.typing_tracker if key[1] == user_id]:
+                self.stop_typing(*key)  # while others can still see it
             self.presence.invisible.add(user_id)
             self.emit("user:status", user_id, payload, room="user")
         else:
             self.presence.invisible.discard(user_id)
             for server_id in server_ids:
                 self.emit("user:status", server_id, payload)
-        if "invisible" in (before, after) and before != after:
-            event = "user:disconnected" if after == "invisible" else "user:connected"
+        if was_invisible != (after == "invisible"):
+            event = "user:connected" if was_invisible else "user:disconnected"
             for server_id in self.presence.servers(user_id):
                 self.emit(event, server_id, ServerUser(server_id, user_id, username, name=name))
+
+    def is_present(self, user_id: int) -> bool:
+        """Return whether the user has sockets here, or has joined a server on another process."""
+        return bool(self.connections_of(user_id) or self.presence.servers(user_id))
+
+    def apply_status(self, user: Principal | Profile) -> None:
+        """Make a user invisible who appears with that status. While they are here, `emit_status` does it."""
+        if user.status == "invisible" and not self.is_present(user.user_id):
+            self.presence.invisible.add(user.user_id)
+
+    def forget_status(self, user_id: int) -> None:
+        if user_id in self.presence.invisible and not self.is_present(user_id):
+            self.presence.invisible.discard(user_id)
 
     # Sockets
 
@@ -5482,8 +5573,7 @@ class Hub:
         others = self.connections_of(user.user_id)
         if len(others) >= SOCKETS_PER_USER and connection not in others and not self.settings.no_rate_limit:
             raise chat_error("TOO_MANY_SOCKETS", retry_after=30, n=SOCKETS_PER_USER)
-        if user.status == "invisible" and not others:
-            self.presence.invisible.add(user.user_id)
+        self.apply_status(user)
         connection.user = user
         if (session := self.sio.session(connection.sid)) is not None:
             self.sio.eio.mark_authenticated(session.sid)
@@ -5506,8 +5596,7 @@ class Hub:
         for server_id in list(connection.servers):
             self.leave_server(connection, server_id)
         self.stop_activity(connection)
-        if not self.connections_of(connection.user.user_id):
-            self.presence.invisible.discard(connection.user.user_id)
+        self.forget_status(connection.user.user_id)
 
     def stop_activity(self, connection: Connection, server_id: int | None = None) -> None:
         """End the typing and the voice call of a socket, in that server or in all."""
@@ -5519,28 +5608,38 @@ class Hub:
     def join_server(self, connection: Connection, server_id: int, channel_ids: Iterable[int]) -> None:
         if connection.closed:
             raise chat_error("CLOSING")
-        user = connection.user
         self.sio.enter(connection.sid, f"server:{server_id}")
         connection.servers[server_id] = set(channel_ids)
         for channel_id in channel_ids:
             self.sio.enter(connection.sid, f"channel:{channel_id}")
-        if self.presence.join(server_id, user.user_id, connection.sid):
-            self.emit("user:connected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
+        self.show(server_id, connection.user, connection.sid)
 
     def leave_server(self, connection: Connection, server_id: int, quietly: bool = False) -> bool:
         """Take the socket out of a server's rooms and return whether it had joined them."""
         if server_id not in connection.servers:
             return False
-        user = connection.user
         self.stop_activity(connection, server_id)
         for channel_id in connection.servers.pop(server_id):
             self.sio.leave(connection.sid, f"channel:{channel_id}")
         self.sio.leave(connection.sid, f"server:{server_id}")
-        if self.presence.leave(server_id, user.user_id, connection.sid) and not quietly:
-            self.emit("user:disconnected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
+        self.hide(server_id, connection.user, connection.sid, quietly)
         return True
 
-    def start_typing(self, server_id: int, channel_id: int, user: Principal, sid: str) -> None:
+    def show(self, server_id: int, user: Principal | Profile, sid: str) -> None:
+        """Add a socket of this process, or another process, to those by which the user is connected."""
+        was_here = self.presence.has(server_id, user.user_id)
+        if self.presence.join(server_id, user.user_id, sid):
+            self.emit("user:connected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
+        if not was_here and not is_foreign(sid):
+            self.say(Change("user:connected", server_id, user.user_id))
+
+    def hide(self, server_id: int, user: Principal | Profile, sid: str, quietly: bool = False) -> None:
+        if self.presence.leave(server_id, user.user_id, sid) and not quietly:
+            self.emit("user:disconnected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
+        if not is_foreign(sid) and not self.presence.has(server_id, user.user_id):
+            self.say(Change("user:disconnected", server_id, user.user_id))
+
+    def start_typing(self, server_id: int, channel_id: int, user: Principal | Profile, sid: str) -> None:
         loop = asyncio.get_running_loop()
         notice = ChannelUser(channel_id, user.user_id, user.username, name=user.name)
         is_due = self.typing_tracker.start(server_id, notice, sid, loop.time())
@@ -5550,7 +5649,8 @@ class Hub:
 
     def end_typing(self) -> None:
         for channel_id, user_id in self.typing_tracker.expired(asyncio.get_running_loop().time()):
-            self.stop_typing(channel_id, user_id)
+            with self.as_foreign(is_foreign(self.typing_tracker[channel_id, user_id].sid)):
+                self.stop_typing(channel_id, user_id)
 
     def stop_typing(self, channel_id: int, user_id: int) -> None:
         typing_user = self.typing_tracker.pop((channel_id, user_id), None)
@@ -5564,6 +5664,291 @@ class Hub:
     def leave_voice(self, sid: str) -> None:
         if (peer := self.voice_peers.pop(sid, None)) is not None:
             self.emit("voice:leave", peer.server_id, peer.notice)
+
+    def join_voice(self, sid: str, server_id: int, notice: VoicePeer) -> None:
+        """Add a peer to a voice channel, which the user's other devices leave."""
+        for peer in self.voice_peers.in_channel(notice.channel_id):
+            if peer.notice.user_id == notice.user_id:
+                self.leave_voice(peer.sid)
+        self.voice_peers[sid] = Peer(sid, server_id, notice)
+        self.emit("voice:join", server_id, notice)
+
+    def send_signal(self, sender: Peer, peer: Peer, data: Any) -> bool:
+        """Send a WebRTC signal. Return False if the peer is behind: signals must not fill its queue, which would end it."""
+        session = self.sio.session(peer.sid)
+        if is_foreign(peer.sid):
+            self.say(Signal(sender.notice.peer_id, peer.notice.peer_id, StrictJson.dumps(data)))
+        elif session is not None and session.is_behind():
+            return False
+        else:
+            notice = VoiceSignal(peer.notice.channel_id, sender.notice.peer_id, sender.notice.user_id, data)
+            self.sio.publish("voice:signal", notice, peer.sid)
+        return True
+
+
+# ---- Bus -----------------------------------------------------------------------------------------------------------
+# What the processes that share a database tell each other by Redis: wake-ups, and what is not in the database. Nothing waits
+# for it, and it may lose anything: the log is polled too, and each process has the true list of its own users. Packets are
+# numbered; a process that has missed one asks for that list. What arrives is not trusted: whoever controls Redis can fake the
+# presence of members, typing, voice, signals and failed sign-ins, and nothing else.
+
+BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 2.5  # without the own beat, after which Redis counts as down
+GONE_SECONDS = 2.9  # of silence, after which a process counts as dead at the next beat, so in less than 4 seconds
+REDIS_SECONDS = 1.0  # to connect, and to publish
+RECONNECT_SECONDS = 0.2
+BUS_QUEUE_LENGTH = 10_000  # messages; of more, the oldest are dropped
+PACKET_BYTES = 1 << 16  # after which no message is added to a packet
+PACKET_BYTES_MAX = 1 << 18  # of a packet that is read
+MAX_PROCESSES = 64
+KEY_PARTS = {"address": 1, "account": 1, "account and address": 2}  # of the limits that count on all processes
+
+decode_bus_packet = msgspec.json.Decoder(BusPacket).decode
+
+
+class OtherProcess:
+    def __init__(self, instance: str) -> None:
+        self.sid = f"{FOREIGN}{instance}/"  # by which its users are connected, and with which the ids of its voice peers begin
+        self.number = -1  # of its last message
+        self.in_sync = False  # whether we have heard everything since its last list
+        self.heard_at = self.asked_at = -math.inf
+        self.listed: set[object] | None = None  # the users and peers in the parts of its list so far
+
+
+class Bus:
+    def __init__(self, hub: Hub, url: str) -> None:
+        try:
+            import redis.asyncio as library
+        except ImportError:
+            raise StartError("--redis needs an extra: pip install 'chatrtc[redis]'") from None
+        self._connect = functools.partial(
+            library.Redis.from_url, url, protocol=2, retry=None, socket_timeout=None, socket_connect_timeout=REDIS_SECONDS
+        )
+        self._expected_errors = (library.RedisError, OSError, TimeoutError, ChatError)
+        self._hub, self._log, self._loop = hub, hub.sio.eio.client_log, asyncio.get_running_loop()
+        self._instance = f"{hub.settings.process}-{secrets.token_hex(4)}"
+        self._channel = f"chatrtc:{hub.signer.address_digest(0, 'redis').hex()}"  # of the processes that have the same secret
+        self._queue, self._queued = deque[BusMessage](maxlen=BUS_QUEUE_LENGTH), asyncio.Event()
+        self._number = 0  # of the last message said
+        self._wake_is_queued = self._hello_is_due = self._stopping = False
+        self._greeted_at = self._listening_since = self._own_beat_at = -math.inf
+        self._others: dict[str, OtherProcess] = {}
+        hub.say, hub.store.ring, hub.limiter.announce, hub.redis = self.say, self.wake, self.announce_failure, "down"
+        self._publisher = asyncio.create_task(self._keep_running(self._publish))
+        self._tasks = [self._publisher, *map(asyncio.create_task, (self._keep_running(self._listen), self._beat()))]
+
+    async def stop(self) -> None:
+        """Say good-bye, and wait at most a second until everything is published."""
+        self._stopping = True
+        self.say(Notice("bye"))
+        await asyncio.wait([self._publisher], timeout=REDIS_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # Sending
+
+    def say(self, message: BusMessage) -> None:
+        """Tell all other processes, without waiting."""
+        self._number += 1
+        self._queue.append(message)
+        self._queued.set()
+
+    def wake(self) -> None:
+        """Tell the other processes that the log has new rows."""
+        if not self._wake_is_queued:
+            self._wake_is_queued = True
+            self.say(Notice("wake"))
+
+    def announce_failure(self, limit: str, key: object) -> None:
+        parts = key if isinstance(key, tuple) else (key,)
+        self.say(Counted(limit, [str(part).encode(errors="replace").decode() for part in parts]))
+
+    def _greet(self) -> None:
+        """Say the whole list of this process's users and voice peers."""
+        self._hello_is_due, self._greeted_at = False, self._loop.time()
+        users, size = list(self._hub.presence.users_of()), HELLO_ENTRIES
+        peers = [(n.channel_id, n.user_id, n.peer_id) for sid, _, n in self._hub.voice_peers.values() if not is_foreign(sid)]
+        parts = [Hello(users=users[at : at + size]) for at in range(0, len(users), size)]
+        parts += [Hello(peers=peers[at : at + size]) for at in range(0, len(peers), size)]
+        for part in [Hello("first"), *parts, Hello("last")]:
+            self.say(part)
+
+    async def _beat(self) -> None:
+        while True:
+            if self._hello_is_due:
+                self._greet()
+            self.say(Notice("beat"))
+            await asyncio.sleep(BEAT_SECONDS)
+
+    async def _keep_running(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Publish or listen until the bus stops, with a new connection after each error."""
+        while not self._stopping:
+            error = await result_or_exception(work())
+            if isinstance(error, self._expected_errors):
+                self._log.record("Redis does not answer", type(error).__name__)  # its text may contain the URL
+            elif error is not None:
+                self._log.record_bug("The bus failed", error)
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _publish(self) -> None:
+        async with self._connect() as client:
+            async with asyncio.timeout(REDIS_SECONDS):
+                await client.ping()
+            self._queue.clear()  # the list replaces what could not be sent
+            self._greet()
+            while self._queue or not self._stopping:
+                if self._queue:
+                    async with asyncio.timeout(REDIS_SECONDS):
+                        await client.publish(self._channel, self._next_packet())
+                else:
+                    self._queued.clear()
+                    await self._queued.wait()
+
+    def _next_packet(self) -> bytes:
+        parts, size, self._wake_is_queued = list[msgspec.Raw](), 0, False
+        while self._queue and len(parts) < PACKET_MESSAGES and size < PACKET_BYTES:
+            part = msgspec.json.encode(self._queue.popleft())
+            size += len(part)
+            parts.append(msgspec.Raw(part))
+        return msgspec.json.encode((self._instance, self._number - len(self._queue), parts))
+
+    # Receiving
+
+    async def _listen(self) -> None:
+        """Apply what the others say. Raises TimeoutError if the own beat does not come back."""
+        async with self._connect() as client, client.pubsub(ignore_subscribe_messages=True) as subscription:
+            async with asyncio.timeout(REDIS_SECONDS):
+                await subscription.subscribe(self._channel)
+            self._listening_since = self._own_beat_at = self._loop.time()
+            for process in self._others.values():
+                process.in_sync = False
+            self.say(Notice("want"))
+            try:
+                while True:
+                    async with asyncio.timeout_at(self._own_beat_at + SILENCE_SECONDS):
+                        message = await subscription.get_message(timeout=None)
+                    if message is not None:
+                        await self._receive(message["data"])
+                    await asyncio.sleep(0)  # other work goes on, however much arrives
+            finally:
+                self._hub.redis = "down"
+
+    async def _receive(self, data: bytes) -> None:
+        try:
+            packet = decode_bus_packet(data if len(data) <= PACKET_BYTES_MAX else b"")
+        except (msgspec.DecodeError, ValueError, RecursionError):
+            return self._log.record("A message from Redis was ignored", "invalid")
+        if packet.sender == self._instance:
+            if Notice("beat") in packet.messages:
+                await self._note_own_beat()
+        elif packet.sender in self._others or len(self._others) < MAX_PROCESSES:
+            await self._apply_packet(self._others.setdefault(packet.sender, OtherProcess(packet.sender)), packet)
+
+    async def _note_own_beat(self) -> None:
+        """Redis is up, and all that was published before has arrived: remove the processes that have been silent."""
+        self._hub.redis, self._own_beat_at = "up", self._loop.time()
+        for instance, process in list(self._others.items()):
+            if self._own_beat_at - max(process.heard_at, self._listening_since) > GONE_SECONDS:
+                del self._others[instance]
+                await self._keep_only(process, set())
+
+    async def _apply_packet(self, process: OtherProcess, packet: BusPacket) -> None:
+        process.heard_at = now = self._loop.time()
+        if packet.number - len(packet.messages) != process.number:
+            process.in_sync, process.listed = False, None
+        process.number = packet.number
+        for message in packet.messages:
+            if message == Notice("bye"):
+                del self._others[packet.sender]
+                return await self._keep_only(process, set())
+            if isinstance(message, Hello):
+                await self._apply_hello(process, message)
+            else:
+                self._apply(process, message)
+            await asyncio.sleep(0)
+        if not process.in_sync and now - process.asked_at >= BEAT_SECONDS:
+            process.asked_at = now
+            self.say(Notice("want", packet.sender))
+
+    def _apply(self, process: OtherProcess, message: BusMessage) -> None:
+        match message:
+            case Notice("wake"):
+                self._hub.store.pull()
+            case Notice("want", instance) if instance in ("", self._instance):
+                self._hello_is_due = True
+                if self._loop.time() - self._greeted_at >= BEAT_SECONDS:
+                    self._greet()
+            case Change():
+                with self._hub.as_foreign():
+                    self._apply_change(process, message.event, message.place, message.user_id, message.peer_id)
+            case Signal():
+                self._deliver(process, message)
+            case Counted(name, key) if name in LIMITS and len(key) == KEY_PARTS.get(LIMITS[name].by):
+                self._hub.limiter.count(name, key[0] if len(key) == 1 else tuple(key))
+
+    def _apply_change(self, process: OtherProcess, event: str, place: int, user_id: int, peer_id: str = "") -> None:
+        """Apply a change of another process's user, if the database has this member and, for the other events than
+        `user:connected`, if the user is connected there."""
+        hub, read, sid, peer_sid = self._hub, self._hub.store.read_inline, process.sid, process.sid + peer_id
+        channels = read(find_channel, place) if event in TOLD_EVENTS else []
+        server_id = channels[0].server_id if channels else place
+        is_there = hub.presence.has(server_id, user_id, sid)
+        if is_there is (event == "user:connected") or (event in TOLD_EVENTS and not channels):
+            return
+        if event == "user:connected" and read(load_role, server_id, user_id) is None:
+            return
+        user = read(load_profile, user_id)
+        match event:
+            case "user:connected":
+                hub.apply_status(user)
+                hub.show(server_id, user, sid)
+            case "user:disconnected":
+                hub.hide(server_id, user, sid)
+                hub.forget_status(user_id)
+            case "user:typing":
+                hub.start_typing(server_id, place, user, sid)
+            case "typing_stop" if (place, user_id) in hub.typing_tracker.of_socket(sid):
+                hub.stop_typing(place, user_id)
+            case "voice:join" if peer_sid not in hub.voice_peers:
+                hub.join_voice(peer_sid, server_id, VoicePeer(place, user_id, user.username, peer_id, name=user.name))
+            case "voice:leave":
+                hub.leave_voice(peer_sid)
+
+    async def _apply_hello(self, process: OtherProcess, hello: Hello) -> None:
+        """Apply a part of another process's list. After the last part, remove what is not in the list."""
+        if hello.part == "first":
+            process.listed = set()
+        if (listed := process.listed) is None:  # a part is missing
+            return
+        with self._hub.as_foreign():
+            for user in hello.users:
+                self._apply_change(process, "user:connected", *user)
+            for peer in hello.peers:
+                self._apply_change(process, "voice:join", *peer)
+        listed.update(user for user in hello.users if self._hub.presence.has(*user, process.sid))
+        listed.update(sid for _, _, peer_id in hello.peers if (sid := process.sid + peer_id) in self._hub.voice_peers)
+        if hello.part == "last":
+            process.listed, process.in_sync = None, True
+            await self._keep_only(process, listed)
+
+    async def _keep_only(self, process: OtherProcess, listed: set[object]) -> None:
+        """Remove the voice peers and the users of a process, except these."""
+        for sid in [sid for sid in self._hub.voice_peers if sid.startswith(process.sid) and sid not in listed]:
+            with self._hub.as_foreign():
+                self._hub.leave_voice(sid)
+        for server_id, user_id in self._hub.presence.users_of(process.sid) - listed:
+            with self._hub.as_foreign():
+                self._apply_change(process, "user:disconnected", server_id, user_id)
+            await asyncio.sleep(0)
+
+    def _deliver(self, process: OtherProcess, signal: Signal) -> None:
+        """Send a signal from another process to a peer of this one in the same channel."""
+        sender = self._hub.voice_peers.get(process.sid + signal.from_)
+        for peer in self._hub.voice_peers.in_channel(sender.notice.channel_id) if sender is not None else ():
+            if peer.notice.peer_id == signal.to and not is_foreign(peer.sid) and sender is not None:
+                with contextlib.suppress(ValueError, RecursionError):
+                    self._hub.send_signal(sender, peer, StrictJson.loads(signal.data))
 
 
 # ---- Async operations ----------------------------------------------------------------------------------------------
@@ -5731,7 +6116,7 @@ async def check_health(hub: Hub, caller: Caller, args: NoArgs) -> Result[Health]
                 await hub.store.write(lambda db: Result(None))
     except TimeoutError:
         raise chat_error("DATABASE_DOWN") from None
-    return Result(Health("ok", __version__))
+    return Result(Health("ok", __version__, hub.redis))
 
 
 @operation("async", "GET /config", Access.ANYONE)
@@ -5832,15 +6217,13 @@ async def voice_join(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Voic
         raise chat_error("NO_VOICE_CHANNEL", field="channel_id")
     peer = hub.voice_peers.get(connection.sid)
     if peer is None or peer.notice.channel_id != args.channel_id:
-        there = hub.voice_peers.in_channel(args.channel_id)
-        mine = [other for other in there if other.notice.user_id == user.user_id]
-        if len(there) - len(mine) >= hub.settings.voice_max:
+        there = [one for one in hub.voice_peers.in_channel(args.channel_id) if one.notice.user_id != user.user_id]
+        if len(there) >= hub.settings.voice_max:
             raise chat_error("VOICE_FULL", field="channel_id", n=hub.settings.voice_max)
-        for sid in [connection.sid, *(other.sid for other in mine)]:
-            hub.leave_voice(sid)
+        hub.leave_voice(connection.sid)
         notice = VoicePeer(args.channel_id, user.user_id, user.username, secrets.token_urlsafe(9), name=user.name)
-        peer = hub.voice_peers[connection.sid] = Peer(connection.sid, channel.server_id, notice)
-        hub.emit("voice:join", channel.server_id, notice)
+        hub.join_voice(connection.sid, channel.server_id, notice)
+        peer = hub.voice_peers[connection.sid]
     servers = [IceServer(urls) for urls in hub.settings.ice_server]
     others = [peer.notice for peer in hub.voice_peers.in_channel(args.channel_id) if peer.sid != connection.sid]
     participants = [Participant(one.user_id, one.username, one.peer_id, name=one.name) for one in others]
@@ -5876,12 +6259,8 @@ async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[Non
     peer = next((peer for peer in hub.voice_peers.in_channel(args.channel_id) if peer.notice.peer_id == args.to), None)
     if peer is None:
         raise chat_error("NO_PEER", field="to")
-    session = hub.sio.session(peer.sid)
-    if session is not None and session.is_behind():  # signals must not fill the peer's queue, which would end its connection
+    if not hub.send_signal(sender, peer, args.data):
         raise chat_error("PEER_BEHIND", retry_after=1)
-    hub.sio.publish(
-        "voice:signal", VoiceSignal(args.channel_id, sender.notice.peer_id, caller.user.user_id, args.data), peer.sid
-    )
     return Result(None)
 
 
@@ -6230,6 +6609,11 @@ WATCHDOG_SECONDS = 2.0  # between two notices to systemd
 PATH = re.compile(r"(/[\w.~!$&'()*+,;=:@%/-]*)?", re.ASCII)
 PUBLIC_URL = re.compile(rf"(?i:https?://{HOST.pattern}){PATH.pattern}", re.ASCII)
 PUBLIC_URL_MAX = 300
+REDIS_URL = re.compile(
+    rf"(?:rediss?://(?:[^@/?#\s]*@)?{HOST.pattern}(?:/[0-9]{{1,3}})?(?:\?ssl_ca_certs=[^&#\s]+)?"
+    r"|unix://(?:[^@/?#\s]*@)?/[^?#\s]+(?:\?db=[0-9]{1,3})?)",
+    re.ASCII | re.IGNORECASE,
+)  # fmt: skip
 
 
 def add_user(db: sqlite3.Connection, username: str, password: str) -> Result[int]:
@@ -6290,7 +6674,10 @@ def origin_of(url: str) -> str:
 
 
 def check_addresses(settings: Settings) -> None:
-    """Raise StartError if an origin, a proxy or the public URL is invalid."""
+    """Raise StartError if an origin, a proxy, the public URL or the URL of Redis is invalid."""
+    redis = REDIS_URL.fullmatch("redis://localhost" if settings.redis is None else settings.redis)
+    if redis is None or int(redis[2] or 0) > PORT_MAX:  # the URL may contain a password, so it is not shown
+        raise StartError("--redis: must be redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH; %-encode the password")
     for origin in settings.cors_origin:
         if origin != "*" and parse_origin(origin) is None:
             raise StartError(f"--cors-origin {origin}: must be http:// or https:// and a host name, without a path")
@@ -6315,6 +6702,10 @@ def read_settings(given: dict[str, Any]) -> Settings:
     if settings.tls_self_signed and settings.tls_cert is not None:
         raise StartError("--tls-self-signed and --tls-cert cannot be combined")
     check_addresses(settings)
+    if settings.process is not None and settings.redis is None:
+        raise StartError("--process: needs --redis")
+    if settings.redis is not None and settings.process is None:
+        settings = msgspec.structs.replace(settings, process=secrets.token_hex(4))
     if settings.lan and settings.host == Settings().host:
         settings = msgspec.structs.replace(settings, host="0.0.0.0")
     return settings
@@ -6330,7 +6721,10 @@ def engine_options(settings: Settings) -> dict[str, Any]:
     if settings.no_rate_limit:
         limits = {"max_sessions_per_address": 10**6, "max_anonymous_per_address": None, "frames_per_second": None}
     proxies = tuple(map(parse_network, settings.trusted_proxy))
-    return {"origins": origins, "proxies": proxies, "hosts": names if local else None, **limits}
+    # Behind a proxy, all requests of a session must reach the same process, whose name begins the session's id. For nginx:
+    #     map $arg_sid $upstream { ~^a- chat_a;  ~^b- chat_b;  default chat; }
+    prefix = f"{settings.process}-" if settings.process else ""
+    return {"sid_prefix": prefix, "origins": origins, "proxies": proxies, "hosts": names if local else None, **limits}
 
 
 def qr_code(link: str) -> Any:
@@ -6569,6 +6963,8 @@ class ChatRTC:
             stack.push_async_callback(hub.store.close)
             stack.callback(hub.password_hasher.close)
             stack.callback(self.sio.eio.client_log.flush, now=True)
+            if self.settings.redis is not None:
+                stack.push_async_callback(Bus(hub, self.settings.redis).stop)
             hub.listening = True
             stack.push_async_callback(hub.end_listeners)
             maintenance = asyncio.create_task(maintenance_loop(hub))

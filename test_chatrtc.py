@@ -49,6 +49,7 @@ import msgspec
 import openapi_spec_validator
 import pytest
 import pytest_asyncio
+import redis
 import socketio
 from aiohttp import web
 from click.testing import CliRunner
@@ -10066,6 +10067,420 @@ async def test_one_hostile_client_stops_nobody(
         assert grown < 128 << 20
 
 
+# ---- Several processes ----------------------------------------------------------------------------------------------
+# Servers with --redis on one database.
+
+
+def free_port() -> int:
+    with socket_module.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Redis:
+    """A Redis server without persistence, which keeps its port when it is restarted."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.process: asyncio.subprocess.Process
+
+    async def start(self, *options: str) -> None:
+        given = ("--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--port", str(self.port), *options)
+        self.process = await asyncio.create_subprocess_exec(
+            find_program("redis-server"), *given, stdout=asyncio.subprocess.DEVNULL
+        )
+        await until(self.answers)
+
+    def answers(self) -> bool:
+        assert self.process.returncode is None
+        with contextlib.suppress(OSError), socket_module.create_connection(("127.0.0.1", self.port)):
+            return True
+        return False
+
+    def ask(self, *command: str | bytes) -> Any:
+        with redis.Redis.from_url(self.url, socket_timeout=PATIENCE) as client:
+            return client.execute_command(*command)
+
+    def channel(self) -> bytes:
+        """Return the name of the channel that the servers use."""
+        (name,) = self.ask("PUBSUB", "CHANNELS", "*")
+        return bytes(name)
+
+    def tell(self, packet: Any) -> None:
+        """Publish a packet to the servers."""
+        self.ask("PUBLISH", self.channel(), json.dumps(packet))
+
+    async def kill(self) -> None:
+        self.process.kill()
+        await self.process.wait()
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+
+@pytest_asyncio.fixture
+async def redis_server() -> AsyncIterator[Redis]:
+    server = Redis()
+    await server.start()
+    yield server
+    if server.process.returncode is None:
+        await server.kill()
+
+
+@pytest_asyncio.fixture
+async def pair(make_world: MakeWorld, redis_server: Redis) -> list[World]:
+    """Two servers in this process, on one database."""
+    return [await join_redis(make_world, redis_server, name) for name in ("one", "two")]
+
+
+async def join_redis(make_world: MakeWorld, redis_server: Redis, name: str, **settings: Any) -> World:
+    """Start a server that uses Redis, and wait until it hears itself."""
+    world = await make_world(redis=redis_server.url, process=name, **settings)
+    await until(lambda: world.chat.hub.redis == "up")
+    return world
+
+
+def at(world: World, person: Person) -> Person:
+    """Return the same person as a client of another server."""
+    return Person(world, person.name, person.user_id, person.token)
+
+
+class Split(NamedTuple):
+    """A server whose members Ana and Ben are connected to different processes."""
+
+    ana: Person
+    ben: Person
+    place: Place
+    ana_socket: Socket
+    ben_socket: Socket
+
+
+@pytest_asyncio.fixture
+async def split(pair: list[World]) -> Split:
+    one, two = pair
+    ana, ben = await one.people("ana", "ben")
+    place = await one.place(ana, ben)
+    ben = at(two, ben)
+    ana_socket = await ana.socket(place.server_id)
+    await until(lambda: two.chat.hub.presence.visible(place.server_id) == [ana.user_id])
+    ben_socket = await ben.socket(place.server_id)
+    await ana_socket.receive("user:connected", user_id=ben.user_id)
+    return Split(ana, ben, place, ana_socket, ben_socket)
+
+
+async def test_presence_is_shared(split: Split) -> None:
+    """Each change is emitted once, on both processes, whichever a user's sockets are connected to."""
+    server_id, ana, ben = split.place.server_id, split.ana, split.ben
+    other_way = at(ana.world, ben)
+    ack = await split.ben_socket.ok("join_server", {"server_id": server_id})
+    assert ack["connected_users"] == [ana.user_id, ben.user_id]
+    members = (await ana.ok("GET", f"/servers/{server_id}/members"))["members"]
+    assert [member["connected"] for member in members] == [True, True]
+    second = await other_way.socket(server_id)
+    await second.close()
+    await split.ben_socket.close()
+    gone = await split.ana_socket.receive("user:disconnected")
+    assert gone["user_id"] == ben.user_id and gone["username"] == "ben"
+    changes = [name for name in split.ana_socket.names() if name in ("user:connected", "user:disconnected")]
+    assert changes == ["user:connected", "user:connected", "user:disconnected"]  # Ana, Ben, Ben
+
+
+async def test_an_invisible_user_is_invisible_on_all_servers(split: Split) -> None:
+    server_id, ana, ben = split.place.server_id, split.ana, split.ben
+    other_way = at(ana.world, ben)
+    await split.ben_socket.ok("typing_start", {"channel_id": split.place.channel_id})
+    await split.ana_socket.receive("user:typing", user_id=ben.user_id)
+    assert (await ben.call("PATCH", "/users/me", {"status": "invisible"})).status == 200
+    await split.ana_socket.receive("typing_stop", user_id=ben.user_id)
+    await split.ana_socket.receive("user:disconnected", user_id=ben.user_id)
+    second = await other_way.socket(server_id)  # more sockets, here and there, change nothing
+    third = await ben.socket(server_id)
+    await second.close()
+    await split.ben_socket.close()
+    await third.close()
+    fourth = await ben.socket(server_id)
+    await until(lambda: ana.world.chat.hub.presence.has(server_id, ben.user_id, foreign_sid(ana.world)))
+    ack = await split.ana_socket.ok("join_server", {"server_id": server_id})
+    assert ack["connected_users"] == [ana.user_id]
+    await split.ana_socket.receive_none("user:connected", "user:disconnected")
+    assert (await other_way.call("PATCH", "/users/me", {"status": "online"})).status == 200
+    await split.ana_socket.receive("user:connected", user_id=ben.user_id)
+    await fourth.receive("user:connected", user_id=ben.user_id)
+    await split.ana_socket.receive_none("user:connected")
+    await fourth.close()
+    await split.ana_socket.receive("user:disconnected", user_id=ben.user_id)
+
+
+def foreign_sid(world: World) -> str:
+    """Return the name under which a server keeps the users of the only other one."""
+    sids = {sid for users in world.chat.hub.presence._online.values() for sids in users.values() for sid in sids}
+    (sid,) = filter(chatrtc.is_foreign, sids)
+    return sid
+
+
+async def test_typing_is_shown_on_all_servers(split: Split) -> None:
+    channel = {"channel_id": split.place.channel_id}
+    await split.ben_socket.ok("typing_start", channel)
+    assert (await split.ana_socket.receive("user:typing"))["username"] == "ben"
+    await split.ben_socket.ok("typing_stop", channel)
+    await split.ana_socket.receive("typing_stop", user_id=split.ben.user_id)
+    await asyncio.sleep(chatrtc.TYPING_INTERVAL)
+    await split.ben_socket.ok("typing_start", channel)
+    await split.ana_socket.receive("user:typing")
+    await split.ben.post(split.place.channel_id)
+    await split.ana_socket.receive("typing_stop")
+    await asyncio.sleep(chatrtc.TYPING_INTERVAL)
+    await split.ben_socket.ok("typing_start", channel)
+    await split.ana_socket.receive("user:typing")
+    await split.ana_socket.receive("typing_stop")  # after three seconds
+    await split.ana_socket.receive_none("typing_stop")
+
+
+async def test_voice_connects_peers_on_all_servers(split: Split) -> None:
+    server_id, ana, ben = split.place.server_id, split.ana, split.ben
+    voice = {"channel_id": await ana.channel(server_id, "talk", "voice")}
+    await split.ben_socket.receive("channel:created")
+    mine = (await split.ana_socket.ok("voice:join", voice))["peer_id"]
+    assert (await split.ben_socket.receive("voice:join"))["peer_id"] == mine
+    joined = await split.ben_socket.ok("voice:join", voice)
+    assert [one["peer_id"] for one in joined["participants"]] == [mine]
+    await split.ana_socket.receive("voice:join", user_id=ben.user_id)
+    data = {"sdp": '\u2028 "quoted"', "n": [1, None]}
+    await split.ben_socket.ok("voice:signal", voice | {"to": mine, "data": data})
+    signal_ = await split.ana_socket.receive("voice:signal")
+    assert signal_["data"] == data and signal_["from"] == joined["peer_id"] and signal_["user_id"] == ben.user_id
+    other = await at(ana.world, ben).socket(server_id)  # Ben's other device takes over
+    assert len((await other.ok("voice:join", voice))["participants"]) == 1
+    await split.ben_socket.receive("voice:leave", peer_id=joined["peer_id"])
+    await split.ben_socket.receive("voice:join", user_id=ben.user_id)
+    assert (await split.ben_socket.call("voice:signal", voice | {"to": mine, "data": 1}))["reason"] == "NOT_IN_VOICE"
+    ack = await split.ben_socket.ok("join_server", {"server_id": server_id})
+    assert {peer["user_id"] for peer in ack["voice"]} == {ana.user_id, ben.user_id}
+    await other.close()
+    await split.ben_socket.receive("voice:leave", user_id=ben.user_id)
+
+
+async def test_a_voice_channel_is_full_on_all_servers(make_world: MakeWorld, redis_server: Redis) -> None:
+    one, two = [await join_redis(make_world, redis_server, name, voice_max=2) for name in ("one", "two")]
+    people = await one.people("ana", "ben", "cy")
+    place = await one.place(*people)
+    voice = {"channel_id": await people[0].channel(place.server_id, "talk", "voice")}
+    sockets = [await at(world, person).socket(place.server_id) for world, person in zip((one, one, two), people, strict=True)]
+    for socket in sockets[:2]:
+        await socket.ok("voice:join", voice)
+        await sockets[2].receive("voice:join")
+    assert (await sockets[2].call("voice:join", voice))["reason"] == "VOICE_FULL"
+    await sockets[1].ok("voice:leave", voice)
+    await sockets[2].receive("voice:leave")
+    await sockets[2].ok("voice:join", voice)
+
+
+async def test_failed_sign_ins_are_counted_on_all_servers(make_world: MakeWorld, redis_server: Redis) -> None:
+    """Only failures are announced: a right password is not counted anywhere."""
+    one, two = [await join_redis(make_world, redis_server, name, no_rate_limit=False) for name in ("one", "two")]
+    await one.person("ana")
+    burst = int(chatrtc.LIMITS["login"].burst)
+    for _ in range(burst + 1):
+        assert (await one.sign_in("ana")).status == 200
+    table = two.chat.hub.limiter._tables["login"]
+    for _ in range(burst):
+        assert (await one.sign_in("ana", "wrong wrong")).code == "UNAUTHORIZED"
+    await until(
+        lambda: bool(table) and two.chat.hub.limiter._bucket("login", ("ana", "127.0.0.1"), 0.0)[1] > time.monotonic() + 50
+    )
+    assert (await two.sign_in("ana", "wrong wrong")).code == "RATE_LIMITED"
+    code = {"code": "nocode", "name": "Guest"}
+    assert (await one.call("POST", "/auth/guest", code)).code == "NOT_FOUND"
+    await until(lambda: "127.0.0.1" in two.chat.hub.limiter._tables["invite"])
+    assert "127.0.0.1" in two.chat.hub.limiter._tables["register"]  # Ana's account
+
+
+HOSTILE_ENTRIES = {
+    "a user who does not exist": ["Change", "user:connected", 1, 999],
+    "a user who is not a member": ["Change", "user:connected", 1, 3],
+    "a server that does not exist": ["Change", "user:connected", 999, 1],
+    "an id of zero": ["Change", "user:connected", 0, 1],
+    "an id that is too large": ["Change", "user:connected", 1, 2**63],
+    "a text as an id": ["Change", "user:connected", "1", 1],
+    "a list without a beginning": ["Hello", "last", [[1, 1]], []],
+    "a list that is too long": ["Hello", "first", [[1, 2]] * 1000, []],
+    "a user who types but is not connected": ["Change", "user:typing", 1, 3],
+    "typing in no channel": ["Change", "user:typing", 999, 2],
+    "a peer who is not connected": ["Change", "voice:join", 2, 3, "peer"],
+    "a peer with a long id": ["Change", "voice:join", 2, 2, "p" * 1000],
+    "a signal from nobody": ["Signal", "nobody", "peer", "{}"],
+    "a signal that is not JSON": ["Signal", "nobody", "peer", "["],
+    "an unknown limit": ["Counted", "posts", ["ana"]],
+    "a limit by user": ["Counted", "post", ["1"]],
+    "a key of another form": ["Counted", "login", ["ana"]],
+    "an unknown kind": ["Drop", "everything"],
+    "another event": ["Change", "message:new", 1, 2],
+    "no kind": [],
+}
+HOSTILE_PACKETS = [b"", b"[]", b"null", b"\xff" * 100, b"[" * 100_000, b"x" * (33 << 20), b'["a b",1,[]]', b'["liar",-1,[]]']
+
+
+async def test_messages_of_a_hostile_redis_change_nothing(split: Split, redis_server: Redis) -> None:
+    """Control: a well-formed lie about a member is believed."""
+    dee = await split.ana.world.person("dee")
+    hub, server_id = split.ana.world.chat.hub, split.place.server_id
+    assert (server_id, split.ben.user_id, dee.user_id) == (1, 2, 3)
+    voice = await split.ana.channel(server_id, "talk", "voice")
+    before = hub.presence.users_of(), hub.presence.visible(server_id), len(hub.limiter._tables["login"])
+    channel = redis_server.channel()
+    for number, entry in enumerate(HOSTILE_ENTRIES.values()):
+        redis_server.tell(["liar", number + 1, [entry]])
+    for packet in HOSTILE_PACKETS:
+        redis_server.ask("PUBLISH", channel, packet)
+    await until(lambda: len(redis_server.ask("PUBSUB", "CHANNELS")) == 1)  # Redis cuts who is sent 33 MB
+    redis_server.tell(["liar", 1, [["Change", "user:connected", server_id, split.ben.user_id]]])
+    await until(lambda: hub.presence.has(server_id, split.ben.user_id, "@liar/"), 30)
+    assert (hub.presence.users_of(), hub.presence.visible(server_id), len(hub.limiter._tables["login"])) == before
+    assert not hub.typing_tracker and not hub.voice_peers and voice
+    assert len(split.ana.world.chat.hub.sio.manager.rooms) < 10
+    for name in ("user:connected", "user:disconnected", "user:typing", "voice:join", "voice:signal"):
+        await split.ana_socket.receive_none(name)
+    await until(lambda: not hub.presence.has(server_id, split.ben.user_id, "@liar/"), 30)  # which is silent
+    for number in range(1000):
+        redis_server.tell([f"liar-{number}", 0, [["Notice", "beat"], ["Notice", "want"]]])
+    assert hub.presence.visible(server_id) == before[1]
+    await until(lambda: hub.redis == "up")
+
+
+async def test_missed_messages_are_repaired(split: Split, redis_server: Redis) -> None:
+    """While the connections to Redis are cut, users come and go. Afterwards both servers agree."""
+    server_id, one, two = split.place.server_id, split.ana.world, split.ben.world
+    others = await one.people(*(f"user{n}" for n in range(8)))
+    code = await split.ana.invite(server_id)
+    for person in others:
+        await person.ok("POST", f"/invites/{code}")
+    for person in others[:4]:
+        await at(two, person).socket(server_id)
+    await until(lambda: len(one.chat.hub.presence.visible(server_id)) == 6)
+    redis_server.ask("CLIENT", "KILL", "TYPE", "normal")
+    for socket in two.sockets[1:5]:
+        await socket.close()
+    redis_server.ask("CLIENT", "KILL", "TYPE", "pubsub")
+    for person in others[4:]:
+        await at(two, person).socket(server_id)
+    expected = sorted([split.ana.user_id, split.ben.user_id, *(person.user_id for person in others[4:])])
+    await until(lambda: one.chat.hub.presence.visible(server_id) == expected)
+    await until(lambda: two.chat.hub.presence.visible(server_id) == expected)
+
+
+async def test_a_server_that_stops_says_good_bye(launch: Launch, tmp_path: Path, redis_server: Redis) -> None:
+    options = ("--redis", redis_server.url)
+    one, two = [await launch(tmp_path / "chat.db", *options) for _ in range(2)]
+    world = one.world()
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    socket = await ana.socket(place.server_id)
+    await at(two.world(), ben).socket(place.server_id)
+    await socket.receive("user:connected", user_id=ben.user_id)
+    await two.stop_well()
+    began = time.monotonic()
+    await socket.receive("user:disconnected", user_id=ben.user_id)
+    assert time.monotonic() - began < 1
+    await one.stop_well()
+
+
+async def test_redis_that_is_away_is_reported(
+    make_world: MakeWorld, redis_server: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis_server.ask("CONFIG", "SET", "requirepass", "s3cret")
+    redis_server.url = f"redis://:s3cret@127.0.0.1:{redis_server.port}"
+    world = await join_redis(make_world, redis_server, "one")
+    assert (await world.call("GET", "/healthz")).body["redis"] == "up"
+    redis_server.freeze()
+    await until(lambda: world.chat.hub.redis == "down")
+    assert (await world.call("GET", "/healthz")).status == 200
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    socket = await ana.socket(place.server_id)
+    await socket.ok("typing_start", {"channel_id": place.channel_id})
+    redis_server.thaw()
+    await until(lambda: world.chat.hub.redis == "up")
+    await redis_server.kill()
+    await until(lambda: world.chat.hub.redis == "down")
+    assert (await world.call("GET", "/healthz")).body == {"status": "ok", "version": chatrtc.__version__, "redis": "down"}
+    await asyncio.sleep(2)
+    lines = [record.getMessage() for record in caplog.records if "edis" in record.getMessage()]
+    assert 1 <= len(lines) <= 2 and "s3cret" not in "".join(lines)
+    await redis_server.start("--requirepass", "s3cret")
+    await until(lambda: world.chat.hub.redis == "up")
+
+
+async def test_without_redis_nothing_of_it_shows(world: World) -> None:
+    assert "redis" not in (await world.call("GET", "/healthz")).body
+    assert len((await world.socket()).client.eio.sid) == 20  # without a prefix
+
+
+async def test_session_ids_begin_with_the_name_of_the_process(pair: list[World]) -> None:
+    for name, world in zip(("one", "two"), pair, strict=True):
+        for transport in ("polling", "websocket"):
+            socket = await world.socket(transports=[transport])
+            assert socket.client.eio.sid.startswith(f"{name}-")
+
+
+async def test_chats_on_one_redis_do_not_hear_each_other(make_world: MakeWorld, redis_server: Redis, tmp_path: Path) -> None:
+    """Control: a third server, which has the database of the second, hears it."""
+    one, two, third = [
+        await join_redis(make_world, redis_server, name, database=str(tmp_path / database))
+        for name, database in (("one", "one.db"), ("two", "two.db"), ("three", "two.db"))
+    ]
+    for world in (one, two):
+        ana = await world.person("ana")
+        await world.place(ana)
+    await ana.socket(1)
+    await until(lambda: third.chat.hub.presence.visible(1) == [1])
+    assert one.chat.hub.presence.visible(1) == []
+
+
+WRONG_REDIS_URLS = [
+    "", "localhost", "http://localhost:6379", "redis://", "redis://:s3cret@", "redis://:s3cret@host:99999", "redis://host/name",
+    "redis://:s3cret@host?db=x", "unix://:s3cret@socket", "redis://:s3 cret@host", "redis://:s3/cret@host", "redis://host\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", WRONG_REDIS_URLS)
+async def test_a_wrong_redis_url_is_refused(tmp_path: Path, url: str) -> None:
+    ended = await run_command("serve", "--port", "0", "--database", str(tmp_path / "chat.db"), "--redis", url)
+    expect_error(ended, "--redis")
+    assert "s3cret" not in ended.err and "cret@" not in ended.err
+
+
+async def test_redis_is_an_extra(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['redis'] = None; import chatrtc; chatrtc.main()"
+    serve = ("serve", "--port", "0", "--database", str(tmp_path / "chat.db"), "--redis", "redis://:s3cret@localhost")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, *serve, cwd=HERE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await process.communicate()
+    expect_error(Finished(process.returncode or 0, out.decode(), err.decode()), "pip install 'chatrtc[redis]'")
+    expect_error(
+        await run_command("serve", "--database", str(tmp_path / "chat.db"), "--process", "one"), "--process", "--redis"
+    )
+
+
+async def test_redis_may_need_tls_and_a_password(make_world: MakeWorld, tmp_path: Path) -> None:
+    pem = chatrtc.self_signed(tmp_path / "redis")
+    tls = ("--port", "0", "--tls-auth-clients", "no", "--tls-cert-file", pem, "--tls-key-file", pem, "--requirepass", "s3cret")
+    server = Redis()
+    await server.start("--tls-port", str(server.port), *tls)
+    try:
+        server.url = f"rediss://:s3cret@127.0.0.1:{server.port}?ssl_ca_certs={pem}"
+        world = await join_redis(make_world, server, "one")
+        untrusted = await make_world(redis=server.url.partition("?")[0], database=str(tmp_path / "other.db"))
+        assert (await untrusted.call("GET", "/healthz")).body["redis"] == "down"
+        assert (await world.call("GET", "/healthz")).body["redis"] == "up"
+    finally:
+        await server.kill()
+
+
 # ---- Page -----------------------------------------------------------------------------------------------------------
 # The page in a real browser: several people at once, a network that fails, hostile text, voice, and accessibility.
 
@@ -12669,7 +13084,7 @@ def test_events_leave_by_one_function() -> None:
     """Only `Hub.emit` and replies to a single socket call `publish`, and nothing calls the `emit` of the library."""
     assert len(calls_of("publish")) <= 3
     emitters = [call.func for call in calls_of("emit") if section_of(call) != "Socket.IO server"]
-    assert {ast.unparse(func.value) for func in emitters if isinstance(func, ast.Attribute)} == {"hub", "self"}
+    assert {ast.unparse(func.value) for func in emitters if isinstance(func, ast.Attribute)} == {"self"}
 
 
 def test_functions_are_small() -> None:
