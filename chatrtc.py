@@ -2090,13 +2090,13 @@ class Store:
         """Return whether there was a fast write a moment ago."""
         return asyncio.get_running_loop().time() - self._wrote_at < CHECKPOINT_IDLE_SECONDS
 
-    async def write(self, job: Job, *, slow: bool = False, frees: bool = False) -> Result[Any]:
+    async def write(self, job: Job, *, slow: bool = False, frees_space: bool = False) -> Result[Any]:
         """Run a job in the next transaction (even if the caller stops waiting) and return its result, synced and published.
 
-        `slow`: the job needs more than a few index lookups. `frees`: it frees space, and runs even if the disk is nearly full.
+        `slow`: the job needs more than a few index lookups. `frees_space`: it frees space, and runs even if the disk is nearly full.
         Raises what the job raises, and UNAVAILABLE if the database cannot be written.
         """
-        if not frees and self.is_full():
+        if not frees_space and self.is_full():
             raise chat_error("DISK_FULL")
         if len(self._queue) >= MAX_QUEUED_JOBS or self._committer is None or self._committer.done():
             raise ChatError("UNAVAILABLE")
@@ -6058,7 +6058,7 @@ async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Re
     removed, step = 0, GUESTS_PER_STEP
     job = hub.authorized(Access.ADMIN, caller.user, args, remove_next)
     while step == GUESTS_PER_STEP:  # in steps, so that other writes run in between
-        step = (await hub.store.write(job, frees=True)).value
+        step = (await hub.store.write(job, frees_space=True)).value
         removed += step
     return Result(Removed(removed))
 
@@ -6292,7 +6292,7 @@ async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result
         return result
     job: Query[Result[Any]] = hub.authorized(op.access, caller.user, args, op.run)
     if op.kind == "write":
-        return await hub.store.write(job, slow=op.slow, frees=op.frees_space)
+        return await hub.store.write(job, slow=op.slow, frees_space=op.frees_space)
     if not op.slow:
         return hub.store.read_inline(job)
     async with asyncio.timeout(CALL_TIMEOUT):
@@ -6773,10 +6773,10 @@ async def erase_texts(hub: Hub) -> None:
     began = time.monotonic()
     if began < hub.erase_after or not hub.store.read_inline(has_stale_texts):
         return
-    while not hub.store.is_busy() and not (await hub.store.write(merge_index, slow=True, frees=True)).value:
+    while not hub.store.is_busy() and not (await hub.store.write(merge_index, slow=True, frees_space=True)).value:
         pass
     if not hub.store.is_busy():
-        await hub.store.write(empty_wal, slow=True, frees=True)
+        await hub.store.write(empty_wal, slow=True, frees_space=True)
     hub.erase_after = time.monotonic() + 20 * (time.monotonic() - began)
 
 
@@ -6785,7 +6785,7 @@ async def run_maintenance(hub: Hub) -> None:
     one step of each deletion runs, and the index stays within SEARCH_LAG messages of the newest."""
     for pending, step in ((load_pending_purge, purge_next_messages), (load_deleted_channel, purge_deleted_channel)):
         while hub.store.read_inline(pending):
-            await hub.store.write(step, slow=True, frees=True)
+            await hub.store.write(step, slow=True, frees_space=True)
             if hub.store.is_busy():
                 break
     newest, indexed = hub.store.read_inline(load_index_progress)
@@ -6800,9 +6800,9 @@ async def maintenance_loop(hub: Hub) -> None:
     for turn in itertools.count():
         hub.sio.eio.client_log.flush()
         if turn % TOKEN_PURGE_INTERVAL == 0:
-            await result_or_error(hub.store.write(lambda db: Result(delete_expired_tokens(db, time.time())), frees=True))
+            await result_or_error(hub.store.write(lambda db: Result(delete_expired_tokens(db, time.time())), frees_space=True))
         if hub.store.read_inline(has_old_log, time.time()):
-            await result_or_error(hub.store.write(lambda db: trim_log(db, time.time()), frees=True))
+            await result_or_error(hub.store.write(lambda db: trim_log(db, time.time()), frees_space=True))
         await result_or_error(run_maintenance(hub))
         await asyncio.sleep(MAINTENANCE_INTERVAL)
 
