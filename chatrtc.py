@@ -2093,7 +2093,7 @@ class Store:
     async def write(self, job: Job, *, slow: bool = False, frees_space: bool = False) -> Result[Any]:
         """Run a job in the next transaction (even if the caller stops waiting) and return its result, synced and published.
 
-        `slow`: the job needs more than a few index lookups. `frees_space`: it frees space, and runs even if the disk is nearly full.
+        `slow`: the job needs more than a few index lookups. `frees_space`: it may run when the disk is nearly full.
         Raises what the job raises, and UNAVAILABLE if the database cannot be written.
         """
         if not frees_space and self.is_full():
