@@ -89,13 +89,6 @@ from engineio.async_drivers.aiohttp import translate_request
 from msgspec import UNSET, Meta, Struct, UnsetType
 from socketio import packet as wire
 
-try:
-    import fcntl
-    import resource
-    import termios
-except ImportError:  # Windows
-    fcntl = resource = termios = None  # type: ignore[assignment]
-
 __version__ = "1.0.0"
 __all__ = ["ChatError", "ChatRTC", "Settings", "socket_server"]
 
@@ -109,7 +102,7 @@ def optional_import(name: str) -> Any:
     return None
 
 
-fcntl, msvcrt = optional_import("fcntl"), optional_import("msvcrt")
+fcntl, msvcrt, resource, termios = map(optional_import, ("fcntl", "msvcrt", "resource", "termios"))
 
 # ---- Settings ------------------------------------------------------------------------------------------------------
 # Each field is an option of `serve`, an environment variable CHATRTC_<NAME>, a keyword argument of ChatRTC() and a row of the

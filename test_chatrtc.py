@@ -7504,6 +7504,14 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
+def test_only_guarded_code_uses_what_windows_lacks() -> None:
+    absent = {f"{module}.{name}" for module, names in absent_on_windows().items() for name in names}
+    assert {"os.geteuid", "os.statvfs", "signal.SIGHUP", "socket.AF_UNIX", "time.tzset"} <= absent
+    used = {ast.unparse(node) for node in ast.walk(TREE) if isinstance(node, ast.Attribute)} & absent
+    guarded = {"os.O_DIRECTORY", "os.fchown", "socket.AF_UNIX"}  # used only where the system has them
+    assert used == guarded, "this raises AttributeError on Windows"
+
+
 @pytest.mark.parametrize(
     ("statement", "error"),
     [
@@ -7533,6 +7541,58 @@ def test_the_tests_hide_what_windows_lacks(tmp_path: Path, windows: dict[str, st
         [sys.executable, str(program)], cwd=tmp_path, env=os.environ | windows, capture_output=True, encoding="utf-8"
     )
     assert f"{error}" in ended.stderr if error else ended.returncode == 0, ended
+
+
+async def test_the_server_runs_without_what_windows_lacks(tmp_path: Path, windows: dict[str, str]) -> None:
+    path, copy = tmp_path / "Schüler.db", tmp_path / "copy.db"
+    database = ("--database", str(path))
+    process = await Process.start(path, "--no-rate-limit", env=windows)
+    async with process.world() as world:
+        ana, ben = await world.people("ana", "ben")
+        place = await world.place(ana, ben)
+        sockets = [await ben.socket(place.server_id, transports=[way]) for way in ("websocket", "polling")]
+        message = await ana.post(place.channel_id, "hello 👋")
+        for socket in sockets:
+            assert (await socket.receive("message:new"))["content"] == "hello 👋"
+        expect_error(await run_command("serve", "--port", "0", *database, env=windows), "in use")
+        port = world.url.rpartition(":")[2]
+        expect_error(await run_command("serve", "--port", port, env=windows, cwd=tmp_path), "Cannot listen")
+        await run_ok("user", "add", "Zoë王", *database, stdin="pässwörd王\n", env=windows)
+        assert "Zoë王" in await run_ok("user", "list", *database, env=windows)
+        assert (await world.sign_in("Zoë王", "pässwörd王")).status == 200
+        await run_ok("server", "add", "club", "--owner", "ana", *database, env=windows)
+        assert "verified" in await run_ok("backup", str(copy), *database, env=windows)
+        assert "hello 👋" in await run_ok("export", *database, env=windows)
+        assert "hello 👋" in await run_ok("export", "--format", "html", *database, env=windows)
+        assert (await run_ok("check", *database, env=windows)) == "sound: 3 users, 2 servers, 1 messages\n"
+        expect_error(await run_command("restore", str(copy), *database, env=windows), "stop the server first")
+        after = await ana.post(place.channel_id, "after the backup")
+        assert (await sockets[0].receive("message:new"))["message_id"] == after["message_id"] > message["message_id"]
+    status, errors = await process.stop(signal.SIGINT)
+    assert (status, "Traceback" in errors) == (0, False), errors
+    process = await Process.start(path, env=windows)
+    async with process.world() as world:
+        ana = Person(world, "ana", ana.user_id, ana.token)
+        history = await ana.ok("GET", f"/channels/{place.channel_id}/messages")
+        assert [one["content"] for one in history["messages"]] == ["hello 👋", "after the backup"]
+    assert await process.stop(signal.SIGUSR1) == (0, ""), "this signal stands for Ctrl-Break"
+    assert "is kept as" in await run_ok("restore", str(copy), *database, env=windows)
+    assert [is_sound(file) for file in tmp_path.glob("Schüler.db.2*Z")] == [True], "the old database was copied"
+    process = await Process.start(path, "--tls-self-signed", env=windows)
+    assert await process.stop() == (0, "")
+    assert (await run_ok("check", *database, env=windows)) == "sound: 3 users, 2 servers, 1 messages\n"
+
+
+async def test_the_portable_tests_pass_without_what_windows_lacks(windows: dict[str, str]) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "portable",
+        "-k", "packets or binary or migrated or bare or listener", str(HERE / "test_chatrtc.py"),
+        env=os.environ | windows | {"PYTHONWARNDEFAULTENCODING": ""}, cwd=HERE,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    assert process.returncode == 0, out.decode("utf-8", "replace")
+    assert (passed := re.search(rb"(\d+) passed", out)) and int(passed[1]) > 20
 
 
 # ---- Guarantees -----------------------------------------------------------------------------------------------------
