@@ -1337,7 +1337,9 @@ SQLITE_MAGIC = b"SQLite format 3\0"
 BACKUP_MODE = b"\1"  # header[18:19] of a backup; a database in use is in WAL mode (2), from the beginning
 TURN_SECONDS = 10.0  # for which a writer waits for its turn
 TURN_POLL_SECONDS = 0.0002
-PRAGMAS = dict(journal_mode="wal", synchronous=2, foreign_keys=1, trusted_schema=0, cell_size_check=1, secure_delete=1)
+PRAGMAS = dict(
+    journal_mode="wal", synchronous=2, fullfsync=1, foreign_keys=1, trusted_schema=0, cell_size_check=1, secure_delete=1
+)
 
 
 def asset(name: str) -> bytes:
