@@ -57,7 +57,7 @@ import click
 
 HERE = Path(__file__).resolve().parent
 VISIT = ("start", "connect", "fanout1000", "latency", "fanout100", "posts")
-AFTER = ("history", "growth", "idle")
+AFTER = ("history", "growth", "idle", "processes")
 CONTENT = 100  # bytes of a message
 NODE_PACKAGES = ("socket.io", "better-sqlite3")
 WINDOW = 64  # outstanding messages in a room, and connections that post
@@ -375,6 +375,11 @@ class Server:
     started: float = 0.0  # seconds from the start of the process to its first answer
     token: str = ""
     rooms: list[Room] = field(default_factory=list)
+    beside: list[Server] = field(default_factory=list)  # other processes on the same database
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of all processes on the database."""
+        return sum(cpu_seconds(server.process.pid) for server in (self, *self.beside))
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """Send one request on a connection of its own, to prepare a measurement, and return the JSON of the answer."""
@@ -728,6 +733,7 @@ class Work:
     window: int = 0  # outstanding messages in a channel; 0: as many as there are connections
     rate: float = 0.0  # messages per second; 0: as fast as the window allows
     connections: int = WINDOW
+    more_ports: list[int] = field(default_factory=list)  # of other processes, to which connections go in turn
 
 
 class Sender:
@@ -736,7 +742,8 @@ class Sender:
     def __init__(self, work: Work, control: Connection, wakeup: int, progress: list[Any]) -> None:
         self.work, self.control, self.wakeup, self.progress = work, control, wakeup, progress
         self.poll = select.epoll()
-        self.idle = [Http(work.port) for _ in range(work.connections)]
+        ports = [work.port, *work.more_ports]
+        self.idle = [Http(ports[i % len(ports)]) for i in range(work.connections)]
         self.connections = {http.sock.fileno(): http for http in self.idle}
         self.sent, self.answered, self.stopping = 0, 0, False
         self.times = array("q")
@@ -845,11 +852,13 @@ class Bench:
     """The client processes, and one server at a time."""
 
     def __init__(self, plan: Plan, cpus: list[int], directory: Path, chatrtc: Path) -> None:
-        self.plan, self.directory, self.chatrtc = plan, directory, chatrtc
+        self.plan, self.directory, self.chatrtc, self.cpus = plan, directory, chatrtc, cpus
         self.server_cpu, others = cpus[0], cpus[1:] or cpus
         self.context = multiprocessing.get_context("fork")
         self.processes: list[tuple[int, Any]] = []  # with their cores
         self.servers: list[Server] = []
+        self.redis: subprocess.Popen[bytes] | None = None
+        self.redis_port = 0
         self.number = 0
         self.results: dict[tuple[str, str], list[float]] = defaultdict(list)
         wakeup = os.eventfd(0, os.EFD_NONBLOCK)
@@ -871,6 +880,9 @@ class Bench:
     def end(self) -> None:
         for server in self.servers:
             server.stop()
+        if self.redis is not None:
+            self.redis.kill()
+            self.redis.wait()
         for _, process in self.processes:
             process.kill()
             process.join(5)
@@ -911,7 +923,7 @@ class Bench:
             return ["node", str(script), str(database), name, TABLE, INSERT, PAGE, SEARCH]
         return [sys.executable, str(Path(__file__).resolve()), "--serve", name, "--database", str(database)]
 
-    def launch(self, name: str, database: Path | None = None) -> Server:
+    def launch(self, name: str, database: Path | None = None, options: Names = (), cpu: int | None = None) -> Server:
         """Start a server on its core and wait for its first answer."""
         self.number += 1
         if database is None:
@@ -919,7 +931,7 @@ class Bench:
             folder.mkdir()
             database = folder / "bench.db"
         command, pipe, env = (
-            self.command(name, database),
+            [*self.command(name, database), *options],
             subprocess.PIPE,
             {**os.environ, "NODE_PATH": str(node_modules() or "")},
         )
@@ -927,7 +939,7 @@ class Bench:
         before = time.perf_counter()
         process = subprocess.Popen(
             command, stdout=pipe, stderr=log, text=True, env=env, start_new_session=True, cwd=database.parent,
-            preexec_fn=lambda: os.sched_setaffinity(0, {self.server_cpu}),
+            preexec_fn=lambda: os.sched_setaffinity(0, {self.server_cpu if cpu is None else cpu}),
         )  # fmt: skip
         server = Server(name, process)
         self.servers.append(server)
@@ -943,8 +955,34 @@ class Bench:
         server.started = time.perf_counter() - before
         return server
 
+    def launch_processes(self, count: int) -> Server:
+        """Start `count` servers with --redis on one database, each on a core; 0: one without. Return the first."""
+        folder = self.directory / f"{self.number}-processes"
+        folder.mkdir()
+        options = ("--redis", f"redis://127.0.0.1:{self.start_redis()}") if count else ()
+        servers = [
+            self.launch("chatrtc", folder / "bench.db", options, self.cpus[i % len(self.cpus)]) for i in range(max(1, count))
+        ]
+        servers[0].prepare()
+        for server in servers[1:]:
+            server.token, server.rooms = servers[0].token, servers[0].rooms
+        servers[0].beside = servers[1:]
+        return servers[0]
+
+    def start_redis(self) -> int:
+        """Start Redis, without persistence and on the core of the clients, unless it runs. Return its port."""
+        if self.redis is None:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self.redis_port = int(probe.getsockname()[1])
+            options = ("--port", str(self.redis_port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
+            self.redis = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL, start_new_session=True)
+            time.sleep(0.5)
+        return self.redis_port
+
     def stop(self, *servers: Server) -> None:
         for server in servers:
+            self.stop(*server.beside)
             server.stop()
             self.servers.remove(server)
 
@@ -964,9 +1002,9 @@ class Bench:
         """Disconnect all clients and wait until the server is idle."""
         self.ask_listeners("leave")
         for _ in range(50):
-            before = cpu_seconds(server.process.pid)
+            before = server.cpu_seconds()
             time.sleep(0.2)
-            if cpu_seconds(server.process.pid) - before < 0.04:
+            if server.cpu_seconds() - before < 0.04 * (1 + len(server.beside)):
                 break
 
     def counts(self) -> list[list[int]]:
@@ -981,7 +1019,7 @@ class Bench:
         clients: defaultdict[int, float] = defaultdict(float)
         for core, process in self.processes:
             clients[core] += cpu_seconds(process.pid)
-        return [time.perf_counter(), deliveries, answers, cpu_seconds(server.process.pid), *clients.values()]
+        return [time.perf_counter(), deliveries, answers, server.cpu_seconds(), *clients.values()]
 
     def measure(self, server: Server, seconds: float) -> Span:
         before = self.sample(server)
@@ -1094,7 +1132,8 @@ def percentile(found: Counter[int], share: float) -> float:
 
 def durable_posts(bench: Bench, server: Server, room: Room, key: str) -> None:
     """Post over 64 connections, each as soon as it has its 201; no client is in the room."""
-    span, times = bench.run_work(server, Work(server.port, server.token, [room[1]]))
+    more_ports = [other.port for other in server.beside]
+    span, times = bench.run_work(server, Work(server.port, server.token, [room[1]], more_ports=more_ports))
     bench.note_rate(server, key, span, span.answers)
     bench.note(server, {f"{key} p99 ms": times[1]})
 
@@ -1127,6 +1166,19 @@ def idle_clients(bench: Bench) -> None:
             bench.join(server, server.rooms[:1], bench.plan.clients)
             fan_out(bench, server, key, server.rooms[:1])
             bench.leave(server)
+    bench.stop(server)
+
+
+def processes(bench: Bench, count: int) -> None:
+    """Post to all of `count` servers on one database (0: one without --redis), then slowly to the first one, with clients on
+    the first and then on another one."""
+    server = bench.launch_processes(count)
+    time.sleep(1.5)  # until they have found Redis and each other
+    durable_posts(bench, server, server.rooms[0], f"shared{count} posts")
+    for key, place in zip(("own", "other"), (server, *server.beside[:1]), strict=False):
+        bench.join(place, server.rooms, 10)
+        latency(bench, server, PACE, f"shared{count} {key}")
+        bench.leave(server)
     bench.stop(server)
 
 
@@ -1245,6 +1297,30 @@ def table_of_figures(bench: Bench) -> list[str]:
     return lines
 
 
+PROCESSES = {0: "1 without `--redis`", 1: "1 with `--redis`", 2: "2 with `--redis`", 3: "3 with `--redis`"}
+PROCESS_COLUMNS = (  # title, key, decimals
+    ("durable posts/s, 64 connections", "posts /s", 0),
+    ("CPU per post, µs", "posts us", 0),
+    ("p99, ms", "posts p99 ms", 1),
+    ("to a client of the same process, p50, ms", "own p50 ms", 1),
+    ("p99, ms", "own p99 ms", 1),
+    ("to a client of another process, p50, ms", "other p50 ms", 1),
+    ("p99, ms", "other p99 ms", 1),
+)
+
+
+def table_of_processes(bench: Bench) -> list[str]:
+    """Return the figures of several processes on one database, if they were measured."""
+    lines = ["| processes on one database | " + " | ".join(title for title, _, _ in PROCESS_COLUMNS) + " |"]
+    lines.append("| --- |" + " ---: |" * len(PROCESS_COLUMNS))
+    for count, title in PROCESSES.items():
+        values = [(bench.median("chatrtc", f"shared{count} {key}"), decimals) for _, key, decimals in PROCESS_COLUMNS]
+        if values[0][0] is not None:
+            cells = ["" if value is None else f"{value:,.{decimals}f}" for value, decimals in values]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
 def delivery_faults(bench: Bench, server: str) -> str:
     counted, lost, faults, closed = (
         int(sum(bench.results.get((server, key), ()))) for key in ("counted", "lost", "faults", "closed")
@@ -1271,6 +1347,7 @@ TARGETS = (  # title, key, server and key of the divisor (if any), comparison, t
     ("fan-out with {idle} idle clients, to without", "crowd /s", "chatrtc", "alone /s", ">=", 0.9, "x"),
     ("posts with {idle} idle clients, to without", "crowd posts /s", "chatrtc", "alone posts /s", ">=", 0.9, "x"),
     ("start to first answer", "start ms", "", "", "<=", 500, " ms"),
+    ("posts of one process with --redis, to without", "shared1 posts /s", "chatrtc", "shared0 posts /s", ">=", 0.9, "x"),
 )
 
 
@@ -1298,8 +1375,9 @@ def report(bench: Bench, started: float) -> str:
         f"`python {command}`, {time.strftime('%Y-%m-%d', time.gmtime())}, {minutes:.0f} minutes; the server on one core, "
         f"medians of {runs} run{'s' * (runs > 1)} in turns, {CONTENT}-byte messages, {WINDOW} outstanding."
     )
+    tables = [*table_of_figures(bench), ""] if len(table_of_figures(bench)) > 2 else []
     tail = f"Machine: {describe_machine(bench.directory)}."
-    return "\n".join([head, "", *table_of_figures(bench), "", *table_of_targets(bench), "", tail])
+    return "\n".join([head, "", *tables, *table_of_processes(bench), *table_of_targets(bench), "", tail])
 
 
 # ---- Command line ------------------------------------------------------
@@ -1308,6 +1386,7 @@ def report(bench: Bench, started: float) -> str:
 NO_NODE = """Node or its packages are missing; the benchmark runs without them. To install them:
     npm install --prefix . socket.io@4.8 better-sqlite3
 (or set NODE_PATH to a node_modules folder that holds both)"""
+NO_REDIS = "redis-server or the Python package redis is missing; the benchmark runs without --redis."
 
 
 def available(chosen: Names) -> list[str]:
@@ -1317,6 +1396,14 @@ def available(chosen: Names) -> list[str]:
         click.echo(NO_NODE, err=True)
         names = [name for name in names if name not in ("node", "turn")]
     return names if find_spec("uvloop") else [name for name in names if name != "empty-uvloop"]
+
+
+def can_share() -> bool:
+    """Return whether servers with --redis can run here."""
+    found = bool(shutil.which("redis-server") and find_spec("redis"))
+    if not found:
+        click.echo(NO_REDIS, err=True)
+    return found
 
 
 def steps_of(bench: Bench, names: list[str], only: set[str]) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -1338,6 +1425,10 @@ def steps_of(bench: Bench, names: list[str], only: set[str]) -> Iterator[tuple[s
         yield "ten rooms and one", partial(growth, bench)
     if "idle" in only and "chatrtc" in names:
         yield "idle clients", partial(idle_clients, bench)
+    if "processes" in only and "chatrtc" in names and can_share():
+        for run in range(bench.plan.runs):
+            for count, title in PROCESSES.items():
+                yield f"run {run + 1}: processes, {title}", partial(processes, bench, count)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

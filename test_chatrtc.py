@@ -40,7 +40,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, NamedTuple, NoReturn
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import aiohttp
 import click
@@ -81,7 +81,8 @@ def bound(seconds: float) -> float:
 # How to add a test:
 #
 # 1. Find its section. The sections have the names and the order of those in chatrtc.py. After them come Guarantees (one
-#    part for each promise of the README), Page (in a real browser), Packaging, Descriptions and The tree itself.
+#    part for each promise of the README), Several processes, Page (in a real browser), Packaging, Descriptions and The tree
+#    itself.
 # 2. Take a fixture:
 #      scene       a server with a channel, four users and their sockets: most tests begin with it
 #      world       a server in this process, without rate limits; `make_world(port=...)` starts one with other settings
@@ -132,6 +133,17 @@ async def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> flo
         assert time.monotonic() - began < seconds, f"still false after {seconds} s"
         await asyncio.sleep(0.005)
     return time.monotonic() - began
+
+
+async def eventually(check: Callable[[], Awaitable[Any]], what: str, seconds: float = PATIENCE) -> Any:
+    """Wait until the check returns something true, and return it."""
+    try:
+        async with asyncio.timeout(seconds):
+            while not (found := await check()):
+                await asyncio.sleep(0.03)
+            return found
+    except TimeoutError:
+        pytest.fail(f"waited {seconds} s for: {what}")
 
 
 class Reply(NamedTuple):
@@ -218,6 +230,7 @@ class Socket:
     def __init__(self) -> None:
         self.client = socketio.AsyncClient(reconnection=False)
         self.received: list[tuple[str, Any]] = []
+        self.received_at: list[float] = []
         self.closed = asyncio.Event()
         self._read = 0
         self._changed = asyncio.Condition()
@@ -228,6 +241,7 @@ class Socket:
         audit_event(event, *payload)
         async with self._changed:
             self.received.append((event, payload[0] if payload else None))
+            self.received_at.append(time.monotonic())
             self._changed.notify_all()
 
     async def _leave(self, reason: str = "") -> None:
@@ -10128,7 +10142,8 @@ async def test_one_hostile_client_stops_nobody(
 
 
 # ---- Several processes ----------------------------------------------------------------------------------------------
-# Servers with --redis on one database.
+# Servers with --redis on one database. Redis is killed, frozen, emptied and lied to; servers are killed, frozen and restarted.
+# Nothing that was acknowledged is lost, and every client ends with the same copy.
 
 
 def free_port() -> int:
@@ -10541,6 +10556,902 @@ async def test_redis_may_need_tls_and_a_password(make_world: MakeWorld, tmp_path
         await server.kill()
 
 
+class Group:
+    """Servers with --redis on one database, by the names of their processes."""
+
+    def __init__(self, launch: Launch, database: Path, redis_server: Redis) -> None:
+        self.launch, self.database, self.redis = launch, database, redis_server
+        self.servers: dict[str, Server] = {}
+        self.worlds: dict[str, World] = {}
+
+    async def start(self, *names: str, port: int = 0, prefix: tuple[str, ...] = ()) -> None:
+        """Start these servers together."""
+        shared = ("--redis", self.redis.url, "--port", str(port))
+        starting = (self.launch(self.database, *shared, "--process", name, prefix=prefix) for name in names)
+        for name, server in zip(names, await asyncio.gather(*starting), strict=True):
+            self.servers[name], self.worlds[name] = server, server.world()
+
+    async def kill(self, name: str) -> None:
+        """Kill a server. Nobody begins a request to it any more."""
+        del self.worlds[name]
+        await self.servers.pop(name).stop(signal.SIGKILL)
+
+    async def freeze(self, name: str) -> None:
+        """Suspend a server; not while it has the turn to write, which would suspend the others as well."""
+        with contextlib.closing(chatrtc.Turn(self.database)) as turn:
+            for _ in range(20):
+                self.servers[name].process.send_signal(signal.SIGSTOP)
+                with contextlib.suppress(AssertionError):
+                    await until(turn.try_acquire, 0.5)
+                    return
+                self.thaw(name)
+        pytest.fail(f"{name} always has the turn")
+
+    def thaw(self, name: str) -> None:
+        self.servers[name].process.send_signal(signal.SIGCONT)
+
+    def on(self, name: str, person: Person) -> Person:
+        """Return the same person as a client of this server."""
+        return Person(self.worlds[name], person.name, person.user_id, person.token)
+
+    def any(self, person: Person) -> Person:
+        """Return the same person as a client of a server that runs."""
+        return self.on(next(iter(self.worlds)), person)
+
+    async def redis_is(self, state: str) -> None:
+        """Wait until all servers report this state of Redis."""
+
+        async def reported() -> bool:
+            replies = [await world.call("GET", "/healthz") for world in self.worlds.values()]
+            assert {reply.status for reply in replies} == {200}
+            return {reply.body["redis"] for reply in replies} == {state}
+
+        await eventually(reported, f"redis: {state}")
+
+    async def connected(self, person: Person, server_id: int, expected: set[int]) -> None:
+        """Wait until every server reports that exactly these users are connected."""
+
+        async def reported() -> bool:
+            found = [
+                {member["user_id"] for member in reply.body["members"] if member["connected"]}
+                for world in self.worlds.values()
+                for reply in [await world.call("GET", f"/servers/{server_id}/members", token=person.token)]
+            ]
+            return all(users == expected for users in found)
+
+        await eventually(reported, f"connected: {sorted(expected)}", bound(8))
+
+    async def stop_well(self) -> None:
+        """Stop all servers: each with status 0, without a traceback and with a short log. Check the database."""
+        await asyncio.gather(*(server.stop_well() for server in self.servers.values()))
+        assert (await run_ok("check", "--database", str(self.database))).startswith("sound")
+
+
+@pytest.fixture
+def group(launch: Launch, tmp_path: Path, redis_server: Redis) -> Group:
+    return Group(launch, tmp_path / "chat.db", redis_server)
+
+
+# 1. The storm.
+
+
+class Storm:
+    """People who post, edit, delete and react, each time on any of the servers, and what was acknowledged to them."""
+
+    def __init__(self, group: Group, place: Place, dice: random.Random) -> None:
+        self.group, self.place, self.dice = group, place, dice
+        self.texts: dict[int, str] = {}  # message -> its text
+        self.answered: dict[int, float] = {}  # message -> when its 201 came
+        self.seconds: list[float] = []  # from a post to its answer
+        self.failed: list[Reply] = []
+        self.running = True
+        self.number = 0
+
+    async def request(self, person: Person, method: str, path: str, body: Any = None) -> Reply:
+        """Send the request to another server, as long as it dies instead of answering."""
+        while True:
+            world = self.dice.choice(list(self.group.worlds.values()))
+            began = time.monotonic()
+            try:
+                reply = await world.call(method, path, body, token=person.token)
+            except GONE:
+                await asyncio.sleep(0.01)
+                continue
+            self.seconds += [time.monotonic() - began] if path == "/messages" else []
+            self.failed += [reply] if reply.status >= 500 else []
+            return reply
+
+    async def write(self, person: Person) -> None:
+        mine: list[int] = []
+        while self.running:
+            await asyncio.sleep(self.dice.uniform(0, 0.1))
+            what = self.dice.random()
+            self.number += 1
+            text = f"text {self.number}"
+            if what < 0.55 or not mine:
+                body = {"channel_id": self.place.channel_id, "content": text, "nonce": text}
+                reply = await self.request(person, "POST", "/messages", body)
+                assert reply.status == 201, reply
+                mine.append(reply.body["message_id"])
+                self.answered[mine[-1]] = time.monotonic()
+                self.texts[mine[-1]] = text
+            elif what < 0.7:
+                edited = self.dice.choice(mine)
+                assert (await self.request(person, "PATCH", f"/messages/{edited}", {"content": text})).status == 200
+                self.texts[edited] = text
+            elif what < 0.8:
+                deleted = mine.pop(self.dice.randrange(len(mine)))
+                assert (await self.request(person, "DELETE", f"/messages/{deleted}")).status in (204, 404)
+                del self.texts[deleted]
+            else:
+                method = self.dice.choice(("PUT", "PUT", "DELETE"))
+                target = f"/messages/{self.dice.choice(list(self.texts))}/reactions/{self.dice.choice('✓✗')}"
+                assert (await self.request(person, method, target)).status in (204, 404)
+
+    @contextlib.asynccontextmanager
+    async def writing(self, people: list[Person]) -> AsyncIterator[None]:
+        """Let these people write in the body, and finish what they have begun."""
+        self.running = True
+        tasks = [asyncio.create_task(self.write(person)) for person in people]
+        try:
+            yield
+        finally:
+            self.running = False
+            await asyncio.gather(*tasks)
+
+    async def settle(self, owner: Person, name: str, clients: list[StormClient]) -> None:
+        """Rename the server, wait until these clients know it, and compare their copies with the history."""
+        server = f"/servers/{self.place.server_id}"
+        assert (await self.request(owner, "PATCH", server, {"name": name})).status == 200
+        for client in clients:
+            await eventually(functools.partial(client.knows, name), f"{client.person.name} knows the name {name}")
+        world = self.dice.choice(list(self.group.worlds.values()))
+        stored = {one["message_id"]: one for one in await server_history(world, self.place.server_id, owner.token)}
+        assert {message_id: message["content"] for message_id, message in stored.items()} == self.texts
+        assert [client.person.name for client in clients if client.messages != stored] == []
+
+
+class StormClient(Replica):
+    """A client in a storm, which connects to another server when its own dies."""
+
+    def __init__(self, person: Person, storm: Storm) -> None:
+        super().__init__(person, storm.place.server_id, page=500)
+        self.storm = storm
+        self.server = ""  # the name of the server that it is connected to
+        self.late: list[float] = []  # seconds from the 201 of a message to its receipt
+        self.ready = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    async def stay(self) -> None:
+        """Be connected to some server until the task is cancelled."""
+        while True:
+            self.server = self.storm.dice.choice(list(self.storm.group.worlds))
+            self.person = self.storm.group.on(self.server, self.person)
+            known, is_back = set(self.messages), self.socket is not None
+            try:
+                await asyncio.wait_for(self.connect(), 5)
+            except (*GONE, socketio.exceptions.SocketIOError):
+                await asyncio.sleep(0.01)
+                continue
+            now = time.monotonic()
+            if is_back:
+                self.late += [now - self.storm.answered.get(message_id, now) for message_id in set(self.messages) - known]
+            self.ready.set()
+            assert self.socket is not None
+            await self.socket.closed.wait()
+            self.ready.clear()
+            self.measure()
+
+    async def begin(self) -> None:
+        self.task = asyncio.create_task(self.stay())
+        await asyncio.wait_for(self.ready.wait(), PATIENCE)
+
+    async def leave(self) -> None:
+        """Disconnect until the next `begin`."""
+        assert self.task is not None
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        self.measure()
+        self.ready.clear()
+        await self.disconnect()
+
+    async def knows(self, name: str) -> bool:
+        await self.ready.wait()
+        await self.receive()
+        return self.name == name
+
+    def measure(self) -> None:
+        """Note how late its messages came."""
+        assert self.socket is not None
+        for (event, payload), at in zip(self.socket.received, self.socket.received_at, strict=True):
+            if event == "message:new" and payload["message_id"] in self.storm.answered:
+                self.late.append(max(0.0, at - self.storm.answered[payload["message_id"]]))
+
+
+def at_share(seconds: Sequence[float], share: float) -> float:
+    """Return the milliseconds within which this share of the durations lies."""
+    return sorted(seconds)[int(len(seconds) * share)] * 1000
+
+
+async def expect_last(socket: Socket, event: str, **fields: Any) -> None:
+    """Check that nothing follows the first event of this name with these fields, which is missing only if the socket closed."""
+    if not socket.closed.is_set():
+        await socket.receive(event, **fields)
+        await socket.call("ping")
+    matches = [name == event and fields.items() <= payload.items() for name, payload in socket.received]
+    assert not any(matches) or matches.index(True) == len(matches) - 1, socket.received[matches.index(True) :]
+
+
+async def cause_fault(kind: str, group: Group, seconds: float, dice: random.Random) -> None:
+    match kind:
+        case "Redis killed":
+            await group.redis.kill()
+            await asyncio.sleep(seconds)
+            await group.redis.start()
+        case "Redis frozen":
+            group.redis.freeze()
+            await asyncio.sleep(seconds)
+            group.redis.thaw()
+        case "Redis emptied":
+            await asyncio.sleep(seconds / 2)
+            group.redis.ask("FLUSHALL")
+            await asyncio.sleep(seconds / 2)
+        case "a server killed":
+            name = dice.choice(list(group.worlds))
+            await group.kill(name)
+            await asyncio.sleep(seconds)
+            await group.start(name)
+
+
+STORM_FAULTS = ("Redis killed", "Redis frozen", "Redis emptied", "a server killed")
+
+
+@trials(8, 80)
+async def test_a_storm_leaves_every_copy_equal_to_the_history(group: Group, tries: int) -> None:
+    """Twenty clients on three servers; six of them write, and one more is banned in each round."""
+    dice = random.Random(11)
+    await group.start("a", "b", "c")
+    people = await group.worlds["a"].people(*(f"user{number}" for number in range(20)))
+    owner, victim = people[0], await group.worlds["a"].person("victim")
+    place = await group.worlds["a"].place(*people)
+    code, server = await owner.invite(place.server_id), f"/servers/{place.server_id}"
+    storm = Storm(group, place, dice)
+    clients = [StormClient(person, storm) for person in people]
+    away = clients
+    for number in range(tries):
+        kind = STORM_FAULTS[number % len(STORM_FAULTS)]
+        await asyncio.gather(*(client.begin() for client in away))
+        assert (await storm.request(victim, "POST", f"/invites/{code}")).status == 201
+        listener = await group.on(dice.choice(list(group.worlds)), victim).socket(place.server_id)
+        async with storm.writing(people[:6]):
+            fault = asyncio.create_task(cause_fault(kind, group, dice.uniform(0.3, 3 if SOAK else 0.8), dice))
+            await asyncio.sleep(dice.uniform(0.1, 0.3))
+            assert (await storm.request(owner, "PUT", f"{server}/bans/{victim.user_id}")).status == 204
+            away = dice.sample(clients[6:], 2)
+            await asyncio.gather(*(client.leave() for client in away))
+            await fault
+        present = [client for client in clients if client not in away]
+        await storm.settle(owner, f"round {number}", present)
+        await expect_last(listener, "member:left", user_id=victim.user_id)
+        await group.connected(group.any(owner), place.server_id, {client.person.user_id for client in present})
+        assert (await storm.request(owner, "DELETE", f"{server}/bans/{victim.user_id}")).status == 204
+    await asyncio.gather(*(client.begin() for client in away))
+    await storm.settle(owner, "the end", clients)
+    for name in group.worlds:
+        state = await server_state(group.on(name, owner), place.server_id)
+        assert [client.person.name for client in clients if client.state() != state] == []
+    await asyncio.gather(*(client.leave() for client in clients))
+    late = sorted(itertools.chain(*(client.late for client in clients)))
+    print(
+        f"{tries} faults, {len(storm.answered)} posts, {clients[0].seq} changes, {len(late)} receipts: at most"
+        f" {late[-1] * 1000:.0f} ms after the 201, 99 % within {at_share(late, 0.99):.0f} ms; posts took at most"
+        f" {max(storm.seconds) * 1000:.0f} ms, 99 % {at_share(storm.seconds, 0.99):.0f} ms"
+    )
+    assert storm.failed == []
+    assert sum(client.requests for client in clients) == 0, "a client saw a gap"
+    assert late[-1] < bound(2)
+    await group.stop_well()
+
+
+# 2. Revocation reaches the sockets of all servers.
+
+
+class DistantCase(RevocationCase):
+    """A case in which the requests are made on one server, and the sockets are on another."""
+
+    def __init__(self, group: Group, place: Place, owner: Person, member: Person, witness: Person) -> None:
+        self.place, self.owner, self.member, self.witness = place, owner, member, witness
+        self.database = group.database
+
+    async def admin(self, name: str) -> None:
+        assert name == "delete_user"
+        await run_ok("user", "delete", self.member.name, "--yes", "--database", str(self.database))
+
+
+async def revoke_elsewhere(group: Group, kind: str, number: int) -> tuple[float, float]:
+    """Revoke a right on one server while the sockets are on another. Return the seconds from the answer to the last event
+    that a socket still received, and until the sockets were closed."""
+    revoke, closes = REVOCATIONS[kind]
+    name = f"{kind.replace(' ', '-')}.{number}"
+    owner, witness, member = await group.worlds["a"].people(f"{name}.owner", f"{name}.witness", f"{name}.member")
+    place = await group.worlds["a"].place(owner, witness, member)
+    spare = await owner.channel(place.server_id, "spare")
+    hearing, frozen, looking = [await Wire.join(group.on("b", one), place) for one in (member, member, witness)]
+    hearing.listen()
+    looking.listen()
+    async with posting(owner, place.channel_id, 0.05) as taken:
+        await until(lambda: len(taken) > 3 and len(hearing.received) > 3)
+        await revoke(DistantCase(group, place, owner, member, witness))
+        answered = time.monotonic()
+        closed = await until(lambda: not (hearing.open() or frozen.open()), bound(1)) if closes else 0.0
+        if kind == "deleted server":
+            await until(lambda: [event for _, event, _ in hearing.received][-1] == "server:deleted")
+        else:
+            after = await owner.post(spare, "after")
+            await until(lambda: any(payload == after for _, _, payload in looking.received))
+    if not closes:
+        await hearing.say('421["ping"]')
+        await until(lambda: 1 in hearing.acks)
+        assert hearing.open()
+    events = [payload for _, _, payload in hearing.received]
+    if kind == "deleted channel":  # the socket hears the rest of the server, but nothing more of this channel
+        assert after in events
+        of_channel = [event for _, event, payload in hearing.received if payload.get("channel_id") == place.channel_id]
+        assert of_channel.index("channel:deleted") == len(of_channel) - 1
+    elif kind != "deleted server":
+        assert after not in events
+    late = [at - answered for at, event, payload in hearing.received if payload.get("channel_id") == place.channel_id]
+    return max(late), closed
+
+
+@pytest.mark.parametrize("state", ["up", "down", "frozen"])
+@trials(1, 10)
+async def test_revocation_reaches_sockets_on_other_servers(group: Group, state: str, tries: int) -> None:
+    await group.start("a", "b")
+    if state == "down":
+        await group.redis.kill()
+    elif state == "frozen":
+        group.redis.freeze()
+    latest = slowest = 0.0
+    for number in range(tries):
+        kinds = [kind for kind in REVOCATIONS if kind != "expiry"]
+        found = await asyncio.gather(*(revoke_elsewhere(group, kind, number) for kind in kinds))
+        latest, slowest = max(latest, *(late for late, _ in found)), max(slowest, *(closed for _, closed in found))
+    await group.redis_is("up" if state == "up" else "down")
+    print(f"Redis {state}: {tries} times, last event {latest * 1000:.0f} ms after, closed within {slowest * 1000:.0f} ms")
+    assert latest < bound(1)
+    await group.stop_well()
+
+
+# 3. Presence survives the death of servers and of Redis.
+
+
+@pytest.mark.parametrize("fault", ["a killed server", "a server and Redis killed", "Redis away"])
+@trials(1, 7)
+async def test_presence_has_no_ghosts_on_other_servers(group: Group, fault: str, tries: int) -> None:
+    """Five users are on one server, another one on both; a socket on the other server hears who comes and goes."""
+    await group.start("a", "b")
+    people = await group.worlds["a"].people(*(f"user{number}" for number in range(7)))
+    place = await group.worlds["a"].place(*people)
+    *crowd, both, witness = people
+    ids = sorted(person.user_id for person in crowd)
+    await group.on("b", both).socket(place.server_id)
+    looking = await group.on("b", witness).socket(place.server_id)
+    await looking.receive("user:connected", user_id=witness.user_id)
+    slowest = 0.0
+
+    def told(event: str) -> list[int]:
+        return sorted(payload["user_id"] for name, payload in looking.received if name == event)
+
+    for _ in range(tries):
+        looking.received.clear()
+        looking._read = 0
+        for person in (*crowd, both):
+            await group.on("a", person).socket(place.server_id)
+        await until(lambda: told("user:connected") == ids)
+        began = time.monotonic()
+        if fault == "Redis away":
+            await group.redis.kill()
+            await asyncio.sleep(8 if SOAK else 4)
+            await group.redis.start()
+            await group.redis_is("up")
+            await asyncio.sleep(4 if SOAK else 1)  # a beat is missed after three seconds, if at all
+            await asyncio.gather(*(socket.close() for socket in group.worlds["a"].sockets))  # the control
+        else:
+            if fault == "a server and Redis killed":
+                await group.redis.kill()
+            await group.kill("a")
+            if fault == "a server and Redis killed":
+                await asyncio.sleep(2)
+                await group.redis.start()
+            assert told("user:disconnected") == []
+        await until(lambda: told("user:disconnected") == ids)
+        slowest = max(slowest, time.monotonic() - began)
+        await group.connected(group.on("b", witness), place.server_id, {both.user_id, witness.user_id})
+        assert (told("user:connected"), told("user:disconnected")) == (ids, ids)
+        if fault != "Redis away":
+            await group.start("a")
+    print(f"{fault}: {tries} times, everybody gone after at most {slowest:.1f} s")
+    assert fault == "Redis away" or slowest < bound(4 if fault == "a killed server" else 8)
+    await group.stop_well()
+
+
+# 4. A server that was frozen for longer than the log is kept.
+
+
+@trials(2, 20)
+async def test_a_server_frozen_for_too_long_disconnects_its_clients(group: Group, tries: int) -> None:
+    """With a log of 16 rows: after five commits its clients notice nothing, after forty they reconnect with `after`."""
+    await group.start("a", "b", prefix=patched("chatrtc.LOG_ROWS = 16"))
+    people = await group.worlds["a"].people(*(f"user{number}" for number in range(5)))
+    place = await group.worlds["a"].place(*people)
+    replicas = [Replica(group.on("ab"[index % 2], one), place.server_id, page=500) for index, one in enumerate(people)]
+    distant = replicas[1::2]
+    await asyncio.gather(*(replica.connect() for replica in replicas))
+    for _ in range(tries):
+        for posts in (5, 40):
+            await group.freeze("b")
+            for number in range(posts):
+                message = await people[0].post(place.channel_id, f"message {number}")
+            group.thaw("b")
+            if posts == 40:
+                for replica in distant:
+                    await asyncio.wait_for(replica.socket.closed.wait(), PATIENCE)
+                    await replica.connect()
+            for replica in distant:
+                await eventually(functools.partial(has_message, replica, message), "the last message")
+            assert not any(replica.socket.closed.is_set() for replica in replicas)
+    assert sum(replica.requests for replica in replicas) == 0, "a client saw a gap"
+    await group.on("b", people[1]).post(place.channel_id, "and on")
+    state = await server_state(people[0], place.server_id)
+    for replica in replicas:
+        await eventually(functools.partial(has_state, replica, state), "equal copies")
+    await group.stop_well()
+
+
+async def has_message(replica: Replica, message: Any) -> bool:
+    await replica.receive()
+    return bool(replica.messages.get(message["message_id"]) == message)
+
+
+async def has_state(replica: Replica, state: Any) -> bool:
+    await replica.receive()
+    return bool(replica.state() == state)
+
+
+# 5. What Redis says is not trusted.
+
+GARBAGE = [
+    b"", b"\xff\xfe\x00", b"null", b"0", b'"text"', b"[]", b"{}", b"[[]]", b"[{}]", b"[null, null, null]", b"[" * 100_000,
+    b"1" * 100_000, b'{"kind": ' * 50_000, b"NaN", b'["' + b"x" * 1_000_000 + b'"]', b"\x00" * 1_000_000,
+]  # fmt: skip
+
+
+def altered(message: bytes, dice: random.Random) -> bytes:
+    """Return a message of a server as an attacker might change it."""
+    match dice.randrange(5):
+        case 0:
+            return message  # once more
+        case 1:
+            return message[: dice.randrange(len(message) + 1)]
+        case 2:
+            return re.sub(rb"\d+", lambda _: str(dice.choice((0, -1, 1, 2**31, 2**63, 2**70, 10**30))).encode(), message)
+        case 3:
+            return re.sub(rb"\d+", lambda _: dice.choice((b"null", b'"x"', b"[]", b"{}", b"1.5", b"true")), message)
+        case _:
+            return bytes(byte if dice.random() > 0.02 else dice.randrange(256) for byte in message)
+
+
+@trials(1, 7)
+async def test_garbage_in_redis_is_ignored(group: Group, tries: int) -> None:
+    dice = random.Random(12)
+    await group.start("a", "b")
+    ana, ben = await group.worlds["a"].people("ana", "ben")
+    place = await group.worlds["a"].place(ana, ben)
+    looking = await group.on("b", ben).socket(place.server_id)
+    channel, seen = group.redis.channel(), list[bytes]()
+    for _ in range(tries):
+        with redis.Redis(port=group.redis.port) as client, client.pubsub(ignore_subscribe_messages=True) as bus:
+            bus.subscribe(channel)
+            await come_and_go(group.on("a", ana), place, looking)
+            while len(seen) < 8:
+                message = bus.get_message(timeout=PATIENCE)
+                seen += [message["data"]] if message else []
+        async with Health(group.servers["a"], 256 << 20), Health(group.servers["b"], 256 << 20):
+            for message in [*GARBAGE, *(altered(dice.choice(seen), dice) for _ in range(500))]:
+                group.redis.ask("PUBLISH", channel, message)
+            await come_and_go(group.on("a", ana), place, looking)
+            group.redis.ask("CLIENT", "PAUSE", "1000")
+            await come_and_go(group.on("a", ana), place, looking)
+            group.redis.ask("PUBLISH", channel, b"x" * (33 << 20))  # for which Redis disconnects its subscribers
+            await eventually(functools.partial(listens, group.redis, channel, 2), "both listen again")
+            await come_and_go(group.on("a", ana), place, looking)
+    await group.redis_is("up")
+    await group.connected(ana, place.server_id, {ben.user_id})
+    await group.stop_well()
+
+
+async def listens(server: Redis, channel: bytes, count: int) -> bool:
+    """Return whether this many connections listen to the channel."""
+    return bool(server.ask("PUBSUB", "NUMSUB", channel) == [channel, count])
+
+
+async def come_and_go(person: Person, place: Place, looking: Socket) -> None:
+    """Connect, type and disconnect; the socket on another server hears each of it."""
+    who = {"user_id": person.user_id}
+    socket = await person.socket(place.server_id)
+    await looking.receive("user:connected", **who)
+
+    async def types() -> bool:  # what is said while a connection to Redis is replaced is lost
+        await socket.ok("typing_start", {"channel_id": place.channel_id})
+        return ("user:typing", person.user_id) in [(name, payload.get("user_id")) for name, payload in looking.received]
+
+    looking.received.clear()
+    looking._read = 0
+    await eventually(types, "typing is told")
+    await socket.close()
+    await looking.receive("user:disconnected", **who)
+
+
+# 6. Joining during changes made on another server.
+
+
+@trials(200, 1000)
+async def test_nothing_is_missed_between_servers(group: Group, tries: int) -> None:
+    """Sockets join on one server while another one posts, creates channels and bans a user who is joining."""
+    dice = random.Random(13)
+    await group.start("a", "b")
+    owner, victim, *people = await group.worlds["a"].people(*(f"user{number}" for number in range(10)))
+    place = await group.worlds["a"].place(owner, *people)
+    code, server = await owner.invite(place.server_id), f"/servers/{place.server_id}"
+    replicas = [Replica(group.on("b", person), place.server_id, page=500) for person in people]
+    await asyncio.gather(*(replica.connect() for replica in replicas))
+    ban, excluded = f"{server}/bans/{victim.user_id}", await group.on("b", victim).socket()
+    channels, outcomes = [], []
+
+    async def rejoin(replica: Replica) -> None:
+        await replica.receive()
+        await replica.socket.ok("leave_server", {"server_id": place.server_id})
+        await asyncio.sleep(dice.uniform(0, 0.02))
+        ack = await replica.socket.ok("join_server", {"server_id": place.server_id, "after": replica.seq})
+        replica.merge(ack["changes"])
+
+    async def join_and_be_banned() -> None:
+        await victim.ok("POST", f"/invites/{code}")
+        banning = asyncio.create_task(owner.ok("PUT", ban))
+        await asyncio.sleep(dice.uniform(0, 0.005))
+        outcomes.append((await excluded.call("join_server", {"server_id": place.server_id}))["success"])
+        await banning
+        told = await owner.post(place.channel_id, "not for the banned")
+        await replicas[0].socket.receive("message:new", message_id=told["message_id"])
+        await excluded.receive_none("message:new", message_id=told["message_id"])
+        await owner.ok("DELETE", ban)
+
+    async with posting(owner, place.channel_id):
+        for number in range(tries // len(replicas)):
+            joining = asyncio.gather(*map(rejoin, replicas[1:]))
+            channels.append(await owner.channel(place.server_id, f"channel {number}"))
+            await joining
+            await rejoin(replicas[0])
+            await join_and_be_banned()
+    assert {True, False} <= set(outcomes), "the ban never raced with the join"
+    state = await server_state(owner, place.server_id)
+    for replica in replicas:
+        await eventually(functools.partial(has_state, replica, state), "equal copies")
+    assert sum(replica.requests for replica in replicas) == 0, "a client saw a gap"
+    for replica, channel in zip(replicas, channels[-8:], strict=True):
+        await replica.socket.ok("typing_start", {"channel_id": channel})
+        for other in replicas:
+            if other is not replica:
+                await other.socket.receive("user:typing", channel_id=channel)
+    print(f"{tries} joins, {state['seq']} changes, {outcomes.count(True)} of {len(outcomes)} bans came after the join")
+    await group.stop_well()
+
+
+# 7. Administration and embedding.
+
+
+async def test_the_command_line_reaches_all_servers(group: Group, database: DatabaseOption) -> None:
+    await group.start("a", "b")
+    ana, ben = await group.worlds["a"].people("ana", "ben")
+    place = await group.worlds["a"].place(ana, ben)
+    looking = [await group.on(name, ana).socket(place.server_id) for name in "ab"]
+    await run_ok("user", "add", "cy", *database, stdin="correct horse\n")
+    assert [(await group.worlds[name].sign_in("cy")).status for name in "ab"] == [200, 200]
+    await run_ok("server", "add", "Club", "--owner", "ana", *database)
+    for name in "ab":
+        servers = (await group.on(name, ana).ok("GET", "/servers"))["servers"]
+        assert [server["name"] for server in servers] == ["class", "Club"]
+    closing = [await group.on(name, ben).socket(place.server_id) for name in "ab"]
+    await run_ok("user", "password", "ben", *database, stdin="battery staple\n")
+    async with asyncio.timeout(bound(1)):
+        await asyncio.gather(*(socket.closed.wait() for socket in closing))
+    assert [(await group.on(name, ben).call("GET", "/servers")).status for name in "ab"] == [401, 401]
+    ben.token = (await group.worlds["b"].sign_in("ben", "battery staple")).body["token"]
+    closing = [await group.on(name, ben).socket(place.server_id) for name in "ab"]
+    await run_ok("user", "delete", "ben", "--yes", *database)
+    async with asyncio.timeout(bound(1)):
+        await asyncio.gather(*(socket.closed.wait() for socket in closing))
+        assert [(await socket.receive("member:left"))["user_id"] for socket in looking] == [ben.user_id] * 2
+    await group.stop_well()
+
+
+async def test_what_a_program_emits_reaches_all_servers(group: Group, make_world: MakeWorld) -> None:
+    await group.start("a")
+    host = await make_world(database=str(group.database), redis=group.redis.url, process="host")
+    group.worlds["host"] = host
+    await group.redis_is("up")
+    ana = await host.person("ana")
+    place, other = await host.place(ana), await host.place(ana, name="other")
+    wires = [await Wire.join(group.on(name, ana), place) for name in group.worlds]
+    outside = await Wire.join(group.on("a", ana), other)
+    for wire in (*wires, outside):
+        wire.listen()
+    await host.chat.sio.emit("quiz:question", {"text": "why?"}, room=f"server:{place.server_id}")
+    await host.chat.sio.emit("quiz:question", {"text": "who?"}, room=f"server:{other.server_id}")
+    await until(lambda: all(("quiz:question", {"text": "why?"}) in [one[1:] for one in wire.received] for wire in wires))
+    await until(lambda: bool(outside.received))
+    assert [one[1:] for one in outside.received] == [("quiz:question", {"text": "who?"})]
+    assert all(("quiz:question", {"text": "who?"}) not in [one[1:] for one in wire.received] for wire in wires)
+
+
+async def test_listeners_of_a_program_run_once(group: Group, make_world: MakeWorld) -> None:
+    """On the server that made the change, not on each that emits it."""
+    await group.start("a")
+    hosts = [await make_world(database=str(group.database), redis=group.redis.url, process=name) for name in ("one", "two")]
+    received: list[tuple[str, str]] = []
+    for name, host in zip(("one", "two"), hosts, strict=True):
+
+        @host.chat.on("message:new")
+        async def note(payload: Any, name: str = name) -> None:
+            received.append((name, payload["content"]))
+
+    ana = await hosts[0].person("ana")
+    place = await hosts[0].place(ana)
+    looking = [await Person(host, "ana", ana.user_id, ana.token).socket(place.server_id) for host in hosts]
+    await group.on("a", ana).post(place.channel_id, "on a")
+    await hosts[0].chat.post_message(author_id=ana.user_id, channel_id=place.channel_id, content="on one")
+    await hosts[1].chat.post_message(author_id=ana.user_id, channel_id=place.channel_id, content="on two")
+    for socket in looking:
+        await socket.receive("message:new", content="on two")
+    await until(lambda: len(received) >= 2)
+    assert sorted(received) == [("one", "on one"), ("two", "on two")]
+
+
+async def test_servers_that_cannot_share_a_database_are_refused(
+    group: Group, launch: Launch, tmp_path: Path, database: DatabaseOption
+) -> None:
+    shared, secret = ("--redis", group.redis.url), ("--secret", "a secret of at least thirty-two bytes")
+    await group.start("a")
+    ana = await group.worlds["a"].person("ana")
+    expect_error(await run_command("serve", "--port", "0", *database), "--redis")
+    expect_error(await run_command("serve", "--port", "0", *database, *shared, *secret), "secret")
+    assert (await ana.ok("GET", "/users/me"))["username"] == "ana"
+    await group.stop_well()
+    alone = await launch(group.database)
+    expect_error(await run_command("serve", "--port", "0", *database, *shared), "--redis")
+    await alone.stop_well()
+    for name in ("", "a b", "a/b", "ä", "x" * 33):
+        with pytest.raises(chatrtc.StartError, match="process"):
+            chatrtc.ChatRTC(database=str(group.database), redis=group.redis.url, process=name)
+
+
+async def test_servers_work_without_redis(launch: Launch, tmp_path: Path) -> None:
+    """Redis has not been started yet: everything but presence, typing and voice passes between the servers."""
+    redis_server = Redis()
+    group = Group(launch, tmp_path / "chat.db", redis_server)
+    await group.start("a", "b")
+    await group.redis_is("down")
+    ana, ben = await group.worlds["a"].people("ana", "ben")
+    place = await group.worlds["a"].place(ana, ben)
+    looking = await group.on("b", ben).socket(place.server_id)
+    message = await ana.post(place.channel_id, "without Redis")
+    assert await looking.receive("message:new") == message
+    await redis_server.start()
+    await group.redis_is("up")
+    await come_and_go(ana, place, looking)
+    await group.stop_well()
+    await redis_server.kill()
+
+
+# 8. The writers of a database take turns.
+
+WRITER = """
+import asyncio, json, os, signal, sys, time
+from aiohttp import web
+import chatrtc
+
+async def main(database, url, name):
+    chat = chatrtc.ChatRTC(database=database, redis=url, process=name, no_rate_limit=True)
+    app = web.Application()
+    chat.attach(app)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    waits = []
+
+    async def post(end):
+        while (began := time.monotonic()) < end:
+            await chat.post_message(author_id=1, channel_id=1, content="x" * 100)
+            waits.append(time.monotonic() - began)
+
+    def die(db):
+        db.execute("UPDATE servers SET name = 'never'")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    print("ready", flush=True)
+    match (await asyncio.to_thread(sys.stdin.readline)).split():
+        case ["post", seconds]:
+            end = time.monotonic() + float(seconds)
+            await asyncio.gather(*(post(end) for _ in range(16)))
+            print(json.dumps([len(waits), max(waits)]), flush=True)
+            await runner.cleanup()
+        case ["die"]:
+            await chat.hub.store.write(die)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+class Writer:
+    """A program in a process of its own that shares a database, and writes to it on command."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+
+    @classmethod
+    async def start(cls, group: Group, name: str) -> Writer:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WRITER, str(group.database), group.redis.url, name, cwd=HERE,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert (await process.stdout.readline()) == b"ready\n"
+        return cls(process)
+
+    async def tell(self, command: str) -> Any:
+        """Tell it what to do, wait until it ends, and return what it printed."""
+        out, _ = await asyncio.wait_for(self.process.communicate(command.encode() + b"\n"), 2 * PATIENCE)
+        return json.loads(out) if out else None
+
+
+@trials(2, 10)
+async def test_busy_writers_have_equal_shares(group: Group, tries: int) -> None:
+    """Three processes post as fast as they can for `tries` seconds."""
+    await group.start("a")
+    await group.worlds["a"].place(await group.worlds["a"].person("ana"))
+    writers = await asyncio.gather(*(Writer.start(group, name) for name in ("one", "two", "three")))
+    found = await asyncio.gather(*(writer.tell(f"post {tries}") for writer in writers))
+    total = sum(posts for posts, _ in found)
+    shares, longest = [posts / total for posts, _ in found], max(wait for _, wait in found)
+    shown = ", ".join(f"{share:.2f}" for share in shares)
+    print(f"{total / tries:.0f} posts a second by three processes, shares {shown}, longest wait {longest * 1000:.0f} ms")
+    assert min(shares) > (0.28 if SOAK else 0.1)
+    assert longest < bound(0.25)
+    assert [writer.process.returncode for writer in writers] == [0, 0, 0]
+    await group.stop_well()
+
+
+@trials(2, 100)
+async def test_a_process_killed_in_its_transaction_stops_nobody(group: Group, tries: int) -> None:
+    await group.start("a")
+    ana = await group.worlds["a"].person("ana")
+    place = await group.worlds["a"].place(ana)
+    slowest = 0.0
+    async with posting(ana, place.channel_id, 0.002) as taken:
+        for _ in range(tries):
+            writer = await Writer.start(group, "dies")
+            assert await writer.tell("die") is None
+            assert writer.process.returncode == -signal.SIGKILL
+            count = len(taken)
+            slowest = max(slowest, await until(lambda count=count: len(taken) > count, bound(1)))  # type: ignore[misc]
+    assert (await ana.ok("GET", f"/servers/{place.server_id}"))["name"] == "class"
+    history = [message["message_id"] for message in await server_history(group.worlds["a"], place.server_id, ana.token)]
+    assert {message["message_id"] for message in taken} <= set(history)
+    print(f"{tries} kills in a transaction: the next post was answered within {slowest * 1000:.0f} ms")
+    await group.stop_well()
+
+
+# 9. Servers behind nginx are restarted one after another.
+
+NGINX = """
+daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log warn;
+events {{ worker_connections 1024; }}
+http {{
+    log_format short "$msec $status $request_method $request_uri";
+    access_log {folder}/access.log short;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    error_page 502 =444 @gone;  # closes the connection of a request whose server has gone
+    {documented}
+}}
+"""
+
+
+def documented_nginx(addresses: dict[str, str], port: int) -> str:
+    """Return the configuration of docs/operations.md, for servers with these names and addresses."""
+    blocks = re.findall(r"```nginx\n(.*?)```", (HERE / "docs" / "operations.md").read_text("utf-8"), re.DOTALL)
+    server, upstreams = blocks
+    for name, address in addresses.items():
+        upstreams = upstreams.replace(f"127.0.0.1:300{name}", address)
+    server = re.sub(r"\n +(server_name|ssl_).*", "", server).replace("listen 443 ssl;", f"listen 127.0.0.1:{port};")
+    server = server.replace("location / {", "location @gone { return 444; }\n    location / {")
+    return str(upstreams + server.replace("proxy_pass http://127.0.0.1:3000;", "proxy_pass http://$chatrtc;"))
+
+
+@contextlib.asynccontextmanager
+async def nginx_before(group: Group, folder: Path) -> AsyncIterator[World]:
+    """Run nginx in front of the servers of a group."""
+    addresses, port = {name: urlsplit(server.url).netloc for name, server in group.servers.items()}, free_port()
+    config = folder / "nginx.conf"
+    config.write_text(NGINX.format(folder=folder, documented=documented_nginx(addresses, port)))
+    process = await asyncio.create_subprocess_exec(find_program("nginx"), "-c", str(config), "-e", str(folder / "error.log"))
+    world = World(f"http://127.0.0.1:{port}", aiohttp.ClientSession())
+    try:
+
+        async def answers() -> bool:
+            with contextlib.suppress(aiohttp.ClientConnectionError):
+                return (await world.call("GET", "/healthz")).status == 200
+            return False
+
+        await eventually(answers, "nginx answers")
+        yield world
+    finally:
+        await world.close()
+        process.terminate()
+        await process.wait()
+
+
+@trials(1, 10)
+async def test_a_rolling_restart_behind_nginx_loses_nothing(group: Group, tmp_path: Path, tries: int) -> None:
+    """Six clients poll and two use WebSockets, while three servers are restarted one after another and six people write."""
+    await group.start("1", "2", "3")
+    folder = tmp_path / "nginx"
+    folder.mkdir()
+    async with nginx_before(group, folder) as world:
+        behind = Group(group.launch, group.database, group.redis)
+        behind.worlds["nginx"] = world
+        people = await world.people(*(f"user{number}" for number in range(8)))
+        place = await world.place(*people)
+        storm = Storm(behind, place, random.Random(14))
+        clients = [StormClient(person, storm) for person in people]
+        stops: dict[str, list[float]] = {"": [], "1": [], "2": [], "3": []}
+        for client in clients[:6]:
+            client.transport = "polling"
+        await asyncio.gather(*(client.begin() for client in clients))
+        for number in range(tries):
+            async with storm.writing(people[:6]):
+                for name in "123":
+                    await asyncio.sleep(0.3)
+                    port = urlsplit(group.servers[name].url).port
+                    stops[name].append(time.time())
+                    await group.servers[name].stop_well()
+                    await group.start(name, port=port or 0)
+            await storm.settle(people[0], f"round {number}", clients)
+        state = await server_state(people[0], place.server_id)
+        assert [client.person.name for client in clients if client.state() != state] == []
+        assert sum(client.requests for client in clients) == 0, "a client saw a gap"
+        await asyncio.gather(*(client.leave() for client in clients))
+    log = (folder / "access.log").read_text().splitlines()
+    opened: dict[str, float] = {}
+    failed = []
+    for at, status, method, path in map(str.split, log):
+        sid = parse_qs(urlsplit(path).query).get("sid", [""])[0]
+        opened.setdefault(sid, float(at))
+        # Only the last poll of a session whose server was stopped may fail. Then the client connects again.
+        was_stopped = any(opened[sid] < stop <= float(at) for stop in stops[sid[:1]])
+        failed += [] if status[0] in "12" or (was_stopped and method == "GET") else [(status, method, path)]
+    assert failed == []
+    assert len(opened) > 6, "nobody polled"
+    assert storm.failed == []
+    print(f"{tries} rolling restarts: {len(log)} requests, {len(opened)} sessions, {clients[0].seq} changes")
+    await group.stop_well()
+
+
 # ---- Page -----------------------------------------------------------------------------------------------------------
 # The page in a real browser: several people at once, a network that fails, hostile text, voice, and accessibility.
 
@@ -10557,17 +11468,6 @@ FLAGS = [
 NETWORK_ERRORS = "ERR_|WebSocket|Failed to load"  # that the browser logs if the network fails
 
 # A server, a browser, people
-
-
-async def eventually(check: Callable[[], Awaitable[Any]], what: str, seconds: float = PATIENCE) -> Any:
-    """Wait until the check returns something true, and return it."""
-    try:
-        async with asyncio.timeout(seconds):
-            while not (found := await check()):
-                await asyncio.sleep(0.03)
-            return found
-    except TimeoutError:
-        pytest.fail(f"waited {seconds} s for: {what}")
 
 
 EMBEDDED = """
