@@ -1781,7 +1781,8 @@ LOG_ROWS, LOG_BYTES, LOG_SECONDS = (
 LOG_STEP = 256  # rows that are read at a time
 LOG_POLL_SECONDS = 0.25  # between two looks at the log, if nobody says that there is news
 SETTLE_SECONDS = 0.001  # between two looks whether everything is applied
-TRIM_STEP = 8  # rows that are looked at in each commit
+TRIM_EVERY = 16  # rows, or after a row of BIG_ROW_BYTES, the log is trimmed
+BIG_ROW_BYTES = 64 << 10
 
 R = TypeVar("R")
 Query = Callable[..., R]
@@ -1824,13 +1825,13 @@ def load_log(db: sqlite3.Connection, after: int) -> tuple[list[tuple[int, bytes]
     return rows, load_log_end(db)
 
 
-def trim_log(db: sqlite3.Connection, clock: float, step: int = LOG_STEP) -> Result[int]:
+def trim_log(db: sqlite3.Connection, clock: float) -> Result[int]:
     """Delete some of the oldest rows of the log, if they are too old or too many, and return how many were deleted."""
     last_id, total = db.execute("SELECT id, bytes FROM log ORDER BY id DESC LIMIT 1").fetchone() or (0, 0)
     deleted = db.execute(
         """DELETE FROM log WHERE id IN (SELECT id FROM (SELECT id, written_at, bytes FROM log ORDER BY id LIMIT ?)
            WHERE id <= ? OR bytes <= ? OR written_at < ?)""",
-        (step, last_id - LOG_ROWS, total - LOG_BYTES, clock - LOG_SECONDS),
+        (LOG_STEP, last_id - LOG_ROWS + TRIM_EVERY, total - LOG_BYTES, clock - LOG_SECONDS),
     )
     return Result(deleted.rowcount)
 
@@ -1848,9 +1849,11 @@ def append_log(db: sqlite3.Connection, effects: Sequence[Effect]) -> int:
     row = db.execute(
         "INSERT INTO log (written_at, bytes, effects) VALUES (?, ?, ?)", (clock, len(data) + (last[0] if last else 0), data)
     )
-    while trim_log(db, clock, TRIM_STEP).value == TRIM_STEP:
-        pass
-    return int(row.lastrowid or 0)
+    row_id = int(row.lastrowid or 0)
+    if row_id % TRIM_EVERY == 0 or len(data) > BIG_ROW_BYTES:
+        while trim_log(db, clock).value == LOG_STEP:
+            pass
+    return row_id
 
 
 def empty_wal(db: sqlite3.Connection) -> Result[bool]:
@@ -1949,7 +1952,7 @@ class Store:
         self._shared = shared
         self._lock, self._turn = FileLock(path), Turn(path)
         self._read_id = self._applied_id = 0  # the last row of the log that was read, and that was applied
-        self._committing = False
+        self._committing = self._has_news = False
         self._news = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
         self.write_error = ""  # text of the last write error; cleared when a health check's write reaches the disk
@@ -2183,6 +2186,8 @@ class Store:
             self._turn.release()
         if own_id is not None:
             self.ring()
+        if self._has_news:
+            self._has_news = False
             self.pull()
         return outcomes
 
@@ -2225,7 +2230,9 @@ class Store:
                 async with asyncio.timeout(LOG_POLL_SECONDS):
                     await self._news.wait()
             self._news.clear()
-            if not self._committing and self._read_log():
+            if self._committing:
+                self._has_news = True  # `_transact` looks at the log again
+            elif self._read_log():
                 self.pull()  # in steps, so that other work runs in between
 
     def _read_log(self, before: int | None = None) -> bool:
@@ -5692,6 +5699,7 @@ SILENCE_SECONDS = 2.5  # without the own beat, after which Redis counts as down
 GONE_SECONDS = 2.9  # of silence, after which a process counts as dead at the next beat, so in less than 4 seconds
 REDIS_SECONDS = 1.0  # to connect, and to publish
 RECONNECT_SECONDS = 0.2
+PUBLISH_INTERVAL = 0.005  # seconds between two packets: to publish after each commit would double what a single post costs
 BUS_QUEUE_LENGTH = 10_000  # messages; of more, the oldest are dropped
 PACKET_BYTES = 1 << 16  # after which no message is added to a packet
 PACKET_BYTES_MAX = 1 << 18  # of a packet that is read
@@ -5796,6 +5804,7 @@ class Bus:
                 if self._queue:
                     async with asyncio.timeout(REDIS_SECONDS):
                         await client.publish(self._channel, self._next_packet())
+                    await asyncio.sleep(PUBLISH_INTERVAL)
                 else:
                     self._queued.clear()
                     await self._queued.wait()
