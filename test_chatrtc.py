@@ -10957,7 +10957,10 @@ async def test_presence_has_no_ghosts_on_other_servers(group: Group, fault: str,
         if fault == "Redis away":
             await group.redis.kill()
             await asyncio.sleep(8 if SOAK else 4)
+            await group.freeze("a")
             await group.redis.start()
+            await asyncio.sleep(1.5)  # meanwhile the other server hears Redis again, but not yet the frozen one
+            group.thaw("a")
             await group.redis_is("up")
             await asyncio.sleep(4 if SOAK else 1)  # a beat is missed after three seconds, if at all
             await asyncio.gather(*(socket.close() for socket in group.worlds["a"].sockets))  # the control
@@ -11138,6 +11141,7 @@ async def test_nothing_is_missed_between_servers(group: Group, tries: int) -> No
             await joining
             await rejoin(replicas[0])
             await join_and_be_banned()
+    channels.append(await owner.channel(place.server_id, "created while all are joined"))
     assert {True, False} <= set(outcomes), "the ban never raced with the join"
     state = await server_state(owner, place.server_id)
     for replica in replicas:
