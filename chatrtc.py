@@ -5016,9 +5016,10 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
         parts = packet if isinstance(packet, list) else [packet]
         parts = [MESSAGE + part if isinstance(part, str) else part for part in parts]
         skipped = skip_sid if isinstance(skip_sid, list | tuple | set) else (skip_sid,)
-        if self.server.share is None or self.eio_sid_from_sid(room, namespace) is not None:
+        if self.server.share is None or (isinstance(room, str) and self.eio_sid_from_sid(room, namespace) is not None):
             self.server.fan_out(parts, namespace, room, skipped)
         else:
+            next(self.get_participants(namespace, room), None)  # raises an exception here rather than in all processes
             await self.server.share(EmitCustom(str(parts[0]), parts[1:], namespace, room, list(skipped)))
 
 
@@ -5071,9 +5072,9 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             self.fan_out(["42" + StrictJson.dumps([event, payload])], "/", room, (skip_sid,))
 
     def fan_out(self, packets: list[Packet], namespace: str, room: Any, skipped: Collection[str | None]) -> None:
-        """Send an encoded event to the clients in a room, except those in `skipped`: directly if the room is the sid of one
-        client, otherwise through the room's buffer."""
-        if (eio_sid := self.manager.eio_sid_from_sid(room, namespace)) is not None:
+        """Send an encoded event to the clients in a room or a list of rooms, except those in `skipped`: directly if the room is
+        the sid of one client, otherwise through the room's buffer."""
+        if isinstance(room, str) and (eio_sid := self.manager.eio_sid_from_sid(room, namespace)) is not None:
             if (session := self.eio.sockets.get(eio_sid)) is not None and room not in skipped:
                 for packet in packets:
                     session.send(packet)

@@ -11196,7 +11196,10 @@ async def test_what_a_program_emits_reaches_all_servers(group: Group, make_world
     for wire in (*wires, outside):
         wire.listen()
     await host.chat.sio.emit("quiz:question", {"text": "why?"}, room=f"server:{place.server_id}")
-    await host.chat.sio.emit("quiz:question", {"text": "who?"}, room=f"server:{other.server_id}")
+    await host.chat.sio.emit("quiz:question", {"text": "who?"}, room=[f"server:{other.server_id}"])
+    for wrong in ([], [["a"]], object()):
+        with pytest.raises((IndexError, TypeError)):
+            await host.chat.sio.emit("quiz:question", {}, room=wrong)
     await until(lambda: all(("quiz:question", {"text": "why?"}) in [one[1:] for one in wire.received] for wire in wires))
     await until(lambda: bool(outside.received))
     assert [one[1:] for one in outside.received] == [("quiz:question", {"text": "who?"})]
