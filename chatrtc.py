@@ -1826,14 +1826,18 @@ def load_log(db: sqlite3.Connection, after: int) -> tuple[list[tuple[int, bytes]
 
 
 def trim_log(db: sqlite3.Connection, clock: float) -> Result[int]:
-    """Delete some of the oldest rows of the log, if they are too old or too many, and return how many were deleted."""
+    """Delete some of the oldest rows of the log, if they are too old or too many, and return how many were deleted. After a row
+    about a deletion or edit, the text that earlier rows had must be erased too."""
     last_id, total = db.execute("SELECT id, bytes FROM log ORDER BY id DESC LIMIT 1").fetchone() or (0, 0)
     deleted = db.execute(
         """DELETE FROM log WHERE id IN (SELECT id FROM (SELECT id, written_at, bytes FROM log ORDER BY id LIMIT ?)
-           WHERE id <= ? OR bytes <= ? OR written_at < ?)""",
+           WHERE id <= ? OR bytes <= ? OR written_at < ?)
+           RETURNING instr(effects, CAST(':deleted"' AS BLOB)) + instr(effects, CAST('message:edit"' AS BLOB))""",
         (LOG_STEP, last_id - LOG_ROWS + TRIM_EVERY, total - LOG_BYTES, clock - LOG_SECONDS),
-    )
-    return Result(deleted.rowcount)
+    ).fetchall()
+    if any(place for (place,) in deleted):
+        db.execute("UPDATE search SET stale = 1")
+    return Result(len(deleted))
 
 
 def has_old_log(db: sqlite3.Connection, clock: float) -> bool:
