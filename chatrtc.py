@@ -2417,6 +2417,7 @@ load_profile = row_as(
     lambda user_id, username, status, at, guest, name: Profile(user_id, username, status, at, bool(guest), name=name),
     "SELECT user_id, username, status, created_at, password IS NULL AND deleted = 0, name FROM users WHERE user_id = ?",
 )
+load_invisible: Query[list[int]] = rows_as(int, "SELECT user_id FROM users WHERE status = 'invisible'")
 load_password_hash: Query[str | None] = first_value("SELECT password FROM users WHERE user_id = ?")
 load_address_seen_at: Query[float | None] = first_value("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?")
 update_status = statement("UPDATE users SET status = ?2 WHERE user_id = ?1")
@@ -5433,6 +5434,8 @@ class Hub:
         log.warning("this process was away for too long: its clients reconnect")
         self._token_cache.clear()
         self.pages.clear()
+        with contextlib.suppress(ChatError):
+            self.presence.invisible = set(self.store.read_inline(load_invisible))
         for session in list(self.sio.eio.sockets.values()):
             session.end(REASON.TRANSPORT_ERROR, final_packet="")
 
