@@ -2153,11 +2153,11 @@ class Store:
         """Commit the jobs in one transaction or, if that fails, one by one, so that one bad job does not fail the others."""
         outcomes = await result_or_exception(self._transact(batch))
         if isinstance(outcomes, Exception):
-            if len(batch) > 1:
+            if len(batch) > 1 and not isinstance(outcomes, StartError):  # which is no job's fault: each would wait for its turn
                 for queued in batch:
                     await self._commit([queued])
                 return
-            outcomes = [self._write_failure(outcomes)]
+            outcomes = [self._write_failure(outcomes)] * len(batch)
         loop = asyncio.get_running_loop()
         for queued, outcome in zip(batch, outcomes, strict=True):
             loop.call_soon(self._resolve, queued.future, outcome)
