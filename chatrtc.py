@@ -7243,12 +7243,20 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def is_older(path: Path) -> bool:
+    """Return whether a database has an older format. Raises StartError."""
+    return 0 < int.from_bytes(read_sqlite_header(path)[60:64], "big") < SCHEMA_FORMAT  # the user_version
+
+
 def migrate_file(path: Path) -> None:
     """Migrate a database to the newest format if it has an older one. Raises StartError."""
-    header = read_sqlite_header(path)
-    if 0 < int.from_bytes(header[60:64], "big") < SCHEMA_FORMAT:  # the user_version
-        with locked(path), contextlib.closing(prepare(path)) as db:
-            index_all(db)
+    try:
+        if is_older(path):
+            with locked(path), contextlib.closing(prepare(path)) as db:
+                index_all(db)
+    except StartError:
+        if is_older(path):  # otherwise another server has just migrated it
+            raise
 
 
 @main.command()
