@@ -7287,8 +7287,8 @@ def open_reader(database: str, *, any_format: bool = False) -> Iterator[sqlite3.
     if not path.is_file():
         raise StartError(f"There is no database {path}")
     read_sqlite_header(path)
-    with contextlib.closing(FileLock(path)) as lock:
-        if lock.acquire():
+    with contextlib.closing(Turn(path)) as turn, contextlib.closing(FileLock(path)) as lock:
+        if turn.try_acquire() and lock.acquire():  # in the turn, so that a server that starts now waits for the lock
             check_openable(path)
     with snapshot(path) as db:
         if not any_format:
