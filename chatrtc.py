@@ -1963,7 +1963,7 @@ class Store:
         self._reserve = reserve  # bytes; if less disk space is free, only jobs that free space may write
         self._disk_checked_at = self._failure_logged_at = -math.inf
         self._disk_full = self._reopen_writer = self._is_open = False
-        self._files: list[tuple[int, int]] = []  # the opened files (see `_identify`)
+        self.files: list[tuple[int, int]] = []  # the opened files: the database and its -wal (see `_identify`)
         self._wal = sibling_path(path, "-wal")  # stored, because each commit checks it
         self._publish = publish
         self._queue: deque[QueuedJob] = deque()
@@ -1974,20 +1974,19 @@ class Store:
         self._writer: aiosqlite.Connection | None = None
         self._inline_reader: sqlite3.Connection | None = None  # used on the event loop
         self._committer: asyncio.Task[None] | None = None
-        self._wrote_at = 0.0  # time of the last call of `write` for a fast job
+        self._wrote_at = 0.0  # time of the last call of `write` for a fast job, or of news from another process
 
     def _lock_database(self) -> bool:
         """Acquire the lock and return whether no other server has the database open. Raises StartError if one must not."""
-        if self._lock.acquire():
-            if self._shared:
-                self._lock.release()
-                self._lock.acquire(shared=True)
+        alone = self._lock.acquire()
+        if alone and not self._shared:
             return True
+        self._lock.release()
         if not self._lock.acquire(shared=True):
             raise StartError(f"{self.path} is in use by another ChatRTC" + (" without --redis: stop it first" * self._shared))
         if not self._shared:
             raise StartError(f"{self.path} is in use by servers that share it: start this one with --redis too")
-        return False
+        return alone
 
     def _open_writer(self, set_up: Callable[[sqlite3.Connection, bool], None]) -> sqlite3.Connection:
         """Lock the database and open the connection that writes. Raises StartError."""
@@ -2014,7 +2013,7 @@ class Store:
                 self._readers.append(await aiosqlite.Connection(functools.partial(connect_reader, self.path), 64))
             self._idle = self._readers[1:]
             self._inline_reader = connect_reader(self.path)
-            self._files = self._identify()
+            self.files = self._identify()
             self._read_id = self._applied_id = self.read_inline(load_log_end)
         except BaseException:
             await self.close()
@@ -2127,7 +2126,7 @@ class Store:
 
     def _require_files(self) -> None:
         """Raise StartError if the opened files were moved or replaced: everything written to them would be lost."""
-        if self._identify() != self._files:
+        if self._identify() != self.files:
             raise StartError("the database file was moved or replaced; restart the server")
 
     async def _commit_jobs(self) -> None:
@@ -2251,6 +2250,8 @@ class Store:
             rows, end = [], self._read_id
         end = end if before is None else before
         rows = [row for row in rows if row[0] <= end]
+        if rows:
+            self._wrote_at = loop.time()
         if end > self._read_id and (not rows or rows[0][0] != self._read_id + 1):
             loop.call_soon(self._lose, end)
             self._read_id = end
@@ -5738,7 +5739,8 @@ class Bus:
         self._expected_errors = (library.RedisError, OSError, TimeoutError, ChatError)
         self._hub, self._log, self._loop = hub, hub.sio.eio.client_log, asyncio.get_running_loop()
         self._instance = f"{hub.settings.process}-{secrets.token_hex(4)}"
-        self._channel = f"chatrtc:{hub.signer.address_digest(0, 'redis').hex()}"  # of the processes that have the same secret
+        # Only processes that have the same database file and the same secret know the channel.
+        self._channel = f"chatrtc:{hub.signer.address_digest(0, f'redis {hub.store.files[:1]}').hex()}"
         self._queue, self._queued = deque[BusMessage](maxlen=BUS_QUEUE_LENGTH), asyncio.Event()
         self._number = 0  # of the last message said
         self._wake_is_queued = self._hello_is_due = self._stopping = False

@@ -10505,10 +10505,13 @@ async def test_session_ids_begin_with_the_name_of_the_process(pair: list[World])
             assert socket.client.eio.sid.startswith(f"{name}-")
 
 
-async def test_chats_on_one_redis_do_not_hear_each_other(make_world: MakeWorld, redis_server: Redis, tmp_path: Path) -> None:
-    """Control: a third server, which has the database of the second, hears it."""
+@pytest.mark.parametrize("secret", [None, SECRET])
+async def test_chats_on_one_redis_do_not_hear_each_other(
+    make_world: MakeWorld, redis_server: Redis, tmp_path: Path, secret: str | None
+) -> None:
+    """Not even if they have the same secret. Control: a third server, which has the database of the second, hears it."""
     one, two, third = [
-        await join_redis(make_world, redis_server, name, database=str(tmp_path / database))
+        await join_redis(make_world, redis_server, name, database=str(tmp_path / database), secret=secret)
         for name, database in (("one", "one.db"), ("two", "two.db"), ("three", "two.db"))
     ]
     for world in (one, two):
@@ -11227,6 +11230,110 @@ async def test_listeners_of_a_program_run_once(group: Group, make_world: MakeWor
         await socket.receive("message:new", content="on two")
     await until(lambda: len(received) >= 2)
     assert sorted(received) == [("one", "on one"), ("two", "on two")]
+
+
+async def test_a_server_that_gets_no_turn_refuses_all_waiting_calls_together(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them would wait for a turn of its own otherwise, and the calls behind them for all of these."""
+    monkeypatch.setattr(chatrtc, "TURN_SECONDS", 0.3)
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    body = {"channel_id": place.channel_id, "content": "hello"}
+    with contextlib.closing(chatrtc.Turn(tmp_path / "chat.db")) as turn:
+        await until(turn.try_acquire)
+        began = time.monotonic()
+        replies = await asyncio.gather(*(ana.call("POST", "/messages", body) for _ in range(30)))
+        assert time.monotonic() - began < 4
+    assert {(reply.status, reply.body["reason"]) for reply in replies} == {(503, "DATABASE_DOWN")}
+    await ana.post(place.channel_id)
+
+
+async def test_servers_and_commands_that_start_together_wait_for_each_other(
+    make_world: MakeWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that checks the file has it alone. A server that starts meanwhile waits instead of being refused."""
+    path, checking, end, check = tmp_path / "chat.db", threading.Event(), threading.Event(), chatrtc.check_openable
+    chatrtc.prepare(path).close()
+
+    def slow_check(path: Path) -> int:
+        checking.set()
+        assert end.wait(PATIENCE)
+        return check(path)
+
+    def read() -> None:
+        with chatrtc.open_reader(str(path)):
+            pass
+
+    monkeypatch.setattr(chatrtc, "check_openable", slow_check)
+    command = asyncio.create_task(asyncio.to_thread(read))
+    await until(checking.is_set)
+    asyncio.get_running_loop().call_later(0.3, end.set)
+    world = await make_world()
+    assert (await world.call("GET", "/healthz")).status == 200
+    await command
+
+
+async def test_one_of_several_servers_migrates(tmp_path: Path) -> None:
+    """A server that waited while another one migrated the database, and opened it, just goes on."""
+    path = released_database(tmp_path / "chat.db", 1)
+    with contextlib.closing(chatrtc.Turn(path)) as turn, contextlib.closing(chatrtc.FileLock(path)) as lock:
+        turn.acquire()
+        second = asyncio.create_task(asyncio.to_thread(chatrtc.migrate_file, path))
+        await asyncio.sleep(0.2)  # it waits for its turn
+        chatrtc.prepare(path).close()
+        assert lock.acquire(shared=True)
+        turn.release()
+        await second
+        path = released_database(tmp_path / "other.db", 1)
+    with contextlib.closing(chatrtc.FileLock(path)) as lock:
+        assert lock.acquire(shared=True)
+        with pytest.raises(chatrtc.StartError, match="in use"):
+            chatrtc.migrate_file(path)
+
+
+async def test_the_log_forgets_deleted_texts(
+    make_world: MakeWorld, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the rows have been deleted, the files do not contain them either, although nobody writes any more."""
+    monkeypatch.setattr(chatrtc, "LOG_SECONDS", 3.0)
+    (tmp_path / "data").mkdir()
+    world = await make_world(redis=redis_server.url, database=str(tmp_path / "data" / "chat.db"))
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    gone, changed = [await ana.post(place.channel_id, text) for text in ("zirkonium", "quetzal")]
+    await ana.ok("DELETE", f"/messages/{gone['message_id']}")
+    await ana.ok("PATCH", f"/messages/{changed['message_id']}", {"content": "better"})
+    stored = functools.partial(database_bytes, tmp_path / "data")
+    await until(lambda: not world.chat.hub.store.read_inline(chatrtc.has_stale_texts))
+    assert b"zirkonium" in stored() and b"quetzal" in stored()  # in the log
+    await until(lambda: b"zirkonium" not in stored() and b"quetzal" not in stored())
+
+
+async def test_maintenance_waits_while_another_server_writes(split: Split) -> None:
+    store = split.ben.world.chat.hub.store
+    await until(lambda: not store.is_busy())
+    await split.ana.post(split.place.channel_id)
+    await split.ben_socket.receive("message:new")
+    assert store.is_busy()
+
+
+async def test_a_server_that_has_missed_events_knows_who_is_invisible(group: Group) -> None:
+    await group.start("a", "b", prefix=patched("chatrtc.LOG_ROWS = 16"))
+    ana, ben = await group.worlds["a"].people("ana", "ben")
+    place = await group.worlds["a"].place(ana, ben)
+    await ana.socket(place.server_id)
+    looking = await group.on("b", ben).socket(place.server_id)
+    await group.connected(ben, place.server_id, {ana.user_id, ben.user_id})
+    await group.freeze("b")
+    await ana.ok("PATCH", "/users/me", {"status": "invisible"})
+    for number in range(20):
+        await ana.post(place.channel_id, f"message {number}")
+    group.thaw("b")
+    await asyncio.wait_for(looking.closed.wait(), PATIENCE)
+    again = await group.on("b", ben).socket()
+    assert (await again.ok("join_server", {"server_id": place.server_id}))["connected_users"] == [ben.user_id]
+    await group.stop_well()
 
 
 async def test_servers_that_cannot_share_a_database_are_refused(
