@@ -1675,7 +1675,7 @@ class Turn:
             for lock in (self._next, self._turn):
                 while not lock.acquire():
                     if time.monotonic() > deadline:
-                        raise StartError(f"{lock.database} is in use by another program, which does not let others write")
+                        raise StartError("Another program uses the database and does not let others write")  # sent to clients
                     time.sleep(TURN_POLL_SECONDS)
         finally:
             self._next.release()
@@ -1773,11 +1773,8 @@ CHECKPOINT_IDLE_SECONDS = 0.3  # maintenance runs after this time without writes
 DISK_CHECK_SECONDS = 1.0  # time between two checks of the free disk space
 FAILURE_LOG_SECONDS = 60  # time between two log lines about failed writes
 CALL_TIMEOUT = 8.0  # seconds for any call; shorter than the ping timeout
-LOG_ROWS, LOG_BYTES, LOG_SECONDS = (
-    4096,
-    32 << 20,
-    60.0,
-)  # limits of the log; a process that is further behind reconnects its clients
+# Limits of the log. A process that is further behind reconnects its clients.
+LOG_ROWS, LOG_BYTES, LOG_SECONDS = 4096, 32 << 20, 60.0
 LOG_STEP = 256  # rows that are read at a time
 LOG_POLL_SECONDS = 0.25  # between two looks at the log, if nobody says that there is news
 SETTLE_SECONDS = 0.001  # between two looks whether everything is applied

@@ -11246,6 +11246,7 @@ async def test_a_server_that_gets_no_turn_refuses_all_waiting_calls_together(
         replies = await asyncio.gather(*(ana.call("POST", "/messages", body) for _ in range(30)))
         assert time.monotonic() - began < 4
     assert {(reply.status, reply.body["reason"]) for reply in replies} == {(503, "DATABASE_DOWN")}
+    assert "does not let others write" in replies[0].body["error"] and str(tmp_path) not in replies[0].body["error"]
     await ana.post(place.channel_id)
 
 
