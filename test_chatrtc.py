@@ -12025,6 +12025,34 @@ def worst_texts() -> list[str]:
     return texts
 
 
+# What else a browser may be slow at: marks, joiners, directions, fonts, lines, and each kind of block and element.
+NEIGHBOURS = [
+    "\u0483", "\u0591", "\u064b", "\u0951", "\u0e48", "\u20dd", "\u3099", "\U0001d165", "\u0316\u0301", "\u0301\u034f",
+    "\u0301\u200d", "\u0301\u00ad", "\u0301\ufe0f", "a" + "\u0301" * 30, "a" + "\u0316\u0301" * 15, "*a*\u0301",
+    "q\u0301", "क्", "र्क", "कि", "\u093f", "\u0f40\u0f90", "\u0f90", "\u1100", "\u1161", "\u1100\u1161\u11a8",
+    "\u1780\u17d2", "\u1000\u1039", "ක්\u200dර", "กำ", "محمد ", "لا", "ﷺ", "שָׁלוֹם ", "\u200d", "\u200c", "👩\u200d",
+    "❤\ufe0f\u200d", "\ufe0f", "\U000e0100", "田\U000e0100", "\U000e0061", "🇫", "👍🏽", "🏽", "1\ufe0f\u20e3", "\u202e",
+    "\u202d\u202ea", "\u2067a", "\u2066a\u2067ب", "\u202ea\u202c", "aب", "1ب", "(ب[a", "a\u00ad", "\u200b", "a\u200b",
+    "\u2028a", "\t", " ", "\u00a0", "a\n", "a\n\n", " \n", "ب\n", "😂\n", "aب田क\n", "- a\n", "- ب\n", "1. a\n",
+    "00) ب\n", "- a\n1. a\n", "- a\n  1. a\n", "- a\n\n", "- a\nb\n", "- a\n  b\n", "- `a`\n", "- > a\n",
+    "".join("  " * depth + "- a\n" for depth in range(12)), "> a\n", "> a\n\n", "> > > > a\n", "> a\nb\n", "> - a\n\n",
+    "> ```a```\n", "```a```\n", "```a```\nb\n", "```\na\n```\n", "~~a. \n```a. \n", "`a` ", "`a`\n", "***a*** ",
+    "~~a~~\n", "*a **b ~~c ", "@Maya ", "@Maya\n", "https://a.example ", "www.a.example\n", "a@b.cd ",
+    "[a.example](https://b.example) ", "https://a:b@c.example ", "https://ä.example ",
+    "| [a](https://b.example) | [c](https://d.example) |\n", "[*a* ~~b~~ `c`](https://b.example) ", "W", "fi", "a-",
+    "a/", "aعक田", "a\u03b1\u0431אعक田กᄀ", "a\U0001d4b3", "\ue000", "\u0378",
+]  # fmt: skip
+
+
+def neighbour_texts() -> list[str]:
+    """Each neighbour repeated, neighbours and pieces mixed, and characters that all differ, so that each needs a font."""
+    pick, parts = Random(11), [part for part in NEIGHBOURS + PIECES if len(part) < 20]
+    mixed = ["".join(pick.choices(parts, k=pick.randint(2, 6))) * 2000 for _ in range(60)]
+    mixed += ["".join(pick.choices(parts, k=4000)) for _ in range(20)]
+    distinct = ["".join(map(chr, range(first, first + 4000))) for first in (0x4E00, 0xAC00, 0xE000, 0x10000, 0x20000)]
+    return [text[:3999] + "x" for text in [unit * 4000 for unit in NEIGHBOURS] + mixed + distinct]
+
+
 LETTERS = """(id) => {
     const said = document.querySelector(`#log .row[data-id="${id}"] .said`).cloneNode(true);
     for (const node of said.querySelectorAll("button, bdi")) node.remove();
@@ -12049,12 +12077,58 @@ async def test_no_text_blocks_the_page_or_loses_letters(api: World, tab: Any) ->
                 assert await maya.evaluate(LETTERS, message_id) == letters, text[:80]
 
 
+async def test_a_letter_shows_at_most_thirty_marks(api: World, tab: Any) -> None:
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    maya = await tab(maya_api)
+    few, many = "a" + "\u0316" * 30, "a" + "\u0316" * 31
+    intact = [
+        "👩🏽\u200d❤\ufe0f\u200d💋\u200d👨🏽",
+        "🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f",
+        "क्षत्रिय",
+        "שָׁלוֹם",
+        "مُحَمَّدٌ",
+        "น้ำ",
+        few,
+    ]
+    shown = await rendered(maya, maya_api, channel_id, [f"so {text}" for text in intact])
+    assert shown == [f"<p>so {text}</p>" for text in intact]
+    typed = f"{many}\u200d\u0316x **{many}** `{many}` https://a.example/{many} {many * 100}"
+    assert len(typed) < 4000
+    (one,) = await rendered(maya, maya_api, channel_id, [typed])
+    link = f"<a https://a.example/{many}>https://a.example/{few}</a>"  # the link leads to the whole address
+    assert one == f"<p>{few}x <strong>{few}</strong> <code>{few}</code> {link} {few * 100}</p>"
+    await maya.tool("https", "reply")
+    await maya.write("so it is")
+    quote = (await maya.sees("so it is")).locator(".quote")
+    await expect(quote).to_contain_text(f"{few}x {few} {few}")
+    await expect(quote).not_to_contain_text(many)
+    await maya.tool("https", "edit")
+    await expect(maya.locator("#text")).to_have_value(typed)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["- a\n", "- a\n\n", "1. a\n- a\n", "a\n\n", "> a\n\n", "> > > a\nb\n", "```a```\nb\n", "*a* ", "***a***\n", "`a` ",
+     "www.a.example ", "[a.example](https://b.example)\n", "@Jonas ", "https://a.example/(\n- \n  1. )", "~~a. \n```a. \n"],
+)  # fmt: skip
+async def test_after_200_elements_a_message_is_plain_text(api: World, tab: Any, unit: str) -> None:
+    (maya_api, _), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    maya = await tab(maya_api)
+    text = (unit * 4000)[:3990] + "\nthe\n\n*end*"
+    said = (await maya_api.post(channel_id, text))["message_id"]
+    row = maya.locator(f'#log .row[data-id="{said}"]')
+    await expect(row).to_have_count(1)
+    assert (await row.locator(".said").inner_text()).endswith("\nthe\n\n*end*")
+    assert 150 <= await row.locator(".said *").count() <= 210
+    assert await maya.evaluate(LETTERS, said) == "".join(filter(str.isalpha, text))
+
+
 @pytest.mark.soak
 async def test_every_text_renders_within_fifty_milliseconds(api: World, tab: Any) -> None:
     """Measure the CPU time of the page's thread for one message: script, style and layout."""
     maya_api = await api.person("Maya")
     costs: list[tuple[float, str]] = []
-    for number, text in enumerate(worst_texts()):
+    for number, text in enumerate(worst_texts() + neighbour_texts()):
         if number % 20 == 0:
             _, channel_id = await api.place(maya_api, name=f"Class {number}")
             maya = await tab(maya_api)
