@@ -1335,7 +1335,7 @@ SCHEMA_FORMAT = len(MIGRATIONS) + 1
 MAX_FULL_CHECK_BYTES = 64 * 1024 * 1024  # largest file whose indexes are compared with its tables at startup (about 1 s)
 SQLITE_MAGIC = b"SQLite format 3\0"
 BACKUP_MODE = b"\1"  # header[18:19] of a backup; a database in use is in WAL mode (2), from the beginning
-TURN_SECONDS = 10.0  # for which a writer waits for its turn
+TURN_SECONDS = 10.0  # for which a command, or a server that starts or stops, waits for its turn
 TURN_POLL_SECONDS = 0.0002
 PRAGMAS = dict(
     journal_mode="wal", synchronous=2, fullfsync=1, foreign_keys=1, trusted_schema=0, cell_size_check=1, secure_delete=1
@@ -1668,9 +1668,9 @@ class Turn:
         finally:
             self._next.release()
 
-    def acquire(self) -> None:
-        """Wait for the turn. Raises StartError if another process does not end its turn within TURN_SECONDS."""
-        deadline = time.monotonic() + TURN_SECONDS
+    def acquire(self, seconds: float | None = None) -> None:
+        """Wait for the turn. Raises StartError if other processes do not end theirs within that time (else TURN_SECONDS)."""
+        deadline = time.monotonic() + (TURN_SECONDS if seconds is None else seconds)
         try:
             for lock in (self._next, self._turn):
                 while not lock.acquire():
@@ -1777,6 +1777,7 @@ CALL_TIMEOUT = 8.0  # seconds for any call; shorter than the ping timeout
 LOG_ROWS, LOG_BYTES, LOG_SECONDS = 4096, 32 << 20, 60.0
 LOG_STEP = 256  # rows that are read at a time
 LOG_POLL_SECONDS = 0.25  # between two looks at the log, if nobody says that there is news
+JOB_TURN_SECONDS = 3.5  # for which jobs wait for their turn: two such waits, one after the other, fit into CALL_TIMEOUT
 SETTLE_SECONDS = 0.001  # between two looks whether everything is applied
 TRIM_EVERY = 16  # rows, or after a row of BIG_ROW_BYTES, the log is trimmed
 BIG_ROW_BYTES = 64 << 10
@@ -2172,7 +2173,7 @@ class Store:
         """Run the jobs and commit, in this process's turn. Then schedule the effects of earlier commits of other processes."""
         assert self._writer is not None
         if not self._turn.try_acquire():
-            await on_thread(self._writer, lambda db: self._turn.acquire())
+            await on_thread(self._writer, lambda db: self._turn.acquire(JOB_TURN_SECONDS))
         self._committing = True  # our own row must not be taken for another process's
         try:
             outcomes, own_id, end = await self._run_jobs(batch)

@@ -11236,7 +11236,7 @@ async def test_a_server_that_gets_no_turn_refuses_all_waiting_calls_together(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of them would wait for a turn of its own otherwise, and the calls behind them for all of these."""
-    monkeypatch.setattr(chatrtc, "TURN_SECONDS", 0.3)
+    monkeypatch.setattr(chatrtc, "JOB_TURN_SECONDS", 1)
     ana = await world.person("ana")
     place = await world.place(ana)
     body = {"channel_id": place.channel_id, "content": "hello"}
@@ -11244,7 +11244,7 @@ async def test_a_server_that_gets_no_turn_refuses_all_waiting_calls_together(
         await until(turn.try_acquire)
         began = time.monotonic()
         replies = await asyncio.gather(*(ana.call("POST", "/messages", body) for _ in range(30)))
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 15  # not 30
     assert {(reply.status, reply.body["reason"]) for reply in replies} == {(503, "DATABASE_DOWN")}
     assert "does not let others write" in replies[0].body["error"] and str(tmp_path) not in replies[0].body["error"]
     await ana.post(place.channel_id)
