@@ -12097,11 +12097,11 @@ async def test_a_letter_shows_at_most_thirty_marks(api: World, tab: Any) -> None
     ]
     shown = await rendered(maya, maya_api, channel_id, [f"so {text}" for text in intact])
     assert shown == [f"<p>so {text}</p>" for text in intact]
-    typed = f"{many}\u200d\u0316x **{many}** `{many}` https://a.example/{many} {many * 100}"
+    typed = f"{many}\u200d\u0316x **{many}** `{many}` https://a.example/{many} {' '.join([many] * 100)}"
     assert len(typed) < 4000
     (one,) = await rendered(maya, maya_api, channel_id, [typed])
     link = f"<a https://a.example/{many}>https://a.example/{few}</a>"  # the link leads to the whole address
-    assert one == f"<p>{few}x <strong>{few}</strong> <code>{few}</code> {link} {few * 100}</p>"
+    assert one == f"<p>{few}x <strong>{few}</strong> <code>{few}</code> {link} {' '.join([few] * 100)}</p>"
     await maya.tool("https", "reply")
     await maya.write("so it is")
     quote = (await maya.sees("so it is")).locator(".quote")
@@ -12119,12 +12119,12 @@ async def test_a_letter_shows_at_most_thirty_marks(api: World, tab: Any) -> None
 async def test_after_200_elements_a_message_is_plain_text(api: World, tab: Any, unit: str) -> None:
     (maya_api, _), (_, channel_id) = await create_class(api, "Maya", "Jonas")
     maya = await tab(maya_api)
-    text = (unit * 4000)[:3990] + "\nthe\n\n*end*"
+    text = (unit * 4000)[:3980] + "\nthe\n\n*end*"
     said = (await maya_api.post(channel_id, text))["message_id"]
     row = maya.locator(f'#log .row[data-id="{said}"]')
     await expect(row).to_have_count(1)
     assert (await row.locator(".said").inner_text()).endswith("\nthe\n\n*end*")
-    assert 150 <= await row.locator(".said *").count() <= 210
+    assert 60 <= await row.locator(".said *").count() <= 210
     assert await maya.evaluate(LETTERS, said) == "".join(filter(str.isalpha, text))
 
 
