@@ -7601,6 +7601,7 @@ async def test_the_server_runs_without_what_windows_lacks(tmp_path: Path, window
     assert (await run_ok("check", *database, env=windows)) == "sound: 3 users, 2 servers, 1 messages\n"
 
 
+@pytest.mark.soak
 async def test_the_portable_tests_pass_without_what_windows_lacks(windows: dict[str, str]) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "portable",
