@@ -1178,8 +1178,7 @@ class Revoke(NamedTuple):  # the user's tokens, or only the one with this digest
 
 class SetStatus(NamedTuple):
     user: Identity
-    before: Status
-    after: Status
+    status: Status
     server_ids: list[int]
 
 
@@ -1653,7 +1652,7 @@ class Turn:
     """The right to write to a database, which its writers take in turn: they commit, checkpoint and close only in their turn.
 
     Two locks make it fair: a writer waits for its turn holding the lock `next`, so a writer that has just had its turn cannot
-    overtake it. With one lock, three busy writers had shares of 2, 28 and 70 %; with two, 33 % each.
+    overtake it.
     """
 
     def __init__(self, database: Path) -> None:
@@ -3682,7 +3681,7 @@ def update_in_servers(db: sqlite3.Connection, user_id: int) -> list[Effect]:
 @write("PATCH /users/me", Access.USER, limit="post", emits=["member:updated", *STATUS_EVENTS])
 def update_profile(ctx: OperationContext, args: EditProfile) -> Result[Profile]:
     """Change your status or display name; a `name` of `null` removes it."""
-    before, user_id, effects = load_profile(ctx.db, ctx.user.user_id), ctx.user.user_id, list[Effect]()
+    user_id, effects = ctx.user.user_id, list[Effect]()
     name = ctx.user.name if args.name is UNSET else None if args.name == ctx.user.username else args.name
     if name != ctx.user.name:
         ctx.user = ctx.user._replace(name=name)
@@ -3691,7 +3690,7 @@ def update_profile(ctx: OperationContext, args: EditProfile) -> Result[Profile]:
     if args.status is not UNSET:
         update_status(ctx.db, user_id, args.status)
         identity = Identity(user_id, ctx.user.username, name=name)
-        effects.append(SetStatus(identity, before.status, args.status, load_server_ids(ctx.db, user_id)))
+        effects.append(SetStatus(identity, args.status, load_server_ids(ctx.db, user_id)))
     return Result(load_profile(ctx.db, user_id), effects)
 
 
@@ -5533,12 +5532,12 @@ class Hub:
         for connection in self.connections_of(user_id):
             connection.user = connection.user._replace(name=name)
 
-    def emit_status(self, user: Identity, before: Status, after: Status, server_ids: list[int]) -> None:
+    def emit_status(self, user: Identity, status: Status, server_ids: list[int]) -> None:
         """Emit a new status. Others see an invisible user as disconnected; only the user's own sockets receive that status."""
         user_id, username, name = user.user_id, user.username, user.name
         self.forget_tokens(user_id)
-        payload, was_invisible = StatusChanged(user_id, username, after, name=name), user_id in self.presence.invisible
-        if after == "invisible":
+        payload, was_invisible = StatusChanged(user_id, username, status, name=name), user_id in self.presence.invisible
+        if status == "invisible":
             for key in [key for key in self.typing_tracker if key[1] == user_id]:
                 self.stop_typing(*key)  # while others can still see it
             self.presence.invisible.add(user_id)
@@ -5547,7 +5546,7 @@ class Hub:
             self.presence.invisible.discard(user_id)
             for server_id in server_ids:
                 self.emit("user:status", server_id, payload)
-        if was_invisible != (after == "invisible"):
+        if was_invisible != (status == "invisible"):
             event = "user:connected" if was_invisible else "user:disconnected"
             for server_id in self.presence.servers(user_id):
                 self.emit(event, server_id, ServerUser(server_id, user_id, username, name=name))
@@ -6793,8 +6792,10 @@ async def erase_texts(hub: Hub) -> None:
 
 
 async def run_maintenance(hub: Hub) -> None:
-    """Delete purged messages, index new ones and erase deleted texts, in short steps that stop while clients write. Even then,
-    one step of each deletion runs, and the index stays within SEARCH_LAG messages of the newest."""
+    """Trim the log, delete purged messages, index new ones and erase deleted texts, in short steps that stop while clients
+    write. Even then, one step of each deletion runs, and the index stays within SEARCH_LAG messages of the newest."""
+    if hub.store.read_inline(has_old_log, time.time()):
+        await hub.store.write(lambda db: trim_log(db, time.time()), frees_space=True)
     for pending, step in ((load_pending_purge, purge_next_messages), (load_deleted_channel, purge_deleted_channel)):
         while hub.store.read_inline(pending):
             await hub.store.write(step, slow=True, frees_space=True)
@@ -6813,8 +6814,6 @@ async def maintenance_loop(hub: Hub) -> None:
         hub.sio.eio.client_log.flush()
         if turn % TOKEN_PURGE_INTERVAL == 0:
             await result_or_error(hub.store.write(lambda db: Result(delete_expired_tokens(db, time.time())), frees_space=True))
-        if hub.store.read_inline(has_old_log, time.time()):
-            await result_or_error(hub.store.write(lambda db: trim_log(db, time.time()), frees_space=True))
         await result_or_error(run_maintenance(hub))
         await asyncio.sleep(MAINTENANCE_INTERVAL)
 
