@@ -1294,7 +1294,7 @@ def table_of_figures(bench: Bench) -> list[str]:
     cells = [delivery_faults(bench, name) for name in servers]
     if any(cells):
         lines.append("| lost, doubled or out of order | " + " | ".join(cells) + " |")
-    return lines
+    return [*lines, ""] if len(lines) > 2 else []
 
 
 PROCESSES = {0: "1 without `--redis`", 1: "1 with `--redis`", 2: "2 with `--redis`", 3: "3 with `--redis`"}
@@ -1375,9 +1375,8 @@ def report(bench: Bench, started: float) -> str:
         f"`python {command}`, {time.strftime('%Y-%m-%d', time.gmtime())}, {minutes:.0f} minutes; the server on one core, "
         f"medians of {runs} run{'s' * (runs > 1)} in turns, {CONTENT}-byte messages, {WINDOW} outstanding."
     )
-    tables = [*table_of_figures(bench), ""] if len(table_of_figures(bench)) > 2 else []
     tail = f"Machine: {describe_machine(bench.directory)}."
-    return "\n".join([head, "", *tables, *table_of_processes(bench), *table_of_targets(bench), "", tail])
+    return "\n".join([head, "", *table_of_figures(bench), *table_of_processes(bench), *table_of_targets(bench), "", tail])
 
 
 # ---- Command line ------------------------------------------------------
