@@ -10182,14 +10182,15 @@ class Redis:
         with redis.Redis.from_url(self.url, socket_timeout=PATIENCE) as client:
             return client.execute_command(*command)
 
+    @functools.cached_property  # while the servers reconnect, Redis does not know it
     def channel(self) -> bytes:
-        """Return the name of the channel that the servers use."""
+        """The name of the channel that the servers use."""
         (name,) = self.ask("PUBSUB", "CHANNELS", "*")
         return bytes(name)
 
     def tell(self, packet: Any) -> None:
         """Publish a packet to the servers."""
-        self.ask("PUBLISH", self.channel(), json.dumps(packet))
+        self.ask("PUBLISH", self.channel, json.dumps(packet))
 
     async def kill(self) -> None:
         self.process.kill()
@@ -10411,7 +10412,7 @@ async def test_messages_of_a_hostile_redis_change_nothing(split: Split, redis_se
     assert (server_id, split.ben.user_id, dee.user_id) == (1, 2, 3)
     voice = await split.ana.channel(server_id, "talk", "voice")
     before = hub.presence.users_of(), hub.presence.visible(server_id), len(hub.limiter._tables["login"])
-    channel = redis_server.channel()
+    channel = redis_server.channel
     for number, entry in enumerate(HOSTILE_ENTRIES.values()):
         redis_server.tell(["liar", number + 1, [entry]])
     for packet in HOSTILE_PACKETS:
@@ -11064,7 +11065,7 @@ async def test_garbage_in_redis_is_ignored(group: Group, tries: int) -> None:
     ana, ben = await group.worlds["a"].people("ana", "ben")
     place = await group.worlds["a"].place(ana, ben)
     looking = await group.on("b", ben).socket(place.server_id)
-    channel, seen = group.redis.channel(), list[bytes]()
+    channel, seen = group.redis.channel, list[bytes]()
     ask: Any = functools.partial(asyncio.to_thread, group.redis.ask)  # the health checks go on meanwhile
     for _ in range(tries):
         with redis.Redis(port=group.redis.port) as client, client.pubsub(ignore_subscribe_messages=True) as bus:
