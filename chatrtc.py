@@ -1329,6 +1329,26 @@ MIGRATIONS = (
         effects BLOB NOT NULL) STRICT;
     CREATE TABLE secret_check (digest BLOB NOT NULL) STRICT;
     """,
+    """
+    ALTER TABLE servers ADD COLUMN kind TEXT NOT NULL DEFAULT 'server' CHECK (kind IN ('server', 'direct'));
+    ALTER TABLE servers ADD COLUMN pair TEXT;
+    ALTER TABLE servers ADD COLUMN started_by INTEGER REFERENCES users;
+    CREATE UNIQUE INDEX one_conversation ON servers (pair) WHERE pair IS NOT NULL;
+    CREATE INDEX servers_by_starter ON servers (started_by) WHERE started_by IS NOT NULL;
+    CREATE TABLE files (
+        file_id INTEGER PRIMARY KEY AUTOINCREMENT, channel_id INTEGER REFERENCES channels ON DELETE SET NULL,
+        uploader_id INTEGER NOT NULL REFERENCES users, uploaded_at REAL NOT NULL, name TEXT NOT NULL, type TEXT NOT NULL,
+        size INTEGER NOT NULL, width INTEGER, height INTEGER, alt TEXT, digest BLOB,
+        message_id INTEGER REFERENCES messages ON DELETE SET NULL, place INTEGER NOT NULL DEFAULT 0) STRICT;
+    CREATE INDEX files_by_message ON files (message_id) WHERE message_id IS NOT NULL;
+    CREATE INDEX files_unattached ON files (uploader_id) WHERE message_id IS NULL;
+    CREATE INDEX files_by_channel ON files (channel_id);
+    CREATE TABLE pieces (
+        file_id INTEGER NOT NULL REFERENCES files, number INTEGER NOT NULL, data BLOB NOT NULL,
+        PRIMARY KEY (file_id, number)) STRICT;
+    CREATE TABLE stored (bytes INTEGER NOT NULL) STRICT;
+    INSERT INTO stored (bytes) VALUES (0);
+    """,
 )
 SCHEMA_FORMAT = len(MIGRATIONS) + 1
 MAX_FULL_CHECK_BYTES = 64 * 1024 * 1024  # largest file whose indexes are compared with its tables at startup (about 1 s)
@@ -3917,8 +3937,9 @@ def mention_events(ctx: OperationContext, message: Message, notified: Collection
 
 
 @write(
-    "POST /messages", Access.MEMBER, emits=["message:new", "channel:read", "mention", "typing_stop"], status=201, limit="post"
-)
+    "POST /messages", Access.MEMBER, event="message:send", emits=["message:new", "channel:read", "mention", "typing_stop"],
+    status=201, limit="post",
+)  # fmt: skip
 def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
     """Post a message, and mark the channel as read. If you posted with the same `nonce` in the channel before, that message is
     returned instead."""

@@ -33,8 +33,13 @@ CREATE TABLE servers (
     seq          INTEGER NOT NULL DEFAULT 0,       -- the last sequence number that was assigned
     channels_seq INTEGER NOT NULL DEFAULT 0,       -- that of the last change of its channels
     members_seq  INTEGER NOT NULL DEFAULT 0,       -- that of the last change of its members
-    name_seq     INTEGER NOT NULL DEFAULT 0        -- that of the last change of its name
+    name_seq     INTEGER NOT NULL DEFAULT 0,       -- that of the last change of its name
+    kind         TEXT NOT NULL DEFAULT 'server' CHECK (kind IN ('server', 'direct')),  -- direct: a private conversation
+    pair         TEXT,                             -- of a conversation of two: their ids, `lower-higher`; else NULL
+    started_by   INTEGER REFERENCES users          -- who started the conversation; NULL: not a conversation
 ) STRICT;
+CREATE UNIQUE INDEX one_conversation ON servers (pair) WHERE pair IS NOT NULL;
+CREATE INDEX servers_by_starter ON servers (started_by) WHERE started_by IS NOT NULL;
 
 CREATE TABLE members (
     server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
@@ -150,6 +155,40 @@ CREATE TABLE mentions (
     PRIMARY KEY (message_id, user_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX mentions_unread ON mentions (user_id, channel_id, message_id);
+
+-- Files. The bytes are in `pieces`. A file is complete once it has a digest, and belongs to one message from the post on. Files without
+-- a channel are deleted: their pieces are removed in small steps. So are files that belong to no message an hour after their upload.
+CREATE TABLE files (
+    file_id     INTEGER PRIMARY KEY AUTOINCREMENT,
+    channel_id  INTEGER REFERENCES channels ON DELETE SET NULL,
+    uploader_id INTEGER NOT NULL REFERENCES users,
+    uploaded_at REAL NOT NULL,                     -- Unix seconds
+    name        TEXT NOT NULL,
+    type        TEXT NOT NULL,                     -- media type, found from the content
+    size        INTEGER NOT NULL,                  -- bytes
+    width       INTEGER,                           -- of a picture or video, in pixels
+    height      INTEGER,
+    alt         TEXT,                              -- describes it to people who do not see it
+    digest      BLOB,                              -- SHA-256 of the bytes; NULL: still being uploaded
+    message_id  INTEGER REFERENCES messages ON DELETE SET NULL,
+    place       INTEGER NOT NULL DEFAULT 0         -- among the files of its message
+) STRICT;
+CREATE INDEX files_by_message ON files (message_id) WHERE message_id IS NOT NULL;
+CREATE INDEX files_unattached ON files (uploader_id) WHERE message_id IS NULL;
+CREATE INDEX files_by_channel ON files (channel_id);
+
+CREATE TABLE pieces (
+    file_id INTEGER NOT NULL REFERENCES files,
+    number  INTEGER NOT NULL,                      -- from 0
+    data    BLOB NOT NULL,                         -- 256 KiB; less in the last piece
+    PRIMARY KEY (file_id, number)
+) STRICT;
+
+-- One row: the bytes in `pieces`.
+CREATE TABLE stored (
+    bytes INTEGER NOT NULL
+) STRICT;
+INSERT INTO stored (bytes) VALUES (0);
 
 -- Read marks: the newest message that a user has read in a channel.
 CREATE TABLE reads (

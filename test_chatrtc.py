@@ -1864,6 +1864,24 @@ RELEASED = {
         b"jU7Lbwxhy%>AMHt?cqe=)x9hu`R@9`L`bgv=@ZU4gUQ(S?m#?!P!e7p>6JNC9`k)Q?bI(I<R5v-d$*xPYW|N`0)$nv#bHcPloC!N2JayfQ(&H?MD##s"
         b"cmWR=;9bBV>AZuQ=1t}jo>l|!S@`Eh5jov)gU%NnKbzr5B)TU>n+7w(VtjE?UmPtCRCs;qZ^uObiU"
     ),
+    4: (
+        b"c-qBS-*ehH5dK#*eF<dzkaVt{>-2aa#7#UU&@-lKpBP~aP%*O47D>3j{#KIZpE8(B=I$ZEiC3%L{k~m&;+s3Xdl(`d$07AGrx9Dw01eRf_4`l1ef<5?"
+        b"rw^ae$hC)_jlAK_*hc%5Bq{32PhsjzJp0ae(Kpw57`i{vSNkU#&b_HKfn^W&#IvL+!#jdJ`-g`nQ}~&W$Ho5_TXLwrL-UFA=iIhXjMMZvN&@-XLMg|5"
+        b"pVn+|?JvXm*h3c)3n?QPXmoFnzM@`c>`YKkzp~H;e#Qs!x!kAnld>n8(q%|4`h5%e3BjBM3(V`mt_dTFEKr_uBZ4an1tcWk;E0V5udqZtSa>bAFRIi>"
+        b"GtYHKUak5Gd5X3WABW#ez!1<iNjbV1PjAW)SctsDG$E<T1RRWuK(uEIJv!d~bnYQ{`sm!&HUem#6wvCaBh)6C+iRMVzm68u-(bc_m@ZBk?#ONl(Vn!E"
+        b"Y&&JNr7UQpm?}n2F=;9Zmc0N%1yFXMOE$%rCIxd7QH13o-`lmn*seVp*|V&v8knmtfCabq4-_%7@FONrQ8b)R3Y5f7ee`$_4%M#CERQ~Sr~G7VAd-a&"
+        b"DyeuX0@eP?p&Ps^zGMg(`I48hl(F6qw!XE;HuxD0XQSb*Z8au~X}K(zg_0<&(M=;G->BAqW(pV_>?jitDprZmuL#D1iJD?8WJxOkfyBXLl|;Lv+$pz4"
+        b"FRw(NQ~zZ5DU39q0VA<eR4Fg8cGb=jnQ>)J9*M?OmS=#n;?%HQMad4V{~t&jg@1KPRZ>gL{_9khVtQ3t{<LwEiEos@s;el09|c*{R1S<+S4PkIZu#!;"
+        b"i{N&uZDm5~(dH^0X^I+IuNSUnYR%MD&i)wW+w_~$RW(dj7dZ}PZX&h3SViO1$_a8}d-VK0gD0;%s<#Zfc!7fee5Ayr&5rC{j=y{`6V?c)M#XFs?V>9W"
+        b"<9)K0LCS{~Sz%&hHxlAK-$Y%L4{^$krY-7gjpH|&A$SF+u2F{oZy2Xx%e%Hwko)Tjf)-X{8mPyP`tD3vX0{I9Bn-{k-zdNudW(}6F3$3&i26#p^C+f%"
+        b"n{ETs?3gUqO$X3#1AGS^g%w@1$A4X?k{)hW+{B+8qt~(=L?b7RcbDZPprsc=`o!S@t{lavW)bs=R<=f}0z3&$J6wZu!{Qe7nmbh6nAb=yV)(7Jk%qRw"
+        b"!z!U%DzX+$dba_(GK;T#6X8<$uIy7Ho@mt*E>wvt4)TD?9Lm7ZF{)+lIvqgw#qFVm(k2?^0T_r#cF`|ty4QE)W@Vz4i!U9YEpm3i^S4Xxj69C?^pPab"
+        b"z7?qK7JDXcBZ?e4;ruu@)48r+Ry34jO?-BoX@(q+kE>$(@8dASLFZ~_=7B+in9dP?h#UV)>EFZv#WM}~rkG<JLf0E!{Eb6B^GdqNGI8lRg^JAM5c}lV"
+        b"Bx{*h5+5N-Gw;HAhFJ;Jtm(_~wch)c$34TGV}C<}lE)G}EiT*KL4X<XC3gi;>a2??@r|@IkwJO`#P{MFYQQqU9M^?wrPZ=cw2RhLKIKsY_2{AHft#)%"
+        b"#WH6yvt3VEO!HN8Q6GIDj^_|`@2cONxWSpC{0$U>l(zCai_;^?Fgm)9B$-@|1zE!FEJz7X{0)=@)Es#sEg_~HhaEeo0!!w+@NLBAyW@Ium@HMDw^;EM"
+        b"&1cT!4#Cq0d0Cd?sif!%K{b%NQhpUHrp*Ao+cPR|*B`H;2)pQsECP!CgmUVq=sog5Z>^(*0>>`Km+0XVO)k+Wx_E~gx65cP%F}5qKZAd6ysnw)3}@?V"
+        b"MSMuK(mSoqK|m;Sz?b;j+I_dV^dD1fV{Z"
+    ),
 }  # fmt: skip
 
 
