@@ -11648,6 +11648,7 @@ class Tab:
         self.page, self.url = page, url
         self.errors: list[str] = []
         self.ignored = ""  # a pattern of the errors that the test expects
+        self.post_answer: dict[str, Any] | None = None  # see intercept_posts; empty: there is no answer
         page.on("console", lambda message: self.add_error(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: self.add_error(f"{error} {error.stack}"))
 
@@ -11719,6 +11720,23 @@ class Tab:
         headers = {"Retry-After": str(more["retry_after"])} if "retry_after" in more else {}
         body = {"error": "Not today", "code": code, **more}
         await self.page.route(pattern, lambda route: route.fulfill(status=status, headers=headers, json=body))
+
+    async def intercept_posts(self) -> None:
+        """Answer the posts by sockets that the page opens from now on with `post_answer`, if it is set."""
+
+        def connect(socket: Any) -> None:
+            server = socket.connect_to_server()
+
+            def forward(frame: str) -> None:
+                if self.post_answer is None or '"message:send"' not in frame:
+                    server.send(frame)
+                elif self.post_answer:
+                    number = frame[2 : frame.index("[")]
+                    socket.send(f"43{number}{json.dumps([{'success': False} | self.post_answer])}")
+
+            socket.on_message(forward)
+
+        await self.page.route_web_socket("**/socket.io/**", connect)
 
     def row(self, text: str) -> Locator:
         return self.page.locator("#log .row", has=self.page.locator(".said", has_text=text))
@@ -12246,6 +12264,64 @@ async def shows_exactly(tab: Tab, truth: list[str]) -> bool:
     return [text.removesuffix(" (edited)") for text in await tab.texts()] == truth
 
 
+async def test_the_page_posts_by_its_socket(api: World, tab: Any) -> None:
+    """By REST if it has none. A post that is refused for the moment, or whose ack is lost, is posted once in the end."""
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    jonas, maya, sockets = await tab(jonas_api), await tab(), []
+    maya.ignored = NETWORK_ERRORS
+    asked: list[str] = []
+    maya.page.on("request", lambda request: asked.append(request.method) if request.url.endswith("/messages") else None)
+    lost, reachable = [], True
+
+    def connect(socket: Any) -> None:
+        if not reachable:
+            return
+        server = socket.connect_to_server()
+        sockets.append(socket)
+
+        async def take(frame: str) -> None:
+            if '"loses its ack"' not in frame or len(lost) == 2:
+                return socket.send(frame)
+            lost.append(frame)
+            if len(lost) == 2:  # the event and the ack
+                await socket.close()
+
+        server.on_message(take)
+
+    await maya.page.route_web_socket("**/socket.io/**", connect)
+    await maya.enter(maya_api)
+    await maya.write("loses its ack")
+    await jonas.sees("loses its ack")
+    await maya.sees("loses its ack")
+    assert len(lost) == 2 and asked == []
+    reachable = False
+    await maya.page.route("**/socket.io/*polling*", lambda route: route.abort())
+    await sockets[-1].close()
+    await expect(maya.locator("#offline")).to_be_visible()
+    await maya.write("without a socket")
+    await jonas.sees("without a socket")
+    await maya.sees("without a socket")
+    assert asked == ["POST"]
+    texts = [message["content"] for message in await channel_history(maya_api, channel_id)]
+    assert texts == ["loses its ack", "without a socket"]
+
+
+async def test_a_post_that_is_refused_for_the_moment_is_tried_again(api: World, tab: Any) -> None:
+    (maya_api,), _ = await create_class(api, "Maya")
+    maya = await tab()
+    await maya.intercept_posts()
+    await maya.enter(maya_api)
+    for code in ("UNAVAILABLE", "RATE_LIMITED", "INTERNAL_ERROR"):
+        maya.post_answer = {"code": code, "error": "Not now"}
+        await maya.write(f"first {code}")
+        await expect(maya.row(f"first {code}")).to_have_class(re.compile("waiting"))
+        maya.post_answer = None
+        await maya.sees(f"first {code}")
+    maya.post_answer = {"code": "BAD_REQUEST", "error": "Never"}
+    await maya.write("refused for good")
+    await expect(maya.row("refused for good").locator(".fate")).to_contain_text("Not sent. Never")
+
+
 # The server notices the end of a polling client by a missing pong: after 10 s instead of 45 s.
 QUICK_PINGS = """import functools
 chatrtc.socket_server = functools.partial(chatrtc.socket_server, ping_interval=5, ping_timeout=5)"""
@@ -12332,8 +12408,9 @@ def test_the_page_uses_only_features_of_supported_browsers() -> None:
 async def test_a_reload_keeps_drafts_and_unsent_messages(api: World, proxy: Proxy, tab: Any) -> None:
     (maya_api,), (server_id, channel_id) = await create_class(api, "Maya")
     await maya_api.channel(server_id, "homework")
-    maya = await tab(maya_api)
-    maya.ignored = NETWORK_ERRORS
+    maya = await tab()
+    await maya.intercept_posts()
+    await maya.enter(maya_api)
     await maya.fill("#text", "a draft for general")
     await maya.open_channel("homework")
     await expect(maya.locator("#text")).to_have_value("")
@@ -12342,17 +12419,17 @@ async def test_a_reload_keeps_drafts_and_unsent_messages(api: World, proxy: Prox
     await expect(maya.locator("#text")).to_have_value("another for homework")
     await maya.open_channel("general")
     await expect(maya.locator("#text")).to_have_value("a draft for general")
-    await maya.page.route("**/messages", lambda route: route.abort())
+    maya.post_answer = {}
     await maya.press("#text", "Enter")
     await expect(maya.row("a draft for general")).to_have_class(re.compile("waiting"))
     await maya.reload()
     await expect(maya.row("a draft for general")).to_have_class(re.compile("waiting"))
-    await maya.page.unroute("**/messages")
+    maya.post_answer = None
     await maya.sees("a draft for general")
-    await maya.reject("**/messages", 403, "FORBIDDEN")
+    maya.post_answer = {"code": "FORBIDDEN", "error": "Not today"}
     await maya.write("refused at first")
     await expect(maya.row("refused at first").locator(".fate")).to_contain_text("Not sent. Not today")
-    await maya.page.unroute("**/messages")
+    maya.post_answer = None
     await maya.reload()
     await maya.row("refused at first").get_by_role("button", name="Try again").click()
     await maya.sees("refused at first")
@@ -13000,11 +13077,12 @@ async def test_enter_that_ends_a_composition_sends_nothing(two: Any) -> None:
 
 async def test_nothing_typed_is_lost(two: Any) -> None:
     maya, jonas, _ = two
-    maya.ignored = NETWORK_ERRORS
-    await maya.reject("**/messages", 403, "FORBIDDEN")
+    await maya.intercept_posts()
+    await maya.reload()
+    maya.post_answer = {"code": "FORBIDDEN", "error": "Not today"}
     await maya.write("refused text")
     await expect(maya.row("refused text").locator(".fate")).to_contain_text("Not sent")
-    await maya.page.unroute("**/messages")
+    maya.post_answer = None
     await maya.fill("#text", "a draft")
     await maya.row("refused text").get_by_role("button", name="Edit").click()
     await expect(maya.locator("#text")).to_have_value("a draft\nrefused text")
