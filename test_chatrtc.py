@@ -12271,7 +12271,8 @@ async def test_the_page_posts_by_its_socket(api: World, tab: Any) -> None:
     maya.ignored = NETWORK_ERRORS
     asked: list[str] = []
     maya.page.on("request", lambda request: asked.append(request.method) if request.url.endswith("/messages") else None)
-    lost, reachable = [], True
+    lost: list[str] = []
+    reachable = True
 
     def connect(socket: Any) -> None:
         if not reachable:
@@ -12281,19 +12282,25 @@ async def test_the_page_posts_by_its_socket(api: World, tab: Any) -> None:
 
         async def take(frame: str) -> None:
             if '"loses its ack"' not in frame or len(lost) == 2:
-                return socket.send(frame)
-            lost.append(frame)
-            if len(lost) == 2:  # the event and the ack
-                await socket.close()
+                socket.send(frame)
+            else:
+                lost.append(frame)
+                if len(lost) == 2:  # the event and the ack
+                    await socket.close()
 
         server.on_message(take)
 
     await maya.page.route_web_socket("**/socket.io/**", connect)
     await maya.enter(maya_api)
+    await maya.write("by the socket")
+    await maya.sees("by the socket")
+    assert asked == []
     await maya.write("loses its ack")
     await jonas.sees("loses its ack")
     await maya.sees("loses its ack")
-    assert len(lost) == 2 and asked == []
+    assert len(lost) == 2
+    await expect(maya.locator("#offline")).to_be_hidden()
+    asked.clear()
     reachable = False
     await maya.page.route("**/socket.io/*polling*", lambda route: route.abort())
     await sockets[-1].close()
@@ -12303,7 +12310,7 @@ async def test_the_page_posts_by_its_socket(api: World, tab: Any) -> None:
     await maya.sees("without a socket")
     assert asked == ["POST"]
     texts = [message["content"] for message in await channel_history(maya_api, channel_id)]
-    assert texts == ["loses its ack", "without a socket"]
+    assert texts == ["by the socket", "loses its ack", "without a socket"]
 
 
 async def test_a_post_that_is_refused_for_the_moment_is_tried_again(api: World, tab: Any) -> None:
