@@ -7,6 +7,7 @@ has been committed. The sections, to be read in this order:
     Settings            every option, declared once: the command line, the environment and the docs follow from it
     Errors              every error that a client can get: codes, reasons and texts
     Text                names, mentions and search: rules about text
+    File types          the names, media types and picture sizes of files
     Payloads            the types of all arguments and results
     Events              the events that the server emits, and the effects of operations
     Files               the database file: opening, checking, migrating, locking, copying
@@ -34,6 +35,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import bisect
+import codecs
 import concurrent.futures
 import contextlib
 import datetime
@@ -578,6 +580,117 @@ def search_phrases(q: str) -> str:
         whole = found[1] is not None or UNSPACED_CHAR.match(text[-1:])
         phrases[f'"{text}"' if whole else f'"{text}" *'] = None
     return " ".join(phrases) or '""'
+
+
+# ---- File types ----------------------------------------------------------------------------------------------------
+# What a file is called and what it is. The name and type that a client sends may be malicious. The name is cleaned; the type is
+# detected from the first piece of the content against a short list. What could run (SVG, HTML, scripts) is text, so it is a
+# download. A file that is valid as two types has the type that its beginning shows.
+
+PIECE_BYTES = 256 * 1024  # files are stored in pieces; in a JPEG file, metadata of more than 64 KiB may precede the size
+MAX_PIXELS = 50_000_000  # of a picture: browsers need 4 bytes of memory for each
+MAX_FILE_NAME_CHARS, MAX_FILE_NAME_BYTES = 120, 200  # file systems allow 255 bytes
+UNSAFE_IN_FILE_NAME = re.compile(f"[{CONTROLS}\u2028\u2029{INVISIBLE_CHARS}\ud800-\udfff]")
+RESERVED_ON_WINDOWS = str.maketrans('"<>:|?*', "'______")
+MAX_JPEG_SEGMENTS = 500  # before the size; a color profile may take 255
+JPEG_SEGMENT = re.compile(rb"\xff{1,9}(?:[\xc4\xc8\xcc\xdb-\xfe](..)|[\xc0-\xcf].{3}(.{4}))", re.DOTALL)
+AVIF_SIZE = re.compile(rb"\0\0\0\x14ispe\0{4}(.{8})", re.DOTALL)
+FILE_TYPES = {
+    media_type: re.compile(signature, re.DOTALL)
+    for media_type, signature in {
+        "image/png": rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR.{13}",
+        "image/jpeg": rb"\xff\xd8\xff",
+        "image/gif": rb"GIF8[79]a.{7}",
+        "image/webp": rb"RIFF.{4}WEBPVP8(?: .{7}\x9d\x01\x2a|L.{4}\x2f|X.{10}).{4}",
+        "image/bmp": rb"BM.{12}[\x28\x34\x38\x40\x6c\x7c]\0{3}.{8}\x01\0[\x01\x04\x08\x10\x18\x20]\0",
+        "image/avif": rb"\0{3}.ftypavi[fs]",
+        "audio/mpeg": rb"ID3[\x02-\x04].{6}|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xeb]",
+        "audio/ogg": rb"OggS\0\x02.{22}(?:OpusHead|\x01vorbis|\x7fFLAC)",
+        "audio/wav": rb"RIFF.{4}WAVE",
+        "audio/flac": rb"fLaC[\0\x80]\0\0\x22",
+        "audio/mp4": rb"\0{3}.ftypM4[AB] ",
+        "video/mp4": rb"\0{3}.ftyp(?:iso[m2-9]|mp4[12]|avc1|dash|M4V |MSNV)",
+        "video/quicktime": rb"\0{3}.ftypqt  ",
+        "video/webm": rb"\x1a\x45\xdf\xa3.{1,40}\x42\x82\x84webm",
+        "application/pdf": rb"%PDF-[12]\.\d",
+        "application/zip": rb"PK(?:\x03\x04|\x05\x06)",
+    }.items()
+}
+little = functools.partial(int.from_bytes, byteorder="little")
+NOT_IN_TEXT = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
+UNKNOWN_TYPE = "application/octet-stream"
+INLINE_TYPES = frozenset(FILE_TYPES) - {"application/zip"}  # types that browsers may show; all others are downloads
+
+
+def clean_file_name(name: str) -> str:
+    """Return a file name that is safe to show and to save: without folders, invisible characters and characters that Windows
+    reserves, shortened before its extension. It is "file" if nothing is left."""
+    base = UNSAFE_IN_FILE_NAME.sub("", re.split(r"[/\\]", name)[-1]).translate(RESERVED_ON_WINDOWS)
+    base = " ".join(unicodedata.normalize("NFC", base).split()).strip(". ")
+    extension = found[0] if (found := re.search(r"\.[^. ]{1,16}$", base)) else ""
+    stem = base.removesuffix(extension)[: MAX_FILE_NAME_CHARS - len(extension)]
+    stem = stem.encode()[: MAX_FILE_NAME_BYTES - len(extension.encode())].decode(errors="ignore")
+    return stem.rstrip(". ") + extension or "file"
+
+
+def jpeg_size(head: bytes) -> tuple[int, int]:
+    """Return the size of a JPEG picture, which follows its metadata, or (0, 0)."""
+    at = 2
+    for _ in range(MAX_JPEG_SEGMENTS):
+        found = JPEG_SEGMENT.match(head, at)
+        if not found or found[2]:
+            return (int.from_bytes(found[2][2:]), int.from_bytes(found[2][:2])) if found else (0, 0)
+        at = found.start(1) + int.from_bytes(found[1])
+    return 0, 0
+
+
+def gif_size(head: bytes) -> tuple[int, int]:
+    """Return the size of a GIF picture, or (0, 0) if no image or extension follows its header and colors."""
+    at = 13 + (3 << (head[10] & 7) + 1 if head[10] & 0x80 else 0)
+    valid = re.match(rb",|!(?:\xf9\x04|\xff\x0b|\xfe|\x01\x0c)", head[at : at + 3])
+    return (little(head[6:8]), little(head[8:10])) if valid else (0, 0)
+
+
+def webp_size(head: bytes) -> tuple[int, int]:
+    """Return the size of a WebP picture: lossy, lossless or extended (with metadata, transparency or animation)."""
+    if head[15:16] == b"X":
+        return little(head[24:27]) + 1, little(head[27:30]) + 1
+    if head[15:16] == b"L":
+        return (little(head[21:23]) & 0x3FFF) + 1, (little(head[21:25]) >> 14 & 0x3FFF) + 1
+    return little(head[26:28]) & 0x3FFF, little(head[28:30]) & 0x3FFF
+
+
+PICTURE_SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
+    "image/png": lambda head: (int.from_bytes(head[16:20]), int.from_bytes(head[20:24])),
+    "image/jpeg": jpeg_size,
+    "image/gif": gif_size,
+    "image/webp": webp_size,
+    "image/bmp": lambda head: (little(head[18:22]), abs(little(head[22:26], signed=True))),
+    "image/avif": lambda head: struct.unpack(">II", max(AVIF_SIZE.findall(head), default=bytes(8))),
+}
+
+
+def picture_size(head: bytes) -> tuple[int, int] | None:
+    """Return the width and height of a picture, given its first piece. None if it is not a picture, is damaged or has more
+    than MAX_PIXELS."""
+    for media_type, read_size in PICTURE_SIZES.items():
+        if FILE_TYPES[media_type].match(head):
+            width, height = read_size(head)
+            return (width, height) if 0 < width * height <= MAX_PIXELS else None
+    return None
+
+
+def detect_type(head: bytes) -> str:
+    """Return the media type of a file, given its first piece. It is UNKNOWN_TYPE for a picture that `picture_size` rejects,
+    and for everything that is neither in FILE_TYPES nor text."""
+    for media_type, signature in FILE_TYPES.items():
+        if signature.match(head):
+            return media_type if media_type not in PICTURE_SIZES or picture_size(head) else UNKNOWN_TYPE
+    with contextlib.suppress(UnicodeDecodeError):
+        codecs.utf_8_decode(head)  # the last character may be cut
+        if head == head.translate(None, NOT_IN_TEXT):
+            return "text/plain"
+    return UNKNOWN_TYPE
 
 
 # ---- Payloads ------------------------------------------------------------------------------------------------------

@@ -1147,6 +1147,215 @@ async def test_people_with_the_same_name_get_different_usernames(world: World) -
     assert (reply.code, reply.body["reason"], reply.body["field"]) == ("BAD_REQUEST", "FIELD_MISSING", "username")
 
 
+# ---- File types -----------------------------------------------------------------------------------------------------
+# Names, media types and picture sizes, for files of every type and for files that pretend to be another.
+
+
+def png(width: int, height: int, data: bytes = b"") -> bytes:
+    """Return a PNG picture: valid with `data` from `gray_pixels`."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
+    written = (struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
+def gray_pixels(width: int, height: int) -> bytes:
+    return zlib.compress(bytes(1 + width) * height)
+
+
+def jpeg(width: int, height: int, metadata: int = 0, frame: int = 0xC0) -> bytes:
+    """Return the beginning of a JPEG picture with so many bytes of metadata, in segments of up to 65,000."""
+    parts = [bytes(min(65_000, metadata - at)) for at in range(0, metadata, 65_000)]
+    segments = b"".join(b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part for part in parts)
+    tables = b"\xff\xdb\0\x43" + bytes(65) + b"\xff\xff\xc4\0\x04\0\0"
+    return b"\xff\xd8" + segments + tables + bytes([0xFF, frame]) + struct.pack(">HBHHB", 11, 8, height, width, 1) + b"\1\x11\0"
+
+
+def gif(width: int, height: int, colors: int = 0, then: bytes = b"!\xf9\4\0\0\0\0\0") -> bytes:
+    """Return a GIF picture of one pixel on a screen of this size. `colors` is the exponent of the number of colors."""
+    flags = 0x80 | (colors - 1) if colors else 0
+    image = b",\0\0\0\0\1\0\1\0\x80\0\0\0\xff\xff\xff\2\2D\1\0;"
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, flags, 0, 0) + bytes(3 << colors if colors else 0) + then + image
+
+
+def webp(chunk: bytes) -> bytes:
+    return b"RIFF" + struct.pack("<I", len(chunk) + 4) + b"WEBP" + chunk
+
+
+def bmp(width: int, height: int, bits: int = 24) -> bytes:
+    rows = (width * bits // 8 + 3) // 4 * 4 * abs(height) if width * abs(height) < 10_000 else 0
+    header = struct.pack("<IiiHHIIIIII", 40, width, height, 1, bits, 0, rows, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + rows, 0, 0, 54) + header + bytes(rows)
+
+
+def ftyp(brand: bytes, then: bytes = b"") -> bytes:
+    return b"\0\0\0\x14ftyp" + brand + bytes(4) + b"mif1" + then
+
+
+def ispe(width: int, height: int) -> bytes:
+    """Return the box with the size of a picture in an AVIF file."""
+    return b"\0\0\0\x14ispe" + bytes(4) + struct.pack(">II", width, height)
+
+
+HTML_FILE = b"<!doctype html><script>alert(1)</script>"
+SVG_FILE = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+UNKNOWN = "application/octet-stream"
+# What a file is: its first bytes, its type, and its size if it is a picture that may be shown.
+FILE_CASES: dict[str, tuple[bytes, str, tuple[int, int] | None]] = {
+    "png": (png(640, 480), "image/png", (640, 480)),
+    "png with html": (png(8, 9) + HTML_FILE, "image/png", (8, 9)),
+    "png of 50 million pixels": (png(10_000, 5_000), "image/png", (10_000, 5_000)),
+    "png of more": (png(10_000, 5_001), UNKNOWN, None),
+    "png of 10,000 x 10,000": (png(10_000, 10_000), UNKNOWN, None),
+    "png of no pixels": (png(0, 480), UNKNOWN, None),
+    "png of 4 billion columns": (png(2**32 - 1, 1), UNKNOWN, None),
+    "png, cut": (png(640, 480)[:28], UNKNOWN, None),
+    "png without header": (b"\x89PNG\r\n\x1a\n" + png(640, 480)[33:] + bytes(40), UNKNOWN, None),
+    "png signature alone": (b"\x89PNG\r\n\x1a\n", UNKNOWN, None),
+    "jpeg": (jpeg(640, 480), "image/jpeg", (640, 480)),
+    "jpeg, progressive": (jpeg(640, 480, frame=0xC2), "image/jpeg", (640, 480)),
+    "jpeg with metadata": (jpeg(640, 480, 200_000), "image/jpeg", (640, 480)),
+    "jpeg with more metadata than a piece": (jpeg(640, 480, 300_000)[: chatrtc.PIECE_BYTES], UNKNOWN, None),
+    "jpeg of too many pixels": (jpeg(65_500, 65_500), UNKNOWN, None),
+    "jpeg, cut": (jpeg(640, 480)[:-6], UNKNOWN, None),
+    "jpeg of 1,000 segments": (b"\xff\xd8" + b"\xff\xe1\0\2" * 1000 + jpeg(8, 8)[2:], UNKNOWN, None),
+    "jpeg with html": (b"\xff\xd8\xff" + HTML_FILE, UNKNOWN, None),
+    "jpeg with a segment of no bytes": (b"\xff\xd8\xff\xe1\0\0" + jpeg(8, 8)[2:], UNKNOWN, None),
+    "gif": (gif(640, 480), "image/gif", (640, 480)),
+    "gif with colors": (gif(640, 480, 8), "image/gif", (640, 480)),
+    "gif with an image first": (gif(3, 4, then=b""), "image/gif", (3, 4)),
+    "gif with html at its end": (gif(3, 4) + HTML_FILE, "image/gif", (3, 4)),
+    "gif of too many pixels": (gif(65_535, 65_535), UNKNOWN, None),
+    "gif and html": (b"GIF89a/*" + HTML_FILE + b"*/=1", UNKNOWN, None),
+    "gif and javascript": (b"GIF89a=1;alert(1)//" + bytes(40), UNKNOWN, None),
+    "gif, cut": (gif(640, 480)[:13], UNKNOWN, None),
+    "webp, lossy": (webp(b"VP8 " + bytes(7) + b"\x9d\1\x2a" + struct.pack("<HH", 640 | 0x4000, 480)), "image/webp", (640, 480)),
+    "webp, lossless": (webp(b"VP8L" + bytes(4) + b"\x2f" + struct.pack("<I", 639 | 479 << 14)), "image/webp", (640, 480)),
+    "webp, extended": (webp(b"VP8X" + bytes(8) + b"\x7f\2\0\xdf\1\0"), "image/webp", (640, 480)),
+    "webp of too many pixels": (webp(b"VP8X" + bytes(8) + b"\xff" * 6), UNKNOWN, None),
+    "webp, cut": (webp(b"VP8X" + bytes(8) + b"\x7f\2"), UNKNOWN, None),
+    "bmp": (bmp(64, 48), "image/bmp", (64, 48)),
+    "bmp, top down": (bmp(64, -48), "image/bmp", (64, 48)),
+    "bmp of too many pixels": (bmp(2**31 - 1, -(2**31)), UNKNOWN, None),
+    "a text that begins like a bmp": (b"BMW 320d, 2019", "text/plain", None),
+    "avif": (ftyp(b"avif", ispe(64, 64) + ispe(640, 480)), "image/avif", (640, 480)),
+    "avif without a size": (ftyp(b"avif"), UNKNOWN, None),
+    "heic": (ftyp(b"heic", ispe(640, 480)), UNKNOWN, None),
+    "mp3": (b"\xff\xfb\x90\x64" + bytes(400), "audio/mpeg", None),
+    "mp3 with tags": (b"ID3\4\0\0\0\0\0\x21" + bytes(400), "audio/mpeg", None),
+    "ogg": (b"OggS\0\2" + bytes(20) + b"\1\x13OpusHead", "audio/ogg", None),
+    "wav": (b"RIFF\x24\0\0\0WAVEfmt ", "audio/wav", None),
+    "flac": (b"fLaC\0\0\0\x22" + bytes(34), "audio/flac", None),
+    "m4a": (ftyp(b"M4A "), "audio/mp4", None),
+    "mp4": (ftyp(b"isom"), "video/mp4", None),
+    "mov": (ftyp(b"qt  "), "video/quicktime", None),
+    "webm": (b"\x1a\x45\xdf\xa3\x9fB\x86\x81\1B\xf7\x81\1B\xf2\x81\4B\xf3\x81\x08B\x82\x84webm", "video/webm", None),
+    "matroska": (b"\x1a\x45\xdf\xa3\x9fB\x86\x81\1B\xf7\x81\1B\xf2\x81\4B\xf3\x81\x08B\x82\x88matroska", UNKNOWN, None),
+    "pdf": (b"%PDF-1.7\n%\xe2\xe3", "application/pdf", None),
+    "zip": (b"PK\3\4\x14\0", "application/zip", None),
+    "an empty zip": (b"PK\5\6" + bytes(18), "application/zip", None),
+    "svg": (SVG_FILE, "text/plain", None),
+    "html": (HTML_FILE, "text/plain", None),
+    "xml": (b'<?xml version="1.0"?><x/>', "text/plain", None),
+    "a script": (b"#!/bin/sh\nrm -rf ~\n", "text/plain", None),
+    "text": ("Grüße, 你好\r\n\t😀".encode(), "text/plain", None),
+    "text with a byte order mark": (b"\xef\xbb\xbfa", "text/plain", None),
+    "text, cut in a character": ("日本".encode()[:-1], "text/plain", None),
+    "utf-16": ("text".encode("utf-16"), UNKNOWN, None),
+    "latin-1": ("Grüße".encode("latin-1"), UNKNOWN, None),
+    "text with NUL": (b"text\0", UNKNOWN, None),
+    "a program": (b"\x7fELF\2\1\1" + bytes(40), UNKNOWN, None),
+    "gzip": (gzip.compress(b"text"), UNKNOWN, None),
+    "nothing": (b"", "text/plain", None),
+}  # fmt: skip
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("case", FILE_CASES)
+def test_the_type_of_a_file_comes_from_its_content(case: str) -> None:
+    head, media_type, size = FILE_CASES[case]
+    assert (chatrtc.detect_type(head), chatrtc.picture_size(head)) == (media_type, size)
+    assert media_type == UNKNOWN or (media_type in chatrtc.INLINE_TYPES) == media_type.startswith(
+        ("image/", "audio/", "video/", "application/pdf")
+    )
+
+
+@pytest.mark.portable
+@given(st.sampled_from([*FILE_CASES.values()]), st.integers(0, 300), st.binary(max_size=300), st.binary(max_size=40))
+def test_no_bytes_confuse_the_detection(case: tuple[bytes, str, Any], at: int, damage: bytes, more: bytes) -> None:
+    """Bytes are overwritten or cut off anywhere. Whatever the type, only a picture has a size, and it is within its limit."""
+    head = (case[0][:at] + damage + case[0][at + len(damage) :] + more)[: chatrtc.PIECE_BYTES]
+    for damaged in (head, head[:at]):
+        media_type, size = chatrtc.detect_type(damaged), chatrtc.picture_size(damaged)
+        assert media_type in {*chatrtc.FILE_TYPES, "text/plain", UNKNOWN}
+        assert (size is not None) == media_type.startswith("image/")
+        assert size is None or 0 < size[0] * size[1] <= chatrtc.MAX_PIXELS
+
+
+FILE_NAMES = {  # a name that a client sends -> the name that is kept
+    "photo.jpg": "photo.jpg",
+    "../../etc/passwd": "passwd",
+    "..\\..\\autoexec.bat": "autoexec.bat",
+    "C:\\Users\\Ana\\Grüße.txt": "Grüße.txt",
+    "annual\u202egnp.exe": "annualgnp.exe",
+    "a\u2066b\u200b\ufeff.txt": "ab.txt",
+    "a\0b.txt\0": "ab.txt",
+    "a\r\nSet-Cookie: b.txt": "aSet-Cookie_ b.txt",
+    'say "hi"; it\'s.txt': "say 'hi'; it's.txt",
+    "<script>.html": "_script_.html",
+    "a:b|c?d*.txt": "a_b_c_d_.txt",
+    "  two   words\u00a0.txt ": "two words.txt",
+    "Gru\u0308\u00dfe.txt": "Gr\u00fc\u00dfe.txt",
+    "a" * 300: "a" * 120,
+    "a" * 300 + ".jpeg": "a" * 115 + ".jpeg",
+    "報告" * 100 + ".pdf": ("報告" * 100)[:65] + ".pdf",
+    "😀" * 120 + ".png": "😀" * 49 + ".png",
+    "a." + "b" * 300: "a." + "b" * 118,
+    "a" * 117 + ". b.txt": "a" * 116 + ".txt",
+    ".htaccess": "htaccess",
+    "name. . ": "name",
+    "\ud800.txt": "txt",
+    "100% #1 & ü.txt": "100% #1 & ü.txt",
+    **dict.fromkeys(["", ".", "..", "../", "\0", " ", "\u202e", "a/b/", "\\", "\u2028"], "file"),
+}  # fmt: skip
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("name", FILE_NAMES, ids=ascii)
+def test_a_file_name_is_cleaned(name: str) -> None:
+    assert chatrtc.clean_file_name(name) == FILE_NAMES[name]
+
+
+@pytest.mark.portable
+@given(st.text(st.one_of(st.characters(), st.sampled_from("/\\. \t\n\0\"'\u202e\u200d\u0308u😀報")), max_size=300))
+def test_a_clean_file_name_is_safe_everywhere(name: str) -> None:
+    clean = chatrtc.clean_file_name(name)
+    assert 0 < len(clean) <= 120
+    assert len(clean.encode()) <= 200
+    assert clean == clean.strip(". ") == chatrtc.clean_file_name(clean)
+    assert not re.search(r'[\x00-\x1f\x7f-\x9f/\\"<>:|?*\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]', clean)
+
+
+async def test_browsers_read_the_same_picture_sizes(browser: Browser) -> None:
+    """The size that is kept reserves the space in which a browser shows the picture."""
+    page = await browser.new_page()
+    draw = """async type => {
+        const canvas = Object.assign(document.createElement("canvas"), {width: 37, height: 23})
+        canvas.getContext("2d").fillRect(1, 2, 3, 4)
+        const blob = await new Promise(done => canvas.toBlob(done, type, 0.8))
+        return [...new Uint8Array(await blob.arrayBuffer())]
+    }"""
+    show = """async bytes => {
+        const picture = await createImageBitmap(new Blob([new Uint8Array(bytes)]))
+        return [picture.width, picture.height]
+    }"""
+    for media_type in ("image/png", "image/jpeg", "image/webp"):
+        drawn = bytes(await page.evaluate(draw, media_type))
+        assert (chatrtc.detect_type(drawn), chatrtc.picture_size(drawn)) == (media_type, (37, 23))
+    for made in (png(37, 23, gray_pixels(37, 23)), gif(37, 23), bmp(37, 23), bmp(37, -23)):
+        assert tuple(await page.evaluate(show, [*made])) == chatrtc.picture_size(made) == (37, 23)
+    await page.close()
+
+
 # ---- Payloads -------------------------------------------------------------------------------------------------------
 # The errors of invalid arguments, and the keys of results.
 
