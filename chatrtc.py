@@ -5899,8 +5899,8 @@ class Bus:
         self._queued.set()
 
     def wake(self) -> None:
-        """Tell the other processes that the log has new rows."""
-        if not self._wake_is_queued:
+        """Tell the other processes that the log has new rows. A process that starts reads the log without being told."""
+        if self._others and not self._wake_is_queued:
             self._wake_is_queued = True
             self.say(Notice("wake"))
 
