@@ -2839,17 +2839,34 @@ INTEGRITY_CHECKS = {  # what each query finds
     "a reply to a message in another channel":
         "SELECT m.message_id FROM messages m JOIN messages r ON r.message_id = m.reply_to WHERE r.channel_id <> m.channel_id",
     "a deleted message with text": "SELECT message_id FROM messages WHERE deleted = 1 AND content <> ''",
+    "a file whose message is deleted or in another channel":
+        "SELECT file_id FROM files f JOIN messages m USING (message_id) WHERE m.deleted = 1 OR m.channel_id <> f.channel_id",
+    "a wrong total size of all files":
+        "SELECT bytes FROM stored WHERE bytes <> (SELECT coalesce(sum(length(data)), 0) FROM pieces)",
 }  # fmt: skip
 
 
+def changed_files(db: sqlite3.Connection) -> Iterator[int]:
+    """Read all files, and yield the id of each whose bytes are not those that were uploaded."""
+    complete = "SELECT file_id, size, digest FROM files WHERE digest IS NOT NULL AND channel_id IS NOT NULL"
+    for file_id, size, digest in db.execute(complete):
+        end, sha256 = 0, hashlib.sha256()
+        for number, data in db.execute("SELECT number, data FROM pieces WHERE file_id = ? ORDER BY number", (file_id,)):
+            end = number * PIECE_BYTES + len(data)
+            sha256.update(data)
+        if (end, sha256.digest()) != (size, digest):
+            yield file_id
+
+
 def check_integrity(db: sqlite3.Connection) -> list[str]:
-    """Return the errors found in a database, one per line. `INTEGRITY_CHECKS` only run on the current schema format."""
+    """Return the errors found in a database, one per line. What depends on the tables is checked in the newest format only."""
     lines = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
     if lines:
         return lines
     lines += [f"{row[0]} {row[1]} refers to a missing row of {row[2]}" for row in db.execute("PRAGMA foreign_key_check")]
-    for name, query in INTEGRITY_CHECKS.items() if read_format(db) == SCHEMA_FORMAT else ():
-        lines += [f"{name}: {row[0]}" for row in db.execute(query)]
+    if read_format(db) == SCHEMA_FORMAT:
+        lines += [f"{name}: {row[0]}" for name, query in INTEGRITY_CHECKS.items() for row in db.execute(query)]
+        lines += [f"a file whose bytes have changed: {file_id}" for file_id in changed_files(db)]
     return lines
 
 

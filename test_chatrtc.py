@@ -7441,6 +7441,46 @@ async def test_check_finds_what_sqlite_accepts(
     assert "has errors: 1" in ended.err
 
 
+# A file in two pieces that belongs to message 1, as rows.
+STORED_FILE = f"""
+    INSERT INTO files (file_id, channel_id, uploader_id, uploaded_at, name, type, size, digest, message_id)
+        VALUES (1, 1, 1, 0, 'a', 'text/plain', 262147, x'{hashlib.sha256(bytes(262144) + b"abc").hexdigest()}', 1);
+    INSERT INTO pieces VALUES (1, 0, zeroblob(262144)), (1, 1, x'616263');
+    UPDATE stored SET bytes = 262147
+"""  # noqa: S608
+
+
+@pytest.mark.parametrize(
+    ("statement", "error"),
+    [
+        ("UPDATE pieces SET data = x'616264' WHERE number = 1", "a file whose bytes have changed: 1"),
+        ("UPDATE pieces SET number = 2 WHERE number = 1", "a file whose bytes have changed: 1"),
+        ("DELETE FROM pieces WHERE number = 1; UPDATE stored SET bytes = 262144", "a file whose bytes have changed: 1"),
+        ("INSERT INTO pieces VALUES (1, 2, x''); UPDATE files SET size = 262147", "a file whose bytes have changed: 1"),
+        ("UPDATE files SET size = 262146", "a file whose bytes have changed: 1"),
+        ("UPDATE files SET digest = x'00'", "a file whose bytes have changed: 1"),
+        ("UPDATE stored SET bytes = 262146", "a wrong total size of all files: 262146"),
+        ("UPDATE messages SET deleted = 1, content = '' WHERE message_id = 1", "message is deleted or in another channel: 1"),
+        ("UPDATE files SET file_id = 2; UPDATE pieces SET file_id = 2 WHERE number = 0", "pieces 2 refers to a missing row"),
+        ("UPDATE files SET message_id = NULL", ""),
+        ("UPDATE files SET message_id = NULL, digest = NULL, size = 0", ""),  # still being uploaded
+        ("UPDATE files SET message_id = NULL, channel_id = NULL; DELETE FROM pieces WHERE number = 1; "
+         "UPDATE stored SET bytes = 262144", ""),  # being removed
+    ],
+)  # fmt: skip
+async def test_check_reads_all_files(
+    statement: str, error: str, filled: dict[str, bytes], tmp_path: Path, database: DatabaseOption
+) -> None:
+    (tmp_path / "chat.db").write_bytes(filled["stopped"])
+    run_sql(tmp_path / "chat.db", STORED_FILE)
+    assert (await run_command("check", *database)).status == 0
+    run_sql(tmp_path / "chat.db", statement)
+    ended = await run_command("check", *database)
+    assert (ended.status, error in ended.out) == (1 if error else 0, True)
+    copied = await run_command("backup", str(tmp_path / "copy"), *database)
+    assert (copied.status, (tmp_path / "copy").exists()) == (ended.status, not error), "only a sound database is copied"
+
+
 async def test_export_writes_everything(world: World, tmp_path: Path, database: DatabaseOption) -> None:
     ana, ben = await world.people("ana", "ben")
     places = [await world.place(ana, ben, name=name) for name in ("<b>first</b>", "second")]
