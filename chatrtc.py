@@ -134,6 +134,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["everyone", "accounts", "nobody"],
         Meta(description="Who may create servers: everyone, accounts with a password, or only the command line."),
     ] = "accounts"
+    conversations: Annotated[
+        Literal["everyone", "staff", "nobody"],
+        Meta(description="Private conversations: for everyone, only with an admin or owner of a shared server, or for nobody."),
+    ] = "everyone"
     ice_server: Annotated[tuple[str, ...], Meta(description="STUN or TURN URL for voice: stun:HOST:PORT (repeatable).")] = ()
     tls_cert: Annotated[str | None, Meta(description="Certificate file (PEM) for https.")] = None
     tls_key: Annotated[str | None, Meta(description="Private key file (PEM) of that certificate.")] = None
@@ -219,6 +223,12 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "INVITE_EXPIRED": ("NOT_FOUND", "This invite has expired"),
     "INVITE_SPENT": ("NOT_FOUND", "This invite has been used up"),
     "CHANNEL_TAKEN": ("CONFLICT", "The server already has a channel of this name"),
+    "PARTICIPANTS": ("BAD_REQUEST", "A conversation has 1 to {n} other participants"),
+    "NO_SHARED_SERVER": ("FORBIDDEN", "The participants of a conversation must be members of the same server"),
+    "CONVERSATIONS_OFF": ("FORBIDDEN", "Private conversations are turned off"),
+    "CONVERSATIONS_STAFF": ("FORBIDDEN", "An admin or owner of a shared server must take part in a private conversation"),
+    "TWO_ONLY": ("FORBIDDEN", "Nobody can be added to a conversation of two; start a new one"),
+    "LEFT": ("FORBIDDEN", "This person has left the conversation, and only they can come back"),
     "TOO_MANY": ("CONFLICT", "The limit of {n} is reached"),
     "MESSAGE_DELETED": ("CONFLICT", "This message was posted and has since been deleted"),
     "NO_REPLY_TARGET": ("NOT_FOUND", "The message to reply to was not found in this channel"),
@@ -808,6 +818,11 @@ class ChangesArgs(ServerArgs):
     limit: Annotated[int, Meta(ge=1, le=500)] = 500
 
 
+class NewConversation(Args):
+    user_ids: Annotated[list[Id], Meta(max_length=100)]  # your own id and duplicates are ignored
+    name: Name | None = None
+
+
 class MemberArgs(ServerArgs):
     user_id: Id
 
@@ -943,13 +958,19 @@ class Channel(Payload):
     topic: str
 
 
+class Account(Identity):
+    guest: bool = False
+
+
 class Server(Payload):
     server_id: int
-    name: str
-    owner_id: int
+    name: str  # of a conversation without a name: the names of the other participants
+    owner_id: int | None  # None: a conversation, which has no owner
     created_at: str
     role: Role
     channels: list[Channel]
+    kind: Literal["direct"] | UnsetType = UNSET  # a private conversation
+    participants: list[Account] = []  # of a conversation
 
 
 class Servers(Payload):
@@ -1103,6 +1124,7 @@ class PublicSettings(Payload):
     guests: bool
     version: str
     create_servers: str
+    conversations: str
     public_url: str | UnsetType = UNSET  # the setting, if it is set
     lan_url: str | UnsetType = UNSET  # the address on the local network, if the server listens there
 
@@ -1250,6 +1272,7 @@ EVENTS = {
     "channel:deleted": EventKind(ChannelDeleted, "server", "A channel was deleted."),
     "server:updated": EventKind(ServerRenamed, "server", "The server was renamed."),
     "server:deleted": EventKind(ServerDeleted, "server", "The server was deleted."),
+    "server:joined": EventKind(Server, "user", "Somebody started a conversation with you, or added you to one."),
     "voice:join": EventKind(VoicePeer, "server", "Somebody joined a voice channel."),
     "voice:leave": EventKind(VoicePeer, "server", "Somebody left a voice channel."),
     "voice:signal": EventKind(VoiceSignal, "socket", "A peer's WebRTC signal."),
@@ -2450,16 +2473,28 @@ class Store:
 INVITE_ROWS = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
 CHANNEL_ROWS = "SELECT server_id, channel_id, name, kind, topic FROM channels "
 PRINCIPAL_ROWS = "SELECT u.user_id, u.username, u.status, u.generation, u.name, u.password FROM users u "
-SERVER_ROWS = """SELECT s.server_id, s.name, o.user_id, s.created_at, m.role FROM members m
+# A conversation without a name is named after the other people: those in it and, in one of two, the one who left.
+SERVER_FIELDS = """SELECT s.server_id, CASE WHEN s.name <> '' THEN s.name ELSE (SELECT substr(coalesce(
+        group_concat(coalesce(u.name, u.username), ', ') FILTER (WHERE u.user_id <> :user_id),
+        group_concat(coalesce(u.name, u.username), ', '), ''), 1, 100) FROM users u WHERE u.user_id IN (
+        SELECT user_id FROM members WHERE server_id = s.server_id
+        UNION SELECT user_id FROM former_members WHERE server_id = s.server_id AND s.pair IS NOT NULL)) END,
+    s.created_at, s.kind, s.seq, s.name = '', s.channels_seq, s.members_seq, s.name_seq"""
+SERVER_ROWS = SERVER_FIELDS + """, o.user_id, m.role FROM members m
     JOIN servers s ON s.server_id = m.server_id LEFT JOIN members o ON o.server_id = s.server_id AND o.role = 'owner'
-    WHERE m.user_id = :user_id"""
+    WHERE m.user_id = :user_id"""  # fmt: skip
+PARTICIPANT_ROWS = """SELECT s.server_id, u.user_id, u.username, u.password IS NULL, u.name FROM members m
+    JOIN servers s ON s.server_id = m.server_id AND s.kind = 'direct' JOIN members p ON p.server_id = m.server_id
+    JOIN users u ON u.user_id = p.user_id WHERE m.user_id = :user_id"""
 SERVER_IDS = "SELECT m.server_id FROM members m WHERE m.user_id = :user_id"
 MEMBER_ROWS = """SELECT m.user_id, u.username, m.role,
         CASE WHEN u.status = 'invisible' AND u.user_id <> :viewer THEN 'online' ELSE u.status END, m.joined_at,
         u.password IS NULL AND u.deleted = 0, CASE WHEN (SELECT role FROM members v WHERE v.server_id = m.server_id
         AND v.user_id = :viewer) <> 'member' THEN m.invited_by END, u.name
     FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = :server_id """
-TARGET_ROWS = "SELECT t.server_id, m.role, u.name FROM users u LEFT JOIN "
+TARGET_ROWS = """SELECT t.server_id, m.role, u.name,
+    (SELECT CASE WHEN kind = 'direct' THEN iif(pair IS NULL, 'group', 'pair') END FROM servers WHERE server_id = t.server_id)
+    FROM users u LEFT JOIN """
 VALID_CALLER = """ LEFT JOIN members m ON m.server_id = t.server_id AND m.user_id = u.user_id
     WHERE u.user_id = ? AND u.generation = ? AND u.deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)"""
 TARGET_TABLES = {  # argument that names the target -> the table with its server; a deleted channel has no server
@@ -2469,7 +2504,9 @@ TARGET_TABLES = {  # argument that names the target -> the table with its server
     "code": "invites t ON t.code = ?",
 }
 TARGET_QUERIES = {key: TARGET_ROWS + table + VALID_CALLER for key, table in TARGET_TABLES.items()}
-Target = tuple[int | None, Role | None, str | None]  # its server (None: no such target), the caller's role and display name
+ConversationKind = Literal["pair", "group"]
+# Its server (None: no such target), the caller's role and display name, and which kind of conversation the server is, if any.
+Target = tuple[int | None, Role | None, str | None, ConversationKind | None]
 NEXT_SEQ = {
     "": "UPDATE servers SET seq = seq + 1 WHERE server_id = ?",
     "channels": "UPDATE servers SET seq = seq + 1, channels_seq = seq + 1 WHERE server_id = ?",
@@ -2477,6 +2514,8 @@ NEXT_SEQ = {
     "name": "UPDATE servers SET seq = seq + 1, name_seq = seq + 1 WHERE server_id = ?",
 }
 MAX_OWNED_SERVERS = 100  # per account
+MAX_STARTED_GROUPS = 100  # per account
+MAX_PARTICIPANTS = 51  # per conversation
 MAX_CHANNELS = 500  # per server
 MAX_INVITES = 200  # per server
 MAX_KNOWN_ADDRESSES = 20  # per account
@@ -2562,11 +2601,16 @@ delete_expired_tokens = statement("DELETE FROM revoked_tokens WHERE expires_at <
 
 # Servers and channels.
 load_all_servers = rows_as(
-    lambda *row: dict(zip(("server_id", "name", "created_at", "seq"), row, strict=True)),
-    "SELECT server_id, name, created_at, seq FROM servers ORDER BY server_id",
+    lambda *row: dict(zip(("server_id", "name", "created_at", "kind", "seq"), row[:5], strict=True)),
+    SERVER_FIELDS.replace(":user_id", "0") + " FROM servers s ORDER BY s.server_id",
 )
 load_server_ids = rows_as(int, "SELECT server_id FROM members WHERE user_id = ? ORDER BY server_id")
 insert_server: Query[int] = first_value("INSERT INTO servers (name, created_at) VALUES (?, ?) RETURNING server_id")
+insert_conversation: Query[int] = first_value(
+    "INSERT INTO servers (name, created_at, started_by, pair, kind) VALUES (?, ?, ?, ?, 'direct') RETURNING server_id"
+)
+find_pair: Query[int | None] = first_value("SELECT server_id FROM servers WHERE pair = ?")
+count_started_groups: Query[int] = first_value("SELECT count(*) FROM servers WHERE started_by = ? AND pair IS NULL")
 update_server_name = server_change("name", "UPDATE servers SET name = ?2 WHERE server_id = ?1")
 delete_server_row = statement("DELETE FROM servers WHERE server_id = ?")
 load_channels = rows_as(Channel, CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id")
@@ -2576,6 +2620,7 @@ find_channel = rows_as(Channel, CHANNEL_ROWS + "WHERE channel_id = ? AND server_
 detach_channel = server_change("channels", "UPDATE channels SET server_id = NULL WHERE server_id = ? AND channel_id = ?")
 
 # Members and bans.
+load_member_ids = rows_as(int, "SELECT user_id FROM members WHERE server_id = ? ORDER BY user_id")
 load_role: Query[Role | None] = first_value("SELECT role FROM members WHERE server_id = ? AND user_id = ?")
 update_role = server_change("members", "UPDATE members SET role = ?3 WHERE server_id = ?1 AND user_id = ?2")
 delete_member = server_change(
@@ -2593,13 +2638,32 @@ load_former_members = rows_as(
 is_former_member: Query[int | None] = first_value(
     "SELECT 1 FROM former_members JOIN users USING (user_id) WHERE server_id = ? AND user_id = ? AND deleted = 0"
 )
+# Whether admins or owners are among these users (?2, JSON) in any of the servers that all of them share. None: they share none.
+# One of these users is ?1.
+have_staff_in_common: Query[int | None] = first_value(
+    """SELECT max((SELECT max(role <> 'member') FROM members m JOIN json_each(?2) p ON p.value = m.user_id
+                   WHERE m.server_id = a.server_id))
+       FROM members a JOIN servers s ON s.server_id = a.server_id AND s.kind = 'server'
+       WHERE a.user_id = ?1 AND NOT EXISTS (SELECT 1 FROM json_each(?2) p WHERE NOT EXISTS (
+           SELECT 1 FROM members m WHERE m.server_id = a.server_id AND m.user_id = p.value))"""
+)
+# The conversations that this user has left and in which nobody has an account any more.
+load_abandoned_conversations = rows_as(
+    int,
+    """SELECT f.server_id FROM former_members f JOIN servers s ON s.server_id = f.server_id AND s.kind = 'direct'
+       WHERE f.user_id = ? AND NOT EXISTS (SELECT 1 FROM members m WHERE m.server_id = f.server_id) AND NOT EXISTS (
+           SELECT 1 FROM former_members o JOIN users u ON u.user_id = o.user_id
+           WHERE o.server_id = f.server_id AND u.deleted = 0)""",
+)
 # The member who becomes the owner if the owner's account is deleted: the first admin, else the first member.
 load_next_owner: Query[int | None] = first_value(
     "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1"
 )
-# 1 if a user (?1) has a higher role than another user (?2) in each of the other user's servers, else 0.
+# 1 if a user (?1) has a higher role than another user (?2) in each of the other user's servers, else 0. In conversations nobody
+# has: they do not count, or else guests with conversations could never get a sign-in code.
 outranks_everywhere: Query[int] = first_value(
-    """SELECT NOT EXISTS (SELECT 1 FROM members t WHERE t.user_id = ?2 AND NOT EXISTS (
+    """SELECT NOT EXISTS (SELECT 1 FROM members t JOIN servers s USING (server_id)
+           WHERE t.user_id = ?2 AND s.kind = 'server' AND NOT EXISTS (
            SELECT 1 FROM members m WHERE m.server_id = t.server_id AND m.user_id = ?1
            AND (m.role = 'owner' OR (m.role = 'admin' AND t.role = 'member'))))"""
 )
@@ -2717,14 +2781,24 @@ def lookup_target(db: sqlite3.Connection, key: str, target: int | str, user: Pri
     return found
 
 
+def pair_key(one: int, other: int) -> str:
+    """Return the key of the conversation of two users, in either order."""
+    return f"{min(one, other)}-{max(one, other)}"
+
+
 def load_servers(db: sqlite3.Connection, user_id: int, server_id: int | None = None) -> list[Server]:
-    """Return a member's servers, or only that one, with their channels, in two queries."""
+    """Return a member's servers, or only that one, with their channels and participants, in three queries."""
     only = " AND m.server_id = :server_id" if server_id is not None else ""
     values = {"user_id": user_id, "server_id": server_id}
     rows = db.execute(SERVER_ROWS + only + " ORDER BY s.server_id", values)
-    servers = {one: Server(one, name, owner_id, created_at, role, []) for one, name, owner_id, created_at, role in rows}
+    servers = {
+        one: Server(one, name, owner_id, at, role, [], UNSET if kind == "server" else kind)
+        for one, name, at, kind, *_, owner_id, role in rows
+    }
     for row in db.execute(CHANNEL_ROWS + "WHERE server_id IN (" + SERVER_IDS + only + ") ORDER BY channel_id", values):
         servers[row[0]].channels.append(Channel(*row))
+    for one, user_id, username, guest, name in db.execute(PARTICIPANT_ROWS + only + " ORDER BY u.user_id", values):
+        servers[one].participants.append(Account(user_id, username, bool(guest), name=name))
     return list(servers.values())
 
 
@@ -2832,7 +2906,10 @@ def update_channel(db: sqlite3.Connection, channel: Channel) -> int:
 
 
 INTEGRITY_CHECKS = {  # what each query finds
-    "a server without an owner": "SELECT server_id FROM servers EXCEPT SELECT server_id FROM members WHERE role = 'owner'",
+    "a server without an owner":
+        "SELECT server_id FROM servers WHERE kind = 'server' EXCEPT SELECT server_id FROM members WHERE role = 'owner'",
+    "a conversation with an admin or owner":
+        "SELECT server_id FROM members JOIN servers USING (server_id) WHERE kind = 'direct' AND role <> 'member'",
     "a seq beyond its server's last": "SELECT message_id FROM messages m JOIN servers s USING (server_id) WHERE m.seq > s.seq",
     "a message whose channel is in another server":
         "SELECT message_id FROM messages m JOIN channels c USING (channel_id) WHERE c.server_id <> m.server_id",
@@ -3152,16 +3229,17 @@ def load_changes(db: sqlite3.Connection, args: ChangesArgs, connected: Collectio
     """Return a server's changes after a sequence number, in order: at most `limit` messages and `MAX_RESULT_BYTES` of JSON, but
     at least one change. A changed list is included whole. If a restore removed changes that the client has seen, return
     everything, with `reset`."""
-    seq, channels_seq, members_seq, name_seq, name = db.execute(
-        "SELECT seq, channels_seq, members_seq, name_seq, name FROM servers WHERE server_id = ?", (args.server_id,)
-    ).fetchone()
+    values = {"server_id": args.server_id, "user_id": viewer}
+    row = db.execute(SERVER_FIELDS + " FROM servers s WHERE s.server_id = :server_id", values).fetchone()
+    _, name, _, _, seq, is_unnamed, channels_seq, members_seq, name_seq = row
     gap = "SELECT 1 FROM gaps WHERE server_id = ? AND after_seq < ? AND ? < until_seq"
     reset = args.after > seq or db.execute(gap, (args.server_id, args.after, args.after)).fetchone() is not None
     after = 0 if reset else args.after
     members = functools.partial(load_members, db, args.server_id, connected, viewer)
+    made_name: dict[str, Any] = {"name": name} if is_unnamed else {}  # it changes with the members
     lists: dict[int, Callable[[], dict[str, Any]]] = {
         channels_seq: lambda: {"channels": load_channels(db, args.server_id)},
-        members_seq: lambda: {"members": members(), "former": load_former_members(db, args.server_id)},
+        members_seq: lambda: {"members": members(), "former": load_former_members(db, args.server_id)} | made_name,
         name_seq: lambda: {"name": name},
     }
     list_seqs = [(list_seq, None) for list_seq in sorted(lists) if list_seq > after]
@@ -3637,6 +3715,7 @@ class OperationContext:
     server_id: int = 0
     channel_id: int = 0
     role: Role | None = None  # of the caller in that server
+    conversation: ConversationKind | None = None  # if that server is a conversation
     message: Message = NO_MESSAGE
     target_role: Role | None = None  # of the member that the arguments name
 
@@ -3654,8 +3733,12 @@ class Access(enum.Enum):
     ANYONE = "anyone, no token needed"
     USER = "any signed-in user"
     CREATOR = "signed-in users, as `--create-servers` allows"
+    STARTER = "signed-in users, as `--conversations` allows"
     MEMBER = "members"
+    WRITER = "members, in conversations as `--conversations` allows"
+    PARTICIPANT = "participants of a conversation, and for themselves those who left it"
     ADMIN = "admins and the owner"
+    RENAMER = "admins and the owner, in conversations every participant"
     INVITER = "admins and the owner (with `--registration invite`, guests only if `--create-servers everyone` is set)"
     OWNER = "the owner"
     AUTHOR = "the message's author"
@@ -3667,7 +3750,7 @@ class Access(enum.Enum):
 
 def is_permitted(access: Access, ctx: OperationContext) -> bool:
     """Return whether the role or authorship of the caller, who is a member, permits the operation."""
-    if access is Access.MEMBER:
+    if access in (Access.MEMBER, Access.WRITER) or (access is Access.RENAMER and ctx.conversation):
         return True
     if access is Access.OWNER:
         return ctx.role == "owner"
@@ -3675,7 +3758,8 @@ def is_permitted(access: Access, ctx: OperationContext) -> bool:
     if access is Access.AUTHOR or (access is Access.AUTHOR_OR_ADMIN and is_author):
         return is_author
     rank = RANK[ctx.role]
-    return rank >= RANK["admin"] and (access in (Access.ADMIN, Access.INVITER) or rank > RANK[ctx.target_role])
+    by_role = access in (Access.ADMIN, Access.INVITER, Access.RENAMER)
+    return rank >= RANK["admin"] and (by_role or rank > RANK[ctx.target_role])
 
 
 @functools.cache
@@ -3692,7 +3776,7 @@ def resolve_target(ctx: OperationContext, args: Args) -> bool:
     found = lookup_target(ctx.db, key, target, ctx.user)
     if found is None:
         raise chat_error("TOKEN_INVALID")
-    ctx.server_id, ctx.role = found[0] or 0, found[1]
+    ctx.server_id, ctx.role, ctx.conversation = found[0] or 0, found[1], found[3]
     if found[2] != ctx.user.name:  # the name changed after the token was cached
         ctx.user = ctx.user._replace(name=found[2])
     if key == "message_id":
@@ -3712,6 +3796,63 @@ def check_settings(access: Access, ctx: OperationContext) -> None:
         raise chat_error("NOT_FOR_GUESTS")
 
 
+def check_conversations(ctx: OperationContext, people: list[int], must_share: bool = False) -> None:
+    """Raise FORBIDDEN unless the settings let these people, among them the caller, write to each other in a conversation, and,
+    if they `must_share` a server, do so. The settings do not restrict the embedding program."""
+    setting = ctx.settings.conversations if ctx.user.digest else "everyone"
+    if setting == "nobody":
+        raise chat_error("CONVERSATIONS_OFF")
+    if must_share or setting == "staff":
+        with_staff = have_staff_in_common(ctx.db, ctx.user.user_id, json.dumps(people))
+        if must_share and with_staff is None:
+            raise chat_error("NO_SHARED_SERVER")
+        if setting == "staff" and not with_staff:
+            raise chat_error("CONVERSATIONS_STAFF")
+
+
+def authorize_start(ctx: OperationContext, args: NewConversation) -> None:
+    """Check that the caller may start a conversation. Set the server and the caller's role if that of two people exists."""
+    others = {*args.user_ids} - {ctx.user.user_id}
+    if not 0 < len(others) < MAX_PARTICIPANTS:
+        raise chat_error("PARTICIPANTS", field="user_ids", n=MAX_PARTICIPANTS - 1)
+    if not all(load_principal(ctx.db, user_id, b"") for user_id in others):
+        raise chat_error("NO_USER", field="user_ids")
+    check_conversations(ctx, [ctx.user.user_id, *others], must_share=True)
+    ctx.conversation = "pair" if len(others) == 1 else "group"
+    if ctx.conversation == "pair":
+        ctx.server_id = find_pair(ctx.db, pair_key(ctx.user.user_id, *others)) or 0
+        ctx.role = load_role(ctx.db, ctx.server_id, ctx.user.user_id)
+        if ctx.role and not load_role(ctx.db, ctx.server_id, *others):
+            raise chat_error("LEFT")
+
+
+def authorize_participant(ctx: OperationContext, user_id: int) -> None:
+    """Check that the caller may add this user to the conversation, and set the role that the user has in it already."""
+    if ctx.conversation is None:
+        raise chat_error("ROLE_TOO_LOW", who=Access.PARTICIPANT.value)
+    has_left, is_self = is_former_member(ctx.db, ctx.server_id, user_id), user_id == ctx.user.user_id
+    if ctx.role is None and not (is_self and has_left):
+        raise chat_error("NOT_MEMBER")
+    ctx.target_role = load_role(ctx.db, ctx.server_id, user_id)
+    if ctx.target_role or is_self:
+        return
+    if load_principal(ctx.db, user_id, b"") is None:
+        raise chat_error("NO_USER")
+    if has_left:
+        raise chat_error("LEFT")
+    if ctx.conversation == "pair":
+        raise chat_error("TWO_ONLY")
+    check_conversations(ctx, [*load_member_ids(ctx.db, ctx.server_id), user_id], must_share=True)
+
+
+def authorize_writing(ctx: OperationContext) -> None:
+    """Raise FORBIDDEN unless a participant may write in the conversation."""
+    people = load_member_ids(ctx.db, ctx.server_id)
+    if ctx.conversation == "pair" and len(people) < 2:
+        raise chat_error("LEFT")
+    check_conversations(ctx, people)
+
+
 def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     """Resolve the target and check the caller's access. Raises UNAUTHORIZED, NOT_FOUND or FORBIDDEN."""
     if access is Access.ANYONE:
@@ -3719,12 +3860,17 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     exists = resolve_target(ctx, args)
     if access is Access.CREATOR:
         check_settings(access, ctx)
-    if access in (Access.USER, Access.CREATOR):
+    if isinstance(args, NewConversation):
+        authorize_start(ctx, args)
+    if access in (Access.USER, Access.CREATOR, Access.STARTER):
         return
     if not exists and isinstance(args, CodeArgs):
         raise chat_error("INVITE_UNKNOWN", field="code")
     if not exists:
         raise chat_error(f"NO_{target_key(type(args)).removesuffix('_id').upper()}")
+    if access is Access.PARTICIPANT:
+        assert isinstance(args, MemberArgs)
+        return authorize_participant(ctx, args.user_id)
     if ctx.role is None:
         raise chat_error("NOT_MEMBER")
     user_id = getattr(args, "user_id", None)
@@ -3739,6 +3885,8 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
             return
     if not is_permitted(access, ctx):
         raise chat_error("ROLE_TOO_LOW", who=access.value)
+    if ctx.conversation and access in (Access.WRITER, Access.AUTHOR, Access.RENAMER):
+        authorize_writing(ctx)
     if access in (Access.INVITER, Access.OUTRANKS_GUEST):
         check_settings(access, ctx)
     if access is Access.OUTRANKS_GUEST:
@@ -3887,9 +4035,49 @@ def get_server(ctx: OperationContext, args: ServerArgs) -> Result[Server]:
     return Result(load_servers(ctx.db, ctx.user.user_id, ctx.server_id)[0])
 
 
-@write("PATCH /servers/{server_id}", Access.ADMIN, emits=["server:updated"])
+def join_conversation(ctx: OperationContext, user_id: int) -> list[Effect]:
+    """Make a user a participant of the conversation, and return the effects."""
+    seq = insert_member(ctx.db, ctx.server_id, user_id, "member", ctx.now)
+    effects: list[Effect] = [member_event(ctx.db, "member:joined", ctx.server_id, user_id, seq)]
+    if user_id != ctx.user.user_id:
+        effects.append(Emit("server:joined", user_id, load_servers(ctx.db, user_id, ctx.server_id)[0]))
+    return effects
+
+
+@write(
+    "POST /conversations", Access.STARTER, emits=["server:joined", "member:joined"],
+    status=201, replay_status=200, limit="post", slow=True,
+)  # fmt: skip
+def start_conversation(ctx: OperationContext, args: NewConversation) -> Result[Server]:
+    """Start a private conversation. 200 with the existing one of the same two people; if you had left it, you return."""
+    user_id, others = ctx.user.user_id, {*args.user_ids} - {ctx.user.user_id}
+    if ctx.server_id:
+        effects = [] if ctx.role else join_conversation(ctx, user_id)
+        return Result(load_servers(ctx.db, user_id, ctx.server_id)[0], effects, replayed=True)
+    if ctx.conversation == "group" and count_started_groups(ctx.db, user_id) >= MAX_STARTED_GROUPS:
+        raise chat_error("TOO_MANY", n=MAX_STARTED_GROUPS)
+    pair = pair_key(user_id, *others) if ctx.conversation == "pair" else None
+    server_id = insert_conversation(ctx.db, args.name or "", ctx.now, user_id, pair)
+    for one in sorted({user_id, *others}):
+        insert_member(ctx.db, server_id, one, "member", ctx.now)
+    insert_channel(ctx.db, server_id, "general", "text", "")
+    joined = [Emit("server:joined", one, load_servers(ctx.db, one, server_id)[0]) for one in others]
+    return Result(load_servers(ctx.db, user_id, server_id)[0], joined)
+
+
+@write("PUT /servers/{server_id}/members/{user_id}", Access.PARTICIPANT, emits=["member:joined", "server:joined"], limit="post")
+def add_participant(ctx: OperationContext, args: MemberArgs) -> Result[None]:
+    """Add somebody to a conversation of three or more, or return to a conversation that you have left."""
+    if ctx.target_role:
+        return Result(None)
+    if len(load_member_ids(ctx.db, ctx.server_id)) >= MAX_PARTICIPANTS:
+        raise chat_error("TOO_MANY", n=MAX_PARTICIPANTS)
+    return Result(None, join_conversation(ctx, args.user_id))
+
+
+@write("PATCH /servers/{server_id}", Access.RENAMER, emits=["server:updated"])
 def rename_server(ctx: OperationContext, args: RenameServer) -> Result[Server]:
-    """Rename a server."""
+    """Rename a server or a conversation."""
     renamed = ServerRenamed(ctx.server_id, args.name, update_server_name(ctx.db, ctx.server_id, args.name))
     return Result(load_servers(ctx.db, ctx.user.user_id, ctx.server_id)[0], [Emit("server:updated", ctx.server_id, renamed)])
 
@@ -4067,7 +4255,7 @@ def mention_events(ctx: OperationContext, message: Message, notified: Collection
 
 
 @write(
-    "POST /messages", Access.MEMBER, event="message:send", emits=["message:new", "channel:read", "mention", "typing_stop"],
+    "POST /messages", Access.WRITER, event="message:send", emits=["message:new", "channel:read", "mention", "typing_stop"],
     status=201, limit="post",
 )  # fmt: skip
 def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
@@ -4129,7 +4317,7 @@ def reaction_event(ctx: OperationContext, event: str, emoji: str) -> Emit:
 
 
 @write(
-    "PUT /messages/{message_id}/reactions/{emoji}", Access.MEMBER, event="reaction:add", emits=["reaction:add"], limit="post"
+    "PUT /messages/{message_id}/reactions/{emoji}", Access.WRITER, event="reaction:add", emits=["reaction:add"], limit="post"
 )
 def add_reaction(ctx: OperationContext, args: ReactionArgs) -> Result[None]:
     """Add your reaction to a message; adding it twice changes nothing."""
@@ -4144,7 +4332,7 @@ def add_reaction(ctx: OperationContext, args: ReactionArgs) -> Result[None]:
 
 
 @write(
-    "DELETE /messages/{message_id}/reactions/{emoji}", Access.MEMBER, event="reaction:remove",
+    "DELETE /messages/{message_id}/reactions/{emoji}", Access.WRITER, event="reaction:remove",
     emits=["reaction:remove"], limit="post",
 )  # fmt: skip
 def remove_reaction(ctx: OperationContext, args: ReactionArgs) -> Result[None]:
@@ -5517,9 +5705,11 @@ class Hub:
 
         return job
 
-    def query(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
-        """Run a fast query on the target of the arguments, if the caller is a member there. Raises ChatError."""
-        return self.store.read_inline(self.authorized(Access.MEMBER, caller.user, args, query))
+    def query(
+        self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R], access: Access = Access.MEMBER
+    ) -> R:
+        """Run a fast query on the target of the arguments, if the caller has access to it. Raises ChatError."""
+        return self.store.read_inline(self.authorized(access, caller.user, args, query))
 
     async def query_slow(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
         """Like `query`, for a query that may take seconds (see `read_slow`)."""
@@ -6287,7 +6477,8 @@ async def get_configuration(hub: Hub, caller: Caller, args: NoArgs) -> Result[Pu
     settings = hub.settings
     guests = not settings.no_guests and settings.registration != "closed"
     public, lan = settings.public_url or UNSET, hub.lan_url or UNSET
-    return Result(PublicSettings(settings.registration, guests, __version__, settings.create_servers, public, lan))
+    who = settings.create_servers, settings.conversations
+    return Result(PublicSettings(settings.registration, guests, __version__, *who, public, lan))
 
 
 @operation("async", None, Access.ANYONE, event="authenticate")
@@ -6343,20 +6534,19 @@ def require_joined(connection: Connection, server_id: int) -> None:
         raise chat_error("NOT_JOINED")
 
 
-def server_of_channel(hub: Hub, caller: Caller, args: ChannelArgs) -> int:
+def server_of_channel(hub: Hub, caller: Caller, args: ChannelArgs, access: Access) -> int:
     """Return the channel's server, which the socket must have joined. Counts as an event unless the user is typing there."""
-    typist = hub.typing_tracker.get((args.channel_id, caller.user.user_id))
-    if typist is None:
+    if (args.channel_id, caller.user.user_id) not in hub.typing_tracker:
         hub.limiter.charge("event", caller.user.user_id)
-    server_id = typist.server_id if typist else hub.query(caller, args, lambda ctx, _: ctx.server_id)
+    server_id = hub.query(caller, args, lambda ctx, _: ctx.server_id, access)
     require_joined(caller.connection, server_id)
     return server_id
 
 
-@operation("async", None, Access.MEMBER, event="typing_start", emits=["user:typing"], limit="itself")
+@operation("async", None, Access.WRITER, event="typing_start", emits=["user:typing"], limit="itself")
 async def typing_start(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
     """Report that the user is typing: emitted at most once a second, expires after three."""
-    server_id = server_of_channel(hub, caller, args)
+    server_id = server_of_channel(hub, caller, args, Access.WRITER)
     hub.start_typing(server_id, args.channel_id, caller.user, caller.connection.sid)
     return Result(None)
 
@@ -6364,7 +6554,7 @@ async def typing_start(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[No
 @operation("async", None, Access.MEMBER, event="typing_stop", emits=["typing_stop"], limit="itself")
 async def typing_stop(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
     """Report that the user has stopped typing."""
-    server_of_channel(hub, caller, args)
+    server_of_channel(hub, caller, args, Access.MEMBER)
     hub.stop_typing(args.channel_id, caller.user.user_id)
     return Result(None)
 
@@ -6813,6 +7003,9 @@ def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -
     user_id = require_account(db, username).user_id
     effects = [effect for server_id in load_server_ids(db, user_id) for effect in remove_and_transfer(db, server_id, user_id)]
     close_account(db, user_id)
+    for server_id in load_abandoned_conversations(db, user_id):
+        delete_server_row(db, server_id)
+        effects.append(RemoveRoom(server_id))
     if messages:
         effects += start_purge(db, None, user_id)
     return Result(user_id, [*effects, Revoke(user_id)])

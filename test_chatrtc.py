@@ -999,7 +999,8 @@ def test_settings_have_one_list() -> None:
 def test_an_invalid_setting_is_rejected(tmp_path: Path) -> None:
     wrongs: tuple[dict[str, Any], ...] = (
         {"port": "3000"}, {"port": 65536}, {"token_ttl": 0}, {"registration": "maybe"}, {"nonsense": 1},
-        {"database": ""}, {"tls_cert": "cert.pem"}, {"secret": "short"}, {"secret": ""}, {"secret": "é" * 15},
+        {"conversations": "some"}, {"database": ""},
+        {"tls_cert": "cert.pem"}, {"secret": "short"}, {"secret": ""}, {"secret": "é" * 15},
         *({"cors_origin": [origin]} for origin in (
             "https://x/", "x.example", "ftp://x", "https://x/path", "https://x?", "https://a b", "null", "",
             "https://x:65536", "https://bücher.example", "https://u@x",
@@ -1479,6 +1480,14 @@ async def by_posting(scene: Scene) -> dict[str, Any]:
     return message
 
 
+@story("message:new", MESSAGE_KEYS)
+async def by_posting_over_the_socket(scene: Scene) -> dict[str, Any]:
+    ack = await scene.ana_socket.ok("message:send", {"channel_id": scene.place.channel_id, "content": "told"})
+    assert ack.pop("success") is True
+    assert await scene.ana.ok("GET", f"/messages/{ack['message_id']}") == ack
+    return dict(ack)
+
+
 @story("message:edit", MESSAGE_KEYS | {"edited_at"})
 async def by_editing(scene: Scene) -> dict[str, Any]:
     message = await scene.post()
@@ -1556,6 +1565,13 @@ async def by_posting_while_typing(scene: Scene) -> dict[str, Any]:
 
 
 @story("typing_stop", TYPING_KEYS, actor_receives=False)
+async def by_posting_over_the_socket_while_typing(scene: Scene) -> dict[str, Any]:
+    await scene.ana_socket.ok("typing_start", {"channel_id": scene.place.channel_id})
+    await scene.ana_socket.ok("message:send", {"channel_id": scene.place.channel_id, "content": "told"})
+    return {"channel_id": scene.place.channel_id, "user_id": scene.ana.user_id, "username": "ana"}
+
+
+@story("typing_stop", TYPING_KEYS, actor_receives=False)
 async def by_unsubscribing_while_typing(scene: Scene) -> dict[str, Any]:
     await scene.ana_socket.ok("typing_start", {"channel_id": scene.place.channel_id})
     await scene.ana_socket.ok("leave_server", {"server_id": scene.place.server_id})
@@ -1602,6 +1618,46 @@ async def by_registering_with_an_invite(scene: Scene) -> dict[str, Any]:
     account = {"username": "eve", "password": "correct horse", "code": invite["code"]}
     reply = await scene.world.call("POST", "/auth/register", account)
     return {"user_id": reply.body["user_id"], "username": "eve"}
+
+
+async def add_eve(scene: Scene) -> tuple[Person, dict[str, Any]]:
+    """Let Eve join the class, and start a conversation of Ana, Cy and Eve. Return Eve and the conversation."""
+    eve = await scene.world.person("eve")
+    await eve.ok("POST", f"/invites/{await scene.ana.invite(scene.place.server_id)}")
+    return eve, await scene.ana.ok("POST", "/conversations", {"user_ids": [scene.cy.user_id, eve.user_id]})
+
+
+@story("member:joined", {*PLACE_KEYS, "seq"})
+async def by_adding_a_participant(scene: Scene) -> dict[str, Any]:
+    eve, _ = await add_eve(scene)
+    group = await scene.ana.ok("POST", "/conversations", {"user_ids": [scene.ben.user_id, scene.cy.user_id]})
+    for socket in (scene.ana_socket, scene.ben_socket):
+        await socket.receive("member:joined")  # of Eve in the class
+        await socket.ok("join_server", {"server_id": group["server_id"]})
+    await scene.ana.ok("PUT", f"/servers/{group['server_id']}/members/{eve.user_id}")
+    return {"server_id": group["server_id"], "user_id": eve.user_id, "username": "eve"}
+
+
+async def leave_ben(scene: Scene) -> dict[str, Any]:
+    """Start a conversation of Ana and Ben, which Ben's socket joins and Ana leaves. Return it."""
+    pair: dict[str, Any] = await scene.ana.ok("POST", "/conversations", {"user_ids": [scene.ben.user_id]})
+    await scene.ben_socket.ok("join_server", {"server_id": pair["server_id"]})
+    await scene.ana.ok("DELETE", f"/servers/{pair['server_id']}/members/{scene.ana.user_id}")
+    return pair
+
+
+@story("member:joined", {*PLACE_KEYS, "seq"}, actor_receives=False)
+async def by_returning_to_a_conversation(scene: Scene) -> dict[str, Any]:
+    pair = await leave_ben(scene)
+    await scene.ana.ok("PUT", f"/servers/{pair['server_id']}/members/{scene.ana.user_id}")
+    return {"server_id": pair["server_id"], "user_id": scene.ana.user_id, "username": "ana"}
+
+
+@story("member:joined", {*PLACE_KEYS, "seq"}, actor_receives=False)
+async def by_starting_a_conversation_again(scene: Scene) -> dict[str, Any]:
+    pair = await leave_ben(scene)
+    assert await scene.ana.ok("POST", "/conversations", {"user_ids": [scene.ben.user_id]}) == pair
+    return {"server_id": pair["server_id"], "user_id": scene.ana.user_id, "username": "ana"}
 
 
 @story("member:left", {*PLACE_KEYS, "seq"})
@@ -1677,6 +1733,28 @@ async def by_deleting_the_server(scene: Scene) -> dict[str, Any]:
 
 
 VOICE_KEYS = {"channel_id", "user_id", "username", "peer_id"}
+
+
+CONVERSATION_KEYS = {"server_id", "name", "owner_id", "created_at", "role", "channels", "kind", "participants"}
+
+
+@story("server:joined", CONVERSATION_KEYS, actor_receives=False)
+async def by_starting_a_conversation(scene: Scene) -> dict[str, Any]:
+    pair = await scene.ana.ok("POST", "/conversations", {"user_ids": [scene.ben.user_id]})
+    assert pair["name"] == "ben"
+    (found,) = [one for one in (await scene.ben.ok("GET", "/servers"))["servers"] if one["server_id"] == pair["server_id"]]
+    assert found == pair | {"name": "ana"}
+    return found  # type: ignore[no-any-return]
+
+
+@story("server:joined", CONVERSATION_KEYS, actor_receives=False)
+async def by_adding_somebody_to_a_conversation(scene: Scene) -> dict[str, Any]:
+    _, group = await add_eve(scene)
+    path = f"/servers/{group['server_id']}"
+    await scene.ana.ok("PUT", f"{path}/members/{scene.ben.user_id}")
+    found: dict[str, Any] = await scene.ben.ok("GET", path)
+    assert found["name"] == "ana, cy, eve"
+    return found
 
 
 async def join_voice(scene: Scene) -> tuple[int, Any]:
@@ -3502,6 +3580,10 @@ PERMISSIONS = {
     "update_profile": Permission("", "user"),
     "list_servers": Permission("", "user"),
     "create_server": Permission("", "user"),
+    "start_conversation": Permission(  # with a member of the server
+        "", "user", exceptions={(caller, ""): "FORBIDDEN" for caller in ("outsider", "banned", "left", "removed")}
+    ),
+    "add_participant": Permission("member", "nobody", "nobody"),  # see CONVERSATION_CALLS
     "get_server": Permission("server", "member"),
     "rename_server": Permission("server", "admin"),
     "delete_server": Permission("server", "owner"),
@@ -3635,6 +3717,7 @@ class PermissionMatrix:
         ids = {"server_id": server.server_id, "channel_id": channel_id, "code": invite.code} | {
             "message_id": own_message.message_id,
             "user_id": user.user_id,
+            "user_ids": [other.user_id if user is owner else owner.user_id],
         }
         target_kind = PERMISSIONS[op.name].target_kind
         if target_kind:
@@ -3727,6 +3810,7 @@ EVENTS_WITHOUT_SEQ = {  # events of which a client that missed them needs nothin
     "user:typing": "presence", "typing_stop": "presence", "user:connected": "presence", "user:disconnected": "presence",
     "user:status": "presence", "voice:join": "presence", "voice:leave": "presence", "voice:signal": "presence",
     "server:deleted": "the sequence ends with its server", "error": "a reply",
+    "server:joined": "clients list their servers after a reconnect",
 }  # fmt: skip
 OPERATIONS_WITHOUT_LIMIT = {  # operations for which the general limit of requests and events is enough, with the reason
     "set_status": "a change of one row", "logout": "ends with its token", "mark_read": "a change of one row",
@@ -3802,8 +3886,10 @@ async def test_a_durable_operation_takes_a_number_that_its_event_carries(world: 
         return chat.store.read_inline(chatrtc.load_seq, server_id)
 
     for op in chatrtc.OPERATIONS.values():
-        if op.kind != "write" or op.path is None or op.name in ("delete_server", "create_server"):
-            continue  # the sequence begins or ends with these two
+        if op.kind != "write" or op.path is None or op.name in ("delete_server", "create_server", "start_conversation"):
+            continue  # the sequence begins or ends with these
+        if op.name == "add_participant":
+            continue  # not in ordinary servers; see test_a_conversation_takes_sequence_numbers
         permission, durable = PERMISSIONS[op.name], {event for event in op.emits if has_seq(event)}
         order = ["outsider"] if op.name == "accept_invite" else ["owner", "member"]
         callers = [(caller, target) for caller in order for target in ("other's", "own", "")]
@@ -3875,7 +3961,7 @@ async def test_permissions_match_the_table(make_world: MakeWorld, interface: str
     await asyncio.gather(*(try_case(*cell) for cell in cases(interface)))
     assert not wrong, "\n".join(sorted(wrong))
     for op, _, _ in cases(interface):  # each succeeded at least once, and failed at least once unless it is open
-        assert (op.name, "") in outcomes
+        assert op.name == "add_participant" or (op.name, "") in outcomes
         assert PERMISSIONS[op.name].lowest_role == "open" or any(name == op.name and code for name, code in outcomes)
 
 
@@ -14359,6 +14445,13 @@ async def test_all_operations_match_their_descriptions(world: World) -> None:
     await rest("list_reads")
     await rest("edit_channel", {"topic": "more"}, channel_id=channel["channel_id"])
     await rest("rename_server", {"name": "classes"})
+    listening = await cy.socket()
+    await rest("accept_invite", who=cy, code=await ana.invite(place.server_id))
+    group = await rest("start_conversation", {"user_ids": [ben.user_id, cy.user_id], "name": "three"})
+    await listening.receive("server:joined")
+    await rest("remove_member", who=ben, server_id=group["server_id"])
+    await rest("add_participant", who=ben, server_id=group["server_id"])
+    await cy.ok("DELETE", f"/servers/{place.server_id}/members/{cy.user_id}")
     await rest("delete_channel", channel_id=channel["channel_id"])
     invite = await rest("create_invite", {"max_uses": 9, "expires_in": 999})
     at["code"] = invite["code"]
@@ -14384,9 +14477,11 @@ async def test_all_operations_match_their_descriptions(world: World) -> None:
     await rest("change_password", {"old_password": "correct horse", "new_password": "another horse"}, who=cy)
     await rest("logout")
     assert tried == set(chatrtc.OPERATIONS), "call the operation once in this test"
-    for event, payload in listener.received + talker.received:
+    for event, payload in listener.received + talker.received + listening.received:
         check_schema(asyncapi, resolve(asyncapi, f"#/channels/socket/messages/{event}")["payload"], payload)
-    assert set(chatrtc.EVENTS) - {name for name, _ in listener.received + talker.received} <= {"server:deleted"}
+    assert set(chatrtc.EVENTS) - {name for name, _ in listener.received + talker.received + listening.received} <= {
+        "server:deleted"
+    }
 
 
 # ---- The tree itself ------------------------------------------------------------------------------------------------
