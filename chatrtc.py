@@ -13,6 +13,7 @@ has been committed. The sections, to be read in this order:
     Files               the database file: opening, checking, migrating, locking, copying
     Store               the open database: one writer, several readers
     Queries             the SQL for accounts, servers and members
+    File queries        the SQL for the files that messages contain
     Message queries     the SQL for messages, reactions, read marks and search
     Presence            users who are connected, typing or in a voice channel: kept in memory only
     Authentication      passwords and tokens
@@ -72,6 +73,7 @@ import time
 import traceback
 import typing
 import unicodedata
+import urllib.parse
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -148,6 +150,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         tuple[str, ...],
         Meta(description="Proxy whose X-Forwarded headers are trusted: address, network or 'unix' (repeatable)."),
     ] = ()
+    file_max: Annotated[int, Meta(ge=0, le=10_000, description="Maximum size of a file in MiB; 0 turns files off.")] = 10
+    files_max: Annotated[int, Meta(ge=0, le=10**9, description="Maximum size of all files together in MiB.")] = 4096
     disk_reserve: Annotated[int, Meta(ge=0, le=10**9, description="Free disk space in MiB below which writes fail.")] = 256
     redis: Annotated[
         str | None, Meta(description="Share the database with other servers, using Redis at this URL: redis://HOST:PORT.")
@@ -233,6 +237,10 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "MESSAGE_DELETED": ("CONFLICT", "This message was posted and has since been deleted"),
     "NO_REPLY_TARGET": ("NOT_FOUND", "The message to reply to was not found in this channel"),
     "TOO_MANY_REACTIONS": ("CONFLICT", "A message has at most {n} different reactions"),
+    "NO_FILE": ("NOT_FOUND", "File not found"),
+    "FILE_ATTACHED": ("CONFLICT", "The file already belongs to a message"),
+    "FILES_OFF": ("FORBIDDEN", "This server does not accept files"),
+    "FILES_FULL": ("UNAVAILABLE", "The server has no space left for files; reading and writing messages still work"),
     "NOT_JOINED": ("FORBIDDEN", "This socket has not joined the server"),
     "NO_VOICE_CHANNEL": ("BAD_REQUEST", "This is not a voice channel"),
     "NOT_IN_VOICE": ("FORBIDDEN", "You are not in this voice channel"),
@@ -726,14 +734,17 @@ Username = Annotated[str, Meta(min_length=2, max_length=32)]
 Password = Annotated[str, Meta(min_length=8, max_length=256)]
 Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=NAME)]
 DisplayName = Annotated[str, Meta(min_length=1, max_length=64)]
-Topic = Annotated[str, Meta(max_length=1000, pattern=f"^(?:$|{VISIBLE}){TEXT}")]
-Content = Annotated[str, Meta(min_length=1, max_length=4000, pattern=VISIBLE_TEXT)]
+OPTIONAL_TEXT = f"^(?:$|{VISIBLE}){TEXT}"
+Topic = Annotated[str, Meta(max_length=1000, pattern=OPTIONAL_TEXT)]
+AltText = Annotated[str, Meta(max_length=1000, pattern=OPTIONAL_TEXT)]
+OptionalContent = Annotated[str, Meta(max_length=4000, pattern=OPTIONAL_TEXT)]  # may be empty if the message has files
 Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=f"^{VISIBLE}[^\\s{CONTROLS}]+$")]
 Nonce = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 Code = Annotated[str, Meta(min_length=1, max_length=64)]
 SearchText = Annotated[str, Meta(min_length=1, max_length=200, pattern=f"^\\s*[^\\s{CONTROLS}]{TEXT}")]
 Token = Annotated[str, Meta(max_length=4096)]
 PeerId = Annotated[str, Meta(min_length=1, max_length=64)]
+Pixels = Annotated[int, Meta(ge=1, le=100_000)]
 Role = Literal["owner", "admin", "member"]
 Status = Literal["online", "away", "busy", "invisible"]
 ChannelKind = Literal["text", "voice"]
@@ -867,10 +878,30 @@ class EditChannel(ChannelArgs):
     topic: Topic | None = None
 
 
+class NewFile(ChannelArgs):
+    name: Annotated[str, Meta(max_length=1000)] = ""
+    width: Pixels | None = None  # of a video; those of a picture are read from its content
+    height: Pixels | None = None
+    alt: AltText = ""
+
+
+class FileArgs(Args):
+    file_id: Id
+
+
+class ReadFile(FileArgs):
+    link: Token | None = None  # signed, in place of a token
+
+
 class NewMessage(ChannelArgs):
-    content: Content
+    content: OptionalContent
     reply_to: Id | None = None
     nonce: Nonce | None = None
+    files: Annotated[list[Id], Meta(max_length=10)] = []
+
+    def __post_init__(self) -> None:
+        if not self.content and not self.files:
+            raise field_error("FIELD_EMPTY", "content")
 
 
 class PageArgs(ChannelArgs):
@@ -889,7 +920,7 @@ class MessageArgs(Args):
 
 
 class EditMessage(MessageArgs):
-    content: Content
+    content: OptionalContent
 
 
 class ReactionArgs(MessageArgs):
@@ -1033,6 +1064,21 @@ class InvitePreview(Payload):
     member_count: int
 
 
+class File(Payload):
+    file_id: int
+    name: str
+    type: str
+    size: int
+    width: int | None = None  # of a picture or video
+    height: int | None = None
+    alt: str | None = None
+
+
+class FileLink(Payload):
+    url: str  # relative to the address of the chat
+    expires_at: str
+
+
 class Reaction(Payload):
     emoji: str
     user_ids: list[int]
@@ -1052,6 +1098,7 @@ class Message(Payload):
     reactions: list[Reaction] = []
     mentions: list[int] = []
     author_name: str | None = None
+    files: list[File] = []
 
 
 class Messages(Payload):
@@ -1125,6 +1172,7 @@ class PublicSettings(Payload):
     version: str
     create_servers: str
     conversations: str
+    file_max: int  # bytes; 0: files are off
     public_url: str | UnsetType = UNSET  # the setting, if it is set
     lan_url: str | UnsetType = UNSET  # the address on the local network, if the server listens there
 
@@ -1535,11 +1583,11 @@ def sync_folder(folder: Path) -> None:
             os.close(file)
 
 
-def connect_reader(path: Path, *, immutable: bool = False) -> sqlite3.Connection:
+def connect_reader(path: Path, *, immutable: bool = False, cache_kib: int = 16384) -> sqlite3.Connection:
     """Open a read-only connection. With `immutable`, nothing else may write meanwhile, and not even a -shm is created."""
     uri = f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' if immutable else ''}"
     db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, cached_statements=256)
-    for pragma in ("busy_timeout = 5000", "query_only = 1", "cache_size = -16384"):
+    for pragma in ("busy_timeout = 5000", "query_only = 1", f"cache_size = -{cache_kib}"):
         db.execute(f"PRAGMA {pragma}")
     return db
 
@@ -1917,6 +1965,7 @@ def replace_database(path: Path, part: Path) -> Path | None:
 # lose rows.) Each reader has a read-only connection of its own, and each query a snapshot.
 
 SLOW_READERS = 3
+PARTS_CACHE_KIB = 1024  # cache of the connection that reads files, which are larger than any cache
 SLOW_READS_PER_USER = 2  # at a time; fewer than there are readers, so that one user cannot occupy them all
 MAX_QUEUED_SLOW_READS = 64  # per user: a page that reconnects reads all its servers at once
 SLOW_READ_SECONDS = 4.0  # time limit of a slow read
@@ -2016,6 +2065,13 @@ def append_log(db: sqlite3.Connection, effects: Sequence[Effect]) -> int:
 def empty_wal(db: sqlite3.Connection) -> Result[bool]:
     """Move the -wal into the database and empty it, outside a transaction. The value is False if a reader prevented it."""
     return Result(not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
+
+
+def copy_wal(db: sqlite3.Connection) -> Result[None]:
+    """Copy the -wal into the database, outside a transaction. After writing a MiB of files, this takes 10 ms; without it, the
+    automatic checkpoint after 16 MiB would delay other people's posts for 100 ms or more."""
+    db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+    return Result(None)
 
 
 def is_bug(error: sqlite3.OperationalError) -> bool:
@@ -2162,8 +2218,9 @@ class Store:
         try:
             db = await asyncio.to_thread(self._open_writer, set_up)
             self._writer = await aiosqlite.Connection(lambda: db, 64)
-            for _ in range(1 + SLOW_READERS):
-                self._readers.append(await aiosqlite.Connection(functools.partial(connect_reader, self.path), 64))
+            for cache_kib in (PARTS_CACHE_KIB, *[16384] * SLOW_READERS):
+                connect = functools.partial(connect_reader, self.path, cache_kib=cache_kib)
+                self._readers.append(await aiosqlite.Connection(connect, 64))
             self._idle = self._readers[1:]
             self._inline_reader = connect_reader(self.path)
             self.files = self._identify()
@@ -2356,8 +2413,8 @@ class Store:
             self._writer = await aiosqlite.Connection(functools.partial(open_writer, self.path), 64)
             self._reopen_writer = False
         jobs = [queued.job for queued in batch]
-        if jobs == [empty_wal]:
-            return [await on_thread(self._writer, empty_wal)], None, self._read_id
+        if jobs[0] in (empty_wal, copy_wal):
+            return [await on_thread(self._writer, jobs[0])], None, self._read_id
         if batch[0].slow:
             outcomes = await on_thread(self._writer, begin, jobs)
         else:
@@ -2501,6 +2558,7 @@ TARGET_TABLES = {  # argument that names the target -> the table with its server
     "server_id": "servers t ON t.server_id = ?",
     "channel_id": "channels t ON t.channel_id = ?",
     "message_id": "messages x ON x.message_id = ? AND x.deleted = 0 LEFT JOIN channels t ON t.channel_id = x.channel_id",
+    "file_id": "files f ON f.file_id = ? AND f.digest IS NOT NULL LEFT JOIN channels t ON t.channel_id = f.channel_id",
     "code": "invites t ON t.code = ?",
 }
 TARGET_QUERIES = {key: TARGET_ROWS + table + VALID_CALLER for key, table in TARGET_TABLES.items()}
@@ -2947,6 +3005,128 @@ def check_integrity(db: sqlite3.Connection) -> list[str]:
     return lines
 
 
+# ---- File queries --------------------------------------------------------------------------------------------------
+# The SQL for files. A file is removed by taking it out of its channel: from then on nobody can read it. Maintenance deletes its
+# pieces in small steps, because `secure_delete` overwrites each of their pages, and at last its row.
+
+MAX_UNATTACHED_FILES = 100  # per account: files that belong to no message yet
+UPLOAD_SECONDS = 3600.0  # time limit of an upload
+# A file that belongs to no message after this time is removed. By then no process is still uploading it.
+UNATTACHED_SECONDS = UPLOAD_SECONDS + 60
+PIECES_PER_STEP = 4  # pieces written or deleted between two checkpoints
+
+
+class StoredFile(NamedTuple):
+    """A complete file, and what decides who may read it."""
+
+    file: File
+    digest: bytes
+    uploader_id: int
+    channel_id: int
+    message_id: int | None  # None: it belongs to no message yet
+
+
+load_removed_file: Query[int | None] = first_value("SELECT file_id FROM files WHERE channel_id IS NULL LIMIT 1")
+remove_file = statement("UPDATE files SET channel_id = NULL WHERE file_id = ?")
+remove_files_of_message = statement("UPDATE files SET channel_id = NULL, message_id = NULL WHERE message_id = ?")
+remove_files_of_messages = statement(  # of the messages of a channel (?1) up to ?2
+    """UPDATE files SET channel_id = NULL WHERE message_id IN (
+           SELECT message_id FROM messages WHERE channel_id = ? AND message_id <= ?)"""
+)
+remove_unfinished_files = statement("UPDATE files SET channel_id = NULL WHERE message_id IS NULL AND digest IS NULL")
+attach_file = statement("UPDATE files SET message_id = ?, place = ? WHERE file_id = ?")
+
+
+def remove_unattached_files(db: sqlite3.Connection) -> Result[None]:
+    """Remove the files that belong to no message UNATTACHED_SECONDS after their upload."""
+    old = "UPDATE files SET channel_id = NULL WHERE message_id IS NULL AND channel_id IS NOT NULL AND uploaded_at < ?"
+    db.execute(old, (time.time() - UNATTACHED_SECONDS,))
+    return Result(None)
+
+
+def load_stored_file(db: sqlite3.Connection, file_id: int) -> StoredFile | None:
+    """Return a file, or None if it does not exist, is incomplete or removed."""
+    row = db.execute(
+        """SELECT file_id, name, type, size, width, height, alt, digest, uploader_id, channel_id, message_id FROM files
+           WHERE file_id = ? AND digest IS NOT NULL AND channel_id IS NOT NULL""",
+        (file_id,),
+    ).fetchone()
+    return StoredFile(File(*row[:7]), *row[7:]) if row else None
+
+
+def load_attachable_file(db: sqlite3.Connection, file_id: int, user_id: int, channel_id: int) -> File:
+    """Return a file that a user can post in a channel. Raises NOT_FOUND unless they uploaded it there; CONFLICT."""
+    stored = load_stored_file(db, file_id)
+    if stored is None or (stored.uploader_id, stored.channel_id) != (user_id, channel_id):
+        raise chat_error("NO_FILE", field="files")
+    if stored.message_id is not None:
+        raise chat_error("FILE_ATTACHED", field="files")
+    return stored.file
+
+
+def check_file_size(db: sqlite3.Connection, size: int, most: int, more: int, quota: int) -> None:
+    """Raise TOO_LARGE if a file of that size is too large, and UNAVAILABLE if `more` bytes of it exceed the quota."""
+    if size > most:
+        raise chat_error("BODY_LONG", n=most)
+    if db.execute("SELECT bytes FROM stored").fetchone()[0] + more > quota:
+        raise chat_error("FILES_FULL")
+
+
+def insert_file(db: sqlite3.Connection, user_id: int, channel_id: int, size: int, most: int, quota: int) -> int:
+    """Insert the row of an upload and return its id. Raises CONFLICT if the user has MAX_UNATTACHED_FILES."""
+    check_file_size(db, size, most, size, quota)
+    unattached = "SELECT count(*) FROM files WHERE uploader_id = ? AND message_id IS NULL AND channel_id IS NOT NULL"
+    if db.execute(unattached, (user_id,)).fetchone()[0] >= MAX_UNATTACHED_FILES:
+        raise chat_error("TOO_MANY", n=MAX_UNATTACHED_FILES)
+    insert = "INSERT INTO files (channel_id, uploader_id, uploaded_at, name, type, size) VALUES (?, ?, ?, '', '', 0)"
+    return db.execute(insert, (channel_id, user_id, time.time())).lastrowid or 0
+
+
+def insert_piece(db: sqlite3.Connection, file_id: int, number: int, data: bytes, most: int, quota: int) -> None:
+    """Store a piece of an upload. Raises ChatError if the file is too large or has been removed, or above the quota."""
+    check_file_size(db, number * PIECE_BYTES + len(data), most, len(data), quota)
+    if not db.execute("SELECT 1 FROM files WHERE file_id = ? AND channel_id IS NOT NULL", (file_id,)).fetchone():
+        raise chat_error("NO_FILE")
+    row = db.execute("INSERT INTO pieces VALUES (?, ?, zeroblob(?))", (file_id, number, len(data)))
+    with db.blobopen("pieces", "data", row.lastrowid or 0) as blob:  # saves SQLite two copies
+        blob.write(data)
+    db.execute("UPDATE stored SET bytes = bytes + ?", (len(data),))
+
+
+def complete_file(db: sqlite3.Connection, file: File, digest: bytes) -> File:
+    """Store what describes an uploaded file. Raises NOT_FOUND if it has been removed."""
+    row = db.execute(
+        """UPDATE files SET name = ?2, type = ?3, size = ?4, width = ?5, height = ?6, alt = ?7, digest = ?8, uploaded_at = ?9
+           WHERE file_id = ?1 AND channel_id IS NOT NULL""",
+        (*msgspec.structs.astuple(file), digest, time.time()),
+    )
+    if not row.rowcount:
+        raise chat_error("NO_FILE")
+    return file
+
+
+def load_file_part(db: sqlite3.Connection, file_id: int, start: int, size: int) -> bytes:
+    """Return bytes of a file from `start`: at most `size`, and none beyond the end of a piece."""
+    part = "SELECT substr(data, ?, ?) FROM pieces WHERE file_id = ? AND number = ?"
+    row = db.execute(part, (start % PIECE_BYTES + 1, size, file_id, start // PIECE_BYTES)).fetchone()
+    if not row or not row[0]:
+        raise chat_error("NO_FILE")
+    return bytes(row[0])
+
+
+def purge_removed_file(db: sqlite3.Connection) -> Result[None]:
+    """Delete the next pieces of a removed file, or its row if it has none left."""
+    file_id = load_removed_file(db)
+    query = "SELECT length(data), rowid FROM pieces WHERE file_id = ? ORDER BY number DESC LIMIT ?"
+    pieces = db.execute(query, (file_id, PIECES_PER_STEP)).fetchall()
+    db.executemany("DELETE FROM pieces WHERE rowid = ?", [piece[1:] for piece in pieces])
+    db.execute("UPDATE stored SET bytes = bytes - ?", (sum(size for size, _ in pieces),))
+    if not pieces:
+        db.execute("DELETE FROM files WHERE file_id = ?", (file_id,))
+        db.execute("UPDATE search SET stale = 1")  # the -wal may still contain its bytes
+    return Result(None)
+
+
 # ---- Message queries -----------------------------------------------------------------------------------------------
 # The SQL for messages, reactions, mentions, pages, changes, read marks and search.
 
@@ -2955,7 +3135,10 @@ MESSAGE_FIELDS = """
         m.nonce, CASE WHEN m.extras THEN
             (SELECT json_group_array(json_array(r.emoji, r.user_id)) FROM reactions r WHERE r.message_id = m.message_id) END,
         CASE WHEN m.extras THEN
-            (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted, u.name
+            (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted, u.name,
+        CASE WHEN m.extras THEN
+            (SELECT json_group_array(json_array(file_id, name, type, size, width, height, alt)) FROM (
+                SELECT * FROM files WHERE message_id = m.message_id ORDER BY place)) END
 """
 MESSAGE_ROWS = MESSAGE_FIELDS + "FROM messages m JOIN users u ON u.user_id = m.author_id "
 IN_CHANNEL = "JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id "  # leaves out deleted channels
@@ -3023,6 +3206,7 @@ def message_from_row(row: Sequence[Any]) -> Message:
             emojis.setdefault(emoji, []).append(user_id)
         message.reactions = [Reaction(emoji, user_ids) for emoji, user_ids in emojis.items()]
         message.mentions = json.loads(row[11])
+        message.files = [File(*fields) for fields in json.loads(row[14])]
     return message
 
 
@@ -3061,11 +3245,11 @@ def load_mentions(db: sqlite3.Connection, server_id: int, author_id: int, conten
 
 def insert_message(db: sqlite3.Connection, server_id: int, author: Principal, args: NewMessage, now: str) -> Message:
     mentions = load_mentions(db, server_id, author.user_id, args.content, args.reply_to)
-    seq = next_seq(db, server_id)
+    seq, has_extras = next_seq(db, server_id), bool(mentions or args.files)
     message_id = db.execute(
         """INSERT INTO messages (server_id, channel_id, author_id, content, created_at, reply_to, nonce, seq, extras)
            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-        (server_id, args.channel_id, author.user_id, args.content, now, args.reply_to, args.nonce, seq, bool(mentions)),
+        (server_id, args.channel_id, author.user_id, args.content, now, args.reply_to, args.nonce, seq, has_extras),
     ).lastrowid
     assert message_id is not None
     for user_id in mentions:
@@ -3120,6 +3304,7 @@ def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> i
     db.execute("UPDATE messages SET content = '', deleted = 1, seq = ? WHERE message_id = ?", (seq, message_id))
     db.execute("DELETE FROM reactions WHERE message_id = ?", (message_id,))
     db.execute("DELETE FROM mentions WHERE message_id = ?", (message_id,))
+    remove_files_of_message(db, message_id)
     return seq
 
 
@@ -3132,6 +3317,7 @@ def purge_deleted_channel(db: sqlite3.Connection) -> Result[None]:
         db.execute("DELETE FROM channels WHERE channel_id = ?", (channel_id,))
     else:
         unindex(db, "channel_id = ? AND message_id <= ?", channel_id, until)
+        remove_files_of_messages(db, channel_id, until)
         db.execute("DELETE FROM messages WHERE channel_id = ? AND message_id <= ?", (channel_id, until))
     return Result(None)
 
@@ -3218,7 +3404,8 @@ class PageCache(dict[tuple[int | None, ...], tuple[int, Messages]]):
         cached_seq, page = self.pop(key, (-1, None))
         if page is None or cached_seq != seq:
             page = load_page(db, args)
-        if sum(len(message.content) for message in page.messages) <= self.MAX_CHARACTERS:
+        texts = (len(message.content) + sum(len(file.alt or "") + 200 for file in message.files) for message in page.messages)
+        if sum(texts) <= self.MAX_CHARACTERS:
             self[key] = seq, page
         if len(self) > self.MAX_PAGES:
             del self[next(iter(self))]
@@ -3446,6 +3633,7 @@ ISSUER = "chatrtc"  # `iss` and `aud`: another program may sign its own tokens w
 HASHERS = 2
 HASHING_QUEUE = 256  # jobs that may wait for a hasher
 HASHING_QUEUE_PER_ADDRESS = 64  # about 2 seconds of work
+LINK_SECONDS = 3600  # lifetime of the link to a file
 ADDRESS_SECONDS = 86400  # time between two records of the same known address
 
 
@@ -3535,6 +3723,19 @@ class TokenSigner:
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
             raise chat_error("TOKEN_INVALID") from None
 
+    def sign_link(self, file_id: int, user: Principal, expires: int) -> str:
+        """Return a link to a file, which replaces the user's token for this file until it expires."""
+        claims = {"aud": "file", "sub": str(file_id), "exp": expires, "user": user.user_id, "gen": user.generation}
+        return jwt.encode(claims | {"token": user.digest.hex()}, self._secret, algorithm=ALGORITHM)
+
+    def verify_link(self, link: str, file_id: str) -> Principal:
+        """Return the user and token of a link. Raises UNAUTHORIZED if it is not one of ours, for another file or expired."""
+        try:
+            claims = jwt.decode(link, self._secret, algorithms=[ALGORITHM], audience="file", subject=file_id)
+        except (jwt.PyJWTError, ValueError, RecursionError):
+            raise chat_error("TOKEN_INVALID") from None
+        return Principal(claims["user"], "", generation=claims["gen"], digest=bytes.fromhex(claims["token"]))
+
     def check_digest(self) -> bytes:
         """Return a keyed hash by which servers recognize that they have the same secret."""
         return hmac.digest(self._secret.encode(), b"the same secret", "sha256")[:16]
@@ -3558,7 +3759,9 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "post": Limit(10, 20, "user", "messages, edits, reactions, bans, profile changes, and new servers, channels and invites"),
+    "post": Limit(
+        10, 20, "user", "messages, files, edits, reactions, bans, profile changes, new servers, channels and invites"
+    ),
     "signal": Limit(20, 300, "user", "WebRTC signals (`voice:signal`)"),
     "event": Limit(8, 120, "user", "Socket.IO events, except `voice:signal`, and except typing events of a user who is typing"),
     "request": Limit(50, 500, "user", "REST requests with a token"),
@@ -3717,6 +3920,7 @@ class OperationContext:
     role: Role | None = None  # of the caller in that server
     conversation: ConversationKind | None = None  # if that server is a conversation
     message: Message = NO_MESSAGE
+    file: StoredFile | None = None
     target_role: Role | None = None  # of the member that the arguments name
 
     @property
@@ -3737,6 +3941,7 @@ class Access(enum.Enum):
     MEMBER = "members"
     WRITER = "members, in conversations as `--conversations` allows"
     PARTICIPANT = "participants of a conversation, and for themselves those who left it"
+    FILE = "members; only its uploader until it belongs to a message"
     ADMIN = "admins and the owner"
     RENAMER = "admins and the owner, in conversations every participant"
     INVITER = "admins and the owner (with `--registration invite`, guests only if `--create-servers everyone` is set)"
@@ -3752,6 +3957,8 @@ def is_permitted(access: Access, ctx: OperationContext) -> bool:
     """Return whether the role or authorship of the caller, who is a member, permits the operation."""
     if access in (Access.MEMBER, Access.WRITER) or (access is Access.RENAMER and ctx.conversation):
         return True
+    if access is Access.FILE:
+        return ctx.file is not None and (ctx.file.message_id is not None or ctx.file.uploader_id == ctx.user.user_id)
     if access is Access.OWNER:
         return ctx.role == "owner"
     is_author = ctx.message.author_id == ctx.user.user_id
@@ -3781,6 +3988,8 @@ def resolve_target(ctx: OperationContext, args: Args) -> bool:
         ctx.user = ctx.user._replace(name=found[2])
     if key == "message_id":
         ctx.message = load_message(ctx.db, target) or NO_MESSAGE
+    if key == "file_id":
+        ctx.file = load_stored_file(ctx.db, target)
     ctx.channel_id = target if key == "channel_id" else ctx.message.channel_id
     return ctx.server_id > 0
 
@@ -3917,6 +4126,7 @@ class Operation:
     status: int  # of an HTTP response: 200, or 204 without a result, unless declared
     replay_status: int  # of an HTTP response that replays an earlier call
     limit: str | None = None  # in addition to "request" or "event"; "itself": the operation charges all its limits
+    raw_body: bool = False  # whether the body of the route is bytes; its arguments are then in the query
     acks: bool = True  # whether the ack contains the result
     slow: bool = False  # whether it may take longer than a few index look-ups
     frees_space: bool  # whether it is allowed while the disk is nearly full; by default, if its method is DELETE
@@ -3925,7 +4135,7 @@ class Operation:
     @property
     def has_body(self) -> bool:
         """Whether the route takes arguments in the body, instead of the query."""
-        return self.method in ("POST", "PUT", "PATCH")
+        return self.method in ("POST", "PUT", "PATCH") and not self.raw_body
 
 
 SIGN_IN_CODE_SECONDS = 900  # lifetime of a sign-in code
@@ -4259,15 +4469,19 @@ def mention_events(ctx: OperationContext, message: Message, notified: Collection
     status=201, limit="post",
 )  # fmt: skip
 def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
-    """Post a message, and mark the channel as read. If you posted with the same `nonce` in the channel before, that message is
-    returned instead."""
+    """Post a message, with files that you uploaded to the channel, and mark the channel as read. If you posted with the same
+    `nonce` in the channel before, that message is returned instead."""
     if args.nonce is not None and (first := load_message_by_nonce(ctx.db, ctx.user.user_id, args.channel_id, args.nonce)):
         return Result(first, replayed=True)
     if args.reply_to is not None:
         original = load_message(ctx.db, args.reply_to)
         if original is None or original.channel_id != args.channel_id:
             raise chat_error("NO_REPLY_TARGET", field="reply_to")
+    files = [load_attachable_file(ctx.db, one, ctx.user.user_id, args.channel_id) for one in dict.fromkeys(args.files)]
     message = insert_message(ctx.db, ctx.server_id, ctx.user, args, ctx.now)
+    for place, file in enumerate(files):
+        attach_file(ctx.db, message.message_id, place, file.file_id)
+    message.files = files
     update_last_read(ctx.db, ctx.user.user_id, args.channel_id, message.message_id)
     effects: list[Effect] = [
         StopTyping(args.channel_id, ctx.user.user_id),
@@ -4292,6 +4506,8 @@ def get_message(ctx: OperationContext, args: MessageArgs) -> Result[Message]:
 @write("PATCH /messages/{message_id}", Access.AUTHOR, event="message:edit", emits=["message:edit", "mention"], limit="post")
 def edit_message(ctx: OperationContext, args: EditMessage) -> Result[Message]:
     """Change the text of a message."""
+    if not args.content and not ctx.message.files:
+        raise chat_error("FIELD_EMPTY", field="content", what="content")
     update_message(ctx.db, ctx.server_id, ctx.message, args.content, ctx.now)
     new = load_message(ctx.db, args.message_id) or NO_MESSAGE
     return Result(new, [Emit("message:edit", ctx.server_id, new), *mention_events(ctx, new, ctx.message.mentions)])
@@ -4299,7 +4515,7 @@ def edit_message(ctx: OperationContext, args: EditMessage) -> Result[Message]:
 
 @write("DELETE /messages/{message_id}", Access.AUTHOR_OR_ADMIN, emits=["message:deleted"])
 def remove_message(ctx: OperationContext, args: MessageArgs) -> Result[None]:
-    """Delete a message; its text disappears from pages, search and changes."""
+    """Delete a message and its files; its text disappears from pages, search and changes."""
     seq = delete_message(ctx.db, ctx.server_id, args.message_id)
     return Result(None, [Emit("message:deleted", ctx.server_id, Deletion(ctx.channel_id, args.message_id, seq))])
 
@@ -4462,6 +4678,15 @@ class SlowClients:
         if self.timer is not None:
             self.timer.cancel()
         self.timer = asyncio.get_running_loop().call_later(1.0, self._sweep) if self.waiting else None
+
+    async def send(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+        """Write a part of a body, and wait until the client has read most of it. Raises ConnectionError if it disconnects."""
+        if (client := request.transport) is None:
+            raise ConnectionResetError
+        asyncio.get_running_loop().call_soon(self.watch, client, len(data))  # once `write` waits
+        await response.write(data)
+        await request.writer.drain()
+        self.total -= self.waiting.pop(client, (0, 0, 0.0))[0]  # it has made progress
 
     async def wait_until_read(self, request: web.Request) -> None:
         """Wait until the client has read most of the responses to its earlier requests, or is disconnected."""
@@ -5624,6 +5849,9 @@ LOGIN_SECONDS = 10  # time limit for a socket to authenticate
 OWN_MARK_SECONDS = 0.05  # delay of the `channel:read` for a user's own post
 MAX_CACHED_TOKENS = 10_000
 LISTENER_EVENTS = 4096  # maximum number of events that wait for one listener of the program
+UPLOADS, UPLOADS_PER_USER = 64, 3  # at a time; each takes up to 0.5 MiB of memory
+DOWNLOADS, DOWNLOADS_PER_USER = 128, 8  # at a time; each takes up to 0.2 MiB of memory
+PART_BYTES = 64 * 1024  # of a file, read and sent at a time
 NOBODY = Principal(0, "")  # the user of a call without a token, and of a socket before it authenticates
 
 
@@ -5642,12 +5870,20 @@ class Connection:
         self.timer = asyncio.get_running_loop().call_later(max(0.0, min(seconds, 10.0**8)), callback)
 
 
+class Body(NamedTuple):
+    """The bytes of an upload, whole or in parts of any size, and how many they are, if that is known."""
+
+    data: bytes | AsyncIterator[bytes]
+    size: int | None = None
+
+
 class Caller(NamedTuple):
-    """The user and address of a call, and its socket or request (None if the embedding program makes it)."""
+    """The user and address of a call, its socket or request (None if the embedding program makes it), and its bytes if any."""
 
     user: Principal
     address: str
     source: Connection | web.Request | None = None
+    body: Body | None = None
 
     @property
     def connection(self) -> Connection:
@@ -5672,7 +5908,9 @@ class Hub:
         self.store = Store(Path(settings.database), self.apply_effects, settings.disk_reserve << 20, shared)
         self.store.lost = self.reconnect_all
         self.sio.share = self.share if shared else None
-        self.qr_lock = asyncio.Lock()
+        self.qr_lock, self.piece_lock = asyncio.Lock(), asyncio.Lock()
+        self.uploads = FairQueue(UPLOADS, UPLOADS_PER_USER)
+        self.downloads = FairQueue(DOWNLOADS, DOWNLOADS_PER_USER)
         self.password_hasher = PasswordHasher(bounded=not settings.no_rate_limit)
         self.limiter = Limiter(enabled=not settings.no_rate_limit)
         self.presence, self.pages = Presence(), PageCache()
@@ -6033,6 +6271,26 @@ class Hub:
             notice = VoiceSignal(peer.notice.channel_id, sender.notice.peer_id, sender.notice.user_id, data)
             self.sio.publish("voice:signal", notice, peer.sid)
         return True
+
+
+class FileContent:
+    """The content of a file. The caller's permission is checked again for each part."""
+
+    def __init__(self, hub: Hub, caller: Caller, stored: StoredFile) -> None:
+        self.hub, self.user, self.file, self.digest = hub, caller.user, stored.file, stored.digest
+
+    async def parts(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
+        """Yield the bytes from `start` to `stop`. Raises ChatError."""
+        end = self.file.size if stop is None else stop
+
+        def load(ctx: OperationContext, args: FileArgs) -> bytes:
+            return load_file_part(ctx.db, args.file_id, start, min(PART_BYTES, end - start))
+
+        job = self.hub.authorized(Access.FILE, self.user, FileArgs(self.file.file_id), load)
+        while start < end:
+            part = await self.hub.store.read(job)
+            start += len(part)
+            yield part
 
 
 # ---- Bus -----------------------------------------------------------------------------------------------------------
@@ -6455,6 +6713,76 @@ async def search_messages(hub: Hub, caller: Caller, args: SearchArgs) -> Result[
     return Result(await hub.query_slow(caller, args, lambda ctx, args: load_search_results(ctx.db, args)))
 
 
+async def cut(data: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the same bytes in pieces of PIECE_BYTES; only the last one may be shorter."""
+    if isinstance(data, bytes):
+        for at in range(0, len(data), PIECE_BYTES):
+            yield data[at : at + PIECE_BYTES]
+        return
+    waiting = bytearray()
+    async for part in data:
+        waiting += part
+        while len(waiting) >= PIECE_BYTES:
+            yield bytes(waiting[:PIECE_BYTES])
+            del waiting[:PIECE_BYTES]
+    if waiting:
+        yield bytes(waiting)
+
+
+@operation("async", "POST /channels/{channel_id}/files", Access.WRITER, status=201, limit="post", raw_body=True)
+async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
+    """Upload a file; the body is its bytes. Post it in the channel within an hour, or it is deleted."""
+    assert caller.body is not None
+    most, quota, declared = hub.settings.file_max << 20, hub.settings.files_max << 20, caller.body.size or 0
+    size, digest, media_type, pixels = 0, hashlib.sha256(), detect_type(b""), None
+
+    async def run(step: Callable[..., R], *values: Any) -> R:
+        """Run a step in a transaction of its own, in which the caller's permission is checked again."""
+        job = hub.authorized(Access.WRITER, caller.user, args, lambda ctx, _: Result(step(ctx.db, *values)))
+        async with hub.piece_lock:  # one step of all uploads at a time, so that other people's posts wait for one at most
+            value: R = (await hub.store.write(job, slow=True)).value
+        return value
+
+    if not most:
+        raise chat_error("FILES_OFF")
+    async with hub.uploads.turn(caller.user.user_id):
+        file_id = await run(insert_file, caller.user.user_id, args.channel_id, declared, most, quota)
+        try:
+            async for piece in cut(caller.body.data):
+                if not size:
+                    media_type, pixels = detect_type(piece), picture_size(piece)
+                number, size = size // PIECE_BYTES, size + len(piece)
+                await run(insert_piece, file_id, number, piece, most, quota)
+                digest.update(piece)
+                if size % (PIECES_PER_STEP * PIECE_BYTES) == 0:
+                    await hub.store.write(copy_wal, slow=True)
+            width, height = pixels or ((args.width, args.height) if media_type.startswith("video/") else (None, None))
+            name = clean_file_name(args.name)
+            file = File(file_id, name, media_type, size, width, height, args.alt or None)
+            return Result(await run(complete_file, file, digest.digest()))
+        except BaseException:
+            discard = hub.store.write(lambda db: Result(remove_file(db, file_id)), frees_space=True)
+            hub.sio.eio.spawn(result_or_exception(discard))
+            raise
+
+
+@operation("async", "GET /files/{file_id}", Access.FILE)
+async def read_file(hub: Hub, caller: Caller, args: ReadFile) -> Result[FileContent]:
+    """Return the bytes of a file, or the part that the header `Range` names; `link` replaces the token."""
+    stored = hub.store.read_inline(hub.authorized(Access.FILE, caller.user, args, lambda ctx, _: ctx.file))
+    assert stored is not None
+    return Result(FileContent(hub, caller, stored))
+
+
+@operation("async", "POST /files/{file_id}/link", Access.FILE)
+async def create_file_link(hub: Hub, caller: Caller, args: FileArgs) -> Result[FileLink]:
+    """Return an address of a file for `<img>` and `<video>`, valid for an hour while you may read the file."""
+    hub.store.read_inline(hub.authorized(Access.FILE, caller.user, args, lambda ctx, _: None))
+    expires = int(min(time.time() + LINK_SECONDS, caller.user.expires))
+    link = hub.signer.sign_link(args.file_id, caller.user, expires)
+    return Result(FileLink(f"/files/{args.file_id}?link={link}", utc(expires)))
+
+
 @operation("async", "GET /healthz", Access.ANYONE)
 async def check_health(hub: Hub, caller: Caller, args: NoArgs) -> Result[Health]:
     """Check that the database can be read and written."""
@@ -6478,7 +6806,7 @@ async def get_configuration(hub: Hub, caller: Caller, args: NoArgs) -> Result[Pu
     guests = not settings.no_guests and settings.registration != "closed"
     public, lan = settings.public_url or UNSET, hub.lan_url or UNSET
     who = settings.create_servers, settings.conversations
-    return Result(PublicSettings(settings.registration, guests, __version__, *who, public, lan))
+    return Result(PublicSettings(settings.registration, guests, __version__, *who, settings.file_max << 20, public, lan))
 
 
 @operation("async", None, Access.ANYONE, event="authenticate")
@@ -6622,6 +6950,7 @@ async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[Non
 
 BODY_MAX = 256 * 1024
 BODY_SECONDS = 10
+UPLOAD_STALL_SECONDS = 20.0  # an upload of which nothing arrives for this time is cut off
 LOGGED = {"ban", "unban", "set_role", "change_password", "delete_server"}  # operations that are logged
 
 
@@ -6639,7 +6968,7 @@ async def result_or_error(work: Awaitable[T]) -> T | ChatError:
 async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result[Any]:
     """Run an operation as its kind requires: in the next write transaction, in a read snapshot, or as a coroutine."""
     if op.kind == "async":
-        async with asyncio.timeout(CALL_TIMEOUT):
+        async with asyncio.timeout(None if op.raw_body else CALL_TIMEOUT):
             result: Result[Any] = await op.run(hub, caller, args)
         return result
     job: Query[Result[Any]] = hub.authorized(op.access, caller.user, args, op.run)
@@ -6708,6 +7037,76 @@ async def read_body(request: web.Request) -> bytes:
     raise chat_error("BODY_LONG", n=BODY_MAX)
 
 
+def open_body(request: web.Request) -> Body:
+    """Return the body as a stream. It raises BAD_REQUEST if the client disconnects, stops sending, or takes too long."""
+    if "Content-Encoding" in request.headers:
+        raise chat_error("BODY_COMPRESSED")
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + UPLOAD_SECONDS
+
+    async def parts() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                async with asyncio.timeout_at(min(loop.time() + UPLOAD_STALL_SECONDS, deadline)):
+                    part = await request.content.readany()
+                if not part:
+                    return
+                yield part
+        except (web.HTTPException, web.RequestPayloadError, ValueError, OSError, aiohttp.ClientError):
+            raise chat_error("BODY_BROKEN") from None
+
+    return Body(parts(), request.content_length)
+
+
+FILE_HEADERS = HEADERS | {
+    "Accept-Ranges": "bytes",
+    "Cache-Control": "private, no-cache",
+    "Content-Security-Policy": "sandbox; default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; "
+    "frame-ancestors 'none'",
+}
+
+
+def requested_range(request: web.Request, size: int, tag: str) -> tuple[int, int] | None:
+    """Return the start and end of the part that the header Range names. None if the whole file must be sent: if that header is
+    missing, malformed or names several parts, or if If-Range names another version (RFC 9110, 14.2)."""
+    with contextlib.suppress(ValueError):
+        wanted = request.http_range
+        if wanted.start is not None and request.method == "GET" and request.headers.get("If-Range", tag) == tag:
+            return wanted.indices(size)[:2]
+    return None
+
+
+async def send_file(hub: Hub, request: web.Request, content: FileContent) -> web.StreamResponse:
+    """Send a file or a part of it. If the client loses access or disconnects meanwhile, the connection is aborted."""
+    file, engine, tag = content.file, hub.sio.eio, f'"{content.digest.hex()}"'
+    kind, plain = "inline" if file.type in INLINE_TYPES else "attachment", re.sub(r'[^ -~]|["\\%]', "_", file.name)
+    headers = FILE_HEADERS | cors_headers(request, engine.options) | {"ETag": tag, "Content-Type": file.type}
+    headers["Content-Disposition"] = f"{kind}; filename=\"{plain}\"; filename*=UTF-8''{urllib.parse.quote(file.name, safe='')}"
+    if {"*", content.digest.hex()} & {cached.value for cached in request.if_none_match or ()}:
+        return web.Response(status=304, headers=headers)
+    part = requested_range(request, file.size, tag)
+    start, stop = part or (0, file.size)
+    if part is not None and start >= stop:
+        response = error_response(ChatError("BAD_REQUEST", "The range is outside the file", status=416))
+        response.headers["Content-Range"] = f"bytes */{file.size}"
+        return response
+    if part is not None:
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.size}"
+    answer = web.StreamResponse(status=206 if part else 200, headers=headers)
+    answer.content_length = stop - start
+    async with hub.downloads.turn(content.user.user_id):
+        await answer.prepare(request)
+        try:
+            with contextlib.suppress(ChatError, ConnectionError):
+                async for data in content.parts(start, stop if request.method == "GET" else start):
+                    await engine.slow_clients.send(request, answer, data)
+                    start += len(data)
+        finally:
+            if start < stop and request.method == "GET" and request.transport is not None:
+                abort(request.transport)
+    return answer
+
+
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     """Return the JSON of a body, validated. Raises BAD_REQUEST, TOO_LARGE."""
     try:
@@ -6727,17 +7126,27 @@ class Route:
         self.integers = {name for name, field in fields.items() if "integer" in json.dumps(field)}
         self.decoder = msgspec.json.Decoder(op.args)
 
-    async def __call__(self, request: web.Request) -> web.Response:
+    def authenticate(self, request: web.Request) -> Principal:
+        """Return the user of the token or, for reading a file, of the link. Raises UNAUTHORIZED."""
+        header, link = request.headers.get("Authorization"), request.query.get("link")
+        if self.op.args is ReadFile and header is None and link is not None:
+            return self.hub.signer.verify_link(link, request.match_info["file_id"])
+        scheme, _, token = (header or "").partition(" ")
+        if scheme.lower() != "bearer":
+            raise chat_error("TOKEN_INVALID")
+        return self.hub.authenticate_token(token.strip())
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
         """Raises ChatError, TimeoutError."""
         hub, op, user = self.hub, self.op, NOBODY
         if op.access is not Access.ANYONE:
-            scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-            if scheme.lower() != "bearer":
-                raise chat_error("TOKEN_INVALID")
-            user = hub.authenticate_token(token.strip())
+            user = self.authenticate(request)
             hub.limiter.charge("request", user.user_id)
-        caller = Caller(user, client_address(request, hub.sio.eio.options), request)
+        body = open_body(request) if op.raw_body else None
+        caller = Caller(user, client_address(request, hub.sio.eio.options), request, body)
         result = await run_operation(hub, op, caller, await self.arguments(request))
+        if isinstance(result.value, FileContent):
+            return await send_file(hub, request, result.value)
         status = op.replay_status if result.replayed else op.status
         headers = {"Idempotent-Replayed": "true"} if result.replayed else None
         return respond(None if status == 204 else result.value, status, headers)
@@ -6862,7 +7271,7 @@ def reference(name: str) -> dict[str, Any]:
 
 def component_schemas(types: Iterable[Any]) -> dict[str, Any]:
     """Return the schemas of these types and of the types of their fields, by name."""
-    types = [one for one in types if one is not type(None)]
+    types = [one for one in types if issubclass(one, Struct)]
     return msgspec.json.schema_components(types, ref_template=reference("{name}")["$ref"])[1]
 
 
@@ -6881,6 +7290,8 @@ def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     places = {name: "path" if name in in_path else "query" for name in fields if name in in_path or not op.has_body}
     result = op.result.__name__
     success = {"description": "Done."} if op.status == 204 else json_content(reference(result), description=result)
+    if op.result is FileContent:
+        success = {"description": "The bytes.", "content": {"*/*": {}}}
     route = describe_operation(op) | {
         "operationId": op.name,
         "parameters": [
@@ -6893,6 +7304,8 @@ def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
         needed = [name for name in required if name in body]
         schema = {"type": "object", "properties": body, "additionalProperties": False, "required": needed}
         route["requestBody"] = json_content(schema, required=bool(needed))
+    if op.raw_body:
+        route["requestBody"] = {"content": {"*/*": {}}, "required": True}
     return route
 
 
@@ -6954,6 +7367,7 @@ def asyncapi() -> dict[str, Any]:
 
 MAINTENANCE_INTERVAL = 0.5  # seconds
 TOKEN_PURGE_INTERVAL = 7200  # rounds of maintenance: an hour
+FILE_PURGE_INTERVAL = 120  # a minute
 MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
 SEARCH_LAG = 50_000  # messages that may wait to be indexed: the first search would index them in some 2 seconds
 KEEPALIVE = 20.0
@@ -7136,13 +7550,19 @@ async def erase_texts(hub: Hub) -> None:
 
 
 async def run_maintenance(hub: Hub) -> None:
-    """Trim the log, delete purged messages, index new ones and erase deleted texts, in short steps that stop while clients
-    write. Even then, one step of each deletion runs, and the index stays within SEARCH_LAG messages of the newest."""
+    """Trim the log, delete purged messages and removed files, index new messages and erase deleted texts, in short steps that
+    stop while clients write. Even then, one step of each deletion runs, and the index stays within SEARCH_LAG messages of the
+    newest."""
     if hub.store.read_inline(has_old_log, time.time()):
         await hub.store.write(lambda db: trim_log(db, time.time()), frees_space=True)
-    for pending, step in ((load_pending_purge, purge_next_messages), (load_deleted_channel, purge_deleted_channel)):
+    for pending, step in (
+        (load_pending_purge, purge_next_messages),
+        (load_deleted_channel, purge_deleted_channel),
+        (load_removed_file, purge_removed_file),
+    ):
         while hub.store.read_inline(pending):
             await hub.store.write(step, slow=True, frees_space=True)
+            await hub.store.write(copy_wal, slow=True, frees_space=True)
             if hub.store.is_busy():
                 break
     newest, indexed = hub.store.read_inline(load_index_progress)
@@ -7153,11 +7573,13 @@ async def run_maintenance(hub: Hub) -> None:
 
 
 async def maintenance_loop(hub: Hub) -> None:
-    """Run maintenance, flush the log and, every hour, forget revoked tokens that have expired."""
+    """Run maintenance, flush the log and, now and then, remove unattached files and forget revoked tokens that have expired."""
     for turn in itertools.count():
         hub.sio.eio.client_log.flush()
         if turn % TOKEN_PURGE_INTERVAL == 0:
             await result_or_error(hub.store.write(lambda db: Result(delete_expired_tokens(db, time.time())), frees_space=True))
+        if turn % FILE_PURGE_INTERVAL == 0:
+            await result_or_error(hub.store.write(remove_unattached_files, frees_space=True))
         await result_or_error(run_maintenance(hub))
         await asyncio.sleep(MAINTENANCE_INTERVAL)
 
@@ -7301,7 +7723,9 @@ class ChatRTC:
         user = self.hub.store.read_inline(load_principal, author_id, b"") if author_id is not None else None
         if user is None and (author_id is not None or op.access is not Access.ANYONE):
             raise chat_error("NO_AUTHOR" if author_id is None else "NO_USER")
-        return (await run_operation(self.hub, op, Caller(user or NOBODY, "program"), read_args(op.args, args))).value
+        data = args.pop("data", b"") if op.raw_body else b""
+        caller = Caller(user or NOBODY, "program", None, Body(data, len(data) if isinstance(data, bytes) else None))
+        return (await run_operation(self.hub, op, caller, read_args(op.args, args))).value
 
     async def _run(self, app: web.Application) -> AsyncIterator[None]:
         await self.start()
@@ -7333,6 +7757,8 @@ class ChatRTC:
 
     def _set_secret(self, db: sqlite3.Connection, first: bool) -> None:
         """Load the secret. Raises StartError if servers that share the database have another one."""
+        if first:
+            remove_unfinished_files(db)  # no process uploads them any more
         if self.settings.secret is None:
             self.hub.signer = TokenSigner(load_or_create_secret(self.hub.store.path), self.settings.token_ttl)
         digest = self.hub.signer.check_digest()
