@@ -2828,6 +2828,7 @@ KEPT_OF_A_USER = {  # columns and rows that remain of a deleted account, with th
     "former_members.user_id": "its name is still shown", "invites.created_by": "the invites belong to the server",
     "bans.banned_by": "the bans belong to the server", "bans.user_id": "harmless", "reads.user_id": "harmless",
     "links.user_id": "expires in minutes, and is of no use for a deleted account",
+    "files.uploader_id": "the files of deleted messages are deleted in steps, the others belong to their messages",
 }  # fmt: skip
 COLUMN_VALUES = {  # valid values of columns that have a CHECK
     "status": "busy", "role": "member", "kind": "text", "deleted": 0, "extras": 1, "stale": 0,
@@ -3558,10 +3559,10 @@ class Permission(NamedTuple):
 
     @property
     def targets(self) -> list[str]:
-        """The targets to try. Only messages and members belong to one user."""
+        """The targets to try. Only messages, files and members belong to one user."""
         if not self.target_kind:
             return [""]
-        return ["own", "other's", *TARGETS[1:]] if self.target_kind in ("message", "member") else TARGETS
+        return ["own", "other's", *TARGETS[1:]] if self.target_kind in ("message", "file", "member") else TARGETS
 
 
 NOT_FOUND_ELSEWHERE = {(caller, "another server's"): "NOT_FOUND" for caller in ("admin", "owner")}
@@ -3613,6 +3614,9 @@ PERMISSIONS = {
     "delete_channel": Permission("channel", "admin"),
     "list_messages": Permission("channel", "member"),
     "post_message": Permission("channel", "member"),
+    "upload_file": Permission("channel", "member"),
+    "read_file": Permission("file", "member"),
+    "create_file_link": Permission("file", "member"),
     "get_read": Permission("channel", "member"),
     "list_reads": Permission("", "user"),
     "mark_read": Permission("channel", "member"),
@@ -3667,13 +3671,18 @@ class PermissionMatrix:
         self.outsider = await self.world.person("keeper")
         self.outside = await self.world.place(self.outsider, name="another")
         self.outside_invite = await self.chat.create_invite(author_id=self.outsider.user_id, server_id=self.outside.server_id)
-        self.outside_message = await self.chat.post_message(
-            author_id=self.outsider.user_id, channel_id=self.outside.channel_id, content="far"
-        )
+        self.outside_message = await self.post(self.outsider.user_id, self.outside.channel_id, chatrtc.OPERATIONS["read_file"])
         self.outside_voice = await self.chat.create_channel(
             author_id=self.outsider.user_id, server_id=self.outside.server_id, name="talk", kind="voice"
         )
         return self
+
+    async def post(self, author_id: int, channel_id: int, op: chatrtc.Operation) -> Any:
+        """Post a message, with a file if the operation is about files."""
+        at, files = {"author_id": author_id, "channel_id": channel_id}, []
+        if PERMISSIONS[op.name].target_kind == "file":
+            files = [(await self.chat.upload_file(**at, name="hello.txt", data=b"hello")).file_id]
+        return await self.chat.post_message(**at, content="hello", files=files)
 
     def name(self) -> str:
         return f"n{next(self.names)}"
@@ -3696,12 +3705,12 @@ class PermissionMatrix:
         channel_id = server.channels[0].channel_id
         if op.name.startswith("voice"):
             channel_id = (await chat.create_channel(**place, name="talk", kind="voice")).channel_id
-        message = await chat.post_message(author_id=other.user_id, channel_id=channel_id, content="hello")
+        message = await self.post(other.user_id, channel_id, op)
         if caller not in ("anonymous", "outsider", "owner"):
             await chat.accept_invite(author_id=user.user_id, code=invite.code)
         own_message = message
         if caller not in ("anonymous", "outsider"):
-            own_message = await chat.post_message(author_id=user.user_id, channel_id=channel_id, content="hello")
+            own_message = await self.post(user.user_id, channel_id, op)
         match caller:
             case "admin":
                 await chat.set_role(**place, user_id=user.user_id, role="admin")
@@ -3716,6 +3725,7 @@ class PermissionMatrix:
                 assert reply.status == 204
         ids = {"server_id": server.server_id, "channel_id": channel_id, "code": invite.code} | {
             "message_id": own_message.message_id,
+            "file_id": own_message.files[0].file_id if own_message.files else 0,
             "user_id": user.user_id,
             "user_ids": [other.user_id if user is owner else owner.user_id],
         }
@@ -3734,19 +3744,20 @@ class PermissionMatrix:
         place: dict[str, Any], channel_id: int, message: Any,
     ) -> Any:  # fmt: skip
         """Return the id of the target."""
-        chat = self.chat
+        chat, key = self.chat, f"{target_kind}_id"
         if target == "own":
             return own
         if target == "missing":
             return "missing" if target_kind == "invite" else 10**9
         if target == "other's":
-            return other.user_id if target_kind == "member" else message.message_id
+            return other.user_id if target_kind == "member" else getattr(message.files[0] if message.files else message, key)
         if target == "another server's":
             voice = op.name.startswith("voice")
             return {
                 "server": self.outside.server_id,
                 "channel": self.outside_voice.channel_id if voice else self.outside.channel_id,
                 "message": self.outside_message.message_id,
+                "file": self.outside_message.files[0].file_id,
                 "member": self.outsider.user_id,
                 "invite": self.outside_invite.code,
             }[target_kind]
@@ -3760,9 +3771,9 @@ class PermissionMatrix:
                 channel = await chat.create_channel(**place, name="gone", kind=kind)
                 await chat.delete_channel(author_id=owner.user_id, channel_id=channel.channel_id)
                 return channel.channel_id
-            case "message":
+            case "message" | "file":
                 await chat.remove_message(author_id=owner.user_id, message_id=message.message_id)
-                return message.message_id
+                return getattr(message.files[0] if message.files else message, key)
             case "invite":
                 await chat.revoke_invite(author_id=owner.user_id, code=own)
                 return own
@@ -3791,7 +3802,7 @@ async def call_route(world: World, token: str | None, op: chatrtc.Operation, arg
     in_path = set(re.findall(r"{(\w+)}", op.path))
     path = op.path.format(**{name: quote(str(args[name]), safe="") for name in in_path})
     rest = {name: value for name, value in args.items() if name not in in_path}
-    if op.method in ("POST", "PUT", "PATCH"):
+    if op.has_body:
         return await world.call(op.method, path, rest, token=token)
     return await world.call(op.method, path, token=token, params={name: str(value) for name, value in rest.items()})
 
@@ -3817,6 +3828,7 @@ OPERATIONS_WITHOUT_LIMIT = {  # operations for which the general limit of reques
     "rename_server": "admins", "delete_server": "the owner", "set_role": "the owner", "ban": "admins", "unban": "admins",
     "edit_channel": "admins", "delete_channel": "admins", "remove_member": "a former member needs an invite",
     "remove_message": "posting is limited",
+    "read_file": "changes nothing", "create_file_link": "changes nothing",
     "change_password": "limits itself", "register": "limits itself", "register_guest": "limits itself",
     "login": "limits itself", "use_link": "limits itself",
     "search_messages": "changes nothing", "check_health": "changes nothing", "get_configuration": "changes nothing",
@@ -3832,6 +3844,8 @@ OPERATIONS_WITHOUT_SEQ = {  # writing operations that take no sequence number, w
     "unban": "bans are listed on request", "logout": "tokens", "change_password": "tokens", "login": "tokens",
     "authenticate": "tokens", "check_health": "changes nothing", "get_configuration": "changes nothing",
     "heartbeat": "changes nothing", "search_messages": "changes nothing", "join_server": "presence",
+    "upload_file": "the message to which it is attached does", "read_file": "changes nothing",
+    "create_file_link": "changes nothing",
     "leave_server": "presence", "typing_start": "presence", "typing_stop": "presence", "voice_join": "presence",
     "voice_leave": "presence", "voice_signal": "presence",
 }  # fmt: skip
@@ -6074,7 +6088,7 @@ def mistakes_for_interface(interface: str, op: chatrtc.Operation) -> list[Mistak
     if interface == "socket":
         return list(mistakes(op)) if op.event else []
     in_path = set(re.findall(r"{(\w+)}", op.path or ""))
-    in_text = in_path if op.method in ("POST", "PUT", "PATCH") else {field.name for field in fields_of(op)}
+    in_text = in_path if op.has_body else {field.name for field in fields_of(op)}
     fitting = []
     for mistake in mistakes(op) if op.path else ():
         if mistake.field in in_path and mistake.value in (MISSING, ""):
@@ -6100,7 +6114,7 @@ async def test_invalid_arguments_are_rejected_by_their_declaration(scene: Scene,
         "server_id": 1, "channel_id": 1, "message_id": message["message_id"], "user_id": scene.cy.user_id, "code": code,
         "name": "name", "username": "eve", "password": "correct horse", "new_password": "battery staple", "q": "told",
         "content": "hello", "emoji": "x", "role": "member", "status": "away", "token": scene.ana.token, "to": "x",
-        "data": {},
+        "data": {}, "file_id": 1,
     }  # fmt: skip
     tried, wrong = 0, []
     for op in chatrtc.OPERATIONS.values():
@@ -14397,10 +14411,11 @@ async def test_all_operations_match_their_descriptions(world: World) -> None:
         op = chatrtc.OPERATIONS[name]
         assert op.method is not None
         assert op.path is not None
-        reply = await who.call(op.method, op.path.format(**(at | ids)) + query, body)
+        options = {"data": body} if isinstance(body, bytes) else {"body": body}
+        reply = await who.call(op.method, op.path.format(**(at | ids)) + query, **options)
         described = openapi["paths"][op.path][op.method.lower()]["responses"]
         assert str(reply.status) in described, reply
-        if reply.status != 204:
+        if reply.status != 204 and op.result is not chatrtc.FileContent:
             check_schema(openapi, described[str(reply.status)]["content"]["application/json"]["schema"], reply.body)
         tried.add(name)
         return reply.body
@@ -14430,6 +14445,11 @@ async def test_all_operations_match_their_descriptions(world: World) -> None:
     message = await rest("post_message", {"channel_id": place.channel_id, "content": "hello @ben", "nonce": "1"})
     at["message_id"] = message["message_id"]
     await rest("post_message", {"channel_id": place.channel_id, "content": "yes", "reply_to": message["message_id"]})
+    file = await rest("upload_file", b"hello", query="?name=hello.txt&alt=greeting")
+    at["file_id"] = file["file_id"]
+    assert await rest("read_file") == b"hello"
+    await rest("create_file_link")
+    await rest("post_message", {"channel_id": place.channel_id, "content": "", "files": [file["file_id"]]})
     await rest("add_reaction")
     for name in ("get_message", "list_messages", "list_changes", "get_read", "list_channels", "list_members", "list_bans"):
         await rest(name)
@@ -14643,7 +14663,7 @@ def calls_of(*attributes: str) -> list[ast.Call]:
     ]
 
 
-SQL_SECTIONS = {"Files", "Store", "Queries", "Message queries"}
+SQL_SECTIONS = {"Files", "Store", "Queries", "File queries", "Message queries"}
 
 
 def test_sql_is_in_the_store() -> None:
