@@ -14572,7 +14572,7 @@ PAGE = (HERE / "chatrtc.html").read_text("utf-8")
 SCRIPT = PAGE.split('<script type="module">')[1].split("</script>")[0]
 PAGE_SECTIONS = (
     "Connection", "State", "Text (Markdown)", "Render", "Sync", "Timeline", "Composer", "Sign-in", "Dialogs",
-    "Administration", "Voice", "Start",
+    "Conversations", "Administration", "Voice", "Start",
 )  # fmt: skip
 JS_SKIPPED = re.compile(r"""\s+|//.*|/\*(?s:.*?)\*/|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""")
 JS_REGEX = re.compile(r"/(?:\\.|\[(?:\\.|[^]\\])*\]|[^/\\\[\n])+/\w*")
