@@ -1002,6 +1002,7 @@ class Server(Payload):
     channels: list[Channel]
     kind: Literal["direct"] | UnsetType = UNSET  # a private conversation
     participants: list[Account] = []  # of a conversation
+    pair: bool = False  # a conversation of two, to which nobody can be added
 
 
 class Servers(Payload):
@@ -2537,7 +2538,7 @@ SERVER_FIELDS = """SELECT s.server_id, CASE WHEN s.name <> '' THEN s.name ELSE (
         SELECT user_id FROM members WHERE server_id = s.server_id
         UNION SELECT user_id FROM former_members WHERE server_id = s.server_id AND s.pair IS NOT NULL)) END,
     s.created_at, s.kind, s.seq, s.name = '', s.channels_seq, s.members_seq, s.name_seq"""
-SERVER_ROWS = SERVER_FIELDS + """, o.user_id, m.role FROM members m
+SERVER_ROWS = SERVER_FIELDS + """, o.user_id, m.role, s.pair IS NOT NULL FROM members m
     JOIN servers s ON s.server_id = m.server_id LEFT JOIN members o ON o.server_id = s.server_id AND o.role = 'owner'
     WHERE m.user_id = :user_id"""  # fmt: skip
 PARTICIPANT_ROWS = """SELECT s.server_id, u.user_id, u.username, u.password IS NULL, u.name FROM members m
@@ -2850,8 +2851,8 @@ def load_servers(db: sqlite3.Connection, user_id: int, server_id: int | None = N
     values = {"user_id": user_id, "server_id": server_id}
     rows = db.execute(SERVER_ROWS + only + " ORDER BY s.server_id", values)
     servers = {
-        one: Server(one, name, owner_id, at, role, [], UNSET if kind == "server" else kind)
-        for one, name, at, kind, *_, owner_id, role in rows
+        one: Server(one, name, owner_id, at, role, [], UNSET if kind == "server" else kind, pair=bool(pair))
+        for one, name, at, kind, *_, owner_id, role, pair in rows
     }
     for row in db.execute(CHANNEL_ROWS + "WHERE server_id IN (" + SERVER_IDS + only + ") ORDER BY channel_id", values):
         servers[row[0]].channels.append(Channel(*row))

@@ -1738,7 +1738,7 @@ VOICE_KEYS = {"channel_id", "user_id", "username", "peer_id"}
 CONVERSATION_KEYS = {"server_id", "name", "owner_id", "created_at", "role", "channels", "kind", "participants"}
 
 
-@story("server:joined", CONVERSATION_KEYS, actor_receives=False)
+@story("server:joined", CONVERSATION_KEYS | {"pair"}, actor_receives=False)
 async def by_starting_a_conversation(scene: Scene) -> dict[str, Any]:
     pair = await scene.ana.ok("POST", "/conversations", {"user_ids": [scene.ben.user_id]})
     assert pair["name"] == "ben"
