@@ -12348,6 +12348,95 @@ async def test_mention_unread_and_search(two: Any) -> None:
     await expect(jonas.row("straw 119")).to_be_in_viewport()
 
 
+# Private conversations
+
+
+async def test_two_people_talk_in_private(two: Any, tab: Any) -> None:
+    """Started from the menu of a person, the conversation appears at once on the other side and on the second device."""
+    maya, jonas, (_, channel_id) = two
+    device = await tab(maya.api, viewport={"width": 390, "height": 800})
+    await maya.choose(".person >> text=Jonas", "Send private message")
+    await expect(maya.locator("#room-name")).to_have_text("Jonas")
+    await expect(maya.locator("#topic")).to_have_text("Online")
+    await expect(maya.locator("#text")).to_have_attribute("placeholder", "Write to Jonas")
+    await expect(jonas.locator("#private")).to_have_attribute("aria-label", "Private messages")
+    await maya.write("may I ask you something?")
+    await expect(jonas.locator("#home .badge.hot")).to_have_text("1")
+    await expect(jonas.locator('#unread-conversations [aria-label="Maya, 1 new message"]')).to_be_visible()
+    await expect(jonas.page).to_have_title("(1) general · Biology 3B · ChatRTC")
+    await jonas.click("#unread-conversations button")
+    await jonas.sees("may I ask you something?")
+    await expect(jonas.page).to_have_title("Maya · ChatRTC")
+    await expect(jonas.locator("#home .badge")).to_be_hidden()
+    await jonas.locator("#text").press_sequentially("of cou")
+    await expect(maya.locator("#typing")).to_have_text("Jonas is typing…")
+    await jonas.write("of course, @maya")
+    await expect((await maya.sees("of course")).locator(".at")).to_have_text("@maya")
+    # the other device, on a phone: the list, the conversation, and the way back
+    await device.click("#open-nav")
+    await expect(device.locator("#private")).to_have_attribute("aria-label", re.compile("Private messages"))
+    await device.click("#private")
+    await expect(device.locator("#conversations .channel")).to_have_text(re.compile("^Jonas, Online"))
+    await device.click("#conversations button")
+    await device.sees("of course, @maya")
+    conversation = await device.evaluate("location.hash")
+    await device.go_back()
+    await expect(device.locator("#room-name")).to_have_text("general")
+    await device.open(f"/{conversation}")
+    await expect(device.locator("#room-name")).to_have_text("Jonas")
+    await device.sees("may I ask you something?")
+    # nothing here is for admins
+    for opener, entries in (
+        ("#conversation-menu", ["Rename conversation", "Leave conversation"]),
+        (".person >> text=Jonas", ["Mention"]),
+    ):
+        await maya.click(opener)
+        await expect(maya.locator("#menu button")).to_have_text(entries)
+        await maya.keyboard.press("Escape")
+    await expect(maya.locator('#channels [data-do="addChannel"]')).to_be_hidden()
+    await maya.row("of course").hover()
+    await expect(maya.row("of course").locator('[data-do="remove"]')).to_be_hidden()
+    # status, drafts and search
+    await jonas.choose("#my-status", "Away")
+    await expect(maya.locator("#topic")).to_have_text("Away")
+    await expect(maya.locator("#conversations .dot.away")).to_have_count(1)
+    await maya.fill("#text", "a draft for Jonas")
+    await maya.click('#servers [aria-label="Biology 3B"]')
+    await expect(maya.locator("#text")).to_have_value("")
+    await maya.click("#private")
+    await expect(maya.locator("#text")).to_have_value("a draft for Jonas")
+
+    async def found() -> bool:
+        await maya.search("course from:jonas")
+        await expect(maya.locator("#found > *").first).not_to_have_text("Searching…")
+        return bool(await maya.locator(".hit").count())
+
+    await eventually(found, "the search index")
+    await maya.api.post(channel_id, "for everybody")
+    await expect(maya.locator(".hit")).to_have_count(1)
+    # rename, leave, return
+    await maya.choose("#conversation-menu", "Rename conversation")
+    await maya.answer(name="Pond project")
+    for one in (maya, jonas):
+        await expect(one.locator("#room-name")).to_have_text("Pond project")
+    await jonas.choose("#conversation-menu", "Leave conversation")
+    await expect(jonas.locator("#ask")).to_contain_text("can still read, but not write")
+    await jonas.confirm()
+    await expect(jonas.locator("#room-name")).to_have_text("general")
+    await expect(maya.locator("#closed")).to_have_text("Jonas has left: you can read, but not write.")
+    await expect(maya.locator("#compose")).to_be_hidden()
+    await maya.click('#servers [aria-label="Biology 3B"]')
+    await maya.click('[data-do="closeSide"]')
+    await maya.choose(".person >> text=Jonas", "Send private message")
+    await expect(maya.locator("#toasts")).to_contain_text("has left the conversation")
+    await jonas.choose(".person >> text=Maya", "Send private message")
+    await jonas.sees("may I ask you something?")
+    await maya.click("#private")
+    await expect(maya.locator("#compose")).to_be_visible()
+    await maya.write("welcome back")
+    await jonas.sees("welcome back")
+
+
 # Text
 
 VISIBLE_TEXT = """(ids) => {
