@@ -12354,6 +12354,7 @@ async def test_mention_unread_and_search(two: Any) -> None:
 async def test_two_people_talk_in_private(two: Any, tab: Any) -> None:
     """Started from the menu of a person, the conversation appears at once on the other side and on the second device."""
     maya, jonas, (_, channel_id) = two
+    maya.ignored = "403"  # when Jonas has left
     device = await tab(maya.api, viewport={"width": 390, "height": 800})
     await maya.choose(".person >> text=Jonas", "Send private message")
     await expect(maya.locator("#room-name")).to_have_text("Jonas")
@@ -12370,15 +12371,14 @@ async def test_two_people_talk_in_private(two: Any, tab: Any) -> None:
     await expect(jonas.locator("#home .badge")).to_be_hidden()
     await jonas.locator("#text").press_sequentially("of cou")
     await expect(maya.locator("#typing")).to_have_text("Jonas is typing…")
-    await jonas.write("of course, @maya")
+    await jonas.write("of course, @maya!")
     await expect((await maya.sees("of course")).locator(".at")).to_have_text("@maya")
     # the other device, on a phone: the list, the conversation, and the way back
     await device.click("#open-nav")
     await expect(device.locator("#private")).to_have_attribute("aria-label", re.compile("Private messages"))
     await device.click("#private")
-    await expect(device.locator("#conversations .channel")).to_have_text(re.compile("^Jonas, Online"))
-    await device.click("#conversations button")
-    await device.sees("of course, @maya")
+    await device.get_by_role("button", name="Jonas Online", exact=True).click()
+    await device.sees("of course, @maya!")
     conversation = await device.evaluate("location.hash")
     await device.go_back()
     await expect(device.locator("#room-name")).to_have_text("general")
@@ -12426,7 +12426,7 @@ async def test_two_people_talk_in_private(two: Any, tab: Any) -> None:
     await expect(maya.locator("#closed")).to_have_text("Jonas has left: you can read, but not write.")
     await expect(maya.locator("#compose")).to_be_hidden()
     await maya.click('#servers [aria-label="Biology 3B"]')
-    await maya.click('[data-do="closeSide"]')
+    await maya.click("#show-people")
     await maya.choose(".person >> text=Jonas", "Send private message")
     await expect(maya.locator("#toasts")).to_contain_text("has left the conversation")
     await jonas.choose(".person >> text=Maya", "Send private message")
