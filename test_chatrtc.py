@@ -2826,12 +2826,13 @@ KEPT_OF_A_USER = {  # columns and rows that remain of a deleted account, with th
     "generation": "its tokens stay invalid", "deleted": "says that it is deleted",
     "messages.author_id": "a deleted message keeps its author", "purges.author_id": "the rest of its messages is deleted later",
     "former_members.user_id": "its name is still shown", "invites.created_by": "the invites belong to the server",
+    "servers.started_by": "the conversation belongs to its participants",
     "bans.banned_by": "the bans belong to the server", "bans.user_id": "harmless", "reads.user_id": "harmless",
     "links.user_id": "expires in minutes, and is of no use for a deleted account",
     "files.uploader_id": "the files of deleted messages are deleted in steps, the others belong to their messages",
 }  # fmt: skip
 COLUMN_VALUES = {  # valid values of columns that have a CHECK
-    "status": "busy", "role": "member", "kind": "text", "deleted": 0, "extras": 1, "stale": 0,
+    "status": "busy", "role": "member", "servers.kind": "server", "kind": "text", "deleted": 0, "extras": 1, "stale": 0,
 }  # fmt: skip
 
 
@@ -2842,7 +2843,9 @@ def filled_tables(tmp_path: Path) -> Iterator[sqlite3.Connection]:
         for table in tables_of(db):
             columns = db.execute(f"PRAGMA table_xinfo({table})").fetchall()
             by_type = {"INTEGER": 1, "REAL": 1.0, "TEXT": "x", "BLOB": b"x"}
-            values = [COLUMN_VALUES.get(name, by_type[kind]) for _, name, kind, *_ in columns]
+            values = [
+                COLUMN_VALUES.get(f"{table}.{name}", COLUMN_VALUES.get(name, by_type[kind])) for _, name, kind, *_ in columns
+            ]
             db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(values))})", values)  # noqa: S608
         db.execute("DELETE FROM former_members")  # user 1 is still a member
         yield db
