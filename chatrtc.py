@@ -2551,7 +2551,7 @@ MEMBER_ROWS = """SELECT m.user_id, u.username, m.role,
         AND v.user_id = :viewer) <> 'member' THEN m.invited_by END, u.name
     FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = :server_id """
 TARGET_ROWS = """SELECT t.server_id, m.role, u.name,
-    (SELECT CASE WHEN kind = 'direct' THEN iif(pair IS NULL, 'group', 'pair') END FROM servers WHERE server_id = t.server_id)
+    (SELECT CASE kind WHEN 'direct' THEN coalesce(pair, 'group') END FROM servers WHERE server_id = t.server_id)
     FROM users u LEFT JOIN """
 VALID_CALLER = """ LEFT JOIN members m ON m.server_id = t.server_id AND m.user_id = u.user_id
     WHERE u.user_id = ? AND u.generation = ? AND u.deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)"""
@@ -2563,9 +2563,8 @@ TARGET_TABLES = {  # argument that names the target -> the table with its server
     "code": "invites t ON t.code = ?",
 }
 TARGET_QUERIES = {key: TARGET_ROWS + table + VALID_CALLER for key, table in TARGET_TABLES.items()}
-ConversationKind = Literal["pair", "group"]
-# Its server (None: no such target), the caller's role and display name, and which kind of conversation the server is, if any.
-Target = tuple[int | None, Role | None, str | None, ConversationKind | None]
+# Its server (None: no such target), the caller's role and display name; if it is a conversation, its `pair` or "group".
+Target = tuple[int | None, Role | None, str | None, str | None]
 NEXT_SEQ = {
     "": "UPDATE servers SET seq = seq + 1 WHERE server_id = ?",
     "channels": "UPDATE servers SET seq = seq + 1, channels_seq = seq + 1 WHERE server_id = ?",
@@ -2666,7 +2665,8 @@ load_all_servers = rows_as(
 load_server_ids = rows_as(int, "SELECT server_id FROM members WHERE user_id = ? ORDER BY server_id")
 insert_server: Query[int] = first_value("INSERT INTO servers (name, created_at) VALUES (?, ?) RETURNING server_id")
 insert_conversation: Query[int] = first_value(
-    "INSERT INTO servers (name, created_at, started_by, pair, kind) VALUES (?, ?, ?, ?, 'direct') RETURNING server_id"
+    """INSERT INTO servers (kind, name, created_at, started_by, pair)
+       VALUES ('direct', ?, ?, ?, nullif(?, 'group')) RETURNING server_id"""
 )
 find_pair: Query[int | None] = first_value("SELECT server_id FROM servers WHERE pair = ?")
 count_started_groups: Query[int] = first_value("SELECT count(*) FROM servers WHERE started_by = ? AND pair IS NULL")
@@ -2697,8 +2697,7 @@ load_former_members = rows_as(
 is_former_member: Query[int | None] = first_value(
     "SELECT 1 FROM former_members JOIN users USING (user_id) WHERE server_id = ? AND user_id = ? AND deleted = 0"
 )
-# Whether admins or owners are among these users (?2, JSON) in any of the servers that all of them share. None: they share none.
-# One of these users is ?1.
+# Whether a server that all these users (?2, JSON; ?1 is one of them) share has staff among them. None: they share no server.
 have_staff_in_common: Query[int | None] = first_value(
     """SELECT max((SELECT max(role <> 'member') FROM members m JOIN json_each(?2) p ON p.value = m.user_id
                    WHERE m.server_id = a.server_id))
@@ -2718,8 +2717,7 @@ load_abandoned_conversations = rows_as(
 load_next_owner: Query[int | None] = first_value(
     "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1"
 )
-# 1 if a user (?1) has a higher role than another user (?2) in each of the other user's servers, else 0. In conversations nobody
-# has: they do not count, or else guests with conversations could never get a sign-in code.
+# 1 if a user (?1) has a higher role than another user (?2) in each of the other user's servers, conversations left out, else 0.
 outranks_everywhere: Query[int] = first_value(
     """SELECT NOT EXISTS (SELECT 1 FROM members t JOIN servers s USING (server_id)
            WHERE t.user_id = ?2 AND s.kind = 'server' AND NOT EXISTS (
@@ -2838,11 +2836,6 @@ def lookup_target(db: sqlite3.Connection, key: str, target: int | str, user: Pri
     """Look up an operation's target. Return None if the caller's token is no longer valid. `key`: one of `TARGET_QUERIES`."""
     found: Target | None = db.execute(TARGET_QUERIES[key], (target, user.user_id, user.generation, user.digest)).fetchone()
     return found
-
-
-def pair_key(one: int, other: int) -> str:
-    """Return the key of the conversation of two users, in either order."""
-    return f"{min(one, other)}-{max(one, other)}"
 
 
 def load_servers(db: sqlite3.Connection, user_id: int, server_id: int | None = None) -> list[Server]:
@@ -2965,10 +2958,8 @@ def update_channel(db: sqlite3.Connection, channel: Channel) -> int:
 
 
 INTEGRITY_CHECKS = {  # what each query finds
-    "a server without an owner":
-        "SELECT server_id FROM servers WHERE kind = 'server' EXCEPT SELECT server_id FROM members WHERE role = 'owner'",
-    "a conversation with an admin or owner":
-        "SELECT server_id FROM members JOIN servers USING (server_id) WHERE kind = 'direct' AND role <> 'member'",
+    "a server without an owner, or a conversation with one": """SELECT server_id FROM servers s WHERE (kind = 'direct') =
+        EXISTS (SELECT 1 FROM members m WHERE m.server_id = s.server_id AND role = 'owner')""",
     "a seq beyond its server's last": "SELECT message_id FROM messages m JOIN servers s USING (server_id) WHERE m.seq > s.seq",
     "a message whose channel is in another server":
         "SELECT message_id FROM messages m JOIN channels c USING (channel_id) WHERE c.server_id <> m.server_id",
@@ -3919,7 +3910,7 @@ class OperationContext:
     server_id: int = 0
     channel_id: int = 0
     role: Role | None = None  # of the caller in that server
-    conversation: ConversationKind | None = None  # if that server is a conversation
+    conversation: str | None = None  # if that server is a conversation: "group", or for one of two its `pair`
     message: Message = NO_MESSAGE
     file: StoredFile | None = None
     target_role: Role | None = None  # of the member that the arguments name
@@ -3966,8 +3957,7 @@ def is_permitted(access: Access, ctx: OperationContext) -> bool:
     if access is Access.AUTHOR or (access is Access.AUTHOR_OR_ADMIN and is_author):
         return is_author
     rank = RANK[ctx.role]
-    by_role = access in (Access.ADMIN, Access.INVITER, Access.RENAMER)
-    return rank >= RANK["admin"] and (by_role or rank > RANK[ctx.target_role])
+    return rank >= RANK["admin"] and (access in (Access.ADMIN, Access.INVITER, Access.RENAMER) or rank > RANK[ctx.target_role])
 
 
 @functools.cache
@@ -4006,10 +3996,12 @@ def check_settings(access: Access, ctx: OperationContext) -> None:
         raise chat_error("NOT_FOR_GUESTS")
 
 
-def check_conversations(ctx: OperationContext, people: list[int], must_share: bool = False) -> None:
-    """Raise FORBIDDEN unless the settings let these people, among them the caller, write to each other in a conversation, and,
-    if they `must_share` a server, do so. The settings do not restrict the embedding program."""
+def check_conversation(ctx: OperationContext, people: list[int], must_share: bool = False) -> None:
+    """Raise FORBIDDEN unless these people, who include the caller, may write to each other in a conversation and, if they
+    `must_share` a server, do so. The setting does not restrict the embedding program."""
     setting = ctx.settings.conversations if ctx.user.digest else "everyone"
+    if ctx.conversation != "group" and len(people) < 2:
+        raise chat_error("LEFT")
     if setting == "nobody":
         raise chat_error("CONVERSATIONS_OFF")
     if must_share or setting == "staff":
@@ -4022,18 +4014,17 @@ def check_conversations(ctx: OperationContext, people: list[int], must_share: bo
 
 def authorize_start(ctx: OperationContext, args: NewConversation) -> None:
     """Check that the caller may start a conversation. Set the server and the caller's role if that of two people exists."""
-    others = {*args.user_ids} - {ctx.user.user_id}
-    if not 0 < len(others) < MAX_PARTICIPANTS:
+    people = sorted({ctx.user.user_id, *args.user_ids})
+    if not 1 < len(people) <= MAX_PARTICIPANTS:
         raise chat_error("PARTICIPANTS", field="user_ids", n=MAX_PARTICIPANTS - 1)
-    if not all(load_principal(ctx.db, user_id, b"") for user_id in others):
+    if not all(load_principal(ctx.db, user_id, b"") for user_id in people):
         raise chat_error("NO_USER", field="user_ids")
-    check_conversations(ctx, [ctx.user.user_id, *others], must_share=True)
-    ctx.conversation = "pair" if len(others) == 1 else "group"
-    if ctx.conversation == "pair":
-        ctx.server_id = find_pair(ctx.db, pair_key(ctx.user.user_id, *others)) or 0
-        ctx.role = load_role(ctx.db, ctx.server_id, ctx.user.user_id)
-        if ctx.role and not load_role(ctx.db, ctx.server_id, *others):
-            raise chat_error("LEFT")
+    check_conversation(ctx, people, must_share=True)
+    ctx.conversation = f"{people[0]}-{people[1]}" if len(people) == 2 else "group"
+    ctx.server_id = find_pair(ctx.db, ctx.conversation) or 0
+    ctx.role = load_role(ctx.db, ctx.server_id, ctx.user.user_id)
+    if ctx.role and not all(load_role(ctx.db, ctx.server_id, user_id) for user_id in people):
+        raise chat_error("LEFT")
 
 
 def authorize_participant(ctx: OperationContext, user_id: int) -> None:
@@ -4050,17 +4041,9 @@ def authorize_participant(ctx: OperationContext, user_id: int) -> None:
         raise chat_error("NO_USER")
     if has_left:
         raise chat_error("LEFT")
-    if ctx.conversation == "pair":
+    if ctx.conversation != "group":
         raise chat_error("TWO_ONLY")
-    check_conversations(ctx, [*load_member_ids(ctx.db, ctx.server_id), user_id], must_share=True)
-
-
-def authorize_writing(ctx: OperationContext) -> None:
-    """Raise FORBIDDEN unless a participant may write in the conversation."""
-    people = load_member_ids(ctx.db, ctx.server_id)
-    if ctx.conversation == "pair" and len(people) < 2:
-        raise chat_error("LEFT")
-    check_conversations(ctx, people)
+    check_conversation(ctx, [*load_member_ids(ctx.db, ctx.server_id), user_id], must_share=True)
 
 
 def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
@@ -4078,12 +4061,11 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
         raise chat_error("INVITE_UNKNOWN", field="code")
     if not exists:
         raise chat_error(f"NO_{target_key(type(args)).removesuffix('_id').upper()}")
+    user_id: Any = getattr(args, "user_id", None)
     if access is Access.PARTICIPANT:
-        assert isinstance(args, MemberArgs)
-        return authorize_participant(ctx, args.user_id)
+        return authorize_participant(ctx, user_id)
     if ctx.role is None:
         raise chat_error("NOT_MEMBER")
-    user_id = getattr(args, "user_id", None)
     if user_id is not None:
         is_self = access is Access.SELF_OR_OUTRANKS and user_id == ctx.user.user_id
         if RANK[ctx.role] < RANK["admin"] and not is_self:
@@ -4096,7 +4078,7 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     if not is_permitted(access, ctx):
         raise chat_error("ROLE_TOO_LOW", who=access.value)
     if ctx.conversation and access in (Access.WRITER, Access.AUTHOR, Access.RENAMER):
-        authorize_writing(ctx)
+        check_conversation(ctx, load_member_ids(ctx.db, ctx.server_id))
     if access in (Access.INVITER, Access.OUTRANKS_GUEST):
         check_settings(access, ctx)
     if access is Access.OUTRANKS_GUEST:
@@ -4261,19 +4243,18 @@ def join_conversation(ctx: OperationContext, user_id: int) -> list[Effect]:
 )  # fmt: skip
 def start_conversation(ctx: OperationContext, args: NewConversation) -> Result[Server]:
     """Start a private conversation. 200 with the existing one of the same two people; if you had left it, you return."""
-    user_id, others = ctx.user.user_id, {*args.user_ids} - {ctx.user.user_id}
+    user_id, people = ctx.user.user_id, sorted({ctx.user.user_id, *args.user_ids})
     if ctx.server_id:
         effects = [] if ctx.role else join_conversation(ctx, user_id)
         return Result(load_servers(ctx.db, user_id, ctx.server_id)[0], effects, replayed=True)
     if ctx.conversation == "group" and count_started_groups(ctx.db, user_id) >= MAX_STARTED_GROUPS:
         raise chat_error("TOO_MANY", n=MAX_STARTED_GROUPS)
-    pair = pair_key(user_id, *others) if ctx.conversation == "pair" else None
-    server_id = insert_conversation(ctx.db, args.name or "", ctx.now, user_id, pair)
-    for one in sorted({user_id, *others}):
+    server_id = insert_conversation(ctx.db, args.name or "", ctx.now, user_id, ctx.conversation)
+    for one in people:
         insert_member(ctx.db, server_id, one, "member", ctx.now)
     insert_channel(ctx.db, server_id, "general", "text", "")
-    joined = [Emit("server:joined", one, load_servers(ctx.db, one, server_id)[0]) for one in others]
-    return Result(load_servers(ctx.db, user_id, server_id)[0], joined)
+    servers = {one: load_servers(ctx.db, one, server_id)[0] for one in people}
+    return Result(servers[user_id], [Emit("server:joined", one, servers[one]) for one in people if one != user_id])
 
 
 @write("PUT /servers/{server_id}/members/{user_id}", Access.PARTICIPANT, emits=["member:joined", "server:joined"], limit="post")
@@ -5944,11 +5925,9 @@ class Hub:
 
         return job
 
-    def query(
-        self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R], access: Access = Access.MEMBER
-    ) -> R:
+    def query(self, caller: Caller, args: Args, run: Callable[[OperationContext, Any], R], access: Access = Access.MEMBER) -> R:
         """Run a fast query on the target of the arguments, if the caller has access to it. Raises ChatError."""
-        return self.store.read_inline(self.authorized(access, caller.user, args, query))
+        return self.store.read_inline(self.authorized(access, caller.user, args, run))
 
     async def query_slow(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
         """Like `query`, for a query that may take seconds (see `read_slow`)."""
