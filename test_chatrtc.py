@@ -2277,6 +2277,20 @@ def test_a_migrated_database_equals_a_new_one(tmp_path: Path, version: int, monk
             assert schema_of(db) != new
 
 
+@pytest.mark.portable
+async def test_a_migrated_database_has_servers_and_takes_conversations(make_world: MakeWorld, tmp_path: Path) -> None:
+    path = released_database(tmp_path / "chat.db", 3)
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("INSERT INTO members (server_id, user_id, role, joined_at) VALUES (1, 2, 'member', 't')")
+    chat = (await make_world()).chat
+    (server,) = (await chat.list_servers(author_id=2)).servers
+    assert (server.owner_id, server.kind, server.participants) == (1, msgspec.UNSET, [])
+    first = await chat.start_conversation(author_id=1, user_ids=[2])
+    again = await chat.start_conversation(author_id=2, user_ids=[1])
+    assert (first.server_id, first.name, again.name) == (again.server_id, "Ben", "Ana")
+    assert chat.hub.store.read_inline(chatrtc.check_integrity) == []
+
+
 def dump(path: Path) -> str:
     """Return all rows of all tables, and the format."""
     with contextlib.closing(sqlite3.connect(path)) as db:
@@ -3449,7 +3463,8 @@ def test_an_attempt_that_succeeds_is_refunded() -> None:
 
 
 LIMITED_CALLS = {  # how often one user makes the call at once, how many of these succeed at least, and how many fail at least
-    "POST /messages": (40, 1, 10), "message:edit": (40, 1, 1), "ping": (170, 100, 1), "voice:signal": (330, 300, 1),
+    "POST /messages": (40, 1, 10), "message:send": (40, 1, 10), "message:edit": (40, 1, 1), "ping": (170, 100, 1),
+    "voice:signal": (330, 300, 1),
 }  # fmt: skip
 
 
@@ -3460,6 +3475,7 @@ async def test_calls_are_limited_by_user(make_world: MakeWorld, call: str) -> No
     edit = {"message_id": message["message_id"], "content": "better"}
     arguments: Any = {
         "POST /messages": {"channel_id": scene.place.channel_id, "content": "much"}, "message:edit": edit, "ping": None,
+        "message:send": {"channel_id": scene.place.channel_id, "content": "much"},
         "voice:signal": {"channel_id": voice_id, "to": peer["peer_id"], "data": 1},
     }[call]  # fmt: skip
 
@@ -3476,7 +3492,7 @@ async def test_calls_are_limited_by_user(make_world: MakeWorld, call: str) -> No
     assert call == "POST /messages" or all(result["success"] for result in results[:succeed])
     for result in rejected:
         assert (result["code"], result["reason"], result["retry_after"] >= 1) == ("RATE_LIMITED", "TOO_OFTEN", True)
-    if call == "POST /messages":  # an edit counts against the same limit
+    if call in ("POST /messages", "message:send"):  # an edit counts against the same limit
         edits = await asyncio.gather(*(scene.ana_socket.call("message:edit", edit) for _ in range(20)))
         assert "RATE_LIMITED" in {ack.get("code") for ack in edits}
     if call != "ping":  # pings have another limit
@@ -3929,6 +3945,29 @@ async def test_a_durable_operation_takes_a_number_that_its_event_carries(world: 
         assert bool(numbers) == bool(durable), f"{op.name} emits {durable}, and should take a number"
 
 
+async def test_a_conversation_takes_sequence_numbers(world: World) -> None:
+    chat, (ana, ben, cy, dee) = world.chat, await world.people("ana", "ben", "cy", "dee")
+    await world.place(ana, ben, cy, dee)
+    group = await chat.start_conversation(author_id=ana.user_id, user_ids=[ben.user_id, cy.user_id])
+    path = f"/servers/{group.server_id}"
+    seq = (await ana.ok("GET", f"{path}/changes"))["seq"]
+    assert seq == 4, "three members and a channel"
+    socket = await ana.socket(group.server_id)
+    calls = [
+        (ana, "PUT", f"{path}/members/{dee.user_id}", None, "member:joined"),
+        (ben, "PATCH", path, {"name": "four"}, "server:updated"),
+        (dee, "DELETE", f"{path}/members/{dee.user_id}", None, "member:left"),
+        (dee, "PUT", f"{path}/members/{dee.user_id}", None, "member:joined"),
+        (dee, "PUT", f"{path}/members/{dee.user_id}", None, ""),
+    ]
+    for person, method, route, body, event in calls:
+        assert (await person.call(method, route, body)).status < 300
+        if event:
+            seq += 1
+            assert (await socket.receive(event))["seq"] == seq
+    assert (await ana.ok("GET", f"{path}/changes"))["seq"] == seq
+
+
 def cases(interface: str) -> list[tuple[chatrtc.Operation, str, str]]:
     return [
         (op, caller, target)
@@ -3982,6 +4021,245 @@ async def test_permissions_match_the_table(make_world: MakeWorld, interface: str
         assert PERMISSIONS[op.name].lowest_role == "open" or any(name == op.name and code for name, code in outcomes)
 
 
+class ConversationMatrix(PermissionMatrix):
+    """Prepares the cases in conversations: each has a group of its own, whose participants share a server."""
+
+    async def set_up(self, op: chatrtc.Operation, caller: str, target: str) -> Setup:
+        chat, (teacher, other, third, user) = self.chat, [await self.user() for _ in range(4)]
+        shared = await chat.create_server(author_id=teacher.user_id, name="place")
+        invite = await chat.create_invite(author_id=teacher.user_id, server_id=shared.server_id)
+        for person in (other, third, user):
+            await chat.accept_invite(author_id=person.user_id, code=invite.code)
+        user = teacher if caller == "owner of the server" else user
+        others = [third.user_id, *([user.user_id] if caller in ("participant", "left") else [])]
+        fourth = await self.user()
+        await chat.accept_invite(author_id=fourth.user_id, code=invite.code)
+        group = await chat.start_conversation(author_id=other.user_id, user_ids=[fourth.user_id, *others])
+        channel_id = group.channels[0].channel_id
+        message = own = await chat.post_message(author_id=other.user_id, channel_id=channel_id, content="hello")
+        if caller in ("participant", "left"):
+            own = await chat.post_message(author_id=user.user_id, channel_id=channel_id, content="hello")
+        if caller == "left":
+            await chat.remove_member(author_id=user.user_id, server_id=group.server_id, user_id=user.user_id)
+        ids = {
+            "server_id": group.server_id, "channel_id": channel_id,
+            "message_id": (own if target == "own" else message).message_id,
+            "user_id": (user if target == "own" else other).user_id,
+        }  # fmt: skip
+        return Setup(user.token, self.arguments(op, ids, user), group.server_id)
+
+
+def expected_in_conversation(op: chatrtc.Operation, caller: str, target: str) -> str:
+    """Return the expected code for a call in a conversation."""
+    if caller != "participant":
+        return "" if (op.name, caller, target) == ("add_participant", "left", "own") else "FORBIDDEN"
+    permission = PERMISSIONS[op.name]
+    lowest_role = permission.others_role if permission.others_role and target == "other's" else permission.lowest_role
+    return "" if lowest_role == "member" or op.name in ("rename_server", "add_participant") else "FORBIDDEN"
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("interface", ["rest", "socket"])
+async def test_permissions_in_conversations_match_the_table(make_world: MakeWorld, interface: str) -> None:
+    world = await make_world(create_servers="everyone")
+    matrix, gate = ConversationMatrix(world), asyncio.Semaphore(24)
+    wrong: list[str] = []
+    outcomes: set[tuple[str, str]] = set()
+
+    async def try_case(op: chatrtc.Operation, caller: str, target: str) -> None:
+        async with gate:
+            setup = await matrix.set_up(op, caller, target)
+            if interface == "rest":
+                code = (await call_route(world, setup.token, op, setup.args)).code
+            else:
+                socket = await world.socket(setup.token, transports=["websocket"])
+                await socket.call("join_server", {"server_id": setup.server_id})
+                code = str((await socket.call(op.event or "", setup.args)).get("code", ""))
+                await socket.close()
+        outcomes.add((op.name, code))
+        if code != expected_in_conversation(op, caller, target):
+            wrong.append(f"{op.name}, {caller}, {target}: {code or 'done'}")
+
+    tried = [
+        (op, caller, target)
+        for op in chatrtc.OPERATIONS.values()
+        if (op.path if interface == "rest" else op.event) and not op.name.startswith("voice")
+        if PERMISSIONS[op.name].target_kind in ("server", "channel", "message", "member")
+        for caller in ("participant", "left", "outsider", "owner of the server")
+        for target in ("own", "other's")
+        if target == "own" or PERMISSIONS[op.name].target_kind in ("message", "member")
+    ]
+    await asyncio.gather(*(try_case(*case) for case in tried))
+    assert not wrong, "\n".join(sorted(wrong))
+    assert all((op.name, "FORBIDDEN") in outcomes for op, _, _ in tried)
+
+
+class Talk(NamedTuple):
+    """A conversation, in which each of two people has a socket and a message."""
+
+    server_id: int
+    channel_id: int
+    people: tuple[Person, Person]
+    sockets: tuple[Socket, Socket]
+    messages: tuple[Any, Any]
+
+
+async def start_talk(world: World, one: Person, other: Person, *more: Person) -> Talk:
+    """Start a conversation by the program, which no setting restricts."""
+    chat = world.chat
+    group = await chat.start_conversation(author_id=one.user_id, user_ids=[person.user_id for person in (other, *more)])
+    channel_id = group.channels[0].channel_id
+    messages = [
+        msgspec.to_builtins(await chat.post_message(author_id=person.user_id, channel_id=channel_id, content="hello word"))
+        for person in (one, other)
+    ]
+    await chat.add_reaction(author_id=one.user_id, message_id=messages[0]["message_id"], emoji="x")
+    sockets = [await person.socket(group.server_id) for person in (one, other)]
+    return Talk(group.server_id, channel_id, (one, other), (sockets[0], sockets[1]), (messages[0], messages[1]))
+
+
+# Every way to write in a conversation: the operation, and its route or event with the body.
+WRITES: list[tuple[str, str, str, Any]] = [
+    ("post_message", "POST", "/messages", {"channel_id": 0, "content": "hello"}),
+    ("post_message", "emit", "message:send", {"channel_id": 0, "content": "hello"}),
+    ("edit_message", "PATCH", "/messages/{message_id}", {"content": "better"}),
+    ("edit_message", "emit", "message:edit", {"message_id": 0, "content": "better"}),
+    ("add_reaction", "PUT", "/messages/{message_id}/reactions/y", None),
+    ("add_reaction", "emit", "reaction:add", {"message_id": 0, "emoji": "z"}),
+    ("remove_reaction", "DELETE", "/messages/{message_id}/reactions/x", None),
+    ("remove_reaction", "emit", "reaction:remove", {"message_id": 0, "emoji": "x"}),
+    ("typing_start", "emit", "typing_start", {"channel_id": 0}),
+    ("rename_server", "PATCH", "/servers/{server_id}", {"name": "us"}),
+]
+READS = [
+    "/servers/{server_id}", "/servers/{server_id}/members", "/servers/{server_id}/changes", "/channels/{channel_id}/messages",
+    "/servers/{server_id}/search?q=word", "/messages/{message_id}", "/channels/{channel_id}/read",
+]  # fmt: skip
+
+
+async def try_writes(talk: Talk, reason: str, who: int = 0) -> None:
+    """Check that each way to write is refused for this reason, without an effect, or works if `reason` is empty."""
+    person, socket, message = talk.people[who], talk.sockets[who], talk.messages[who]
+    ids = {"server_id": talk.server_id, "channel_id": talk.channel_id, "message_id": message["message_id"]}
+    before = await person.ok("GET", f"/servers/{talk.server_id}/changes")
+    for name, method, path, body in WRITES:
+        given = body if body is None else {key: ids.get(key, value) for key, value in body.items()}
+        if method == "emit":
+            answer = await socket.call(path, given)
+            assert (answer["success"], answer.get("reason", "")) == (not reason, reason), (name, path, answer)
+        else:
+            reply = await person.call(method, path.format(**ids), given)
+            assert (reply.code, (reply.body or {}).get("reason", "")) == ("FORBIDDEN" if reason else "", reason), (name, reply)
+    for path in READS:
+        await person.ok("GET", path.format(**ids))
+    await person.ok("PUT", f"/channels/{talk.channel_id}/read", {"message_id": talk.messages[1]["message_id"]})
+    await socket.ok("join_server", {"server_id": talk.server_id, "after": 0})
+    await socket.ok("typing_stop", {"channel_id": talk.channel_id})
+    after = await person.ok("GET", f"/servers/{talk.server_id}/changes")
+    assert (after["seq"] == before["seq"]) == bool(reason)
+
+
+def test_every_way_to_write_is_tried() -> None:
+    writing = {chatrtc.Access.WRITER, chatrtc.Access.AUTHOR, chatrtc.Access.RENAMER}
+    writes = {op.name for op in chatrtc.OPERATIONS.values() if op.access in writing}
+    assert {name for name, *_ in WRITES} == writes, "add the call to WRITES"
+
+
+@pytest.mark.portable
+async def test_a_conversation_that_somebody_left_can_only_be_read(world: World) -> None:
+    ana, ben, cy = await world.people("ana", "ben", "cy")
+    await world.place(ana, ben, cy)
+    talk, group = await start_talk(world, ana, ben), await start_talk(world, ana, ben, cy)
+    await try_writes(talk, "")
+    await ben.ok("DELETE", f"/servers/{talk.server_id}/members/{ben.user_id}")
+    await try_writes(talk, "LEFT")
+    await ben.ok("DELETE", f"/servers/{group.server_id}/members/{ben.user_id}")
+    await try_writes(group, "")
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(("setting", "reason"), [("staff", "CONVERSATIONS_STAFF"), ("nobody", "CONVERSATIONS_OFF")])
+async def test_the_setting_restricts_every_way_to_write(make_world: MakeWorld, setting: str, reason: str) -> None:
+    world = await make_world(conversations=setting)
+    assert (await world.call("GET", "/config")).body["conversations"] == setting
+    teacher, ana, ben, cy = await world.people("teacher", "ana", "ben", "cy")
+    await world.place(teacher, ana, ben, cy)
+    talk = await start_talk(world, ana, ben)  # by the program, which may
+    await try_writes(talk, reason)
+    await try_writes(await start_talk(world, ana, ben, cy), reason)
+    with_teacher, class_talk = await start_talk(world, ana, teacher), await start_talk(world, ana, ben, teacher)
+    for one in (with_teacher, class_talk):
+        for who in (0, 1):
+            await try_writes(one, "" if setting == "staff" else reason, who)
+    starts = {(ben,): reason, (ben, cy): reason, (teacher,): "", (ben, teacher): ""}
+    for others, expected in starts.items():
+        expected = reason if setting == "nobody" else expected
+        reply = await ana.call("POST", "/conversations", {"user_ids": [person.user_id for person in others]})
+        assert (reply.code, reply.body.get("reason", "")) == ("FORBIDDEN" if expected else "", expected), others
+    reply = await teacher.call("POST", "/conversations", {"user_ids": [ana.user_id]})
+    assert reply.status == (403 if setting == "nobody" else 200)
+    add = await ana.call("PUT", f"/servers/{class_talk.server_id}/members/{cy.user_id}")
+    assert (add.code, add.status) == (("FORBIDDEN", 403) if setting == "nobody" else ("", 204))
+
+
+@pytest.mark.portable
+async def test_conversations_with_staff_follow_the_roles(make_world: MakeWorld) -> None:
+    """The role counts in a server that all participants share, and counts at once."""
+    world = await make_world(conversations="staff")
+    owner, teacher, ana, ben, far = await world.people("owner", "teacher", "ana", "ben", "far")
+    place = await world.place(owner, teacher, ana, ben)
+    role = f"/servers/{place.server_id}/members/{teacher.user_id}"
+    await owner.ok("PATCH", role, {"role": "admin"})
+    pair = await ana.call("POST", "/conversations", {"user_ids": [teacher.user_id]})
+    assert pair.status == 201
+    talk, group = await start_talk(world, ana, teacher), await start_talk(world, ana, ben, teacher)
+    assert talk.server_id == pair.body["server_id"]
+    await try_writes(talk, "")
+    await ana.ok("PATCH", f"/messages/{talk.messages[0]['message_id']}", {"content": "hello word"})
+    await talk.sockets[0].ok("typing_start", {"channel_id": talk.channel_id})
+    await owner.ok("PATCH", role, {"role": "member"})
+    for one in (talk, group):
+        for who in (0, 1):
+            await try_writes(one, "CONVERSATIONS_STAFF", who)
+    reply = await ana.call("POST", "/conversations", {"user_ids": [teacher.user_id]})
+    assert reply.body["reason"] == "CONVERSATIONS_STAFF"
+    await owner.ok("PATCH", role, {"role": "admin"})
+    await try_writes(group, "")
+    await teacher.ok("DELETE", f"/servers/{group.server_id}/members/{teacher.user_id}")
+    await try_writes(group, "CONVERSATIONS_STAFF", 1)
+    await teacher.ok("PUT", f"/servers/{group.server_id}/members/{teacher.user_id}")
+    await try_writes(group, "", 1)
+    # Eve shares with the others only a server in which nobody of the conversation is staff.
+    other = await world.place(far, teacher, ana, ben, name="other")
+    eve = await world.person("eve")
+    await eve.ok("POST", f"/invites/{await far.invite(other.server_id)}")
+    add = await ana.call("PUT", f"/servers/{group.server_id}/members/{eve.user_id}")
+    assert (add.code, add.body["reason"]) == ("FORBIDDEN", "CONVERSATIONS_STAFF")
+    await teacher.ok("DELETE", role)
+    await try_writes(talk, "CONVERSATIONS_STAFF")
+
+
+async def test_a_changed_setting_holds_for_older_conversations(tmp_path: Path) -> None:
+    servers: dict[str, Any] = {}
+    for setting in ("everyone", "staff", "nobody", "everyone"):
+        process = await Process.start(tmp_path / "chat.db", "--conversations", setting)
+        async with process.world() as world:
+            if not servers:
+                people = await world.people("teacher", "ana", "ben")
+                await world.place(*people)
+            teacher, ana, ben = (Person(world, person.name, person.user_id, person.token) for person in people)
+            for names, others in {"pupils": [ben], "teacher": [teacher], "group": [ben, teacher]}.items():
+                allowed = setting == "everyone" or (setting == "staff" and names != "pupils")
+                if names not in servers:
+                    ids = [person.user_id for person in others]
+                    servers[names] = await ana.ok("POST", "/conversations", {"user_ids": ids})
+                channel_id = servers[names]["channels"][0]["channel_id"]
+                reply = await ana.call("POST", "/messages", {"channel_id": channel_id, "content": setting})
+                assert reply.status == (201 if allowed else 403), (setting, names, reply)
+                assert len((await ana.ok("GET", f"/channels/{channel_id}/messages"))["messages"]) >= 1
+        assert (await process.stop())[0] == 0
+
+
 # ---- Operations -----------------------------------------------------------------------------------------------------
 # The features over REST: messages, pages, reactions, read marks, search, members, invites and channels.
 
@@ -4010,6 +4288,77 @@ async def test_concurrent_repeats_of_a_nonce_post_once(scene: Scene) -> None:
     assert {reply.status for reply in replies} == {201}
     assert len({reply.body["message_id"] for reply in replies}) == 1
     assert sum("Idempotent-Replayed" in reply.headers for reply in replies) == 19
+
+
+@pytest.mark.portable
+async def test_posting_by_the_event_does_what_the_route_does(scene: Scene) -> None:
+    ana, ben, socket = scene.ana, scene.ben, scene.ana_socket
+    first, channel_id = await scene.post(), scene.place.channel_id
+    await scene.ben_socket.receive("message:new")
+    for more in ({}, {"reply_to": first["message_id"]}, {"nonce": "n"}, {"content": "@ben hello", "nonce": "m"}):
+        body: dict[str, Any] = {"channel_id": channel_id, "content": "hello"} | more
+        posted = (await ana.call("POST", "/messages", body)).body
+        ack = await socket.ok("message:send", body | ({"nonce": "by event"} if body.get("nonce") == "n" else {}))
+        ack.pop("success")
+        assert await ana.ok("GET", f"/messages/{ack['message_id']}") == ack
+        told = [await scene.ben_socket.receive("message:new") for _ in range(1 if ack == posted else 2)]
+        assert told[-1] == ack
+        assert await ben.ok("GET", f"/channels/{channel_id}/messages?limit={len(told)}") == {"messages": told, "has_more": True}
+        changing = {"message_id", "seq", "created_at", "nonce"}
+        assert {key: ack[key] for key in ack.keys() - changing} == {key: posted[key] for key in posted.keys() - changing}
+        assert (ack == posted) == (body.get("nonce") == "m"), "a nonce counts for the route and the event together"
+    assert (await scene.ben_socket.receive("mention"))["author_id"] == ana.user_id
+    await scene.ben_socket.receive_none("message:new", "mention")
+    assert (await ana.ok("GET", f"/channels/{channel_id}/read"))["unread"] == 0, "posting marks the channel as read"
+
+
+@pytest.mark.portable
+async def test_refused_posts_by_the_event_have_the_errors_of_the_route(scene: Scene) -> None:
+    channel_id, other = scene.place.channel_id, await scene.world.place(scene.dee, name="other")
+    gone = await scene.ana.post(channel_id, "gone", nonce="gone")
+    await scene.ana.ok("DELETE", f"/messages/{gone['message_id']}")
+    wrongs: list[dict[str, Any]] = [
+        {}, {"channel_id": channel_id}, {"content": "x"}, {"channel_id": channel_id, "content": ""},
+        {"channel_id": channel_id, "content": " \n"}, {"channel_id": channel_id, "content": "x" * 4001},
+        {"channel_id": channel_id, "content": 5}, {"channel_id": "1", "content": "x"}, {"channel_id": 0, "content": "x"},
+        {"channel_id": 10**9, "content": "x"}, {"channel_id": other.channel_id, "content": "x"},
+        {"channel_id": channel_id, "content": "x", "reply_to": 10**9}, {"channel_id": channel_id, "content": "x", "nonce": ""},
+        {"channel_id": channel_id, "content": "x", "nonce": "n" * 65}, {"channel_id": channel_id, "content": "x", "more": 1},
+        {"channel_id": channel_id, "content": "again", "nonce": "gone"},
+    ]  # fmt: skip
+    for body in wrongs:
+        reply, ack = await scene.ana.call("POST", "/messages", body), await scene.ana_socket.call("message:send", body)
+        assert reply.status >= 400, body
+        assert ack == {"success": False} | reply.body, body
+        await scene.ana_socket.client.emit("message:send", body)  # without an ack, an event tells of the error
+        assert await scene.ana_socket.receive("error") == {"event": "message:send"} | reply.body
+    plain = await scene.world.socket()
+    ack = await plain.call("message:send", {"channel_id": channel_id, "content": "x"})
+    assert (ack["code"], ack["reason"]) == ("UNAUTHORIZED", "SIGN_IN_FIRST")
+    await scene.ben_socket.receive("message:deleted")
+    await scene.ben_socket.receive_none("message:new")
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("transport", ["polling", "websocket"])
+async def test_messages_of_one_socket_are_posted_in_the_order_they_were_sent(scene: Scene, transport: str) -> None:
+    """The client waits for no ack. A nonce that is repeated later, by event or route, posts nothing."""
+    socket = await scene.ben.socket(transports=[transport])
+    texts = [f"number {n}" for n in range(60)]
+    for text in texts:
+        await socket.client.emit("message:send", {"channel_id": scene.place.channel_id, "content": text, "nonce": text})
+    await socket.ok("ping")
+    again = [{"channel_id": scene.place.channel_id, "content": "again", "nonce": text} for text in texts[:10]]
+    acks, replies = await asyncio.gather(
+        asyncio.gather(*(socket.ok("message:send", body) for body in again)),
+        asyncio.gather(*(scene.ben.call("POST", "/messages", body) for body in again)),
+    )
+    received = [await scene.ana_socket.receive("message:new") for _ in texts]
+    assert [message["content"] for message in received] == texts
+    assert [message["seq"] for message in received] == list(range(received[0]["seq"], received[0]["seq"] + len(texts)))
+    assert [reply.body for reply in replies] == received[:10]
+    assert acks == [{"success": True} | message for message in received[:10]]
+    await scene.ana_socket.receive_none("message:new")
 
 
 @pytest.mark.portable
@@ -4748,6 +5097,367 @@ async def test_a_deleted_server_leaves_nothing(scene: Scene) -> None:
     again = await scene.world.place(scene.ana)
     assert again.server_id > scene.place.server_id, "ids are never reused"
     assert again.channel_id > scene.place.channel_id
+
+
+async def start(person: Person, *others: Person, **more: Any) -> Any:
+    """Start a conversation and return it as the person who starts it receives it."""
+    return await person.ok("POST", "/conversations", {"user_ids": [other.user_id for other in others], **more})
+
+
+def refusal(reply: Reply) -> tuple[int, str]:
+    return reply.status, (reply.body or {}).get("reason", "")
+
+
+@pytest.mark.portable
+async def test_two_people_have_one_conversation(scene: Scene) -> None:
+    ana, ben = scene.ana, scene.ben
+    replies = await asyncio.gather(
+        *(
+            person.call("POST", "/conversations", {"user_ids": [other.user_id]})
+            for person, other in [(ana, ben), (ben, ana)] * 4
+        )
+    )
+    assert sorted(reply.status for reply in replies) == [200] * 7 + [201]
+    (server_id,) = {reply.body["server_id"] for reply in replies}
+    assert [reply.body["name"] for reply in replies] == ["ben", "ana"] * 4
+    identities = [{"user_id": person.user_id, "username": person.name} for person in (ana, ben)]
+    for person in (ana, ben):
+        (conversation,) = [one for one in (await person.ok("GET", "/servers"))["servers"] if "kind" in one]
+        assert conversation == await person.ok("GET", f"/servers/{server_id}")
+        assert conversation in [reply.body for reply in replies]
+        assert (conversation["kind"], conversation["owner_id"], conversation["role"]) == ("direct", None, "member")
+        assert conversation["participants"] == identities
+        assert [channel["name"] for channel in conversation["channels"]] == ["general"]
+    starter = next(reply.body["name"] for reply in replies if reply.status == 201)  # shows the name of the other one
+    told = scene.ben_socket if starter == "ben" else scene.ana_socket
+    other = scene.ana_socket if starter == "ben" else scene.ben_socket
+    assert (await told.receive("server:joined"))["server_id"] == server_id
+    for socket in (told, other, scene.cy_socket):
+        await socket.receive_none("server:joined")
+
+
+@pytest.mark.portable
+async def test_the_ids_of_a_conversation_are_checked(scene: Scene) -> None:
+    ana, ben, cy, dee = scene.ana, scene.ben, scene.cy, scene.dee
+    pair = await start(ana, ben)
+    assert await start(ana, ana, ben, ben, ana, name="ignored: it exists") == pair
+    store = scene.world.chat.hub.store
+    await store.write(lambda db: chatrtc.Result([chatrtc.insert_user(db, f"user{n}", None, "t") for n in range(60)]))
+    await store.write(lambda db: chatrtc.delete_user(db, "user0"))
+    deleted = dee.user_id + 1
+    many = list(range(1, 53))
+    for user_ids, code, reason in (
+        ([], "BAD_REQUEST", "PARTICIPANTS"), ([ana.user_id], "BAD_REQUEST", "PARTICIPANTS"),
+        (many, "BAD_REQUEST", "PARTICIPANTS"), ([ben.user_id] * 101, "BAD_REQUEST", "FIELD_TYPE"),
+        ([0], "BAD_REQUEST", "FIELD_SMALL"), (["2"], "BAD_REQUEST", "FIELD_TYPE"), ([None], "BAD_REQUEST", "FIELD_TYPE"),
+        ([2**63], "BAD_REQUEST", "FIELD_BIG"), ("2", "BAD_REQUEST", "FIELD_TYPE"),
+        ([10**9], "NOT_FOUND", "NO_USER"), ([ben.user_id, 10**9], "NOT_FOUND", "NO_USER"),
+        ([deleted], "NOT_FOUND", "NO_USER"), ([dee.user_id], "FORBIDDEN", "NO_SHARED_SERVER"),
+        ([ben.user_id, dee.user_id], "FORBIDDEN", "NO_SHARED_SERVER"),
+    ):  # fmt: skip
+        reply = await ana.call("POST", "/conversations", {"user_ids": user_ids})
+        assert (reply.code, reply.body["reason"]) == (code, reason), (user_ids, reply)
+        assert reply.body.get("field", "user_ids") == "user_ids"
+    # Each two of the three share a server, but all three do not; and a conversation is no server that people share.
+    await scene.world.place(ben, dee, name="second")
+    await scene.world.place(ana, dee, name="third")
+    assert refusal(await ana.call("POST", "/conversations", {"user_ids": [ben.user_id, dee.user_id]}))[1] == "NO_SHARED_SERVER"
+    await start(ana, dee)
+    await start(ben, dee)
+    await cy.ok("DELETE", f"{scene.server}/members/{cy.user_id}")
+    assert refusal(await ana.call("POST", "/conversations", {"user_ids": [cy.user_id]}))[1] == "NO_SHARED_SERVER"
+    for name in ("", " ", "x" * 101, 5):
+        assert (await ana.call("POST", "/conversations", {"user_ids": [ben.user_id], "name": name})).code in (
+            "BAD_REQUEST",
+            "TOO_LARGE",
+        )
+
+
+@pytest.mark.portable
+async def test_a_conversation_is_named_after_the_others(scene: Scene) -> None:
+    ana, ben, cy = scene.ana, scene.ben, scene.cy
+    eve, group = await add_eve(scene)
+    assert group["name"] == "cy, eve"
+    path = f"/servers/{group['server_id']}"
+    assert (await cy.ok("GET", path))["name"] == "ana, eve"
+    await eve.ok("PATCH", "/users/me", {"name": "Eve " + "e" * 60})
+    await cy.ok("PATCH", "/users/me", {"name": "Cy " + "\N{GRINNING FACE}" * 60})
+    found = await ana.ok("GET", path)
+    assert found["name"] == ("Cy " + "\N{GRINNING FACE}" * 60 + ", Eve " + "e" * 60)[:100]
+    assert [one.get("name", "")[:3] for one in found["participants"]] == ["", "Cy ", "Eve"]
+    seq = (await ana.ok("GET", f"{path}/changes"))["seq"]
+    await eve.ok("DELETE", f"{path}/members/{eve.user_id}")
+    changes = await ana.ok("GET", f"{path}/changes?after={seq}")
+    assert changes["name"] == (await ana.ok("GET", path))["name"] == "Cy " + "\N{GRINNING FACE}" * 60
+    await cy.ok("DELETE", f"{path}/members/{cy.user_id}")
+    assert (await ana.ok("GET", path))["name"] == "ana", "alone"
+    pair = await start(ana, ben)
+    await ben.ok("DELETE", f"/servers/{pair['server_id']}/members/{ben.user_id}")
+    left = await ana.ok("GET", f"/servers/{pair['server_id']}")
+    assert left == pair | {"participants": pair["participants"][:1]}, "still named after the one who left"
+
+
+@pytest.mark.portable
+async def test_every_participant_renames_a_conversation(scene: Scene) -> None:
+    ana, ben, cy = scene.ana, scene.ben, scene.cy
+    pair, group = await start(ana, ben, name="two"), await start(ana, ben, cy, name="three")
+    assert (pair["name"], group["name"], (await ben.ok("GET", f"/servers/{pair['server_id']}"))["name"]) == (
+        "two",
+        "three",
+        "two",
+    )
+    assert (await start(ana, ben, cy))["server_id"] != group["server_id"], "each is a new group"
+    for server_id in (pair["server_id"], group["server_id"]):
+        path, seq = f"/servers/{server_id}", (await ana.ok("GET", f"/servers/{server_id}/changes"))["seq"]
+        await scene.ana_socket.ok("join_server", {"server_id": server_id})
+        renamed = await ben.ok("PATCH", path, {"name": "ours"})
+        assert renamed == await ben.ok("GET", path)
+        event = {"server_id": server_id, "name": "ours", "seq": seq + 1}
+        assert await scene.ana_socket.receive("server:updated") == event
+        assert (await ana.ok("GET", f"{path}/changes?after={seq}"))["name"] == "ours"
+    assert refusal(await scene.dee.call("PATCH", f"/servers/{group['server_id']}", {"name": "x"})) == (403, "NOT_MEMBER")
+
+
+@pytest.mark.portable
+async def test_who_left_a_conversation_is_not_brought_back_by_others(scene: Scene) -> None:
+    ana, ben, cy = scene.ana, scene.ben, scene.cy
+    eve, _ = await add_eve(scene)
+    pair, group = await start(ana, ben), await start(ana, ben, cy)
+    await scene.ana_socket.receive("member:joined")  # of Eve in the class
+    for conversation in (pair, group):
+        path = f"/servers/{conversation['server_id']}"
+        await scene.ben_socket.ok("join_server", {"server_id": conversation["server_id"]})
+        await scene.ana_socket.ok("join_server", {"server_id": conversation["server_id"]})
+        assert refusal(await ana.call("DELETE", f"{path}/members/{ben.user_id}"))[0] == 403
+        assert refusal(await ben.call("PUT", f"{path}/members/{ben.user_id}")) == (204, ""), "a member already"
+        await ben.ok("DELETE", f"{path}/members/{ben.user_id}")
+        assert (await scene.ana_socket.receive("member:left"))["user_id"] == ben.user_id
+        assert refusal(await ben.call("GET", path)) == (403, "NOT_MEMBER")
+        assert conversation["server_id"] not in [one["server_id"] for one in (await ben.ok("GET", "/servers"))["servers"]]
+        for person in (ana, cy) if conversation is group else (ana,):
+            assert refusal(await person.call("PUT", f"{path}/members/{ben.user_id}")) == (403, "LEFT")
+        for outsider in (eve, scene.dee):
+            for user_id in (outsider.user_id, ben.user_id, ana.user_id):
+                assert refusal(await outsider.call("PUT", f"{path}/members/{user_id}")) == (403, "NOT_MEMBER")
+        assert refusal(await ben.call("PUT", f"{path}/members/{eve.user_id}")) == (403, "NOT_MEMBER")
+    assert refusal(await ana.call("POST", "/conversations", {"user_ids": [ben.user_id]})) == (403, "LEFT")
+    await scene.ben_socket.receive("server:joined", server_id=pair["server_id"])
+    await scene.ben_socket.receive("server:joined", server_id=group["server_id"])
+    posted = await ana.post(group["channels"][0]["channel_id"], "without Ben")
+    await scene.ben_socket.receive_none("message:new", "server:joined", "member:joined")
+
+    # Ben returns: to the group by PUT, to the conversation of two by POST.
+    assert (await ben.call("PUT", f"/servers/{group['server_id']}/members/{ben.user_id}")).status == 204
+    back = await scene.ana_socket.receive("member:joined")
+    assert (back["server_id"], back["user_id"]) == (group["server_id"], ben.user_id)
+    reply = await ben.call("POST", "/conversations", {"user_ids": [ana.user_id]})
+    assert (reply.status, reply.body["server_id"]) == (200, pair["server_id"])
+    assert (await scene.ana_socket.receive("member:joined"))["server_id"] == pair["server_id"]
+    await scene.ben_socket.receive_none("server:joined")
+    assert await start(ana, ben) == pair
+    await ana.post(pair["channels"][0]["channel_id"], "together again")
+    page = await ben.ok("GET", f"/channels/{group['channels'][0]['channel_id']}/messages")
+    assert page["messages"] == [posted]
+    assert (await ben.ok("GET", f"/channels/{group['channels'][0]['channel_id']}/read"))["unread"] == 0
+    # Both leave the conversation of two. Who returns waits for the other one.
+    for person in (ana, ben):
+        await person.ok("DELETE", f"/servers/{pair['server_id']}/members/{person.user_id}")
+    assert (await start(ana, ben))["participants"] == pair["participants"][:1]
+    body = {"channel_id": pair["channels"][0]["channel_id"], "content": "hello"}
+    assert refusal(await ana.call("POST", "/messages", body)) == (403, "LEFT")
+    await ben.ok("PUT", f"/servers/{pair['server_id']}/members/{ben.user_id}")
+    await ana.ok("POST", "/messages", body)
+
+
+@pytest.mark.portable
+async def test_participants_add_others_to_a_group(scene: Scene) -> None:
+    ana, ben, cy, dee = scene.ana, scene.ben, scene.cy, scene.dee
+    eve, _ = await add_eve(scene)
+    pair, group = await start(ana, ben), await start(ana, ben, cy)
+    path = f"/servers/{group['server_id']}"
+    assert refusal(await ana.call("PUT", f"/servers/{pair['server_id']}/members/{eve.user_id}")) == (403, "TWO_ONLY")
+    assert refusal(await ana.call("PUT", f"{path}/members/{dee.user_id}")) == (403, "NO_SHARED_SERVER")
+    assert refusal(await ana.call("PUT", f"{path}/members/{10**9}")) == (404, "NO_USER")
+    for user_id in (ana.user_id, ben.user_id, eve.user_id, dee.user_id, 10**9):
+        for person in (ana, ben, dee):
+            assert (await person.call("PUT", f"{scene.server}/members/{user_id}")).code == "FORBIDDEN", "no conversation"
+    eve_socket, seq = await eve.socket(), (await ana.ok("GET", f"{path}/changes"))["seq"]
+    await scene.ana_socket.ok("join_server", {"server_id": group["server_id"]})
+    for _ in range(2):  # the second time changes nothing
+        assert (await ben.call("PUT", f"{path}/members/{eve.user_id}")).status == 204
+    joined = await eve_socket.receive("server:joined")
+    assert joined == await eve.ok("GET", path)
+    assert [one["user_id"] for one in joined["participants"]] == [ana.user_id, ben.user_id, cy.user_id, eve.user_id]
+    event = await scene.ana_socket.receive("member:joined", server_id=group["server_id"])
+    assert (event["user_id"], event["seq"]) == (eve.user_id, seq + 1)
+    await eve_socket.receive_none("server:joined")
+    changes = await ana.ok("GET", f"{path}/changes?after={seq}")
+    assert [member["user_id"] for member in changes["members"]] == [ana.user_id, ben.user_id, cy.user_id, eve.user_id]
+    assert changes["name"] == (await ana.ok("GET", path))["name"] == "ben, cy, eve"
+    await eve_socket.ok("join_server", {"server_id": group["server_id"]})
+    message = await eve.post(group["channels"][0]["channel_id"], "@cy hello")
+    assert await scene.ana_socket.receive("message:new") == message
+    assert (await scene.cy_socket.receive("mention"))["server_id"] == group["server_id"]
+
+
+@pytest.mark.portable
+async def test_conversations_have_limits(world: World) -> None:
+    chat, (ana, ben, cy) = world.chat, await world.people("ana", "ben", "cy")
+    place = await world.place(ana, ben, cy)
+
+    def fill(db: sqlite3.Connection) -> chatrtc.Result[list[int]]:
+        users = [chatrtc.insert_user(db, f"user{number}", None, "2026-01-01T00:00:00Z") for number in range(50)]
+        for user_id in users:
+            chatrtc.insert_member(db, place.server_id, user_id, "member", "2026-01-01T00:00:00Z")
+        return chatrtc.Result(users)
+
+    users = (await chat.hub.store.write(fill)).value
+    full = await chat.start_conversation(author_id=ana.user_id, user_ids=[ben.user_id, *users[:49]])
+    assert len(full.participants) == chatrtc.MAX_PARTICIPANTS
+    reply = await ana.call("PUT", f"/servers/{full.server_id}/members/{cy.user_id}")
+    assert (reply.code, reply.body["reason"]) == ("CONFLICT", "TOO_MANY")
+    for _ in range(chatrtc.MAX_STARTED_GROUPS - 1):
+        await chat.start_conversation(author_id=ana.user_id, user_ids=[ben.user_id, cy.user_id])
+    reply = await ana.call("POST", "/conversations", {"user_ids": [ben.user_id, cy.user_id]})
+    assert (reply.code, reply.body["reason"]) == ("CONFLICT", "TOO_MANY")
+    await start(ana, cy)  # conversations of two are not counted
+    await start(ben, ana, cy)
+    await chat.create_server(author_id=ana.user_id, name="conversations are no owned servers")
+
+
+@pytest.mark.portable
+async def test_a_conversation_counts_and_searches_like_a_server(scene: Scene) -> None:
+    ana, ben = scene.ana, scene.ben
+    pair = await start(ana, ben)
+    channel_id, path = pair["channels"][0]["channel_id"], f"/servers/{pair['server_id']}"
+    first, second = await ana.post(channel_id, "a secret word"), await ana.post(channel_id, "@ben read this")
+    state = await ben.ok("GET", f"/channels/{channel_id}/read")
+    assert (state["unread"], state["mentions"]) == (2, 1)
+    assert state in (await ben.ok("GET", "/users/me/reads"))["reads"]
+    assert await found(ben, path, "secret") == ["a secret word"]
+    assert await found(ben, scene.server, "secret") == []
+    for request in (f"{path}/search?q=secret", f"/messages/{first['message_id']}", f"{path}/members", f"{path}/changes"):
+        assert refusal(await scene.cy.call("GET", request)) == (403, "NOT_MEMBER"), request
+    socket = await ben.socket(pair["server_id"])
+    ack = await scene.ana_socket.ok("join_server", {"server_id": pair["server_id"], "after": first["seq"]})
+    assert ack["connected_users"] == [ana.user_id, ben.user_id]
+    assert ack["changes"]["messages"] == [second]
+    await ben.ok("PATCH", "/users/me", {"status": "busy"})
+    assert (await socket.receive("user:status"))["status"] == "busy"
+    await socket.ok("typing_start", {"channel_id": channel_id})
+    assert (await scene.ana_socket.receive("user:typing"))["user_id"] == ben.user_id
+    await scene.cy_socket.receive_none("message:new", "mention", "user:typing")
+    # It takes part in nothing that only roles allow.
+    assert ana.user_id == (await ana.ok("GET", scene.server))["owner_id"]
+    for method, request in (("DELETE", path), ("POST", f"{path}/invites"), ("DELETE", f"/messages/{second['message_id']}")):
+        assert (await ben.call(method, request, {} if method == "POST" else None)).code == "FORBIDDEN"
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("name", ["three", None])
+async def test_a_client_that_was_away_catches_up_with_a_conversation(scene: Scene, name: str | None) -> None:
+    """Changes of each kind: a client that stayed and one that comes back at any time end in the same state."""
+    ana, ben, cy = scene.ana, scene.ben, scene.cy
+    eve, _ = await add_eve(scene)
+    group = await start(ana, ben, cy, **({"name": name} if name else {}))
+    server_id, channel_id, path = group["server_id"], group["channels"][0]["channel_id"], f"/servers/{group['server_id']}"
+    stable = Replica(ana, server_id)
+    stable.name = group["name"]
+    await stable.connect()
+    away: list[Replica] = []
+
+    async def go_away() -> None:
+        replica = Replica(ana, server_id)
+        replica.name = (await ana.ok("GET", path))["name"]
+        await replica.connect()
+        await replica.disconnect()
+        away.append(replica)
+
+    await go_away()
+    message = await ben.post(channel_id, "first")
+    await cy.ok("PUT", f"/messages/{message['message_id']}/reactions/x")
+    await go_away()
+    await ben.ok("PUT", f"{path}/members/{eve.user_id}")
+    await ben.ok("PATCH", f"/messages/{message['message_id']}", {"content": "better"})
+    await go_away()
+    await cy.ok("DELETE", f"{path}/members/{cy.user_id}")
+    await eve.ok("PATCH", "/users/me", {"name": "Eve"})
+    await go_away()
+    if name:
+        await eve.ok("PATCH", path, {"name": "four"})
+    await cy.ok("PUT", f"{path}/members/{cy.user_id}")
+    await cy.ok("DELETE", f"/messages/{(await cy.post(channel_id, 'gone'))['message_id']}")
+    for replica in away:
+        await replica.connect()
+    await stable.receive()
+    expected = await server_state(ana, server_id)
+    assert expected["name"] == ("four" if name else "ben, cy, Eve")
+    assert stable.requests == 0
+    if not name:
+        stable.name = expected["name"]  # it is made of the members, which a client has
+    for replica in (stable, *away):
+        assert replica.state() == expected
+
+
+@pytest.mark.portable
+async def test_a_conversation_without_accounts_is_deleted(scene: Scene) -> None:
+    ana, ben, cy = scene.ana, scene.ben, scene.cy
+    store = scene.world.chat.hub.store
+    pair, group = await start(ben, cy), await start(ben, ana, cy)
+    await ben.post(pair["channels"][0]["channel_id"], "hello")
+    await cy.ok("DELETE", f"/servers/{pair['server_id']}/members/{cy.user_id}")
+
+    async def servers() -> dict[int, str]:
+        return {row["server_id"]: row["name"] for row in await store.read(chatrtc.load_all_servers)}
+
+    await store.write(lambda db: chatrtc.delete_user(db, "ben"))
+    assert {pair["server_id"], group["server_id"]} <= (await servers()).keys(), "Cy can still return"
+    assert (await cy.call("PUT", f"/servers/{pair['server_id']}/members/{cy.user_id}")).status == 204
+    assert (await cy.ok("GET", f"/servers/{pair['server_id']}"))["name"] == "ben"
+    body = {"channel_id": pair["channels"][0]["channel_id"], "content": "hello?"}
+    assert refusal(await cy.call("POST", "/messages", body)) == (403, "LEFT")
+    assert refusal(await cy.call("POST", "/conversations", {"user_ids": [ben.user_id]})) == (404, "NO_USER")
+    assert refusal(await cy.call("PUT", f"/servers/{group['server_id']}/members/{ben.user_id}")) == (404, "NO_USER")
+    assert (await cy.ok("GET", f"/servers/{group['server_id']}"))["owner_id"] is None, "nobody becomes the owner"
+    await cy.ok("DELETE", f"/servers/{pair['server_id']}/members/{cy.user_id}")
+    socket = await scene.cy.socket(group["server_id"])
+    await store.write(lambda db: chatrtc.delete_user(db, "cy"))
+    await socket.closed.wait()
+    assert pair["server_id"] not in await servers(), "both accounts are deleted, though Cy had left"
+    await store.write(lambda db: chatrtc.delete_user(db, "ana"))
+    assert group["server_id"] not in await servers()
+    assert await store.read(chatrtc.check_integrity) == []
+
+
+@pytest.mark.portable
+async def test_a_guest_with_conversations_gets_a_sign_in_code(scene: Scene) -> None:
+    body = {"name": "Tim", "code": await scene.ana.invite(scene.place.server_id)}
+    tim = (await scene.world.call("POST", "/auth/guest", body)).body
+    guest = Person(scene.world, "Tim", tim["user_id"], tim["token"])
+    pair = await start(guest, scene.ben)
+    assert pair["participants"][1] == {"user_id": tim["user_id"], "username": "Tim", "guest": True}
+    assert (await scene.ana.call("POST", f"{scene.server}/members/{tim['user_id']}/link")).status == 201
+
+
+@pytest.mark.portable
+async def test_the_program_starts_conversations(make_world: MakeWorld) -> None:
+    world = await make_world(conversations="nobody")
+    chat, (ana, ben, cy) = world.chat, await world.people("ana", "ben", "cy")
+    await world.place(ana, ben, cy)
+    socket = await ben.socket()
+    group = await chat.start_conversation(author_id=ana.user_id, user_ids=[cy.user_id, ben.user_id], name="help")
+    assert (group.kind, group.owner_id, group.name) == ("direct", None, "help")
+    assert await socket.receive("server:joined") == await ben.ok("GET", f"/servers/{group.server_id}")
+    assert await chat.add_participant(author_id=ana.user_id, server_id=group.server_id, user_id=ben.user_id) is None
+    await chat.post_message(author_id=ana.user_id, channel_id=group.channels[0].channel_id, content="hello")
+    assert (await chat.rename_server(author_id=ana.user_id, server_id=group.server_id, name="more help")).name == "more help"
+    eve = await world.person("eve")
+    for call in (
+        chat.rename_server(author_id=eve.user_id, server_id=group.server_id, name="x"),
+        chat.start_conversation(author_id=ana.user_id, user_ids=[eve.user_id]),
+    ):
+        with pytest.raises(chatrtc.ChatError, match="FORBIDDEN"):
+            await call
 
 
 # ---- Engine.IO and Socket.IO ----------------------------------------------------------------------------------------
@@ -7526,6 +8236,7 @@ async def test_a_restore_needs_no_database_to_replace(filled: dict[str, bytes], 
     "statement",
     [
         "DELETE FROM members",
+        "UPDATE servers SET kind = 'direct'",
         "UPDATE messages SET seq = seq + 100000 WHERE message_id = 7",
         "UPDATE messages SET deleted = 1 WHERE message_id = 7",
         "UPDATE messages SET author_id = 99 WHERE message_id = 7",
@@ -7599,6 +8310,7 @@ async def test_export_writes_everything(world: World, tmp_path: Path, database: 
     message = await ana.ok("GET", f"/messages/{posted[0]['message_id']}")
     assert message["reactions"]
     assert things[4] == {"type": "message"} | message
+    assert things[0]["kind"] == "server"
     one = await run_ok("export", "--server", str(places[1].server_id), *database)
     assert [json.loads(line)["type"] for line in one.splitlines()] == kinds[:5]
     expect_error(await run_command("export", "--server", "99", *database), "no server 99")
@@ -7629,6 +8341,30 @@ async def test_an_exported_page_shows_replies_reactions_and_edits(
     assert page.count("(edited)") == 1
     assert "<small>&lt;3 ana, ben, cyd</small>" in page, "reactions of former members are shown"
     assert not re.search(r"<(i|script|3)\b", page)
+
+
+async def test_conversations_are_exported_and_checked(world: World, tmp_path: Path, database: DatabaseOption) -> None:
+    ana, ben, cy = await world.people("ana", "ben", "cy")
+    place = await world.place(ana, ben, cy)
+    pair, group = await start(ana, ben), await start(ana, ben, cy, name="three")
+    message = await ben.post(pair["channels"][0]["channel_id"], "in private")
+    await ben.ok("DELETE", f"/servers/{pair['server_id']}/members/{ben.user_id}")
+    things = [json.loads(line) for line in (await run_ok("export", *database)).splitlines()]
+    servers = {thing["server_id"]: (thing["kind"], thing["name"]) for thing in things if thing["type"] == "server"}
+    ids = [place.server_id, pair["server_id"], group["server_id"]]
+    assert servers == dict(zip(ids, [("server", "class"), ("direct", "ana, ben"), ("direct", "three")], strict=True))
+    assert {"type": "message"} | message in things
+    at = [thing["type"] for thing in things].index("former")
+    assert (things[at]["user_id"], things[at - 1]["user_id"]) == (ben.user_id, ana.user_id)
+    page = await run_ok("export", "--format", "html", *database)
+    assert "<h1>ana, ben</h1>" in page and "in private" in page
+    assert "3 servers" in await run_ok("check", *database)
+    await run_ok("user", "delete", "ben", "--yes", *database)
+    assert "3 servers" in await run_ok("check", *database), "Ana is still in the conversation"
+    await run_ok("user", "delete", "ana", "--yes", *database)
+    assert "2 servers" in await run_ok("check", *database), "Cy has the group and owns the class"
+    await run_ok("user", "delete", "cy", "--yes", *database)
+    assert "0 servers" in await run_ok("check", *database)
 
 
 async def test_servers_are_added_while_the_server_runs(world: World, tmp_path: Path, database: DatabaseOption) -> None:
@@ -10638,6 +11374,37 @@ async def test_presence_is_shared(split: Split) -> None:
     assert gone["user_id"] == ben.user_id and gone["username"] == "ben"
     changes = [name for name in split.ana_socket.names() if name in ("user:connected", "user:disconnected")]
     assert changes == ["user:connected", "user:connected", "user:disconnected"]  # Ana, Ben, Ben
+
+
+async def test_conversations_are_shared(split: Split) -> None:
+    """Started on both processes at once there is one; what happens in it is emitted on both."""
+    ana, ben = split.ana, split.ben
+    replies = await asyncio.gather(
+        *(
+            person.call("POST", "/conversations", {"user_ids": [other.user_id]})
+            for person, other in [(ana, ben), (ben, ana)] * 4
+        )
+    )
+    assert sorted(reply.status for reply in replies) == [200] * 7 + [201]
+    (server_id,) = {reply.body["server_id"] for reply in replies}
+    starter, other = (ana, ben) if 201 in {reply.status for reply in replies[::2]} else (ben, ana)
+    sockets = {ana.user_id: split.ana_socket, ben.user_id: split.ben_socket}
+    told = await sockets[other.user_id].receive("server:joined")
+    assert told == await other.ok("GET", f"/servers/{server_id}")
+    for socket in sockets.values():
+        await socket.ok("join_server", {"server_id": server_id})
+    channel_id, path = told["channels"][0]["channel_id"], f"/servers/{server_id}/members/{other.user_id}"
+    message = await starter.post(channel_id)
+    assert await sockets[other.user_id].receive("message:new") == message
+    await other.ok("DELETE", path)
+    assert (await sockets[starter.user_id].receive("member:left"))["user_id"] == other.user_id
+    reply = await starter.call("POST", "/messages", {"channel_id": channel_id, "content": "hello?"})
+    assert (reply.code, reply.body["reason"]) == ("FORBIDDEN", "LEFT")
+    await other.ok("PUT", path)
+    assert (await sockets[starter.user_id].receive("member:joined"))["user_id"] == other.user_id
+    await starter.post(channel_id)
+    for socket in sockets.values():
+        await socket.receive_none("server:joined")
 
 
 async def test_an_invisible_user_is_invisible_on_all_servers(split: Split) -> None:
