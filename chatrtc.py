@@ -3752,8 +3752,9 @@ class Limit(NamedTuple):
 
 LIMITS = {
     "post": Limit(
-        10, 20, "user", "messages, files, edits, reactions, bans, profile changes, new servers, channels and invites"
-    ),
+        10, 20, "user",
+        "messages, files, edits, reactions, bans, profile changes, new servers, conversations, channels and invites",
+    ),  # fmt: skip
     "signal": Limit(20, 300, "user", "WebRTC signals (`voice:signal`)"),
     "event": Limit(8, 120, "user", "Socket.IO events, except `voice:signal`, and except typing events of a user who is typing"),
     "request": Limit(50, 500, "user", "REST requests with a token"),
@@ -4242,7 +4243,7 @@ def join_conversation(ctx: OperationContext, user_id: int) -> list[Effect]:
     status=201, replay_status=200, limit="post", slow=True,
 )  # fmt: skip
 def start_conversation(ctx: OperationContext, args: NewConversation) -> Result[Server]:
-    """Start a private conversation. 200 with the existing one of the same two people; if you had left it, you return."""
+    """Start a private conversation; 200 with that of the same two people if there is one, even if you had left it."""
     user_id, people = ctx.user.user_id, sorted({ctx.user.user_id, *args.user_ids})
     if ctx.server_id:
         effects = [] if ctx.role else join_conversation(ctx, user_id)
