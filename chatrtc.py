@@ -3752,9 +3752,11 @@ class Limit(NamedTuple):
 
 LIMITS = {
     "post": Limit(
-        10, 20, "user",
-        "messages, files, edits, reactions, bans, profile changes, new servers, conversations, channels and invites",
-    ),  # fmt: skip
+        10,
+        20,
+        "user",
+        "messages, files, edits, reactions, bans, profile changes, new servers, conversations, channels, invites",
+    ),
     "signal": Limit(20, 300, "user", "WebRTC signals (`voice:signal`)"),
     "event": Limit(8, 120, "user", "Socket.IO events, except `voice:signal`, and except typing events of a user who is typing"),
     "request": Limit(50, 500, "user", "REST requests with a token"),

@@ -4122,6 +4122,7 @@ async def start_talk(world: World, one: Person, other: Person, *more: Person) ->
 WRITES: list[tuple[str, str, str, Any]] = [
     ("post_message", "POST", "/messages", {"channel_id": 0, "content": "hello"}),
     ("post_message", "emit", "message:send", {"channel_id": 0, "content": "hello"}),
+    ("upload_file", "upload", "/channels/{channel_id}/files?name=a.txt", None),
     ("edit_message", "PATCH", "/messages/{message_id}", {"content": "better"}),
     ("edit_message", "emit", "message:edit", {"message_id": 0, "content": "better"}),
     ("add_reaction", "PUT", "/messages/{message_id}/reactions/y", None),
@@ -4148,7 +4149,8 @@ async def try_writes(talk: Talk, reason: str, who: int = 0) -> None:
             answer = await socket.call(path, given)
             assert (answer["success"], answer.get("reason", "")) == (not reason, reason), (name, path, answer)
         else:
-            reply = await person.call(method, path.format(**ids), given)
+            options = {"data": b"text"} if method == "upload" else {}
+            reply = await person.call("POST" if options else method, path.format(**ids), given, **options)
             assert (reply.code, (reply.body or {}).get("reason", "")) == ("FORBIDDEN" if reason else "", reason), (name, reply)
     for path in READS:
         await person.ok("GET", path.format(**ids))
