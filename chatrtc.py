@@ -894,7 +894,7 @@ class ReadFile(FileArgs):
 
 
 class NewMessage(ChannelArgs):
-    content: OptionalContent
+    content: OptionalContent = ""
     reply_to: Id | None = None
     nonce: Nonce | None = None
     files: Annotated[list[Id], Meta(max_length=10)] = []
