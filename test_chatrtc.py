@@ -13209,6 +13209,138 @@ async def test_two_people_talk_in_private(two: Any, tab: Any) -> None:
     await jonas.sees("welcome back")
 
 
+async def test_a_group_of_five_is_started_with_the_keyboard_and_nobody_brings_back_who_left(api: World, tab: Any) -> None:
+    people, _ = await create_class(api, "Maya", "Jonas", "Zoe", "Ada", "Ben", "Eve")
+    maya, jonas, zoe, eve = [await tab(people[number]) for number in (0, 1, 2, 5)]
+    press, kind = maya.keyboard.press, maya.keyboard.type
+    await reach(maya, "#private", "Shift+Tab")
+    await press("Enter")
+    await expect(maya.locator("#notice")).to_contain_text("Only the people in a conversation see it.")
+    await reach(maya, '#notice [data-do="newMessage"]')
+    await press("Enter")
+    for name in ("jon", "zo", "eve"):
+        await kind(name)
+        await expect(maya.locator("#found-names li")).to_have_count(1)
+        await press("Enter")
+    await press("Backspace")
+    await expect(maya.locator("#picked li")).to_have_text(["Jonas", "Zoe"])
+    for key in ("ArrowDown", "ArrowDown", "ArrowUp", "Enter"):  # Ada
+        await press(key)
+    await kind("BEN")
+    await press("Enter")
+    await reach(maya, "#group-name")
+    await kind("Pond project")
+    await press("Enter")
+    await expect(maya.locator("#room-name")).to_have_text("Pond project")
+    await expect(maya.locator("#topic")).to_have_text("5 people")
+    await kind("who brings boots?")
+    await press("Enter")
+    await maya.sees("who brings boots?")
+    for one in (jonas, zoe):
+        await expect(one.locator("#home .badge:not(.hot)")).to_have_text("1")
+        await one.click('#unread-conversations [aria-label="Pond project, 1 new message"]')
+        await one.sees("who brings boots?")
+    await zoe.write("I do, @jonas!")
+    await jonas.sees("I do")
+    await jonas.choose("#conversation-menu", "Rename conversation")
+    await jonas.answer(name="Boots")
+    for one in (maya, jonas, zoe):
+        await expect(one.locator("#room-name")).to_have_text("Boots")
+    # add somebody, who can read the earlier messages
+    await expect(eve.locator("#home")).to_be_visible()
+    await jonas.choose("#conversation-menu", "Add people")
+    await expect(jonas.locator("#finder")).to_contain_text("They can read the earlier messages, too.")
+    await expect(jonas.locator("#found-names li")).to_have_text([re.compile("Eve")])
+    await jonas.press("#find", "Enter")
+    await jonas.press("#find", "Enter")
+    await expect(jonas.locator("#finder")).to_be_hidden()
+    await eve.click("#private")
+    await eve.sees("who brings boots?")
+    await expect(maya.locator("#topic")).to_have_text("6 people")
+    # leave, and come back
+    await zoe.choose("#conversation-menu", "Leave conversation")
+    await expect(zoe.locator("#ask")).to_contain_text("Nobody can add you again.")
+    await zoe.confirm()
+    await expect(zoe.locator("#room-name")).to_have_text("general")
+    await expect(maya.locator("#topic")).to_have_text("5 people")
+    maya.ignored = "403"
+    await maya.choose("#conversation-menu", "Add people")
+    await maya.fill_and_enter("#find", "zoe")
+    await maya.press("#find", "Enter")
+    await expect(maya.locator("#finder .wrong")).to_contain_text("Only they can come back.")
+    await maya.keyboard.press("Escape")
+    await zoe.click("#private")
+    await zoe.click('#notice [data-do="newMessage"]')
+    await zoe.click("#found-names >> text=You left. Come back")
+    await zoe.sees("who brings boots?")
+    await zoe.write("here again")
+    await maya.sees("here again")
+
+
+async def test_ctrl_k_goes_to_channels_conversations_and_people(two: Any) -> None:
+    maya, jonas, (server_id, _) = two
+    await maya.api.channel(server_id, "homework")
+    await expect(maya.locator("#text-channels")).to_contain_text("homework")
+
+    async def go(typed: str, to: str) -> None:
+        await maya.keyboard.press("Control+k")
+        await maya.keyboard.type(typed)
+        await expect(maya.locator("#found-names li").first).to_contain_text(re.compile(typed, re.IGNORECASE))
+        await maya.keyboard.press("Enter")
+        await expect(maya.locator("#room-name")).to_have_text(to)
+        await expect(maya.locator("#text")).to_be_focused()
+
+    await go("home", "homework")
+    await go("jon", "Jonas")
+    await maya.write("found you")
+    await expect(jonas.locator("#home .badge")).to_have_text("1")
+    await go("gen", "general")
+    await go("jon", "Jonas")
+    await expect(maya.locator("#conversations li")).to_have_count(1)
+    await maya.keyboard.press("Control+k")
+    await expect(maya.locator("#found-names li")).to_have_count(3)
+    await maya.keyboard.type("nobody is called that")
+    await expect(maya.locator("#none-found")).to_have_text("Nothing was found.")
+    await maya.keyboard.press("Escape")
+    await expect(maya.locator("#finder")).to_be_hidden()
+
+
+async def test_the_page_offers_only_conversations_that_the_settings_allow(tmp_path: Path, tab: Any) -> None:
+    """With `staff`, pupils find the teacher only, and classmates together with the teacher."""
+    database = tmp_path / "rules.db"
+    async with page_server(database, "--conversations", "staff") as api:
+        (_, jonas_api, zoe_api), _ = await create_class(api, "Maya", "Jonas", "Zoe")
+        jonas = await tab(jonas_api, at=api.url)
+        await jonas.click(".person >> text=Zoe")
+        await expect(jonas.locator("#menu button")).to_have_text(["Mention"])
+        await jonas.keyboard.press("Escape")
+        await jonas.keyboard.press("Control+k")
+        await jonas.keyboard.type("zoe")
+        await expect(jonas.locator("#none-found")).to_be_visible()
+        await jonas.keyboard.press("Escape")
+        await jonas.click("#private")
+        await jonas.click('#notice [data-do="newMessage"]')
+        await expect(jonas.locator("#found-names li")).to_have_text([re.compile("Maya")])
+        await jonas.press("#find", "Enter")
+        await expect(jonas.locator("#found-names li")).to_have_text([re.compile("Zoe")])
+        await jonas.press("#find", "Enter")
+        await expect(jonas.locator("#room-name")).to_have_text("Maya")
+        await jonas.write("may I?")
+        await jonas.sees("may I?")
+        await jonas.page.close()
+    async with page_server(database, "--conversations", "nobody") as api:
+        jonas, zoe = await tab(jonas_api, at=api.url), await tab(zoe_api, at=api.url)
+        await jonas.click("#private")
+        await jonas.sees("may I?")
+        await expect(jonas.locator("#closed")).to_contain_text("Private conversations are turned off on this site.")
+        await expect(jonas.locator("#compose")).to_be_hidden()
+        await expect(jonas.locator('#private-list [data-do="newMessage"]')).to_be_hidden()
+        await expect(zoe.locator("#servers li")).to_have_count(1)
+        await expect(zoe.locator("#home")).to_be_hidden()
+        for one in (jonas, zoe):
+            await one.page.close()
+
+
 # Text
 
 VISIBLE_TEXT = """(ids) => {
@@ -14749,6 +14881,17 @@ async def test_a_newcomers_class_talks_on_all_its_devices(api: World, device: An
     await maya.sees("Léo", "#log .said em")
     await maya.type("#text", "welcome, @le\n\n")
     await leo.sees("@Léo.Martin", "#log .row.named .at")
+    await leo.click("#people .person", "Maya")
+    await leo.click("#menu button", "Send private message")
+    await leo.sees("Maya", "#room-name")
+    await leo.type("#text", "may I ask you something?\n")
+    await maya.click("#unread-conversations button")
+    await phone.click("#private")
+    for one in (maya, phone):
+        await one.sees("may I ask you something?", "#log .said")
+        await one.sees("Léo Martin", "#conversations .here")
+        await one.click("#servers button")
+        await one.sees("general", "#room-name")
     await leo.click("#me [data-do=settings]")
     await leo.click("#preferences button", "Sign out")
     await leo.click("#ask button", "Sign out")
@@ -14988,6 +15131,57 @@ async def test_axe_finds_nothing(api: World, tab: Any, scheme: str, width: int) 
         await maya.click('[data-do="closeSide"]')
     await maya.tool("bring boots", "react")
     await check_accessibility(maya, "emoji")
+
+
+@pytest.mark.skipif(AXE is None, reason="needs axe-core: npm install axe-core")
+@pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 360)])
+async def test_axe_finds_nothing_in_conversations(api: World, tab: Any, scheme: str, width: int) -> None:
+    people, _ = await create_class(api, "Maya", "Jonas", "Zoe", "Ada")
+    look = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "reduced_motion": "reduce"}
+    maya, phone = await tab(people[0], **look), width < 760
+
+    async def check(view: str) -> None:
+        await check_accessibility(maya, view)
+        assert await maya.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+        await maya.shot(f"{view.replace(' ', '-')}-{width}-{scheme}")
+
+    async def open_list() -> None:
+        if phone:
+            await maya.click("#open-nav")
+
+    await open_list()
+    await maya.click("#private")
+    await check("no conversation")
+    if phone:
+        await maya.click('#notice [data-do="newMessage"]')
+    else:
+        await maya.click('#private-list [data-do="newMessage"]')
+    await check("new message")
+    await maya.fill_and_enter("#find", "jonas")
+    await maya.fill_and_enter("#find", "zoe")
+    await check("people picked")
+    await maya.fill_and_enter("#group-name", "Pond project")
+    await expect(maya.locator("#room-name")).to_have_text("Pond project")
+    await check("conversation")
+    await maya.click("#conversation-menu")
+    await check("conversation menu")
+    await maya.keyboard.press("Escape")
+    pair = await people[3].ok("POST", "/conversations", {"user_ids": [people[0].user_id]})
+    await people[3].post(pair["channels"][0]["channel_id"], "may I ask you something?")
+    await open_list()
+    await expect(maya.locator("#conversations .badge")).to_have_text(["1", ""])
+    await check("conversations")
+    await maya.click('#servers [aria-label="Biology 3B"]')
+    await open_list()
+    await expect(maya.locator("#unread-conversations li")).to_have_count(1)
+    await check("unread conversation")
+    await maya.click("#unread-conversations button")
+    await maya.sees("may I ask you something?")
+    await people[3].ok("DELETE", f"/servers/{pair['server_id']}/members/{people[3].user_id}")
+    await expect(maya.locator("#closed")).to_be_visible()
+    await check("left conversation")
+    await maya.keyboard.press("Control+k")
+    await check("quick switch")
 
 
 async def fill_channel(maya: Person, jonas: Person, server_id: int, channel_id: int) -> None:
