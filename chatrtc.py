@@ -1541,6 +1541,9 @@ SQLITE_MAGIC = b"SQLite format 3\0"
 BACKUP_MODE = b"\1"  # header[18:19] of a backup; a database in use is in WAL mode (2), from the beginning
 TURN_SECONDS = 10.0  # for which a command, or a server that starts or stops, waits for its turn
 TURN_POLL_SECONDS = 0.0002
+# A commit copies the -wal into the database once it has so many pages. With 4,000 (16 MiB), pages that change often are copied
+# less often, but that takes 50 ms or more. Slow jobs write so much that this would often happen: they copy it after 1 MiB.
+CHECKPOINT_PAGES, SLOW_CHECKPOINT_PAGES = 4000, 250
 PRAGMAS = dict(
     journal_mode="wal", synchronous=2, fullfsync=1, foreign_keys=1, trusted_schema=0, cell_size_check=1, secure_delete=1
 )
@@ -1735,7 +1738,7 @@ def open_writer(path: Path) -> sqlite3.Connection:
             if db.execute(f"PRAGMA {name}").fetchone()[0] != value:
                 raise StartError(f"{path}: SQLite cannot set {name} = {value} here; use a local disk")
         db.execute("PRAGMA journal_size_limit = 67108864")
-        db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages (16 MiB): a page that changes often is then copied less often
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         migrate(db)
         stack.pop_all()
     return db
@@ -2421,16 +2424,20 @@ class Store:
         else:
             outcomes = begin(self._writer._conn, jobs)
         effects = [effect for outcome in outcomes if isinstance(outcome, Result) for effect in outcome.effects]
-        return outcomes, *await on_thread(self._writer, self._finish, effects)
+        return outcomes, *await on_thread(self._writer, self._finish, effects, batch[0].slow)
 
-    def _finish(self, db: sqlite3.Connection, effects: Sequence[Effect]) -> tuple[int | None, int]:
+    def _finish(self, db: sqlite3.Connection, effects: Sequence[Effect], slow: bool) -> tuple[int | None, int]:
         """Commit, and end the turn. Return the id of the added row of the log, if any, and that of its last row."""
         try:
             with db:  # commits, or rolls back on failure
                 self._require_files()
                 own_id = append_log(db, effects) if self._shared and effects else None
+                if slow:
+                    db.execute(f"PRAGMA wal_autocheckpoint = {SLOW_CHECKPOINT_PAGES}")
                 return own_id, load_log_end(db)
         finally:
+            if slow:
+                db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             self._turn.release()
 
     def pull(self) -> None:

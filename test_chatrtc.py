@@ -2825,6 +2825,19 @@ async def test_a_restarted_server_has_everything_it_acknowledged(tmp_path: Path)
     assert await process.stop() == (0, "")
 
 
+@pytest.mark.parametrize("slow", [True, False])
+async def test_slow_jobs_copy_the_wal_into_the_database_early(world: World, tmp_path: Path, slow: bool) -> None:
+    """Copying 16 MiB at once would delay everybody's posts. The control: fast jobs do it once the -wal is that large."""
+
+    def write(db: sqlite3.Connection) -> chatrtc.Result[None]:
+        db.execute("INSERT INTO log (written_at, bytes, effects) VALUES (?, 0, zeroblob(262144))", (time.time(),))
+        return chatrtc.Result(None)
+
+    for _ in range(40):
+        await world.chat.hub.store.write(write, slow=slow)
+    assert ((tmp_path / "chat.db-wal").stat().st_size < 5 << 20) is slow
+
+
 # ---- Message queries ------------------------------------------------------------------------------------------------
 # What remains of a deleted message or account.
 
@@ -15734,6 +15747,8 @@ def test_no_data_is_formatted_into_sql() -> None:
         "value",
         "steps",
         "SCHEMA_FORMAT",
+        "CHECKPOINT_PAGES",
+        "SLOW_CHECKPOINT_PAGES",
         "also",
         "table",
         "where",
