@@ -3578,10 +3578,13 @@ class TypingTracker(dict[tuple[int, int], TypingUser]):
         super().__init__()
         self._announced_at: dict[int, float] = {}  # user -> time of the last announcement
 
+    def is_due(self, user_id: int, now: float) -> bool:
+        """Return whether the user's typing may be announced, which is at most once in `TYPING_INTERVAL`."""
+        return now - self._announced_at.get(user_id, -TYPING_INTERVAL) >= TYPING_INTERVAL
+
     def start(self, server_id: int, notice: ChannelUser, sid: str, now: float) -> bool:
-        """Record that a user types. Return whether to announce it, which is at most once in `TYPING_INTERVAL`."""
-        key = notice.channel_id, notice.user_id
-        is_due = now - self._announced_at.get(notice.user_id, -TYPING_INTERVAL) >= TYPING_INTERVAL
+        """Record that a user types. Return whether to announce it."""
+        key, is_due = (notice.channel_id, notice.user_id), self.is_due(notice.user_id, now)
         if is_due or key in self:
             self[key] = TypingUser(server_id, notice, sid, now + TYPING_SECONDS)
         if is_due:
@@ -3762,7 +3765,7 @@ LIMITS = {
         10,
         20,
         "user",
-        "messages, files, edits, reactions, bans, profile changes, new servers, conversations, channels, invites",
+        "messages, files, edits, reactions, bans, profiles, new servers, conversations, channels, invites, names",
     ),
     "signal": Limit(20, 300, "user", "WebRTC signals (`voice:signal`)"),
     "event": Limit(8, 120, "user", "Socket.IO events, except `voice:signal`, and except typing events of a user who is typing"),
@@ -4277,7 +4280,7 @@ def add_participant(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     return Result(None, join_conversation(ctx, args.user_id))
 
 
-@write("PATCH /servers/{server_id}", Access.RENAMER, emits=["server:updated"])
+@write("PATCH /servers/{server_id}", Access.RENAMER, emits=["server:updated"], limit="post")
 def rename_server(ctx: OperationContext, args: RenameServer) -> Result[Server]:
     """Rename a server or a conversation."""
     renamed = ServerRenamed(ctx.server_id, args.name, update_server_name(ctx.db, ctx.server_id, args.name))
@@ -6854,9 +6857,13 @@ def require_joined(connection: Connection, server_id: int) -> None:
 
 def server_of_channel(hub: Hub, caller: Caller, args: ChannelArgs, access: Access) -> int:
     """Return the channel's server, which the socket must have joined. Counts as an event unless the user is typing there."""
-    if (args.channel_id, caller.user.user_id) not in hub.typing_tracker:
-        hub.limiter.charge("event", caller.user.user_id)
-    server_id = hub.query(caller, args, lambda ctx, _: ctx.server_id, access)
+    typist, user_id = hub.typing_tracker.get((args.channel_id, caller.user.user_id)), caller.user.user_id
+    if typist is None:
+        hub.limiter.charge("event", user_id)
+    if typist is None or hub.typing_tracker.is_due(user_id, asyncio.get_running_loop().time()):
+        server_id = hub.query(caller, args, lambda ctx, _: ctx.server_id, access)
+    else:
+        server_id = typist.server_id  # nothing will be announced, so nothing has to be checked
     require_joined(caller.connection, server_id)
     return server_id
 
