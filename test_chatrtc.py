@@ -3824,7 +3824,8 @@ class PermissionMatrix:
         if op.name == "register_guest":
             values["code"] = self.outside_invite.code
         fields = msgspec.structs.fields(op.args)
-        return {field.name: values[field.name] for field in fields if field.required or field.name in ("token", "username")}
+        optional = ("token", "username", "content")
+        return {field.name: values[field.name] for field in fields if field.required or field.name in optional}
 
 
 async def call_route(world: World, token: str | None, op: chatrtc.Operation, args: dict[str, Any]) -> Reply:
