@@ -15228,12 +15228,13 @@ async def fill_channel(maya: Person, jonas: Person, server_id: int, channel_id: 
     await jonas.post(homework_id, "Exercise 3 is due on Monday, @Maya")
 
 
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, 820, 1280])
 async def test_long_names_fit(api: World, tab: Any, width: int) -> None:
     """The longest names that the server accepts, without a space, hide and move nothing."""
     maya_api = await api.person("M" * 32)
     await maya_api.ok("PATCH", "/users/me", {"name": "W" * 64})
-    _, channel_id = await api.place(maya_api, name="x" * 100)
+    place = await api.place(maya_api, name="x" * 100)
+    channel_id = place.channel_id
     await maya_api.ok("PATCH", f"/channels/{channel_id}", {"name": "y" * 100, "topic": "z" * 250})
     first = await maya_api.post(channel_id, "first")
     await maya_api.post(channel_id, "second", reply_to=first["message_id"])
@@ -15249,6 +15250,24 @@ async def test_long_names_fit(api: World, tab: Any, width: int) -> None:
     assert await maya.evaluate(FITS_WIDTH, "#preferences")
     await maya.click('[data-do="changeName"]')
     assert await maya.evaluate(FITS_WIDTH, "#ask")
+    jonas = await api.person("J" * 32)
+    await jonas.ok("PATCH", "/users/me", {"name": "W" * 63 + "J"})
+    await jonas.ok("POST", f"/invites/{await maya_api.invite(place.server_id)}")
+    pair = await jonas.ok("POST", "/conversations", {"user_ids": [maya_api.user_id]})
+    await maya.open(f"/#/channel/{pair['channels'][0]['channel_id']}")
+    await maya.reload()
+    await expect(maya.locator("#room-name")).to_have_text("W" * 63 + "J")
+    assert await maya.evaluate(FITS_WIDTH, "#head")
+    assert (await maya.locator("#conversation-menu").bounding_box())["width"] >= 36
+    await maya.keyboard.press("Control+k")
+    assert await maya.evaluate(FITS_WIDTH, "#finder")
+    await maya.keyboard.press("Escape")
+    if width < 760:
+        await maya.click("#open-nav")
+    await maya.click('#private-list [data-do="newMessage"]')
+    await maya.press("#find", "Enter")
+    assert await maya.evaluate(FITS_WIDTH, "#finder")
+    assert await maya.evaluate(FITS_WIDTH, "#private-list")
 
 
 FITS_WIDTH = "(selector) => { const box = document.querySelector(selector); return box.scrollWidth <= box.clientWidth; }"
