@@ -212,6 +212,9 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "NO_TOKEN": ("BAD_REQUEST", "There is no token to revoke: the call came from the embedding program"),
     "NOT_MEMBER": ("FORBIDDEN", "You are not a member of this server"),
     "ROLE_TOO_LOW": ("FORBIDDEN", "Only {who} may do this"),
+    "MUTED": ("FORBIDDEN", "You are muted in this server"),
+    "READ_ONLY": ("FORBIDDEN", "Only admins and the owner may write in this channel"),
+    "SLOW_MODE": ("RATE_LIMITED", "Slow mode: wait a moment before you post here again"),
     "OWNER_STAYS": ("FORBIDDEN", "A server needs an owner; transfer the ownership first"),
     "NOT_BANNED": ("NOT_FOUND", "This user is not banned"),
     "BANNED": ("FORBIDDEN", "You are banned from this server"),
@@ -390,6 +393,7 @@ def is_username(name: str) -> bool:
 # Text); the tests check both with the same tables of cases. No pattern here backtracks.
 MAX_MENTIONS = 50  # per message
 MAX_MENTION_KEYS = 500  # handles that are looked up per message
+EVERYONE = "everyone"  # the handle by which staff mention all members; no new account can have it
 # Scripts written without spaces (Thai, Lao, Burmese, Khmer, Han, Kana): a handle may begin and end anywhere. Hangul appends
 # particles to names: a handle may end anywhere.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\ua9e0-\ua9ff\uaa60-\uaa7f\u2e80-\u312f\u3190-\u9fff"
@@ -748,6 +752,8 @@ Pixels = Annotated[int, Meta(ge=1, le=100_000)]
 Role = Literal["owner", "admin", "member"]
 Status = Literal["online", "away", "busy", "invisible"]
 ChannelKind = Literal["text", "voice"]
+Posting = Literal["everyone", "staff"]
+Moment = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z")]
 
 
 class Args(Struct, forbid_unknown_fields=True):
@@ -852,6 +858,14 @@ class RoleArgs(MemberArgs):
     role: Role
 
 
+class MuteArgs(MemberArgs):
+    seconds: Annotated[int, Meta(ge=1, le=31_536_000)] | None = None  # default: until the mute is lifted
+
+
+class HandArgs(ServerArgs):
+    user_id: Id | None = None  # default: your own hand
+
+
 class NewInvite(ServerArgs):
     max_uses: Annotated[int, Meta(ge=1, le=10**6)] | None = None
     expires_in: Annotated[int, Meta(ge=1, le=10**9)] | None = None
@@ -876,6 +890,9 @@ class ChannelArgs(Args):
 class EditChannel(ChannelArgs):
     name: Name | None = None
     topic: Topic | None = None
+    posting: Posting | None = None
+    slow_seconds: Annotated[int, Meta(ge=0, le=21_600)] | None = None
+    keep_days: Annotated[int, Meta(ge=1, le=36_500)] | UnsetType | None = UNSET  # None: no limit of its own
 
 
 class NewFile(ChannelArgs):
@@ -987,6 +1004,13 @@ class Channel(Payload):
     name: str
     kind: ChannelKind
     topic: str
+    posting: Posting = "everyone"  # staff: only admins and the owner may write
+    slow_seconds: int = 0  # between two posts of a member
+    keep_days: int | None = None
+
+    def __post_init__(self) -> None:  # msgspec omits a default only if it is the same object
+        self.posting = "everyone" if self.posting == "everyone" else "staff"
+        self.kind = "text" if self.kind == "text" else "voice"
 
 
 class Account(Identity):
@@ -1020,6 +1044,7 @@ class Member(ServerUser):
     connected: bool
     guest: bool = False
     invited_by: str | None = None  # the code of the invite; only admins see it
+    muted_until: str | None = None
 
 
 class Members(Payload):
@@ -1100,6 +1125,7 @@ class Message(Payload):
     mentions: list[int] = []
     author_name: str | None = None
     files: list[File] = []
+    everyone: bool = False  # whether it mentions all members
 
 
 class Messages(Payload):
@@ -1140,11 +1166,16 @@ class VoicePeer(ChannelUser):
     peer_id: str
 
 
+class RaisedHand(Identity):
+    at: str
+
+
 class JoinServerResult(Payload):
     connected_users: list[int]
     seq: int
     changes: Changes | UnsetType = UNSET
     voice: list[VoicePeer] = []
+    hands: list[RaisedHand] = []  # in the order in which they were raised
 
 
 class Participant(Identity):
@@ -1248,16 +1279,14 @@ class StatusChanged(Identity):
 class MemberChanged(ServerUser):
     seq: int
     guest: bool = False
+    muted_until: str | None = None
 
 
 class MemberUpdated(MemberChanged, kw_only=True):
     role: Role
 
 
-class ChannelChanged(Payload):
-    server_id: int
-    channel_id: int
-    name: str
+class ChannelChanged(Channel, kw_only=True):
     seq: int
     kind: ChannelKind = "text"
     topic: str = ""
@@ -1277,6 +1306,10 @@ class ServerRenamed(Payload):
 
 class ServerDeleted(Payload):
     server_id: int
+
+
+class HandRaised(ServerUser):
+    at: str
 
 
 class VoiceSignal(Payload):
@@ -1315,15 +1348,17 @@ EVENTS = {
     "user:status": EventKind(StatusChanged, "server", "A user's status changed."),
     "member:joined": EventKind(MemberChanged, "server", "Somebody became a member."),
     "member:left": EventKind(MemberChanged, "server", "Somebody left, was removed or banned."),
-    "member:updated": EventKind(MemberUpdated, "server", "A member's role or name changed, or a guest set a password."),
+    "member:updated": EventKind(MemberUpdated, "server", "A member's role, name or mute changed, or a guest set a password."),
     "channel:created": EventKind(ChannelChanged, "server", "A channel was created."),
-    "channel:updated": EventKind(ChannelChanged, "server", "A channel's name or topic changed."),
+    "channel:updated": EventKind(ChannelChanged, "server", "A channel's name, topic or rules changed."),
     "channel:deleted": EventKind(ChannelDeleted, "server", "A channel was deleted."),
     "server:updated": EventKind(ServerRenamed, "server", "The server was renamed."),
     "server:deleted": EventKind(ServerDeleted, "server", "The server was deleted."),
     "server:joined": EventKind(Server, "user", "Somebody started a conversation with you, or added you to one."),
     "voice:join": EventKind(VoicePeer, "server", "Somebody joined a voice channel."),
     "voice:leave": EventKind(VoicePeer, "server", "Somebody left a voice channel."),
+    "hand:raised": EventKind(HandRaised, "server", "Somebody raised a hand."),
+    "hand:lowered": EventKind(ServerUser, "server", "A raised hand was lowered."),
     "voice:signal": EventKind(VoiceSignal, "socket", "A peer's WebRTC signal."),
     "error": EventKind(ErrorNotice, "socket", "An event sent without an ack failed."),
 }
@@ -1389,6 +1424,18 @@ class StopTyping(NamedTuple):
     user_id: int
 
 
+class StopSpeech(NamedTuple):  # who may no longer type or talk, because of a mute, a role or a rule, stops doing so
+    server_id: int
+    user_id: int | None = None  # None: everybody in the channel
+    channel_id: int | None = None  # None: in all channels of the server
+
+
+class SetHand(NamedTuple):
+    server_id: int
+    user_id: int
+    raised: HandRaised | None  # None: it is lowered
+
+
 class EmitCustom(NamedTuple):  # an event of the embedding program, for the sockets of all processes
     packet: str
     attachments: list[bytes]
@@ -1403,7 +1450,7 @@ class LogLine(NamedTuple):  # what the command line did, for the log of each ser
 
 Effect = (
     Emit | AddChannelRoom | RemoveRoom | Evict | Revoke | SetStatus | Rename | StopTyping | MarkOwnPost | EmitReadMark
-    | EmitCustom | LogLine
+    | StopSpeech | SetHand | EmitCustom | LogLine
 )  # fmt: skip
 EFFECTS: dict[str, Any] = {kind.__name__: kind for kind in typing.get_args(Effect)}
 
@@ -1453,10 +1500,11 @@ class Counted(BusMessage):  # an event that a limit counts on all processes
     key: Annotated[list[Annotated[str, Meta(max_length=1000)]], Meta(min_length=1, max_length=2)]
 
 
-class Hello(BusMessage):  # the list of the sender's users and voice peers, in parts
+class Hello(BusMessage):  # the list of the sender's users and voice peers, and of all raised hands, in parts
     part: Literal["first", "next", "last"] = "next"
     users: Annotated[list[tuple[Id, Id]], Meta(max_length=HELLO_ENTRIES)] = []
     peers: Annotated[list[tuple[Id, Id, PeerId]], Meta(max_length=HELLO_ENTRIES)] = []
+    hands: Annotated[list[tuple[Id, Id, Moment]], Meta(max_length=HELLO_ENTRIES)] = []
 
 
 class BusPacket(Struct, array_like=True):
@@ -1533,6 +1581,14 @@ MIGRATIONS = (
         PRIMARY KEY (file_id, number)) STRICT;
     CREATE TABLE stored (bytes INTEGER NOT NULL) STRICT;
     INSERT INTO stored (bytes) VALUES (0);
+    ALTER TABLE channels ADD COLUMN posting TEXT NOT NULL DEFAULT 'everyone' CHECK (posting IN ('everyone', 'staff'));
+    ALTER TABLE channels ADD COLUMN slow_seconds INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE channels ADD COLUMN keep_days INTEGER;
+    ALTER TABLE members ADD COLUMN muted_until TEXT;
+    ALTER TABLE former_members ADD COLUMN muted_until TEXT;
+    ALTER TABLE reads ADD COLUMN posted_at REAL;
+    ALTER TABLE messages ADD COLUMN everyone INTEGER NOT NULL DEFAULT 0 CHECK (everyone IN (0, 1));
+    CREATE INDEX messages_everyone ON messages (channel_id, message_id, author_id) WHERE everyone = 1;
     """,
 )
 SCHEMA_FORMAT = len(MIGRATIONS) + 1
@@ -2536,7 +2592,7 @@ class Store:
 # begin with what they do: load_, insert_, update_, delete_. Results are payloads, not rows.
 
 INVITE_ROWS = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
-CHANNEL_ROWS = "SELECT server_id, channel_id, name, kind, topic FROM channels "
+CHANNEL_ROWS = "SELECT server_id, channel_id, name, kind, topic, posting, slow_seconds, keep_days FROM channels "
 PRINCIPAL_ROWS = "SELECT u.user_id, u.username, u.status, u.generation, u.name, u.password FROM users u "
 # A conversation without a name is named after the other people: those in it and, in one of two, the one who left.
 SERVER_FIELDS = """SELECT s.server_id, CASE WHEN s.name <> '' THEN s.name ELSE (SELECT substr(coalesce(
@@ -2555,23 +2611,27 @@ SERVER_IDS = "SELECT m.server_id FROM members m WHERE m.user_id = :user_id"
 MEMBER_ROWS = """SELECT m.user_id, u.username, m.role,
         CASE WHEN u.status = 'invisible' AND u.user_id <> :viewer THEN 'online' ELSE u.status END, m.joined_at,
         u.password IS NULL AND u.deleted = 0, CASE WHEN (SELECT role FROM members v WHERE v.server_id = m.server_id
-        AND v.user_id = :viewer) <> 'member' THEN m.invited_by END, u.name
+        AND v.user_id = :viewer) <> 'member' THEN m.invited_by END,
+        CASE WHEN m.muted_until > strftime('%Y-%m-%dT%H:%M:%SZ', 'now') THEN m.muted_until END, u.name
     FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = :server_id """
 TARGET_ROWS = """SELECT t.server_id, m.role, u.name,
-    (SELECT CASE kind WHEN 'direct' THEN coalesce(pair, 'group') END FROM servers WHERE server_id = t.server_id)
-    FROM users u LEFT JOIN """
+    (SELECT CASE kind WHEN 'direct' THEN coalesce(pair, 'group') END FROM servers WHERE server_id = t.server_id),
+    m.muted_until, """
 VALID_CALLER = """ LEFT JOIN members m ON m.server_id = t.server_id AND m.user_id = u.user_id
     WHERE u.user_id = ? AND u.generation = ? AND u.deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)"""
-TARGET_TABLES = {  # argument that names the target -> the table with its server; a deleted channel has no server
-    "server_id": "servers t ON t.server_id = ?",
-    "channel_id": "channels t ON t.channel_id = ?",
-    "message_id": "messages x ON x.message_id = ? AND x.deleted = 0 LEFT JOIN channels t ON t.channel_id = x.channel_id",
-    "file_id": "files f ON f.file_id = ? AND f.digest IS NOT NULL LEFT JOIN channels t ON t.channel_id = f.channel_id",
-    "code": "invites t ON t.code = ?",
-}
+TARGET_TABLES = {  # argument that names the target -> its rules, and the table with its server (a deleted channel has none)
+    "server_id": "NULL, 0 FROM users u LEFT JOIN servers t ON t.server_id = ?",
+    "channel_id": "t.posting, t.slow_seconds FROM users u LEFT JOIN channels t ON t.channel_id = ?",
+    "message_id": "t.posting, t.slow_seconds FROM users u LEFT JOIN messages x ON x.message_id = ? AND x.deleted = 0 "
+        "LEFT JOIN channels t ON t.channel_id = x.channel_id",
+    "file_id": "NULL, 0 FROM users u LEFT JOIN files f ON f.file_id = ? AND f.digest IS NOT NULL "
+        "LEFT JOIN channels t ON t.channel_id = f.channel_id",
+    "code": "NULL, 0 FROM users u LEFT JOIN invites t ON t.code = ?",
+}  # fmt: skip
 TARGET_QUERIES = {key: TARGET_ROWS + table + VALID_CALLER for key, table in TARGET_TABLES.items()}
-# Its server (None: no such target), the caller's role and display name; if it is a conversation, its `pair` or "group".
-Target = tuple[int | None, Role | None, str | None, str | None]
+# Its server (None: no such target), the caller's role and display name; if it is a conversation, its `pair` or "group"; until
+# when the caller is muted, if at all, and the channel's `posting` and `slow_seconds`.
+Target = tuple[int | None, Role | None, str | None, str | None, str | None, Posting | None, int | None]
 NEXT_SEQ = {
     "": "UPDATE servers SET seq = seq + 1 WHERE server_id = ?",
     "channels": "UPDATE servers SET seq = seq + 1, channels_seq = seq + 1 WHERE server_id = ?",
@@ -2688,10 +2748,15 @@ detach_channel = server_change("channels", "UPDATE channels SET server_id = NULL
 # Members and bans.
 load_member_ids = rows_as(int, "SELECT user_id FROM members WHERE server_id = ? ORDER BY user_id")
 load_role: Query[Role | None] = first_value("SELECT role FROM members WHERE server_id = ? AND user_id = ?")
-update_role = server_change("members", "UPDATE members SET role = ?3 WHERE server_id = ?1 AND user_id = ?2")
+update_role = server_change(  # nobody could lift the mute of an owner
+    "members",
+    "UPDATE members SET role = ?3, muted_until = iif(?3 = 'owner', NULL, muted_until) WHERE server_id = ?1 AND user_id = ?2",
+)
+update_mute = server_change("members", "UPDATE members SET muted_until = ?3 WHERE server_id = ?1 AND user_id = ?2")
 delete_member = server_change(
     "members",
-    "INSERT INTO former_members SELECT server_id, user_id, invited_by FROM members WHERE server_id = ? AND user_id = ?",
+    """INSERT INTO former_members (server_id, user_id, invited_by, muted_until)
+       SELECT server_id, user_id, invited_by, muted_until FROM members WHERE server_id = ? AND user_id = ?""",
     "DELETE FROM members WHERE server_id = ? AND user_id = ?",
 )
 # The former members with the 1,000 newest accounts, by id.
@@ -2791,7 +2856,7 @@ def find_free_username(db: sqlite3.Connection, name: str) -> str:
     def is_free(number: int) -> bool:
         username = numbered(handle, number)
         found = db.execute("SELECT 1 FROM users WHERE username_key = ?", (name_key(username),)).fetchone()
-        return found is None and is_username(username)
+        return found is None and is_username(username) and name_key(username) != EVERYONE
 
     top = next(2**power for power in itertools.count() if is_free(2**power))
     return numbered(handle, bisect.bisect_left(range(top), True, top // 2 + 1, top, key=is_free))
@@ -2802,7 +2867,7 @@ def insert_user(db: sqlite3.Connection, username: str, password: str | None, now
     query = """INSERT INTO users (username, username_key, password, created_at, name) VALUES (?, ?, ?, ?, ?)
                ON CONFLICT (username_key) DO NOTHING RETURNING user_id"""
     values = (username, name_key(username), password, now, None if name == username else name)
-    row = db.execute(query, values).fetchone()
+    row = db.execute(query, values).fetchone() if name_key(username) != EVERYONE else None
     if row is None:
         raise chat_error("USERNAME_TAKEN", field="username")
     return int(row[0])
@@ -2877,16 +2942,17 @@ def load_members(
     values = {"viewer": viewer, "server_id": server_id, "user_id": user_id}
     rows = db.execute(MEMBER_ROWS + only + "ORDER BY m.user_id", values)
     return [
-        Member(server_id, user_id, username, role, status, joined_at, user_id in connected, bool(guest), invited_by, name=name)
-        for user_id, username, role, status, joined_at, guest, invited_by, name in rows
+        Member(server_id, user_id, username, role, status, at, user_id in connected, bool(guest), code, muted_until, name=name)
+        for user_id, username, role, status, at, guest, code, muted_until, name in rows
     ]
 
 
 def insert_member(db: sqlite3.Connection, server_id: int, user_id: int, role: Role, now: str, code: str | None = None) -> int:
     """Make an account a member and return the change's `seq`. `code`: the invite it used."""
-    db.execute(
-        """INSERT INTO members (server_id, user_id, role, joined_at, invited_by, read_from)  -- older messages count as read
-           VALUES (?, ?, ?, ?, ?, (SELECT coalesce(max(message_id), 0) FROM messages))""",
+    db.execute(  # older messages count as read, and a mute remains
+        """INSERT INTO members (server_id, user_id, role, joined_at, invited_by, read_from, muted_until)
+           VALUES (?1, ?2, ?3, ?4, ?5, (SELECT coalesce(max(message_id), 0) FROM messages),
+                   (SELECT muted_until FROM former_members WHERE server_id = ?1 AND user_id = ?2))""",
         (server_id, user_id, role, now, code),
     )
     db.execute("DELETE FROM former_members WHERE server_id = ? AND user_id = ?", (server_id, user_id))
@@ -2957,9 +3023,10 @@ def insert_channel(db: sqlite3.Connection, server_id: int, name: str, kind: Chan
 
 
 def update_channel(db: sqlite3.Connection, channel: Channel) -> int:
-    """Store a channel's name and topic and return the change's `seq`. Raises CONFLICT if another channel has that name."""
-    change = "UPDATE OR IGNORE channels SET name = ?, name_key = ?, topic = ? WHERE channel_id = ?"
-    if not db.execute(change, (channel.name, name_key(channel.name), channel.topic, channel.channel_id)).rowcount:
+    """Store a channel's fields and return the change's `seq`. Raises CONFLICT if another channel has that name."""
+    change = """UPDATE OR IGNORE channels SET name = :name, name_key = :name_key, topic = :topic, posting = :posting,
+                slow_seconds = :slow_seconds, keep_days = :keep_days WHERE channel_id = :channel_id"""
+    if not db.execute(change, msgspec.structs.asdict(channel) | {"name_key": name_key(channel.name)}).rowcount:
         raise chat_error("CHANNEL_TAKEN", field="name")
     return next_seq(db, channel.server_id, "channels")
 
@@ -3137,7 +3204,7 @@ MESSAGE_FIELDS = """
             (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted, u.name,
         CASE WHEN m.extras THEN
             (SELECT json_group_array(json_array(file_id, name, type, size, width, height, alt)) FROM (
-                SELECT * FROM files WHERE message_id = m.message_id ORDER BY place)) END
+                SELECT * FROM files WHERE message_id = m.message_id ORDER BY place)) END, m.everyone
 """
 MESSAGE_ROWS = MESSAGE_FIELDS + "FROM messages m JOIN users u ON u.user_id = m.author_id "
 IN_CHANNEL = "JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id "  # leaves out deleted channels
@@ -3152,9 +3219,11 @@ READ_STATE_ROWS = """  -- a user's channels: the last message read, how many are
             SELECT x.author_id FROM messages x WHERE x.channel_id = mine.channel_id AND x.message_id > last AND x.deleted = 0
             ORDER BY x.message_id DESC LIMIT :steps) WHERE author_id <> :user_id LIMIT :most)),
         (SELECT count(*) FROM (SELECT 1 FROM (
-            SELECT x.author_id FROM mentions n JOIN messages x ON x.message_id = n.message_id
+            SELECT n.message_id, x.author_id FROM mentions n JOIN messages x ON x.message_id = n.message_id AND x.everyone = 0
             WHERE n.user_id = :user_id AND n.channel_id = mine.channel_id AND n.message_id > last
-            ORDER BY n.message_id DESC LIMIT :steps) WHERE author_id <> :user_id LIMIT :most))
+            UNION ALL SELECT x.message_id, x.author_id FROM messages x
+            WHERE x.channel_id = mine.channel_id AND x.message_id > last AND x.everyone = 1
+            ORDER BY 1 DESC LIMIT :steps) WHERE author_id <> :user_id LIMIT :most))
     FROM (SELECT c.channel_id, c.kind, max(m.read_from, coalesce(r.last_read_id, 0)) AS last
           FROM members m JOIN channels c ON c.server_id = m.server_id
           LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE m.user_id = :user_id) AS mine
@@ -3180,6 +3249,7 @@ load_last_read: Query[int] = first_value(
     """SELECT max(m.read_from, coalesce(r.last_read_id, 0)) FROM channels c JOIN members m ON m.server_id = c.server_id
        LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE c.channel_id = ? AND m.user_id = ?"""
 )
+load_posted_at: Query[float | None] = first_value("SELECT posted_at FROM reads WHERE user_id = ? AND channel_id = ?")
 # The author of a message (?2), unless it is ?3, if they are still a member of the server (?1).
 load_answered_author = rows_as(
     int,
@@ -3198,7 +3268,7 @@ load_pending_purge: Query[int | None] = first_value("SELECT 1 FROM purges LIMIT 
 
 def message_from_row(row: Sequence[Any]) -> Message:
     message = Message(*row[:10])
-    message.author_name = row[13]
+    message.author_name, message.everyone = row[13], bool(row[15])
     if row[10] is not None:
         emojis: dict[str, list[int]] = {}
         for emoji, user_id in json.loads(row[10]):
@@ -3224,38 +3294,43 @@ def load_message_by_nonce(db: sqlite3.Connection, author_id: int, channel_id: in
     return message_from_row(row) if row else None
 
 
-def load_mentions(db: sqlite3.Connection, server_id: int, author_id: int, content: str, reply_to: int | None) -> list[int]:
+def load_mentions(
+    db: sqlite3.Connection, server_id: int, author_id: int, content: str, reply_to: int | None, by_staff: bool
+) -> tuple[list[int], bool]:
     """Return the ids of the members whom a message mentions: by `@handle` (for each `@`, the longest handle that matches), and
-    the author of the message that it replies to, unless that is its own author. At most `MAX_MENTIONS`, ascending."""
+    the author of the message that it replies to, unless that is its own author. At most `MAX_MENTIONS`, ascending. Also return
+    whether it mentions everyone, as messages by staff can."""
     answered, mentioned = [], possible_mentions(content) if "@" in content else []
     if reply_to is not None:
         answered = load_answered_author(db, server_id, reply_to, author_id)
     if not any(mentioned):
-        return answered
+        return answered, False
     rows = db.execute(
         """SELECT u.username_key, m.user_id FROM json_each(?) k CROSS JOIN users u ON u.username_key = k.value
            CROSS JOIN members m ON m.server_id = ? AND m.user_id = u.user_id""",
         (json.dumps(list({key for keys in mentioned for key in keys})), server_id),
     )
-    members: dict[str, int] = dict(rows.fetchall())
-    longest = {next((members[key] for key in reversed(keys) if key in members), 0) for keys in mentioned} - {0}
-    return sorted(list(dict.fromkeys(answered + sorted(longest)))[:MAX_MENTIONS])
+    members: dict[str, int] = dict(rows.fetchall()) | ({EVERYONE: 0} if by_staff else {})
+    longest = {next((members[key] for key in reversed(keys) if key in members), -1) for keys in mentioned} - {-1}
+    return sorted(list(dict.fromkeys(answered + sorted(longest - {0})))[:MAX_MENTIONS]), 0 in longest
 
 
-def insert_message(db: sqlite3.Connection, server_id: int, author: Principal, args: NewMessage, now: str) -> Message:
-    mentions = load_mentions(db, server_id, author.user_id, args.content, args.reply_to)
-    seq, has_extras = next_seq(db, server_id), bool(mentions or args.files)
+def insert_message(
+    db: sqlite3.Connection, server_id: int, author: Principal, args: NewMessage, now: str, by_staff: bool = False
+) -> Message:
+    mentions, everyone = load_mentions(db, server_id, author.user_id, args.content, args.reply_to, by_staff)
+    seq, extras = next_seq(db, server_id), bool(mentions or args.files)
     message_id = db.execute(
-        """INSERT INTO messages (server_id, channel_id, author_id, content, created_at, reply_to, nonce, seq, extras)
-           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-        (server_id, args.channel_id, author.user_id, args.content, now, args.reply_to, args.nonce, seq, has_extras),
+        """INSERT INTO messages (server_id, channel_id, author_id, content, created_at, reply_to, nonce, seq, extras, everyone)
+           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+        (server_id, args.channel_id, author.user_id, args.content, now, args.reply_to, args.nonce, seq, extras, everyone),
     ).lastrowid
     assert message_id is not None
     for user_id in mentions:
         insert_mention(db, message_id, user_id, args.channel_id)
     return Message(
         args.channel_id, message_id, args.content, author.user_id, author.username, now, seq,
-        reply_to=args.reply_to, nonce=args.nonce, mentions=mentions, author_name=author.name,
+        reply_to=args.reply_to, nonce=args.nonce, mentions=mentions, author_name=author.name, everyone=everyone,
     )  # fmt: skip
 
 
@@ -3284,15 +3359,16 @@ def merge_index(db: sqlite3.Connection) -> Result[bool]:
     return Result(merged)
 
 
-def update_message(db: sqlite3.Connection, server_id: int, message: Message, content: str, now: str) -> None:
+def update_message(db: sqlite3.Connection, server_id: int, message: Message, content: str, now: str, by_staff: bool) -> None:
     """Replace the text of a message, and update its mentions and the search index."""
     is_indexed = unindex(db, "message_id = ?", message.message_id)
-    values = (content, now, next_seq(db, server_id), message.message_id)
-    db.execute("UPDATE messages SET content = ?, edited_at = ?, seq = ?, extras = 1 WHERE message_id = ?", values)
+    mentions, everyone = load_mentions(db, server_id, message.author_id, content, message.reply_to, by_staff)
+    values = (content, now, next_seq(db, server_id), everyone, message.message_id)
+    db.execute("UPDATE messages SET content = ?, edited_at = ?, seq = ?, everyone = ?, extras = 1 WHERE message_id = ?", values)
     if is_indexed:
         index_rows(db, [(message.message_id, content, server_id)])
     db.execute("DELETE FROM mentions WHERE message_id = ?", (message.message_id,))
-    for user_id in load_mentions(db, server_id, message.author_id, content, message.reply_to):
+    for user_id in mentions:
         insert_mention(db, message.message_id, user_id, message.channel_id)
 
 
@@ -3300,7 +3376,7 @@ def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> i
     """Delete a message and return the change's `seq`. Its row stays, without the text, for clients that catch up."""
     unindex(db, "message_id = ?", message_id)
     seq = next_seq(db, server_id)
-    db.execute("UPDATE messages SET content = '', deleted = 1, seq = ? WHERE message_id = ?", (seq, message_id))
+    db.execute("UPDATE messages SET content = '', everyone = 0, deleted = 1, seq = ? WHERE message_id = ?", (seq, message_id))
     db.execute("DELETE FROM reactions WHERE message_id = ?", (message_id,))
     db.execute("DELETE FROM mentions WHERE message_id = ?", (message_id,))
     remove_files_of_message(db, message_id)
@@ -3455,10 +3531,14 @@ def load_read_states(db: sqlite3.Connection, user_id: int, channel_id: int | Non
     return [ReadState(*row) for row in db.execute(READ_STATE_ROWS + where, values)]
 
 
-def update_last_read(db: sqlite3.Connection, user_id: int, channel_id: int, message_id: int) -> None:
-    values = (message_id, user_id, channel_id)
-    if not db.execute("UPDATE reads SET last_read_id = ? WHERE user_id = ? AND channel_id = ?", values).rowcount:
-        db.execute("INSERT INTO reads (last_read_id, user_id, channel_id) VALUES (?, ?, ?)", values)
+def update_last_read(
+    db: sqlite3.Connection, user_id: int, channel_id: int, message_id: int, posted_at: float | None = None
+) -> None:
+    """Move a read mark, because the user read the message or, at the time `posted_at`, posted it."""
+    values = (message_id, posted_at, user_id, channel_id)
+    change = "UPDATE reads SET last_read_id = ?, posted_at = coalesce(?, posted_at) WHERE user_id = ? AND channel_id = ?"
+    if not db.execute(change, values).rowcount:
+        db.execute("INSERT INTO reads (last_read_id, posted_at, user_id, channel_id) VALUES (?, ?, ?, ?)", values)
 
 
 def move_read_mark(db: sqlite3.Connection, user_id: int, args: MarkReadArgs) -> ReadState | None:
@@ -3559,6 +3639,10 @@ class Presence:
         sids = self._online.get(server_id, {}).get(user_id, set())
         return sid in sids if sid else not all(map(is_foreign, sids))
 
+    def is_connected(self, server_id: int, user_id: int) -> bool:
+        """Return whether the user is connected to the server, by any process."""
+        return user_id in self._online.get(server_id, ())
+
     def users_of(self, sid: str = "") -> set[tuple[int, int]]:
         """Return the servers and users of another process or, without `sid`, of this one."""
         return {(server, user) for server, users in self._online.items() for user in users if self.has(server, user, sid)}
@@ -3610,6 +3694,11 @@ class Peer(NamedTuple):
     sid: str
     server_id: int
     notice: VoicePeer  # the payload of the events
+
+
+class Hand(NamedTuple):
+    notice: HandRaised  # the payload of the event
+    foreign: bool  # whether it was raised on another process
 
 
 class VoicePeers(dict[str, Peer]):
@@ -3904,9 +3993,16 @@ class RateLimitedLog:
 
 # ---- Authorization -------------------------------------------------------------------------------------------------
 # Which roles may do what: decided only here, in the operation's own transaction. An operation declares its `Access`, and its
-# arguments name its target: NOT_FOUND if that does not exist, FORBIDDEN if the caller is not a member of its server.
+# arguments name its target: NOT_FOUND if that does not exist, FORBIDDEN if the caller is not a member of its server. An
+# operation by which members say something also declares how it `speaks`: a mute or a rule of the channel may refuse it.
 
 RANK: dict[Role | None, int] = {None: 0, "member": 1, "admin": 2, "owner": 3}
+Speech = Literal["post", "edit", "react", "file", "type", "talk"]
+REFUSED: dict[str, tuple[Speech, ...]] = {  # reason -> what it refuses; the last two are for members only, not for staff
+    "MUTED": ("post", "edit", "react", "file", "type", "talk"),
+    "READ_ONLY": ("post", "edit", "file", "type", "talk"),
+    "SLOW_MODE": ("post",),
+}
 NO_MESSAGE = Message(0, 0, "", 0, "", "", 0)
 
 
@@ -3924,6 +4020,9 @@ class OperationContext:
     channel_id: int = 0
     role: Role | None = None  # of the caller in that server
     conversation: str | None = None  # if that server is a conversation: "group", or for one of two its `pair`
+    muted_until: str | None = None
+    posting: Posting | None = None  # who may write in the channel
+    slow_seconds: int | None = None
     message: Message = NO_MESSAGE
     file: StoredFile | None = None
     target_role: Role | None = None  # of the member that the arguments name
@@ -3954,13 +4053,15 @@ class Access(enum.Enum):
     AUTHOR = "the message's author"
     AUTHOR_OR_ADMIN = "the message's author, admins and the owner"
     SELF_OR_OUTRANKS = "the member (except the owner), or an admin or owner of a higher role"
+    SELF_OR_ADMIN = "the member, admins and the owner"
+    OUTRANKS_MEMBER = "admins and the owner, for members of a lower role"
     OUTRANKS = "admins and the owner, for members of a lower role and former members"
     OUTRANKS_GUEST = "admins and the owner, for guests of a lower role"
 
 
 def is_permitted(access: Access, ctx: OperationContext) -> bool:
     """Return whether the role or authorship of the caller, who is a member, permits the operation."""
-    if access in (Access.MEMBER, Access.WRITER) or (access is Access.RENAMER and ctx.conversation):
+    if access in (Access.MEMBER, Access.WRITER, Access.SELF_OR_ADMIN) or (access is Access.RENAMER and ctx.conversation):
         return True
     if access is Access.FILE:
         return ctx.file is not None and (ctx.file.message_id is not None or ctx.file.uploader_id == ctx.user.user_id)
@@ -3987,9 +4088,10 @@ def resolve_target(ctx: OperationContext, args: Args) -> bool:
     found = lookup_target(ctx.db, key, target, ctx.user)
     if found is None:
         raise chat_error("TOKEN_INVALID")
-    ctx.server_id, ctx.role, ctx.conversation = found[0] or 0, found[1], found[3]
-    if found[2] != ctx.user.name:  # the name changed after the token was cached
-        ctx.user = ctx.user._replace(name=found[2])
+    server_id, ctx.role, name, ctx.conversation, ctx.muted_until, ctx.posting, ctx.slow_seconds = found
+    ctx.server_id = server_id or 0
+    if name != ctx.user.name:  # the name changed after the token was cached
+        ctx.user = ctx.user._replace(name=name)
     if key == "message_id":
         ctx.message = load_message(ctx.db, target) or NO_MESSAGE
     if key == "file_id":
@@ -4080,7 +4182,7 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     if ctx.role is None:
         raise chat_error("NOT_MEMBER")
     if user_id is not None:
-        is_self = access is Access.SELF_OR_OUTRANKS and user_id == ctx.user.user_id
+        is_self = access in (Access.SELF_OR_OUTRANKS, Access.SELF_OR_ADMIN) and user_id == ctx.user.user_id
         if RANK[ctx.role] < RANK["admin"] and not is_self:
             raise chat_error("ROLE_TOO_LOW", who=access.value)
         ctx.target_role, may_have_left = load_role(ctx.db, ctx.server_id, user_id), access is Access.OUTRANKS
@@ -4101,6 +4203,28 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
             raise chat_error("LINK_ELSEWHERE")
 
 
+def find_refusal(ctx: OperationContext, speech: Speech) -> ChatError | None:
+    """Return the error if a mute or a rule of the channel refuses this way to say something, else None."""
+    if ctx.muted_until is not None and ctx.muted_until > ctx.now and speech in REFUSED["MUTED"]:
+        return chat_error("MUTED")
+    if ctx.role != "member":
+        return None
+    if ctx.posting == "staff" and speech in REFUSED["READ_ONLY"]:
+        return chat_error("READ_ONLY")
+    if ctx.slow_seconds and speech in REFUSED["SLOW_MODE"] and ctx.user.digest:  # the embedding program has no limits
+        since = ctx.clock - (load_posted_at(ctx.db, ctx.user.user_id, ctx.channel_id) or 0.0)
+        if 0 <= since < ctx.slow_seconds:  # a negative time: the clock was set back
+            return chat_error("SLOW_MODE", retry_after=ctx.slow_seconds - since)
+    return None
+
+
+def check_speech(ctx: OperationContext, args: Args, speech: Speech) -> None:
+    """Raise the refusal of this way to say something, if there is one. A repeated post is never refused: nothing is posted."""
+    refusal, nonce = find_refusal(ctx, speech), getattr(args, "nonce", None)
+    if refusal and not (nonce and load_message_by_nonce(ctx.db, ctx.user.user_id, ctx.channel_id, nonce)):
+        raise refusal
+
+
 # ---- Operations ----------------------------------------------------------------------------------------------------
 # What clients can do, in the order a user meets it. An operation is declared once: its route, its event, its access and the
 # events that it emits. Its signature has the types of its arguments and its result, its docstring is its public description.
@@ -4116,6 +4240,7 @@ class Operation:
     method: str | None
     path: str | None
     access: Access
+    speaks: Speech | None = None  # how it says something, which mutes and the rules of channels may refuse
     args: type[Args]
     result: Any
     emits: Sequence[str] = ()
@@ -4135,6 +4260,7 @@ class Operation:
 
 
 SIGN_IN_CODE_SECONDS = 900  # lifetime of a sign-in code
+FOREVER = "9999-12-31T23:59:59Z"  # the end of a mute that lasts until it is lifted
 STATUS_EVENTS = ["user:status", "user:connected", "user:disconnected"]
 OPERATIONS: dict[str, Operation] = {}
 Run = TypeVar("Run", bound=Callable[..., Any])
@@ -4167,12 +4293,12 @@ def get_profile(ctx: OperationContext, args: NoArgs) -> Result[Profile]:
 
 
 def member_event(db: sqlite3.Connection, event: str, server_id: int, user_id: int, seq: int) -> Emit:
-    """Return a `member:` event with the account's names and, if it is `member:updated`, the role."""
+    """Return a `member:` event with the account's names, its mute and, if it is `member:updated`, the role."""
     payload: Callable[..., Payload] = EVENTS[event].payload
     user = load_profile(db, user_id)
     fields: dict[str, Any] = {"seq": seq, "guest": user.guest, "name": user.name}
-    if event == "member:updated":
-        fields["role"] = load_role(db, server_id, user_id)
+    for member in load_members(db, server_id, (), user_id, user_id):  # none, if the member has left
+        fields |= {"muted_until": member.muted_until} | ({"role": member.role} if event == "member:updated" else {})
     return Emit(event, server_id, payload(server_id, user_id, user.username, **fields))
 
 
@@ -4302,6 +4428,11 @@ def list_members(ctx: OperationContext, args: ServerArgs) -> Result[Members]:
     return Result(Members(members, load_former_members(ctx.db, ctx.server_id)))
 
 
+def load_member(ctx: OperationContext, user_id: int) -> Member:
+    """Return a member as the caller sees them."""
+    return load_members(ctx.db, ctx.server_id, ctx.visible_users(), ctx.user.user_id, user_id)[0]
+
+
 @write("PATCH /servers/{server_id}/members/{user_id}", Access.OWNER, emits=["member:updated"])
 def set_role(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
     """Change a member's role; `owner` transfers ownership, and the previous owner becomes an admin."""
@@ -4313,9 +4444,33 @@ def set_role(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
         changed = {ctx.user.user_id: "admin", args.user_id: "owner"}
     change = functools.partial(update_role, ctx.db, ctx.server_id)
     event = functools.partial(member_event, ctx.db, "member:updated", ctx.server_id)
-    effects = [event(user_id, change(user_id, role)) for user_id, role in changed.items()]
-    (member,) = load_members(ctx.db, ctx.server_id, ctx.visible_users(), ctx.user.user_id, args.user_id)
-    return Result(member, effects)
+    events = [event(user_id, change(user_id, role)) for user_id, role in changed.items()]
+    return Result(load_member(ctx, args.user_id), [*events, *(StopSpeech(ctx.server_id, user_id) for user_id in changed)])
+
+
+def set_mute(ctx: OperationContext, user_id: int, until: str | None) -> list[Effect]:
+    """Mute a member until that time, or lift the mute, and return the effects."""
+    seq = update_mute(ctx.db, ctx.server_id, user_id, until)
+    return [member_event(ctx.db, "member:updated", ctx.server_id, user_id, seq), StopSpeech(ctx.server_id, user_id)]
+
+
+@write(
+    "PUT /servers/{server_id}/members/{user_id}/mute", Access.OUTRANKS_MEMBER,
+    emits=["member:updated", "typing_stop", "voice:leave"],
+)  # fmt: skip
+def mute(ctx: OperationContext, args: MuteArgs) -> Result[Member]:
+    """Mute a member for `seconds`, or until the mute is lifted. A muted member can read, delete own messages and raise a hand,
+    but cannot post, edit, react, send files, type or talk."""
+    until = FOREVER if args.seconds is None else utc(math.ceil(ctx.clock + args.seconds))
+    effects = set_mute(ctx, args.user_id, until)
+    return Result(load_member(ctx, args.user_id), effects)
+
+
+@write("DELETE /servers/{server_id}/members/{user_id}/mute", Access.OUTRANKS_MEMBER, emits=["member:updated"])
+def unmute(ctx: OperationContext, args: MemberArgs) -> Result[None]:
+    """Lift a mute; without one, nothing changes."""
+    is_muted = load_member(ctx, args.user_id).muted_until is not None
+    return Result(None, set_mute(ctx, args.user_id, None) if is_muted else [])
 
 
 def remove_from_server(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
@@ -4421,10 +4576,7 @@ def list_channels(ctx: OperationContext, args: ServerArgs) -> Result[Channels]:
 
 
 def channel_event(event: str, channel: Channel, seq: int) -> Emit:
-    changed = ChannelChanged(channel.server_id, channel.channel_id, channel.name, seq, topic=channel.topic)
-    if channel.kind != changed.kind:  # set only then, because msgspec omits a default only if it is the same object
-        changed.kind = channel.kind
-    return Emit(event, channel.server_id, changed)
+    return Emit(event, channel.server_id, ChannelChanged(**msgspec.structs.asdict(channel), seq=seq))
 
 
 @write("POST /servers/{server_id}/channels", Access.ADMIN, emits=["channel:created"], status=201, limit="post")
@@ -4434,13 +4586,14 @@ def create_channel(ctx: OperationContext, args: NewChannel) -> Result[Channel]:
     return Result(channel, [AddChannelRoom(ctx.server_id, channel.channel_id), channel_event("channel:created", channel, seq)])
 
 
-@write("PATCH /channels/{channel_id}", Access.ADMIN, emits=["channel:updated"])
+@write("PATCH /channels/{channel_id}", Access.ADMIN, emits=["channel:updated", "typing_stop", "voice:leave"])
 def edit_channel(ctx: OperationContext, args: EditChannel) -> Result[Channel]:
-    """Change a channel's name or topic."""
-    channel = load_channel(ctx.db, ctx.channel_id)
-    channel.name = channel.name if args.name is None else args.name
-    channel.topic = channel.topic if args.topic is None else args.topic
-    return Result(channel, [channel_event("channel:updated", channel, update_channel(ctx.db, channel))])
+    """Change a channel's name, topic or rules: who may write, the time between posts, how long messages are kept."""
+    fields = msgspec.structs.asdict(args).items()
+    given = {key: value for key, value in fields if value is not UNSET and (value is not None or key == "keep_days")}
+    channel = msgspec.structs.replace(load_channel(ctx.db, ctx.channel_id), **given)
+    event = channel_event("channel:updated", channel, update_channel(ctx.db, channel))
+    return Result(channel, [event, StopSpeech(ctx.server_id, channel_id=ctx.channel_id)])
 
 
 @write("DELETE /channels/{channel_id}", Access.ADMIN, emits=["channel:deleted"])
@@ -4461,7 +4614,7 @@ def mention_events(ctx: OperationContext, message: Message, notified: Collection
 
 @write(
     "POST /messages", Access.WRITER, event="message:send", emits=["message:new", "channel:read", "mention", "typing_stop"],
-    status=201, limit="post",
+    status=201, limit="post", speaks="post",
 )  # fmt: skip
 def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
     """Post a message, with files that you uploaded to the channel, and mark the channel as read. If you posted with the same
@@ -4473,11 +4626,11 @@ def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
         if original is None or original.channel_id != args.channel_id:
             raise chat_error("NO_REPLY_TARGET", field="reply_to")
     files = [load_attachable_file(ctx.db, one, ctx.user.user_id, args.channel_id) for one in dict.fromkeys(args.files)]
-    message = insert_message(ctx.db, ctx.server_id, ctx.user, args, ctx.now)
+    message = insert_message(ctx.db, ctx.server_id, ctx.user, args, ctx.now, ctx.role != "member")
     for place, file in enumerate(files):
         attach_file(ctx.db, message.message_id, place, file.file_id)
     message.files = files
-    update_last_read(ctx.db, ctx.user.user_id, args.channel_id, message.message_id)
+    update_last_read(ctx.db, ctx.user.user_id, args.channel_id, message.message_id, ctx.clock)
     effects: list[Effect] = [
         StopTyping(args.channel_id, ctx.user.user_id),
         MarkOwnPost(ctx.server_id, ctx.user.user_id, args.channel_id, message.message_id),
@@ -4498,12 +4651,15 @@ def get_message(ctx: OperationContext, args: MessageArgs) -> Result[Message]:
     return Result(ctx.message)
 
 
-@write("PATCH /messages/{message_id}", Access.AUTHOR, event="message:edit", emits=["message:edit", "mention"], limit="post")
+@write(
+    "PATCH /messages/{message_id}", Access.AUTHOR, event="message:edit", emits=["message:edit", "mention"], limit="post",
+    speaks="edit",
+)  # fmt: skip
 def edit_message(ctx: OperationContext, args: EditMessage) -> Result[Message]:
     """Change the text of a message."""
     if not args.content and not ctx.message.files:
         raise chat_error("FIELD_EMPTY", field="content", what="content")
-    update_message(ctx.db, ctx.server_id, ctx.message, args.content, ctx.now)
+    update_message(ctx.db, ctx.server_id, ctx.message, args.content, ctx.now, ctx.role != "member")
     new = load_message(ctx.db, args.message_id) or NO_MESSAGE
     return Result(new, [Emit("message:edit", ctx.server_id, new), *mention_events(ctx, new, ctx.message.mentions)])
 
@@ -4528,8 +4684,9 @@ def reaction_event(ctx: OperationContext, event: str, emoji: str) -> Emit:
 
 
 @write(
-    "PUT /messages/{message_id}/reactions/{emoji}", Access.WRITER, event="reaction:add", emits=["reaction:add"], limit="post"
-)
+    "PUT /messages/{message_id}/reactions/{emoji}", Access.WRITER, event="reaction:add", emits=["reaction:add"], limit="post",
+    speaks="react",
+)  # fmt: skip
 def add_reaction(ctx: OperationContext, args: ReactionArgs) -> Result[None]:
     """Add your reaction to a message; adding it twice changes nothing."""
     same = same_reactions(ctx, args.emoji)
@@ -4573,6 +4730,22 @@ def mark_read(ctx: OperationContext, args: MarkReadArgs) -> Result[None]:
     if state is None:
         return Result(None)
     return Result(None, [EmitReadMark(ctx.channel_id), Emit("channel:read", ctx.user.user_id, state)])
+
+
+@write(None, Access.MEMBER, event="hand:raise", emits=["hand:raised"], limit="post", frees_space=True)
+def raise_hand(ctx: OperationContext, args: ServerArgs) -> Result[None]:
+    """Raise your hand in a server, also while you are muted; a second time changes nothing. It is lowered 10 seconds after your
+    last socket has gone."""
+    if not ctx.presence.is_connected(ctx.server_id, ctx.user.user_id):
+        raise chat_error("NOT_JOINED")
+    raised = HandRaised(ctx.server_id, ctx.user.user_id, ctx.user.username, ctx.now, name=ctx.user.name)
+    return Result(None, [SetHand(ctx.server_id, ctx.user.user_id, raised)])
+
+
+@write(None, Access.SELF_OR_ADMIN, event="hand:lower", emits=["hand:lowered"], limit="post", frees_space=True)
+def lower_hand(ctx: OperationContext, args: HandArgs) -> Result[None]:
+    """Lower your hand or, as an admin, the hand of `user_id`."""
+    return Result(None, [SetHand(ctx.server_id, args.user_id or ctx.user.user_id, None)])
 
 
 @read("GET /servers/{server_id}/changes", Access.MEMBER, slow=True)
@@ -5843,6 +6016,7 @@ def socket_server(**options: Any) -> SocketServer:
 LOGIN_SECONDS = 10  # time limit for a socket to authenticate
 OWN_MARK_SECONDS = 0.05  # delay of the `channel:read` for a user's own post
 MAX_CACHED_TOKENS = 10_000
+HAND_SECONDS = 10  # after which the raised hand of a user who has gone is lowered
 LISTENER_EVENTS = 4096  # maximum number of events that wait for one listener of the program
 UPLOADS, UPLOADS_PER_USER = 64, 3  # at a time; each takes up to 0.5 MiB of memory
 DOWNLOADS, DOWNLOADS_PER_USER = 128, 8  # at a time; each takes up to 0.2 MiB of memory
@@ -5873,12 +6047,14 @@ class Body(NamedTuple):
 
 
 class Caller(NamedTuple):
-    """The user and address of a call, its socket or request (None if the embedding program makes it), and its bytes if any."""
+    """The user and address of a call, its socket or request (None if the embedding program makes it), its bytes if any, and how
+    it speaks."""
 
     user: Principal
     address: str
     source: Connection | web.Request | None = None
     body: Body | None = None
+    speech: Speech | None = None
 
     @property
     def connection(self) -> Connection:
@@ -5910,6 +6086,8 @@ class Hub:
         self.limiter = Limiter(enabled=not settings.no_rate_limit)
         self.presence, self.pages = Presence(), PageCache()
         self.typing_tracker, self.voice_peers = TypingTracker(), VoicePeers()
+        self.hands: dict[tuple[int, int], Hand] = {}  # (server, user) -> a raised hand
+        self._hand_timers: dict[tuple[int, int], asyncio.TimerHandle] = {}  # (server, user) -> lowers the hand
         self.own_url = self.lan_url = ""  # the address it listens on, and its address in the local network; set by `serve`
         self.connections: dict[str, Connection] = {}
         self.listeners: dict[str, list[PacketQueue]] = {}
@@ -5924,23 +6102,29 @@ class Hub:
             Emit: self.emit, AddChannelRoom: self.add_channel_room, RemoveRoom: self.remove_room, Evict: self.evict,
             Revoke: self.revoke, SetStatus: self.emit_status, Rename: self.rename, StopTyping: self.stop_typing,
             MarkOwnPost: self.mark_own_post, EmitReadMark: self.emit_read_mark, EmitCustom: self.emit_custom, LogLine: log.info,
+            StopSpeech: self.stop_speech, SetHand: self.set_hand,
         }  # fmt: skip
 
     # Reading the database. The result of `read_inline` stays true until the next await: use it before then.
 
-    def authorized(self, access: Access, user: Principal, args: Args, run: Callable[[OperationContext, Any], R]) -> Query[R]:
+    def authorized(
+        self, access: Access, user: Principal, args: Args, run: Callable[[OperationContext, Any], R],
+        speech: Speech | None = None,
+    ) -> Query[R]:  # fmt: skip
         """Return a job for the store that authorizes the user in the open transaction, then runs the operation or query."""
 
         def job(db: sqlite3.Connection) -> R:
             ctx = OperationContext(db, user, time.time(), self.presence, self.pages, self.settings)
             authorize(access, ctx, args)
+            if speech is not None:
+                check_speech(ctx, args, speech)
             return run(ctx, args)
 
         return job
 
     def query(self, caller: Caller, args: Args, run: Callable[[OperationContext, Any], R], access: Access = Access.MEMBER) -> R:
         """Run a fast query on the target of the arguments, if the caller has access to it. Raises ChatError."""
-        return self.store.read_inline(self.authorized(access, caller.user, args, run))
+        return self.store.read_inline(self.authorized(access, caller.user, args, run, caller.speech))
 
     async def query_slow(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
         """Like `query`, for a query that may take seconds (see `read_slow`)."""
@@ -6004,6 +6188,8 @@ class Hub:
         log.warning("this process was away for too long: its clients reconnect")
         self._token_cache.clear()
         self.pages.clear()
+        self.hands.clear()
+        self.say(Notice("want"))  # the others list the raised hands
         with contextlib.suppress(ChatError):
             self.presence.invisible = set(self.store.read_inline(load_invisible))
         for session in list(self.sio.eio.sockets.values()):
@@ -6072,6 +6258,7 @@ class Hub:
         for peer in peers:
             del self.voice_peers[peer.sid]
         if channel_id is None:
+            self.hands = {key: hand for key, hand in self.hands.items() if key[0] != server_id}
             self.forget_marks(server_id)
             self.typing_tracker.remove(server_id=server_id)
             for sid in self.sio.sids_in(f"server:{server_id}"):
@@ -6087,6 +6274,8 @@ class Hub:
         self.forget_marks(server_id, user_id)
         for connection in self.connections_of(user_id):
             self.leave_server(connection, server_id)
+        self.stop_speech(server_id, user_id, None)  # by the user's sockets on other processes
+        self.set_hand(server_id, user_id, None)
 
     def revoke(self, user_id: int, digest: bytes | None) -> None:
         self.forget_tokens(user_id)
@@ -6097,10 +6286,11 @@ class Hub:
     def rename(self, user_id: int, name: str | None) -> None:
         self.forget_tokens(user_id)
         self.pages.clear()  # servers that the user has left show the new name too, without a new sequence number
-        typing, voice = self.typing_tracker.values(), self.voice_peers.values()
-        for notice in (*(user.notice for user in typing), *(peer.notice for peer in voice)):
-            if notice.user_id == user_id:
-                notice.name = name
+        typing, voice, hands = self.typing_tracker.values(), self.voice_peers.values(), self.hands.values()
+        named: list[TypingUser | Peer | Hand] = [*typing, *voice, *hands]
+        for one in named:
+            if one.notice.user_id == user_id:
+                one.notice.name = name
         for connection in self.connections_of(user_id):
             connection.user = connection.user._replace(name=name)
 
@@ -6210,12 +6400,14 @@ class Hub:
         was_here = self.presence.has(server_id, user.user_id)
         if self.presence.join(server_id, user.user_id, sid):
             self.emit("user:connected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
+        self.watch_hand(server_id, user.user_id)
         if not was_here and not is_foreign(sid):
             self.say(Change("user:connected", server_id, user.user_id))
 
     def hide(self, server_id: int, user: Principal | Profile, sid: str, quietly: bool = False) -> None:
         if self.presence.leave(server_id, user.user_id, sid) and not quietly:
             self.emit("user:disconnected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
+        self.watch_hand(server_id, user.user_id)
         if not is_foreign(sid) and not self.presence.has(server_id, user.user_id):
             self.say(Change("user:disconnected", server_id, user.user_id))
 
@@ -6244,6 +6436,8 @@ class Hub:
     def leave_voice(self, sid: str) -> None:
         if (peer := self.voice_peers.pop(sid, None)) is not None:
             self.emit("voice:leave", peer.server_id, peer.notice)
+            if self.foreign and not is_foreign(sid):  # because of another process's commit: that process has the peer as well
+                self.say(Change("voice:leave", peer.notice.channel_id, peer.notice.user_id, peer.notice.peer_id))
 
     def join_voice(self, sid: str, server_id: int, notice: VoicePeer) -> None:
         """Add a peer to a voice channel, which the user's other devices leave."""
@@ -6252,6 +6446,48 @@ class Hub:
                 self.leave_voice(peer.sid)
         self.voice_peers[sid] = Peer(sid, server_id, notice)
         self.emit("voice:join", server_id, notice)
+
+    def stop_speech(self, server_id: int, user_id: int | None, channel_id: int | None) -> None:
+        """End the typing and the voice calls that are no longer allowed, of a user, or in a channel."""
+        speakers: list[TypingUser | Peer] = [*self.typing_tracker.values(), *self.voice_peers.values()]
+        for one in speakers:
+            channel, user = one.notice.channel_id, one.notice.user_id
+            if one.server_id != server_id or user_id not in (None, user) or channel_id not in (None, channel):
+                continue
+            account = self.store.read_inline(load_principal, user, b"") or NOBODY
+            with contextlib.suppress(ChatError):
+                caller = Caller(account, "", speech="talk" if isinstance(one, Peer) else "type")
+                self.require_member(caller, ChannelArgs(channel_id=channel))
+                continue
+            if isinstance(one, Peer):
+                self.leave_voice(one.sid)
+            else:
+                self.stop_typing(channel, user)
+
+    def set_hand(self, server_id: int, user_id: int, raised: HandRaised | None) -> None:
+        """Raise or lower a hand. A hand that is raised again keeps its place."""
+        key = server_id, user_id
+        before = self.hands.get(key)
+        if raised and not before:
+            self.hands[key] = Hand(raised, self.foreign)
+            self.emit("hand:raised", server_id, raised)
+        elif before and not raised:
+            del self.hands[key]
+            self.emit("hand:lowered", server_id, ServerUser(*key, before.notice.username, name=before.notice.name))
+        self.watch_hand(*key)
+
+    def watch_hand(self, server_id: int, user_id: int) -> None:
+        """Lower the hand of a user who has gone, unless they are back within HAND_SECONDS. Each process does so by itself."""
+        key = server_id, user_id
+
+        def lower() -> None:
+            with self.as_foreign(key in self.hands and self.hands[key].foreign):
+                self.set_hand(*key, None)
+
+        if (timer := self._hand_timers.pop(key, None)) is not None:
+            timer.cancel()
+        if key in self.hands and not self.presence.is_connected(*key):
+            self._hand_timers[key] = asyncio.get_running_loop().call_later(HAND_SECONDS, lower)
 
     def send_signal(self, sender: Peer, peer: Peer, data: Any) -> bool:
         """Send a WebRTC signal. Return False if the peer is behind: signals must not fill its queue, which would end it."""
@@ -6290,7 +6526,7 @@ class FileContent:
 # What the processes that share a database tell each other by Redis: wake-ups, and what is not in the database. Nothing waits
 # for it, and it may lose anything: the log is polled too, and each process has the true list of its own users. Packets are
 # numbered; a process that has missed one asks for that list. What arrives is not trusted: whoever controls Redis can fake the
-# presence of members, typing, voice, signals and failed sign-ins, and nothing else.
+# presence of members, typing, voice, raised hands, signals and failed sign-ins, and nothing else.
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 2.5  # without the own beat, after which Redis counts as down
@@ -6367,12 +6603,14 @@ class Bus:
         self.say(Counted(limit, [str(part).encode(errors="replace").decode() for part in parts]))
 
     def _greet(self) -> None:
-        """Say the whole list of this process's users and voice peers."""
+        """Say the whole list of this process's users and voice peers, and of all raised hands."""
         self._hello_is_due, self._greeted_at = False, self._loop.time()
         users, size = list(self._hub.presence.users_of()), HELLO_ENTRIES
         peers = [(n.channel_id, n.user_id, n.peer_id) for sid, _, n in self._hub.voice_peers.values() if not is_foreign(sid)]
         parts = [Hello(users=users[at : at + size]) for at in range(0, len(users), size)]
         parts += [Hello(peers=peers[at : at + size]) for at in range(0, len(peers), size)]
+        hands = [(*key, hand.notice.at) for key, hand in self._hub.hands.items()]
+        parts += [Hello(hands=hands[at : at + size]) for at in range(0, len(hands), size)]
         for part in [Hello("first"), *parts, Hello("last")]:
             self.say(part)
 
@@ -6518,6 +6756,13 @@ class Bus:
             case "voice:leave":
                 hub.leave_voice(peer_sid)
 
+    def _apply_hand(self, server_id: int, user_id: int, at: str) -> None:
+        """Add a hand that was raised before this process started, if the database has this member."""
+        hub, read = self._hub, self._hub.store.read_inline
+        if (server_id, user_id) not in hub.hands and read(load_role, server_id, user_id) is not None:
+            user = read(load_profile, user_id)
+            hub.set_hand(server_id, user_id, HandRaised(server_id, user_id, user.username, at, name=user.name))
+
     async def _apply_hello(self, process: OtherProcess, hello: Hello) -> None:
         """Apply a part of another process's list. After the last part, remove what is not in the list."""
         if hello.part == "first":
@@ -6529,6 +6774,8 @@ class Bus:
                 self._apply_change(process, "user:connected", *user)
             for peer in hello.peers:
                 self._apply_change(process, "voice:join", *peer)
+            for hand in hello.hands:
+                self._apply_hand(*hand)
         listed.update(user for user in hello.users if self._hub.presence.has(*user, process.sid))
         listed.update(sid for _, _, peer_id in hello.peers if (sid := process.sid + peer_id) in self._hub.voice_peers)
         if hello.part == "last":
@@ -6722,7 +6969,7 @@ async def cut(data: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield bytes(waiting)
 
 
-@operation("async", "POST /channels/{channel_id}/files", Access.WRITER, status=201, limit="post", raw_body=True)
+@operation("async", "POST /channels/{channel_id}/files", Access.WRITER, status=201, limit="post", raw_body=True, speaks="file")
 async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
     """Upload a file; the body is its bytes. Post it in the channel within an hour, or it is deleted."""
     assert caller.body is not None
@@ -6731,7 +6978,7 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
 
     async def run(step: Callable[..., R], *values: Any) -> R:
         """Run a step in a transaction of its own, in which the caller's permission is checked again."""
-        job = hub.authorized(Access.WRITER, caller.user, args, lambda ctx, _: Result(step(ctx.db, *values)))
+        job = hub.authorized(Access.WRITER, caller.user, args, lambda ctx, _: Result(step(ctx.db, *values)), caller.speech)
         async with hub.piece_lock:  # one step of all uploads at a time, so that other people's posts wait for one at most
             value: R = (await hub.store.write(job, slow=True)).value
         return value
@@ -6836,7 +7083,9 @@ async def join_server(hub: Hub, caller: Caller, args: JoinServer) -> Result[Join
     else:
         seq, changes = await hub.query_slow(caller, args, missed_changes)
     voice = [peer.notice for peer in hub.voice_peers.in_server(args.server_id)]
-    return Result(JoinServerResult(hub.presence.visible(args.server_id, caller.user.user_id), seq, changes, voice))
+    raised = sorted((hand.notice for hand in hub.hands.values()), key=operator.attrgetter("at"))
+    hands = [RaisedHand(one.user_id, one.username, one.at, name=one.name) for one in raised if one.server_id == args.server_id]
+    return Result(JoinServerResult(hub.presence.visible(args.server_id, caller.user.user_id), seq, changes, voice, hands))
 
 
 @operation("async", None, Access.USER, event="leave_server", emits=["user:disconnected"])
@@ -6868,7 +7117,7 @@ def server_of_channel(hub: Hub, caller: Caller, args: ChannelArgs, access: Acces
     return server_id
 
 
-@operation("async", None, Access.WRITER, event="typing_start", emits=["user:typing"], limit="itself")
+@operation("async", None, Access.WRITER, event="typing_start", emits=["user:typing"], limit="itself", speaks="type")
 async def typing_start(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
     """Report that the user is typing: emitted at most once a second, expires after three."""
     server_id = server_of_channel(hub, caller, args, Access.WRITER)
@@ -6884,7 +7133,7 @@ async def typing_stop(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Non
     return Result(None)
 
 
-@operation("async", None, Access.MEMBER, event="voice:join", emits=["voice:join", "voice:leave"])
+@operation("async", None, Access.MEMBER, event="voice:join", emits=["voice:join", "voice:leave"], speaks="talk")
 async def voice_join(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[VoiceJoinResult]:
     """Join a voice channel, leaving the previous one, and get its peers. Other devices of the user leave this channel."""
     connection, user = caller.connection, caller.user
@@ -6918,7 +7167,7 @@ async def voice_leave(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Non
     return Result(None)
 
 
-@operation("async", None, Access.MEMBER, event="voice:signal", emits=["voice:signal"], limit="itself")
+@operation("async", None, Access.MEMBER, event="voice:signal", emits=["voice:signal"], limit="itself", speaks="talk")
 async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[None]:
     """Send a WebRTC signal (`data`: at most 16 KiB of JSON) to a peer in the same voice channel."""
     hub.limiter.charge("signal", caller.user.user_id)
@@ -6966,9 +7215,9 @@ async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result
     """Run an operation as its kind requires: in the next write transaction, in a read snapshot, or as a coroutine."""
     if op.kind == "async":
         async with asyncio.timeout(None if op.raw_body else CALL_TIMEOUT):
-            result: Result[Any] = await op.run(hub, caller, args)
+            result: Result[Any] = await op.run(hub, caller._replace(speech=op.speaks), args)
         return result
-    job: Query[Result[Any]] = hub.authorized(op.access, caller.user, args, op.run)
+    job: Query[Result[Any]] = hub.authorized(op.access, caller.user, args, op.run, op.speaks)
     if op.kind == "write":
         return await hub.store.write(job, slow=op.slow, frees_space=op.frees_space)
     if not op.slow:
@@ -7278,7 +7527,8 @@ def json_content(schema: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def describe_operation(op: Operation) -> dict[str, Any]:
     emits = f" Emits {', '.join(op.emits)}." if op.emits else ""
-    return {"summary": op.summary, "description": f"Allowed for: {op.access.value}.{emits}"}
+    rules = " A mute or a rule of the channel may refuse it." if op.speaks else ""
+    return {"summary": op.summary, "description": f"Allowed for: {op.access.value}.{rules}{emits}"}
 
 
 def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:

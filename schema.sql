@@ -48,16 +48,18 @@ CREATE TABLE members (
     joined_at TEXT NOT NULL,
     invited_by TEXT,                               -- code of the invite; NULL: none (the creator), or unknown
     read_from INTEGER NOT NULL DEFAULT 0,          -- newest message when the member joined; messages up to it are not unread
+    muted_until TEXT,                              -- NULL or a past time: not muted
     PRIMARY KEY (server_id, user_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX members_by_user ON members (user_id);
 CREATE UNIQUE INDEX one_owner ON members (server_id) WHERE role = 'owner';
 
--- Users who left a server or were removed. They can still be banned, and their names are still shown.
+-- Users who left a server or were removed. They can still be banned, their names are still shown, and they come back muted.
 CREATE TABLE former_members (
     server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
     user_id    INTEGER NOT NULL REFERENCES users,
     invited_by TEXT,
+    muted_until TEXT,
     PRIMARY KEY (server_id, user_id)
 ) STRICT, WITHOUT ROWID;
 
@@ -119,6 +121,9 @@ CREATE TABLE channels (
     name_key   TEXT NOT NULL,                      -- normalized like username_key
     kind       TEXT NOT NULL CHECK (kind IN ('text', 'voice')),
     topic      TEXT NOT NULL DEFAULT '',
+    posting    TEXT NOT NULL DEFAULT 'everyone' CHECK (posting IN ('everyone', 'staff')),
+    slow_seconds INTEGER NOT NULL DEFAULT 0,       -- minimum time between two posts of a member
+    keep_days  INTEGER,                            -- older messages are deleted; NULL: as --keep-days says
     UNIQUE (server_id, name_key)
 ) STRICT;
 
@@ -135,9 +140,11 @@ CREATE TABLE messages (
     nonce      TEXT,                               -- chosen by the client, so that a repeated post is recognized
     seq        INTEGER NOT NULL,                   -- sequence number of its last change
     extras     INTEGER NOT NULL DEFAULT 0 CHECK (extras IN (0, 1)),  -- 1: it may have reactions or mentions
-    deleted    INTEGER NOT NULL DEFAULT 0 CHECK (deleted IN (0, 1))
+    deleted    INTEGER NOT NULL DEFAULT 0 CHECK (deleted IN (0, 1)),
+    everyone   INTEGER NOT NULL DEFAULT 0 CHECK (everyone IN (0, 1))  -- 1: it mentions all members, by @everyone
 ) STRICT;
 CREATE INDEX messages_page ON messages (channel_id, message_id, author_id) WHERE deleted = 0;
+CREATE INDEX messages_everyone ON messages (channel_id, message_id, author_id) WHERE everyone = 1;
 CREATE UNIQUE INDEX messages_changes ON messages (server_id, seq);
 CREATE UNIQUE INDEX messages_nonce ON messages (author_id, channel_id, nonce) WHERE nonce IS NOT NULL;
 
@@ -190,11 +197,12 @@ CREATE TABLE stored (
 ) STRICT;
 INSERT INTO stored (bytes) VALUES (0);
 
--- Read marks: the newest message that a user has read in a channel.
+-- Read marks: the newest message that a user has read in a channel, and when the user last posted there, for slow mode.
 CREATE TABLE reads (
     user_id      INTEGER NOT NULL REFERENCES users,
     channel_id   INTEGER NOT NULL REFERENCES channels ON DELETE CASCADE,
     last_read_id INTEGER NOT NULL,
+    posted_at    REAL,                             -- Unix seconds; NULL: not since format 4
     PRIMARY KEY (user_id, channel_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX reads_by_channel ON reads (channel_id);

@@ -572,6 +572,11 @@ async def server_history(world: World, server_id: int, token: str) -> list[Any]:
             return messages
 
 
+def member_facts(member: Any) -> tuple[str, str | None]:
+    """Return what a copy of a server keeps of a member: the role and the mute."""
+    return member.get("role", "member"), member.get("muted_until")
+
+
 class Replica:
     """A client's copy of a server, kept as the contract says: apply the next change, skip a known one, fetch missing ones."""
 
@@ -580,7 +585,7 @@ class Replica:
         self.seq = 0
         self.messages: dict[int, Any] = {}
         self.channels: dict[int, Any] = {}
-        self.members: dict[int, str] = {}
+        self.members: dict[int, tuple[str, str | None]] = {}
         self.name = "class"
         self.socket: Socket | None = None
         self.read = 0  # how many of the socket's events have been handled
@@ -640,7 +645,7 @@ class Replica:
             self.channels = {channel["channel_id"]: channel for channel in changes["channels"]}
             self.drop_orphans()
         if "members" in changes:
-            self.members = {member["user_id"]: member["role"] for member in changes["members"]}
+            self.members = {member["user_id"]: member_facts(member) for member in changes["members"]}
         self.name = changes.get("name", self.name)
         self.seq = changes["seq"]
 
@@ -686,12 +691,10 @@ class Replica:
             case "channel:deleted":
                 del self.channels[payload["channel_id"]]
                 self.drop_orphans()
-            case "member:joined":
-                self.members[payload["user_id"]] = "member"
+            case "member:joined" | "member:updated":
+                self.members[payload["user_id"]] = member_facts(payload)
             case "member:left":
                 self.members.pop(payload["user_id"], None)
-            case "member:updated":
-                self.members[payload["user_id"]] = payload["role"]
             case "server:updated":
                 self.name = payload["name"]
 
@@ -725,7 +728,7 @@ async def server_state(person: Person, server_id: int) -> Any:
         "name": (await person.ok("GET", server))["name"],
         "messages": messages,
         "channels": {channel["channel_id"]: channel for channel in channels},
-        "members": {member["user_id"]: member["role"] for member in (await person.ok("GET", f"{server}/members"))["members"]},
+        "members": {one["user_id"]: member_facts(one) for one in (await person.ok("GET", f"{server}/members"))["members"]},
     }
 
 
@@ -1732,6 +1735,43 @@ async def by_deleting_the_server(scene: Scene) -> dict[str, Any]:
     return {"server_id": scene.place.server_id}
 
 
+@story("channel:updated", CHANNEL_KEYS | {"posting", "slow_seconds", "keep_days"})
+async def by_setting_the_rules_of_a_channel(scene: Scene) -> dict[str, Any]:
+    rules = {"posting": "staff", "slow_seconds": 30, "keep_days": 7}
+    channel = await scene.ana.ok("PATCH", f"/channels/{scene.place.channel_id}", rules)
+    assert {key: channel[key] for key in rules} == rules
+    return rules | {"channel_id": scene.place.channel_id, "name": "general"}
+
+
+@story("member:updated", {*PLACE_KEYS, "role", "seq", "muted_until"})
+async def by_muting_a_member(scene: Scene) -> dict[str, Any]:
+    member = await scene.ana.ok("PUT", f"{scene.server}/members/{scene.cy.user_id}/mute", {"seconds": 300})
+    return {"user_id": scene.cy.user_id, "role": "member", "muted_until": member["muted_until"]}
+
+
+HAND_KEYS = PLACE_KEYS | {"at"}
+
+
+@story("hand:raised", HAND_KEYS)
+async def by_raising_a_hand(scene: Scene) -> dict[str, Any]:
+    assert await scene.ana_socket.ok("hand:raise", {"server_id": scene.place.server_id}) == {"success": True}
+    return {"server_id": scene.place.server_id, "user_id": scene.ana.user_id, "username": "ana"}
+
+
+@story("hand:lowered", PLACE_KEYS)
+async def by_lowering_a_hand(scene: Scene) -> dict[str, Any]:
+    await scene.ana_socket.ok("hand:raise", {"server_id": scene.place.server_id})
+    assert await scene.ana_socket.ok("hand:lower", {"server_id": scene.place.server_id}) == {"success": True}
+    return {"server_id": scene.place.server_id, "user_id": scene.ana.user_id, "username": "ana"}
+
+
+@story("hand:lowered", PLACE_KEYS)
+async def by_lowering_the_hand_of_another(scene: Scene) -> dict[str, Any]:
+    await scene.ben_socket.ok("hand:raise", {"server_id": scene.place.server_id})
+    await scene.ana_socket.ok("hand:lower", {"server_id": scene.place.server_id, "user_id": scene.ben.user_id})
+    return {"user_id": scene.ben.user_id, "username": "ben"}
+
+
 VOICE_KEYS = {"channel_id", "user_id", "username", "peer_id"}
 
 
@@ -2152,22 +2192,23 @@ RELEASED = {
         b"cmWR=;9bBV>AZuQ=1t}jo>l|!S@`Eh5jov)gU%NnKbzr5B)TU>n+7w(VtjE?UmPtCRCs;qZ^uObiU"
     ),
     4: (
-        b"c-qBS-*ehH5dK#*eF<dzkaVt{>-2aa#7#UU&@-lKpBP~aP%*O47D>3j{#KIZpE8(B=I$ZEiC3%L{k~m&;+s3Xdl(`d$07AGrx9Dw01eRf_4`l1ef<5?"
-        b"rw^ae$hC)_jlAK_*hc%5Bq{32PhsjzJp0ae(Kpw57`i{vSNkU#&b_HKfn^W&#IvL+!#jdJ`-g`nQ}~&W$Ho5_TXLwrL-UFA=iIhXjMMZvN&@-XLMg|5"
-        b"pVn+|?JvXm*h3c)3n?QPXmoFnzM@`c>`YKkzp~H;e#Qs!x!kAnld>n8(q%|4`h5%e3BjBM3(V`mt_dTFEKr_uBZ4an1tcWk;E0V5udqZtSa>bAFRIi>"
-        b"GtYHKUak5Gd5X3WABW#ez!1<iNjbV1PjAW)SctsDG$E<T1RRWuK(uEIJv!d~bnYQ{`sm!&HUem#6wvCaBh)6C+iRMVzm68u-(bc_m@ZBk?#ONl(Vn!E"
-        b"Y&&JNr7UQpm?}n2F=;9Zmc0N%1yFXMOE$%rCIxd7QH13o-`lmn*seVp*|V&v8knmtfCabq4-_%7@FONrQ8b)R3Y5f7ee`$_4%M#CERQ~Sr~G7VAd-a&"
-        b"DyeuX0@eP?p&Ps^zGMg(`I48hl(F6qw!XE;HuxD0XQSb*Z8au~X}K(zg_0<&(M=;G->BAqW(pV_>?jitDprZmuL#D1iJD?8WJxOkfyBXLl|;Lv+$pz4"
-        b"FRw(NQ~zZ5DU39q0VA<eR4Fg8cGb=jnQ>)J9*M?OmS=#n;?%HQMad4V{~t&jg@1KPRZ>gL{_9khVtQ3t{<LwEiEos@s;el09|c*{R1S<+S4PkIZu#!;"
-        b"i{N&uZDm5~(dH^0X^I+IuNSUnYR%MD&i)wW+w_~$RW(dj7dZ}PZX&h3SViO1$_a8}d-VK0gD0;%s<#Zfc!7fee5Ayr&5rC{j=y{`6V?c)M#XFs?V>9W"
-        b"<9)K0LCS{~Sz%&hHxlAK-$Y%L4{^$krY-7gjpH|&A$SF+u2F{oZy2Xx%e%Hwko)Tjf)-X{8mPyP`tD3vX0{I9Bn-{k-zdNudW(}6F3$3&i26#p^C+f%"
-        b"n{ETs?3gUqO$X3#1AGS^g%w@1$A4X?k{)hW+{B+8qt~(=L?b7RcbDZPprsc=`o!S@t{lavW)bs=R<=f}0z3&$J6wZu!{Qe7nmbh6nAb=yV)(7Jk%qRw"
-        b"!z!U%DzX+$dba_(GK;T#6X8<$uIy7Ho@mt*E>wvt4)TD?9Lm7ZF{)+lIvqgw#qFVm(k2?^0T_r#cF`|ty4QE)W@Vz4i!U9YEpm3i^S4Xxj69C?^pPab"
-        b"z7?qK7JDXcBZ?e4;ruu@)48r+Ry34jO?-BoX@(q+kE>$(@8dASLFZ~_=7B+in9dP?h#UV)>EFZv#WM}~rkG<JLf0E!{Eb6B^GdqNGI8lRg^JAM5c}lV"
-        b"Bx{*h5+5N-Gw;HAhFJ;Jtm(_~wch)c$34TGV}C<}lE)G}EiT*KL4X<XC3gi;>a2??@r|@IkwJO`#P{MFYQQqU9M^?wrPZ=cw2RhLKIKsY_2{AHft#)%"
-        b"#WH6yvt3VEO!HN8Q6GIDj^_|`@2cONxWSpC{0$U>l(zCai_;^?Fgm)9B$-@|1zE!FEJz7X{0)=@)Es#sEg_~HhaEeo0!!w+@NLBAyW@Ium@HMDw^;EM"
-        b"&1cT!4#Cq0d0Cd?sif!%K{b%NQhpUHrp*Ao+cPR|*B`H;2)pQsECP!CgmUVq=sog5Z>^(*0>>`Km+0XVO)k+Wx_E~gx65cP%F}5qKZAd6ysnw)3}@?V"
-        b"MSMuK(mSoqK|m;Sz?b;j+I_dV^dD1fV{Z"
+        b"c-qBSQFGcj5dJHgz63HnB%N#LGCdv$aTBHldd4*E6C-Q^D#r5JB82<(w~{Pd*fN+VclVG$;?-(*zi(Hc{MGH<KlTug<B<B8Qx?r=fV$}V`u)vsAAi5O"
+        b"`S1z#U8m<c$m`t>9kfkJlA@OU6sCib=iECk`sxlId+rbP#rc7HQ*S&N!LmnZ<aMNJgf|3v&UX)u#_%&84vYWK)?|P93{6LaKc`Ly#W+oOED7Y}4oW%Z"
+        b"+q7hR=X~x>haS3MQAi_lf%*?l{|jnm#)A=R=|>%Ofp>T>KIhw1e$wcfrgR>Xi*~z%{Dfdmf*I!JV3#B!i7Zf_awUSR4hl#}z`+q49bRFHTCnh1Y+qEV"
+        b"jV7Ku=zFE=C*+x}AwCYjBLPD|mn7xrb~wH@A?P6T64QjFA`@^hECSJ<JLqZPJ&dOwa>q}DyV6Dg&9eepeQOA{4d(iqrsS`q#q?J=ib$BwP8n{<W)9Jw"
+        b"w3BQ*WwfSIP)9LUjGSW9R1z$E0E7yl>^_%liZM+J<|d*D^L@Uz>wI=xXViBlSyNRoS6u)L?ws$4MP%l)NT8x<I35)!iJjW$=>Z(7T?dmq`rMuJldXYB"
+        b"W-6%Uz*7;Z_GgA}@v8WeAz<Z8UPdEhy&r6S=L{Y2)9+3Cy*sB<nJl*DvS1yQu&_iojf{MvT7MTQU~sUZk@%uwl?eT0Fcxgo6k{PvS^)?o4rYslZH^Oh"
+        b"D;8}dPQz@S*(|NRHhGrqll`br(+mgH#7a@OyyV(dJ#S<U4%Xz6Xq08ax+p7G3Ec%tHemh#fLwv%UnsIlbB?3`I=Q)+a0g@Iv~iWKZ<N2Pv?zhkf~>I)"
+        b"4wY9|MxO=E^4;JU!S+<!%7oIR4QL#DiW=EGC|pg{nz5^#{n5?0X;&w(YN4zya%9TfL~41lidHI>6C}s_=ox(mPhNSPuOsN|84d#QkrJDJJF>SKzj=6*"
+        b"s1i<zirFUGMN=Ne+hi$&lwWG3hmDQRNQk$5#hNA`;*?uWYZTfN$8R!2@B&U|t5yNth|yQ`tZo$K{+fcI#g~`{>T5#{cqS|pM~7|`kM{e4Risrk87D7X"
+        b"ocGU+`byq&7E`}Y+kt7!Qcj~~odto=_sqCrXnVO`{uH(Z&9qp^Ez^+gpzNUBg5#5GO-MWo@ZOkq**R{)sO!<L<KG4v9INihzWy?7hJ>#Yz((hsGOukq"
+        b"s1_#?Z+?>?0W}^7wHAkaxFr>}j9BCoEyk^#18hlf+TiAv8x|M0*IoNGbDHd3nCkU)r<P{IEQa4o{Ap?wcy<hy7$9j?sH5$ot2*y_M8CE}zPyXB?E*I6"
+        b"N%$1b4>mG-LkzbQE))w69OMz1G|%{=gH+4vZ$H3GU);%Ry3WS*JOE3tkPZ7uZEs5&w$H&CU{+r`K3f)UpcUUPxij)OGIow6dG^gpWd|1uamQ2S&<W=P"
+        b"#?I%m;#<&APG0fZaO_%gJU&s2^Ku)93<r&?nVAO`(Ple&`97}vFQtDI3luvV@KrHtSA;HCy!ac3dMq1CvSZ`YaS9cg$07EQPRp8+DDe?8KJzY|XP6nF"
+        b"W=(I#SNk?adE7>rbL_83V0bj(sc~874g$=8H{2CODYGu7#JAGUMh58(5Z{Wcyameub6l4C2d$QEqFvMqk(9Fp>d`{;J-1!jie-b*#Bn`gG0s=XMQ!x0"
+        b"H=IJyt*dr*;s$44W8Of-$jg9y6J#ApLJk)FRd*LMfNVITWU?hzWCf^aMM`kuub@Prhsg`62^oZH*szlhV9J~qzO7h&8@S#SCe5KVoh^8Zrjx<w9>KQ{"
+        b"@^ypMdxi)tG+<XMbNRwsOrI`#w~eTHKk@Mzim+kNWEN2DCzMk^MemUh5^>2A3Y@zbUZTfKG`d86cJU5X?&oYN%F}2}@4!E|UU=>FhO>6DAU-5|&`Y(="
+        b"LO|Pcz?b;z(i?;7(tiM)2i1o"
     ),
 }  # fmt: skip
 
@@ -2860,6 +2901,7 @@ KEPT_OF_A_USER = {  # columns and rows that remain of a deleted account, with th
 }  # fmt: skip
 COLUMN_VALUES = {  # valid values of columns that have a CHECK
     "status": "busy", "role": "member", "servers.kind": "server", "kind": "text", "deleted": 0, "extras": 1, "stale": 0,
+    "posting": "staff", "everyone": 1,
 }  # fmt: skip
 
 
@@ -3638,6 +3680,10 @@ PERMISSIONS = {
     "create_link": Permission("member", "nobody", "admin", NOT_FOUND_ELSEWHERE),
     "use_link": Permission("", "open"),
     "remove_guests": Permission("server", "admin"),
+    "mute": Permission("member", "nobody", "admin", NOT_FOUND_ELSEWHERE),
+    "unmute": Permission("member", "nobody", "admin", NOT_FOUND_ELSEWHERE),
+    "raise_hand": Permission("server", "member"),
+    "lower_hand": Permission("server", "member"),
     "unban": Permission("member", "nobody", "admin", NOT_FOUND_ELSEWHERE),
     "get_invite": Permission("invite", "open"),
     "accept_invite": Permission("invite", "user", exceptions={("banned", "own"): "FORBIDDEN"}),
@@ -3853,6 +3899,7 @@ EVENTS_WITHOUT_SEQ = {  # events of which a client that missed them needs nothin
     "mention": "carries the message with its number",
     "user:typing": "presence", "typing_stop": "presence", "user:connected": "presence", "user:disconnected": "presence",
     "user:status": "presence", "voice:join": "presence", "voice:leave": "presence", "voice:signal": "presence",
+    "hand:raised": "join_server lists the raised hands", "hand:lowered": "join_server lists the raised hands",
     "server:deleted": "the sequence ends with its server", "error": "a reply",
     "server:joined": "clients list their servers after a reconnect",
 }  # fmt: skip
@@ -3860,6 +3907,7 @@ OPERATIONS_WITHOUT_LIMIT = {  # operations for which the general limit of reques
     "set_status": "a change of one row", "logout": "ends with its token", "mark_read": "a change of one row",
     "delete_server": "the owner", "set_role": "the owner", "ban": "admins", "unban": "admins",
     "edit_channel": "admins", "delete_channel": "admins", "remove_member": "coming back is limited",
+    "mute": "admins", "unmute": "admins",
     "remove_message": "posting is limited",
     "read_file": "changes nothing", "create_file_link": "changes nothing",
     "change_password": "limits itself", "register": "limits itself", "register_guest": "limits itself",
@@ -3880,7 +3928,7 @@ OPERATIONS_WITHOUT_SEQ = {  # writing operations that take no sequence number, w
     "upload_file": "the message to which it is attached does", "read_file": "changes nothing",
     "create_file_link": "changes nothing",
     "leave_server": "presence", "typing_start": "presence", "typing_stop": "presence", "voice_join": "presence",
-    "voice_leave": "presence", "voice_signal": "presence",
+    "voice_leave": "presence", "voice_signal": "presence", "raise_hand": "presence", "lower_hand": "presence",
 }  # fmt: skip
 
 
@@ -3947,6 +3995,8 @@ async def test_a_durable_operation_takes_a_number_that_its_event_carries(world: 
             setup.args["name"] = "A new name"
         if op.name == "remove_reaction":
             await call_route(world, setup.token, chatrtc.OPERATIONS["add_reaction"], setup.args)
+        if op.name == "unmute":
+            await call_route(world, setup.token, chatrtc.OPERATIONS["mute"], setup.args)
         before = last(newest)
         emitted.clear()
         reply = await call_route(world, setup.token, op, setup.args)
@@ -4006,7 +4056,7 @@ async def test_permissions_match_the_table(make_world: MakeWorld, interface: str
         try:
             if caller == "revoked" and op.name != "authenticate":
                 assert (await socket.call("authenticate", {"token": setup.token}))["code"] == "UNAUTHORIZED"
-            if PERMISSIONS[op.name].target_kind == "channel":  # typing and voice need a joined socket
+            if PERMISSIONS[op.name].target_kind == "channel" or op.name == "raise_hand":  # they need a joined socket
                 await socket.call("join_server", {"server_id": setup.server_id})
             if op.name == "voice_signal":
                 ack = await socket.call("voice:join", {"channel_id": setup.args["channel_id"]})
@@ -4285,6 +4335,326 @@ async def test_a_changed_setting_holds_for_older_conversations(tmp_path: Path) -
                 assert reply.status == (201 if allowed else 403), (setting, names, reply)
                 assert len((await ana.ok("GET", f"/channels/{channel_id}/messages"))["messages"]) >= 1
         assert (await process.stop())[0] == 0
+
+
+# Rules: what a mute and the rules of a channel refuse. Each way to say something, with the message that it is about.
+
+
+class Speaker(NamedTuple):
+    """Somebody who tries to speak: their socket, the channels, and their own message with their own reaction."""
+
+    person: Person
+    socket: Socket
+    place: Place
+    voice: int
+    message_id: int
+    emoji: str
+
+    async def say(self, way: str) -> str:
+        """Say something and return the reason for which it is refused, or an empty string."""
+        message, text = {"message_id": self.message_id}, {"channel_id": self.place.channel_id}
+        path, reaction = f"/messages/{self.message_id}", {"emoji": f"{self.emoji}{way}"}
+        match way:
+            case "post":
+                return await self.request("POST", "/messages", text | {"content": "hello"})
+            case "message:send":
+                return await self.emit(way, text | {"content": "hello"})
+            case "edit":
+                return await self.request("PATCH", path, {"content": "better"})
+            case "message:edit":
+                return await self.emit(way, message | {"content": "better"})
+            case "react":
+                return await self.request("PUT", f"{path}/reactions/{reaction['emoji']}")
+            case "reaction:add":
+                return await self.emit(way, message | reaction)
+            case "typing_start":
+                return await self.emit(way, text)
+            case "voice:join" | "voice:signal":
+                return await self.emit(way, {"channel_id": self.voice, **({"to": "x", "data": 1} if "sig" in way else {})})
+            case "file":
+                return await self.request("POST", f"/channels/{self.place.channel_id}/files?name=a.txt", data=b"text")
+            case "remove reaction":
+                return await self.request("DELETE", f"{path}/reactions/{self.emoji}")
+            case "delete":
+                return await self.request("DELETE", path)
+            case "read":
+                return await self.request("GET", f"/channels/{self.place.channel_id}/messages")
+            case "typing_stop" | "voice:leave":
+                return await self.emit(way, {"channel_id": self.voice})
+            case "hand:raise":
+                return await self.emit(way, {"server_id": self.place.server_id})
+        pytest.fail(way)
+
+    async def request(self, method: str, path: str, body: Any = None, **options: Any) -> str:
+        reply = await self.person.call(method, path, body, **options)
+        if reply.status == 429:
+            assert 1 <= int(reply.headers["Retry-After"]) == reply.body["retry_after"] <= 21_600
+        return str(reply.body["reason"]) if reply.status >= 400 else ""
+
+    async def emit(self, event: str, payload: Any) -> str:
+        return str((await self.socket.call(event, payload)).get("reason", ""))
+
+
+SAY_POST = ("post", "message:send")
+SAY_EDIT = ("edit", "message:edit")
+SAY_REACT = ("react", "reaction:add")
+SAY_LIVE = ("typing_start", "voice:join", "voice:signal")
+ALWAYS_ALLOWED = ("remove reaction", "read", "typing_stop", "voice:leave", "hand:raise", "delete")
+WAYS = (*SAY_POST, *SAY_EDIT, *SAY_REACT, "file", *SAY_LIVE, *ALWAYS_ALLOWED)
+RULES: dict[str, dict[str, tuple[str, ...]]] = {  # rule -> reason -> what it refuses
+    "none": {},
+    "read-only": {"READ_ONLY": (*SAY_POST, *SAY_EDIT, "file", *SAY_LIVE)},
+    "slow": {"SLOW_MODE": SAY_POST},
+    "muted": {"MUTED": (*SAY_POST, *SAY_EDIT, *SAY_REACT, "file", *SAY_LIVE)},
+    "muted, read-only and slow": {"MUTED": (*SAY_POST, *SAY_EDIT, *SAY_REACT, "file", *SAY_LIVE)},
+    "read-only and slow": {"READ_ONLY": (*SAY_POST, *SAY_EDIT, "file", *SAY_LIVE)},
+    "lifted": {},
+}
+SPEAKERS = ("owner", "admin", "member", "guest")
+
+
+async def make_speaker(scene: Scene, role: str) -> Speaker:
+    """Return a member of that role who has posted a message and reacted to it."""
+    place, person = scene.place, {"owner": scene.ana, "admin": scene.ben, "member": scene.cy}.get(role)
+    if role == "admin":
+        await scene.ana.ok("PATCH", f"{scene.server}/members/{scene.ben.user_id}", {"role": "admin"})
+    if person is None:
+        account = await scene.world.call(
+            "POST", "/auth/guest", {"name": "Gus", "code": await scene.ana.invite(place.server_id)}
+        )
+        person = Person(scene.world, "Gus", account.body["user_id"], account.body["token"])
+    voice = await scene.ana.channel(place.server_id, "talk", "voice")
+    message_id = (await person.post(place.channel_id))["message_id"]
+    await person.ok("PUT", f"/messages/{message_id}/reactions/x")
+    return Speaker(person, await person.socket(place.server_id), place, voice, message_id, "x")
+
+
+async def set_rules(scene: Scene, rule: str, speaker: Speaker) -> None:
+    """Set the rules in both channels, and mute the speaker, if the rule says so. What was lifted had been set."""
+    is_lifted = rule == "lifted"
+    posting = {"posting": "staff"} if "read-only" in rule or is_lifted else {}
+    slow = {"slow_seconds": 21_600} if "slow" in rule or is_lifted else {}
+    for rules in [posting | slow, *([{"posting": "everyone", "slow_seconds": 0}] if is_lifted else [])]:
+        for channel_id in (speaker.place.channel_id, speaker.voice):
+            await scene.ana.ok("PATCH", f"/channels/{channel_id}", rules)
+    mute = f"{scene.server}/members/{speaker.person.user_id}/mute"
+    if "muted" in rule or is_lifted:
+        await scene.ana.ok("PUT", mute, {})
+    if is_lifted:
+        await scene.ana.ok("DELETE", mute)
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("role", SPEAKERS)
+@pytest.mark.parametrize("rule", RULES)
+async def test_each_rule_refuses_what_the_table_says(scene: Scene, rule: str, role: str) -> None:
+    speaker = await make_speaker(scene, role)
+    if role == "owner" and ("muted" in rule or rule == "lifted"):
+        reply = await scene.ana.call("PUT", f"{scene.server}/members/{scene.ana.user_id}/mute", {})
+        assert reply.body["reason"] == "ROLE_TOO_LOW", "nobody can mute the owner"
+        return
+    await set_rules(scene, rule, speaker)
+    refused = {
+        way: reason for reason, ways in RULES[rule].items() for way in ways if role in ("member", "guest") or reason == "MUTED"
+    }
+    found = {way: reason for way in WAYS if (reason := await speaker.say(way)) not in ("", "NOT_IN_VOICE", "NO_PEER")}
+    assert found == refused
+
+
+def test_every_way_to_speak_is_in_the_table() -> None:
+    """Each operation that declares how it speaks has its route and its event among the ways that are tried."""
+    tried = {
+        "post": SAY_POST,
+        "edit": SAY_EDIT,
+        "react": SAY_REACT,
+        "type": SAY_LIVE[:1],
+        "talk": SAY_LIVE[1:],
+        "file": ("file",),
+    }
+    for op in chatrtc.OPERATIONS.values():
+        assert op.speaks is None or (op.event or "file") in tried[op.speaks], f"add the event of {op.name} to WAYS"
+    assert {way for ways in chatrtc.REFUSED.values() for way in ways} == {*tried}
+
+
+@pytest.mark.portable
+async def test_slow_mode_counts_all_posts_of_a_member_in_the_channel(scene: Scene) -> None:
+    """Also posts made before it was set, deleted ones, and those of other sockets; not edits, staff and other channels."""
+    text, other = {"channel_id": scene.place.channel_id}, await scene.ana.channel(scene.place.server_id, "other")
+    path = f"/channels/{scene.place.channel_id}"
+    await scene.ana.ok("PATCH", path, {"slow_seconds": 21_600})
+    assert (await scene.ben_socket.ok("message:send", text | {"content": "first", "nonce": "one"}))["content"] == "first"
+    repeat = await scene.ben.call("POST", "/messages", text | {"content": "first", "nonce": "one"})
+    assert (repeat.status, repeat.headers["Idempotent-Replayed"]) == (201, "true")
+    await scene.ben.ok("PATCH", f"/messages/{repeat.body['message_id']}", {"content": "better"})
+    await scene.ben.ok("PUT", path + "/read", {"message_id": repeat.body["message_id"], "back": True})
+    await scene.ben.ok("DELETE", f"/messages/{repeat.body['message_id']}")
+    second = await scene.ben.socket()
+    for body in (text | {"content": "second"}, text | {"content": "second", "nonce": "two"}):
+        assert (await scene.ben.call("POST", "/messages", body)).body["reason"] == "SLOW_MODE"
+        ack = await second.call("message:send", body)
+        assert (ack["code"], ack["reason"]) == ("RATE_LIMITED", "SLOW_MODE") and 21_500 < ack["retry_after"] <= 21_600
+    await scene.ben.post(other)
+    await scene.cy.post(scene.place.channel_id, "everybody waits for themselves")
+    for _ in range(2):
+        await scene.ana.post(scene.place.channel_id, "staff")
+    code = await scene.ana.invite(scene.place.server_id)
+    await scene.ben.ok("DELETE", f"{scene.server}/members/{scene.ben.user_id}")
+    await scene.ben.ok("POST", f"/invites/{code}")
+    assert (await scene.ben.call("POST", "/messages", text | {"content": "back"})).body["reason"] == "SLOW_MODE"
+    program = scene.world.chat.post_message
+    assert (await program(author_id=scene.ben.user_id, content="the embedding program has no limits", **text)).message_id
+    await scene.ana.ok("PATCH", path, {"slow_seconds": 0})
+    await scene.ben.post(scene.place.channel_id)
+
+
+@pytest.mark.portable
+async def test_slow_mode_ends_after_its_time(scene: Scene) -> None:
+    body = {"channel_id": scene.place.channel_id, "content": "again"}
+    await scene.ana.ok("PATCH", f"/channels/{scene.place.channel_id}", {"slow_seconds": 1})
+    before = time.time()
+    await scene.ben.ok("POST", "/messages", body)
+
+    async def accepted() -> bool:
+        return (await scene.ben.call("POST", "/messages", body)).status == 201
+
+    await eventually(accepted, "the next post")
+    assert time.time() - before >= 1
+
+
+async def test_slow_mode_survives_a_restart(tmp_path: Path) -> None:
+    process = await Process.start(tmp_path / "chat.db")
+    async with process.world() as world:
+        ana, ben = await world.people("ana", "ben")
+        place = await world.place(ana, ben)
+        await ben.post(place.channel_id)
+        await ana.ok("PATCH", f"/channels/{place.channel_id}", {"slow_seconds": 600})
+    assert (await process.stop())[0] == 0
+    process = await Process.start(tmp_path / "chat.db")
+    async with process.world() as world:
+        reply = await at(world, ben).call("POST", "/messages", {"channel_id": place.channel_id, "content": "again"})
+        assert (reply.code, reply.body["reason"]) == ("RATE_LIMITED", "SLOW_MODE")
+    assert (await process.stop())[0] == 0
+
+
+@pytest.mark.portable
+async def test_a_repeated_post_is_not_refused(scene: Scene) -> None:
+    """Its author may have been muted since, or the channel may be read-only: the post has succeeded."""
+    body = {"channel_id": scene.place.channel_id, "content": "once", "nonce": "n"}
+    first = await scene.ben.ok("POST", "/messages", body)
+    await scene.ana.ok("PATCH", f"/channels/{scene.place.channel_id}", {"posting": "staff"})
+    await scene.ana.ok("PUT", f"{scene.server}/members/{scene.ben.user_id}/mute", {})
+    reply = await scene.ben.call("POST", "/messages", body)
+    assert (reply.status, reply.body["message_id"]) == (201, first["message_id"])
+    assert (await scene.ben.call("POST", "/messages", body | {"nonce": "other"})).body["reason"] == "MUTED"
+    await scene.ana_socket.receive("message:new", message_id=first["message_id"])
+    await scene.ana_socket.receive_none("message:new")
+
+
+BAD_RULES: list[tuple[dict[str, Any], str]] = [
+    ({"posting": "nobody"}, "posting"), ({"posting": 1}, "posting"),
+    ({"slow_seconds": -1}, "slow_seconds"), ({"slow_seconds": 21_601}, "slow_seconds"), ({"slow_seconds": 1.5}, "slow_seconds"),
+    ({"slow_seconds": "9"}, "slow_seconds"), ({"slow_seconds": 10**30}, "slow_seconds"),
+    ({"keep_days": 0}, "keep_days"), ({"keep_days": 36_501}, "keep_days"), ({"keep_days": "week"}, "keep_days"),
+    ({"keep_days": True}, "keep_days"), ({"slow": 1}, "slow"),
+]  # fmt: skip
+
+
+@pytest.mark.portable
+async def test_bad_rules_change_nothing(scene: Scene) -> None:
+    path = f"/channels/{scene.place.channel_id}"
+    for body, field in BAD_RULES:
+        reply = await scene.ana.call("PATCH", path, {"name": "renamed"} | body)
+        assert (reply.code, reply.body["field"]) == ("BAD_REQUEST", field), body
+    channels = (await scene.ana.ok("GET", f"{scene.server}/channels"))["channels"]
+    assert channels == [{"server_id": scene.place.server_id, "channel_id": scene.place.channel_id} | {
+        "name": "general", "kind": "text", "topic": "",
+    }]  # fmt: skip
+    assert (await scene.ben.call("PATCH", path, {"posting": "staff"})).body["reason"] == "ROLE_TOO_LOW"
+
+
+@pytest.mark.portable
+async def test_rules_are_omitted_while_they_have_no_effect(scene: Scene) -> None:
+    path = f"/channels/{scene.place.channel_id}"
+    plain = (await scene.ana.ok("GET", f"{scene.server}/channels"))["channels"][0]
+    assert set(plain) == {"server_id", "channel_id", "name", "kind", "topic"}
+    rules = {"posting": "staff", "slow_seconds": 21_600, "keep_days": 36_500}
+    assert await scene.ana.ok("PATCH", path, rules) == plain | rules
+    assert await scene.ana.ok("PATCH", path, {"topic": "maths"}) == plain | rules | {"topic": "maths"}
+    assert (await scene.ben.ok("GET", "/servers"))["servers"][0]["channels"] == [plain | rules | {"topic": "maths"}]
+    undone = await scene.ana.ok("PATCH", path, {"topic": "", "posting": "everyone", "slow_seconds": 0, "keep_days": None})
+    assert undone == plain
+    for _ in range(3):
+        received = await scene.ben_socket.receive("channel:updated")
+    assert set(received) == CHANNEL_KEYS
+
+
+@pytest.mark.portable
+async def test_a_mute_ends_after_its_time(scene: Scene) -> None:
+    """No event says so: clients have the time. After it, members have no `muted_until`."""
+    path, before = f"{scene.server}/members/{scene.ben.user_id}", time.time()
+    member = await scene.ana.ok("PUT", path + "/mute", {"seconds": 1})
+    assert chatrtc.utc(before + 1) <= member["muted_until"] <= chatrtc.utc(time.time() + 2)
+    assert (await scene.ben.call("POST", "/messages", {"channel_id": scene.place.channel_id, "content": "x"})).body[
+        "reason"
+    ] == "MUTED"
+
+    async def over() -> bool:
+        reply = await scene.ben.call("POST", "/messages", {"channel_id": scene.place.channel_id, "content": "x"})
+        return reply.status == 201
+
+    await eventually(over, "the end of the mute")
+    assert time.time() - before >= 1
+    members = (await scene.ana.ok("GET", f"{scene.server}/members"))["members"]
+    assert not any("muted_until" in one for one in members)
+
+
+@pytest.mark.portable
+async def test_a_mute_lasts_until_it_is_lifted(scene: Scene) -> None:
+    path, message = f"{scene.server}/members/{scene.ben.user_id}/mute", {"channel_id": scene.place.channel_id, "content": "x"}
+    member = await scene.ana.ok("PUT", path)
+    assert member["muted_until"] == "9999-12-31T23:59:59Z"
+    received = await scene.ben_socket.receive("member:updated", user_id=scene.ben.user_id)
+    assert (received["muted_until"], received["role"]) == (member["muted_until"], "member")
+    assert (await scene.ana.ok("PUT", path, {"seconds": 31_536_000}))["muted_until"] < member["muted_until"]
+    for _ in range(2):  # the second time, nothing changes
+        await scene.ana.ok("DELETE", path)
+    await scene.ben_socket.receive("member:updated")
+    assert "muted_until" not in await scene.ben_socket.receive("member:updated")
+    await scene.ben_socket.receive_none("member:updated")
+    await scene.ben.ok("POST", "/messages", message)
+
+
+@pytest.mark.portable
+async def test_a_mute_outlasts_leaving_and_is_lifted_from_a_new_owner(scene: Scene) -> None:
+    member = f"{scene.server}/members/{scene.ben.user_id}"
+    until = (await scene.ana.ok("PUT", member + "/mute"))["muted_until"]
+    await scene.ben.ok("DELETE", member)
+    assert (await scene.ana.call("DELETE", member + "/mute")).body["reason"] == "NO_MEMBER"
+    await scene.ben.ok("POST", f"/invites/{await scene.ana.invite(scene.place.server_id)}")
+    assert (await scene.ana_socket.receive("member:joined"))["muted_until"] == until
+    message = {"channel_id": scene.place.channel_id, "content": "back"}
+    assert (await scene.ben.call("POST", "/messages", message)).body["reason"] == "MUTED"
+    assert (await scene.ana.ok("PATCH", member, {"role": "admin"}))["muted_until"] == until
+    assert "muted_until" not in await scene.ana.ok("PATCH", member, {"role": "owner"})
+    await scene.ben.ok("POST", "/messages", message)
+
+
+@pytest.mark.portable
+async def test_only_a_higher_role_mutes_a_member(scene: Scene) -> None:
+    members = f"{scene.server}/members"
+    for person in (scene.ben, scene.cy):
+        await scene.ana.ok("PATCH", f"{members}/{person.user_id}", {"role": "admin"})
+    for target in (scene.ana, scene.ben, scene.cy):  # the owner, oneself, and staff of the same role
+        for method in ("PUT", "DELETE"):
+            reply = await scene.ben.call(method, f"{members}/{target.user_id}/mute")
+            assert (reply.code, reply.body["reason"]) == ("FORBIDDEN", "ROLE_TOO_LOW")
+    for user_id in (scene.dee.user_id, 10**9):
+        assert (await scene.ben.call("PUT", f"{members}/{user_id}/mute")).body["reason"] == "NO_MEMBER"
+    for seconds in (0, -1, 31_536_001, 1.5, "9", 10**30):
+        reply = await scene.ana.call("PUT", f"{members}/{scene.ben.user_id}/mute", {"seconds": seconds})
+        assert (reply.code, reply.body["field"]) == ("BAD_REQUEST", "seconds"), seconds
+    await scene.ben_socket.receive("member:updated", user_id=scene.cy.user_id)
+    await scene.ben_socket.receive_none("member:updated")
 
 
 # ---- Operations -----------------------------------------------------------------------------------------------------
@@ -5485,6 +5855,200 @@ async def test_the_program_starts_conversations(make_world: MakeWorld) -> None:
     ):
         with pytest.raises(chatrtc.ChatError, match="FORBIDDEN"):
             await call
+
+
+@pytest.mark.portable
+async def test_raised_hands_are_listed_in_order(scene: Scene) -> None:
+    server = {"server_id": scene.place.server_id}
+    assert (await scene.cy_socket.call("hand:raise", server))["reason"] == "NOT_JOINED"
+    await scene.ana.ok("PUT", f"{scene.server}/members/{scene.cy.user_id}/mute")
+    assert "hands" not in await scene.cy_socket.ok("join_server", server)
+    for socket in (scene.ben_socket, scene.cy_socket, scene.ana_socket, scene.ben_socket):  # the second time changes nothing
+        assert await socket.ok("hand:raise", server) == {"success": True}
+    hands = (await scene.ana_socket.ok("join_server", server))["hands"]
+    assert [(hand["user_id"], hand["username"]) for hand in hands] == [
+        (scene.ben.user_id, "ben"), (scene.cy.user_id, "cy"), (scene.ana.user_id, "ana"),
+    ]  # fmt: skip
+    assert all(set(hand) == {"user_id", "username", "at"} for hand in hands)
+    assert [await scene.cy_socket.receive("hand:raised") for _ in range(3)] == [server | hand for hand in hands]
+    await scene.cy_socket.receive_none("hand:raised")
+    await scene.ben.ok("PATCH", "/users/me", {"name": "Ben Lima"})
+    assert (await scene.ana_socket.ok("join_server", server))["hands"][0] == hands[0] | {"name": "Ben Lima"}
+    await scene.dee_socket.receive_none("hand:raised")
+    assert (await scene.dee_socket.call("hand:raise", server))["reason"] == "NOT_MEMBER"
+
+
+@pytest.mark.portable
+async def test_a_hand_is_lowered_by_its_owner_or_by_admins(scene: Scene) -> None:
+    server = {"server_id": scene.place.server_id}
+    await scene.cy_socket.ok("join_server", server)
+    for socket in (scene.ana_socket, scene.ben_socket, scene.cy_socket):
+        await socket.ok("hand:raise", server)
+    ack = await scene.ben_socket.call("hand:lower", server | {"user_id": scene.cy.user_id})
+    assert (ack["code"], ack["reason"]) == ("FORBIDDEN", "ROLE_TOO_LOW")
+    await scene.ben_socket.ok("hand:lower", server | {"user_id": scene.ben.user_id})
+    await scene.cy_socket.receive("hand:lowered", user_id=scene.ben.user_id)
+    await scene.ana.ok("PATCH", f"{scene.server}/members/{scene.ben.user_id}", {"role": "admin"})
+    for person in (scene.cy, scene.ana):
+        for _ in range(2):  # the second time, it is not raised
+            await scene.ben_socket.ok("hand:lower", server | {"user_id": person.user_id})
+        await scene.cy_socket.receive("hand:lowered", user_id=person.user_id)
+    await scene.cy_socket.receive_none("hand:lowered")
+    for user_id, reason in ((scene.dee.user_id, "NO_MEMBER"), (10**9, "NO_MEMBER"), (0, "FIELD_SMALL"), ("all", "FIELD_TYPE")):
+        assert (await scene.ben_socket.call("hand:lower", server | {"user_id": user_id}))["reason"] == reason
+    assert "hands" not in await scene.ana_socket.ok("join_server", server)
+
+
+@pytest.mark.portable
+async def test_a_hand_is_kept_while_its_owner_reconnects(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds after the last socket has gone, it is lowered. Each absence has its own ten seconds."""
+    assert chatrtc.HAND_SECONDS == 10
+    monkeypatch.setattr(chatrtc, "HAND_SECONDS", 1.5)
+    server = {"server_id": scene.place.server_id}
+    await scene.ben_socket.ok("hand:raise", server)
+    await scene.ana_socket.ok("hand:raise", server)
+    began = time.monotonic()
+    while time.monotonic() - began < 2:
+        await scene.ben_socket.close()
+        await scene.ana_socket.receive("user:disconnected")
+        scene.ben_socket = await scene.ben.socket(scene.place.server_id)
+        await scene.ana_socket.receive("user:connected")
+    ack = await scene.ben_socket.ok("join_server", server)
+    assert [hand["user_id"] for hand in ack["hands"]] == [scene.ben.user_id, scene.ana.user_id]
+    second = await scene.ben.socket(scene.place.server_id)
+    await scene.ben_socket.close()
+    await scene.ana_socket.receive_none("hand:lowered")
+    began = time.monotonic()
+    await second.ok("leave_server", server)
+    await scene.ana_socket.receive("hand:lowered", user_id=scene.ben.user_id)
+    assert 1.4 < time.monotonic() - began < bound(2)
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("way", ["leaving", "removal", "ban", "deletion"])
+async def test_the_hand_of_a_former_member_is_lowered_at_once(scene: Scene, way: str) -> None:
+    server, ben = {"server_id": scene.place.server_id}, scene.ben
+    await scene.ben_socket.ok("hand:raise", server)
+    match way:
+        case "leaving" | "removal":
+            await (ben if way == "leaving" else scene.ana).ok("DELETE", f"{scene.server}/members/{ben.user_id}")
+        case "ban":
+            await scene.ana.ok("PUT", f"{scene.server}/bans/{ben.user_id}")
+        case "deletion":
+            await scene.world.chat.hub.store.write(lambda db: chatrtc.delete_user(db, "ben"))
+    began = time.monotonic()
+    await scene.ana_socket.receive("hand:lowered", user_id=ben.user_id)
+    assert time.monotonic() - began < bound(1)
+    assert not scene.world.chat.hub.hands
+
+
+@pytest.mark.portable
+async def test_hands_end_with_their_server(scene: Scene) -> None:
+    for socket in (scene.ana_socket, scene.ben_socket):
+        await socket.ok("hand:raise", {"server_id": scene.place.server_id})
+    await scene.ana.ok("DELETE", scene.server)
+    await scene.ben_socket.receive("server:deleted")
+    await scene.ben_socket.receive_none("hand:lowered")
+    assert not scene.world.chat.hub.hands
+
+
+async def test_hands_do_not_survive_a_restart(tmp_path: Path) -> None:
+    process = await Process.start(tmp_path / "chat.db")
+    async with process.world() as world:
+        ana = await world.person("ana")
+        server = {"server_id": (await world.place(ana)).server_id}
+        socket = await ana.socket(server["server_id"])
+        await socket.ok("hand:raise", server)
+        assert len((await socket.ok("join_server", server))["hands"]) == 1
+    assert (await process.stop())[0] == 0
+    process = await Process.start(tmp_path / "chat.db")
+    async with process.world() as world:
+        assert "hands" not in await (await world.socket(ana.token)).ok("join_server", server)
+    assert (await process.stop())[0] == 0
+
+
+@pytest.mark.portable
+async def test_a_hand_is_raised_by_the_embedding_program(scene: Scene) -> None:
+    chat, ids = scene.world.chat, {"author_id": scene.ben.user_id, "server_id": scene.place.server_id}
+    await chat.raise_hand(**ids)
+    await scene.ana_socket.receive("hand:raised", user_id=scene.ben.user_id)
+    await chat.lower_hand(**ids)
+    await scene.ana_socket.receive("hand:lowered", user_id=scene.ben.user_id)
+    with pytest.raises(chatrtc.ChatError, match="not a member"):
+        await chat.raise_hand(author_id=scene.dee.user_id, server_id=scene.place.server_id)
+
+
+EVERYONE_CASES = {  # each text of a teacher -> whether it mentions everyone
+    "@everyone": True, "Hello @Everyone!": True, "@EVERYONE.": True, "(@everyone)": True, "你好@everyone": True,
+    "`@everyone`": False, "```\n@everyone\n```": False, "mail@everyone": False, "https://example.org/@everyone": False,
+    "@everyones": False, "@every": False, "everyone": False, "\\@everyone": False,
+}  # fmt: skip
+
+
+@pytest.mark.portable
+async def test_staff_mention_everyone(scene: Scene) -> None:
+    """Sent once, with the message: no `mention`, no entry in `mentions`. From members it is plain text."""
+    channel_id = scene.place.channel_id
+    for text, expected in EVERYONE_CASES.items():
+        message = await scene.ana.post(channel_id, text)
+        assert message.get("everyone", False) == expected, text
+        assert "mentions" not in message, text
+        assert await scene.ben_socket.receive("message:new") == message
+    await scene.ben_socket.receive_none("mention")
+    assert "everyone" not in await scene.ben.post(channel_id, "@everyone")
+    both = await scene.ana.post(channel_id, "@everyone and @ben")
+    assert (both["everyone"], both["mentions"]) == (True, [scene.ben.user_id])
+    await scene.ben_socket.receive("mention", message_id=both["message_id"])
+    await scene.cy_socket.receive_none("mention")
+    await scene.ana.ok("PATCH", f"{scene.server}/members/{scene.cy.user_id}", {"role": "admin"})
+    assert (await scene.cy.post(channel_id, "@everyone"))["everyone"]
+
+
+@pytest.mark.portable
+async def test_everyone_counts_as_a_mention_for_all_but_its_author(scene: Scene) -> None:
+    channel_id = scene.place.channel_id
+
+    async def mentions(*people: Person) -> list[int]:
+        return [(await one.ok("GET", f"/channels/{channel_id}/read"))["mentions"] for one in people]
+
+    first = await scene.ana.post(channel_id, "@everyone")
+    both = await scene.ana.post(channel_id, "@everyone, above all @ben")
+    await scene.ana.post(channel_id, "@ben")
+    assert await mentions(scene.ana, scene.ben, scene.cy) == [0, 3, 2]
+    reads = (await scene.cy.ok("GET", "/users/me/reads"))["reads"]
+    assert [state["mentions"] for state in reads] == [2]
+    edited = await scene.ana.ok("PATCH", f"/messages/{first['message_id']}", {"content": "nobody"})
+    assert "everyone" not in edited and await mentions(scene.ben, scene.cy) == [2, 1]
+    assert (await scene.ben_socket.receive("message:edit")) == edited
+    again = await scene.ana.ok("PATCH", f"/messages/{first['message_id']}", {"content": "all: @everyone"})
+    assert again["everyone"] and await mentions(scene.ben, scene.cy) == [3, 2]
+    await scene.ben_socket.receive("message:edit", seq=again["seq"])
+    await scene.ben_socket.receive_none("mention")
+    assert scene.ben_socket.names().count("mention") == 2, "of the messages that name Ben"
+    await scene.ana.ok("DELETE", f"/messages/{first['message_id']}")
+    await scene.cy.ok("PUT", f"/channels/{channel_id}/read", {"message_id": both["message_id"]})
+    assert await mentions(scene.ben, scene.cy) == [2, 0]
+    dee = scene.dee
+    await dee.ok("POST", f"/invites/{await scene.ana.invite(scene.place.server_id)}")
+    assert await mentions(dee) == [0], "messages from before are read"
+
+
+@pytest.mark.portable
+async def test_nobody_can_be_called_everyone(world: World) -> None:
+    for name in ("everyone", "Everyone", "\uff45veryone"):
+        reply = await world.call("POST", "/auth/register", {"username": name, "password": "correct horse"})
+        assert (reply.code, reply.body["reason"], reply.body["field"]) == ("CONFLICT", "USERNAME_TAKEN", "username")
+    derived = await world.call("POST", "/auth/register", {"name": "Everyone", "password": "correct horse"})
+    assert (derived.status, derived.body["username"]) == (201, "Everyone2")
+
+
+@pytest.mark.portable
+async def test_the_mentions_of_everyone_are_counted_by_their_index(scene: Scene) -> None:
+    """Otherwise the messages of a channel would be read one by one."""
+    query = chatrtc.READ_STATE_ROWS + "WHERE channel_id = :channel_id"
+    values = {"user_id": scene.ben.user_id, "channel_id": scene.place.channel_id} | chatrtc.READ_LIMITS
+    plan = scene.world.chat.hub.store.read_inline(lambda db: db.execute(f"EXPLAIN QUERY PLAN {query}", values).fetchall())
+    assert any("messages_everyone" in row[3] for row in plan) and not any("SCAN x" in row[3] for row in plan), plan
 
 
 # ---- Engine.IO and Socket.IO ----------------------------------------------------------------------------------------
@@ -11509,6 +12073,119 @@ async def test_voice_connects_peers_on_all_servers(split: Split) -> None:
     await split.ben_socket.receive("voice:leave", user_id=ben.user_id)
 
 
+SILENCED_BY: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
+    # what Ana does while Ben types and talks: method, path, body, and what ends
+    "a mute": ("PUT", "/servers/{server}/members/{ben}/mute", {}, ("typing_stop", "voice:leave")),
+    "a read-only channel": ("PATCH", "/channels/{text}", {"posting": "staff"}, ("typing_stop",)),
+    "a read-only voice channel": ("PATCH", "/channels/{voice}", {"posting": "staff"}, ("voice:leave",)),
+    "a lower role": ("PATCH", "/servers/{server}/members/{ben}", {"role": "member"}, ("typing_stop", "voice:leave")),
+    "a ban": ("PUT", "/servers/{server}/bans/{ben}", {}, ("typing_stop", "voice:leave")),
+}
+
+
+@pytest.mark.parametrize("what", SILENCED_BY)
+async def test_typing_and_calls_end_when_they_are_no_longer_allowed(split: Split, what: str) -> None:
+    """At once, on both servers. Ana's own go on."""
+    ana, ben, place = split.ana, split.ben, split.place
+    voice = await ana.channel(place.server_id, "talk", "voice")
+    ids = {"server": place.server_id, "ben": ben.user_id, "text": place.channel_id, "voice": voice}
+    if what == "a lower role":
+        await ana.ok("PATCH", "/servers/{server}/members/{ben}".format(**ids), {"role": "admin"})
+        for channel_id in (place.channel_id, voice):
+            await ana.ok("PATCH", f"/channels/{channel_id}", {"posting": "staff"})
+    sockets = [(split.ana_socket, split.ben_socket), (split.ben_socket, split.ana_socket)]
+    await split.ben_socket.receive("channel:created")
+    for socket, other in sockets:
+        await socket.ok("voice:join", {"channel_id": voice})
+        await other.receive("voice:join")
+    for socket, other in sockets:
+        await socket.ok("typing_start", {"channel_id": place.channel_id})
+        await other.receive("user:typing")
+    method, path, body, ended = SILENCED_BY[what]
+    assert (await ana.call(method, path.format(**ids), body)).status < 300
+    began = time.monotonic()
+    for event in ended:
+        await split.ana_socket.receive(event, user_id=ben.user_id)
+    assert time.monotonic() - began < bound(1)
+    for world in (ana.world, ben.world):
+        peers = world.chat.hub.voice_peers
+        expected = {ana.user_id} if "voice:leave" in ended else {ana.user_id, ben.user_id}
+        await until(lambda peers=peers, expected=expected: {one.notice.user_id for one in peers.values()} == expected)
+    for socket, _ in sockets:
+        await socket.receive_none("voice:leave", user_id=ana.user_id)
+    for event, channel_id in (("typing_stop", place.channel_id), ("voice:leave", voice)):
+        attempt = {"typing_stop": "typing_start", "voice:leave": "voice:join"}[event]
+        ack = await split.ben_socket.call(attempt, {"channel_id": channel_id})
+        assert ack.get("reason") == (
+            {"a mute": "MUTED", "a ban": "NOT_MEMBER"}.get(what, "READ_ONLY") if event in ended else None
+        )
+
+
+async def test_rules_hold_on_all_servers(split: Split) -> None:
+    """Slow mode and mutes are in the database, which the servers share."""
+    ana, ben, message = split.ana, split.ben, {"channel_id": split.place.channel_id, "content": "hello"}
+    await ana.ok("PATCH", f"/channels/{split.place.channel_id}", {"slow_seconds": 600})
+    await split.ben_socket.ok("message:send", message)
+    other_way = at(ana.world, ben)
+    assert (await other_way.call("POST", "/messages", message)).body["reason"] == "SLOW_MODE"
+    mute = f"/servers/{split.place.server_id}/members/{ben.user_id}/mute"
+    await ana.ok("PUT", mute)
+    await split.ben_socket.receive("member:updated")
+    assert (await split.ben_socket.call("message:send", message))["reason"] == "MUTED"
+    await ana.ok("DELETE", mute)
+    assert (await split.ben_socket.call("message:send", message))["reason"] == "SLOW_MODE"
+
+
+async def hands_of(person: Person, server_id: int) -> list[int]:
+    """Return whose hands are raised, in order, as a new socket of this person learns it."""
+    socket = await person.world.socket(person.token)
+    hands = (await socket.ok("join_server", {"server_id": server_id})).get("hands", [])
+    await socket.close()
+    return [hand["user_id"] for hand in hands]
+
+
+async def test_hands_are_raised_on_all_servers(split: Split, make_world: MakeWorld, redis_server: Redis) -> None:
+    """In the same order. A server that starts later, or that missed something, asks the others."""
+    ana, ben, server = split.ana, split.ben, {"server_id": split.place.server_id}
+    await split.ben_socket.ok("hand:raise", server)
+    raised = await split.ana_socket.receive("hand:raised")
+    await split.ana_socket.ok("hand:raise", server)
+    assert raised == server | {"user_id": ben.user_id, "username": "ben", "at": raised["at"]}
+    await split.ben_socket.receive("hand:raised", user_id=ana.user_id)
+    third = await join_redis(make_world, redis_server, "three")
+    await until(lambda: len(third.chat.hub.hands) == 2)
+    for world in (ana.world, ben.world, third):
+        assert await hands_of(at(world, ana), split.place.server_id) == [ben.user_id, ana.user_id]
+    ben.world.chat.hub.reconnect_all()  # as if it had missed events
+    await until(lambda: len(ben.world.chat.hub.hands) == 2)
+    await split.ana_socket.ok("hand:lower", server | {"user_id": ben.user_id})
+    await until(lambda: all(world.chat.hub.hands.keys() == {(1, ana.user_id)} for world in (ana.world, ben.world, third)))
+
+
+async def test_a_hand_survives_a_reconnect_to_another_server(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner has ten seconds, and keeps the place. When they have gone from all servers, it is lowered on all."""
+    monkeypatch.setattr(chatrtc, "HAND_SECONDS", 1.0)
+    ana, ben, server = split.ana, split.ben, {"server_id": split.place.server_id}
+    hubs, heard = [world.chat.hub for world in (ana.world, ben.world)], list[str]()
+    for world in (ana.world, ben.world):
+
+        @world.chat.on("hand:lowered")
+        async def listen(payload: Any) -> None:
+            heard.append(payload["username"])
+
+    await split.ben_socket.ok("hand:raise", server)
+    await split.ana_socket.ok("hand:raise", server)
+    await split.ben_socket.close()
+    await split.ana_socket.receive("user:disconnected")
+    moved = await at(ana.world, ben).socket(split.place.server_id)
+    await until(lambda: all(hub.presence.is_connected(1, ben.user_id) and not hub._hand_timers for hub in hubs))
+    assert await hands_of(ana, split.place.server_id) == [ben.user_id, ana.user_id]
+    await moved.close()
+    await split.ana_socket.receive("hand:lowered", user_id=ben.user_id)
+    await until(lambda: all(hub.hands.keys() == {(1, ana.user_id)} for hub in hubs))
+    await until(lambda: heard == ["ben"])
+
+
 async def test_a_voice_channel_is_full_on_all_servers(make_world: MakeWorld, redis_server: Redis) -> None:
     one, two = [await join_redis(make_world, redis_server, name, voice_max=2) for name in ("one", "two")]
     people = await one.people("ana", "ben", "cy")
@@ -11562,6 +12239,8 @@ HOSTILE_ENTRIES = {
     "an unknown limit": ["Counted", "posts", ["ana"]],
     "a limit by user": ["Counted", "post", ["1"]],
     "a key of another form": ["Counted", "login", ["ana"]],
+    "a hand of a user who is not a member": ["Hello", "first", [], [], [[1, 3, "2026-01-01T00:00:00Z"]]],
+    "a hand at no time": ["Hello", "first", [], [], [[1, 2, "soon"]]],
     "an unknown kind": ["Drop", "everything"],
     "another event": ["Change", "message:new", 1, 2],
     "no kind": [],
@@ -11589,7 +12268,7 @@ async def test_messages_of_a_hostile_redis_change_nothing(split: Split, redis_se
 
     await until(is_believed, 30)
     assert (hub.presence.users_of(), hub.presence.visible(server_id), len(hub.limiter._tables["login"])) == before
-    assert not hub.typing_tracker and not hub.voice_peers and voice
+    assert not hub.typing_tracker and not hub.voice_peers and not hub.hands and voice
     assert len(split.ana.world.chat.hub.sio.manager.rooms) < 10
     for name in ("user:connected", "user:disconnected", "user:typing", "voice:join", "voice:signal"):
         await split.ana_socket.receive_none(name)
@@ -15541,6 +16220,11 @@ async def test_all_operations_match_their_descriptions(world: World) -> None:
     await emit(talker, "voice:leave", {"channel_id": channel["channel_id"]})
     await emit(talker, "typing_start", {"channel_id": place.channel_id})
     await emit(talker, "typing_stop", {"channel_id": place.channel_id})
+    await emit(talker, "hand:raise", {"server_id": place.server_id})
+    await emit(await ben.socket(), "join_server", {"server_id": place.server_id})
+    await emit(talker, "hand:lower", {"server_id": place.server_id})
+    await rest("mute", {"seconds": 60})
+    await rest("unmute")
     message = await rest("post_message", {"channel_id": place.channel_id, "content": "hello @ben", "nonce": "1"})
     at["message_id"] = message["message_id"]
     await rest("post_message", {"channel_id": place.channel_id, "content": "yes", "reply_to": message["message_id"]})
@@ -15562,7 +16246,8 @@ async def test_all_operations_match_their_descriptions(world: World) -> None:
     await emit(talker, "user:status", {"status": "invisible"})
     await rest("update_profile", {"status": "away", "name": "Ana Lima"})
     await rest("list_reads")
-    await rest("edit_channel", {"topic": "more"}, channel_id=channel["channel_id"])
+    rules = {"posting": "staff", "slow_seconds": 5, "keep_days": 30}
+    await rest("edit_channel", {"topic": "more"} | rules, channel_id=channel["channel_id"])
     await rest("rename_server", {"name": "classes"})
     listening = await cy.socket()
     await rest("accept_invite", who=cy, code=await ana.invite(place.server_id))
