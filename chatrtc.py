@@ -7866,7 +7866,7 @@ def page_file() -> StaticFile:
 
     policy = (
         f"default-src 'none'; script-src {sources(b'script')}; style-src {sources(b'style')}; connect-src 'self'; "
-        "img-src 'self' data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src 'self' data: blob:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return StaticFile(page, {"Content-Security-Policy": policy, "Content-Type": "text/html; charset=utf-8"})
 

@@ -13,8 +13,10 @@ import hashlib
 import hmac
 import html
 import inspect
+import io
 import itertools
 import json
+import mimetypes
 import os
 import random
 import re
@@ -56,7 +58,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings, stateful, strategies
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from playwright.async_api import Browser, Locator, Page, async_playwright, expect
+from playwright.async_api import Browser, FilePayload, Locator, Page, async_playwright, expect
 from yarl import URL
 
 import chatrtc
@@ -13580,6 +13582,18 @@ class Tab:
     async def texts(self) -> list[str]:
         return await self.page.locator("#log .row .said").all_inner_texts()
 
+    async def attach(self, *files: tuple[str, bytes]) -> None:
+        """Choose files, as (name, content)."""
+        async with self.page.expect_file_chooser() as chooser:
+            await self.page.click("#attach")
+        chosen: list[FilePayload] = [
+            {"name": name, "mimeType": mimetypes.guess_type(name)[0] or "", "buffer": data} for name, data in files
+        ]
+        await (await chooser.value).set_files(chosen)
+
+    def attachment(self, name: str) -> Locator:
+        return self.page.locator(".attachment", has_text=name)
+
     async def create_class(self) -> None:
         """Create an account and a server, as somebody who opens the page for the first time."""
         await self.open()
@@ -15667,6 +15681,432 @@ async def test_no_hostile_text_is_executed(two: Any) -> None:
         assert await one.evaluate(ODD) == []
 
 
+# Files
+
+PAINT = """([width, height, type]) => {
+    const canvas = Object.assign(document.createElement("canvas"), {width, height}), pen = canvas.getContext("2d");
+    const colours = pen.createLinearGradient(0, 0, width, height);
+    for (const [at, colour] of ["#0b6b5c", "#efbd67", "#4a6fb5"].entries()) colours.addColorStop(at / 2, colour);
+    pen.fillStyle = colours;
+    pen.fillRect(0, 0, width, height);
+    return canvas.toDataURL(type, 0.9).replace(/.*,/, "");
+}"""
+COPY = """async (data) => {
+    const bytes = Uint8Array.from(atob(data), (one) => one.charCodeAt(0));
+    await navigator.clipboard.write([new ClipboardItem({"image/png": new Blob([bytes], {type: "image/png"})})]);
+}"""
+IS_LOADED = "(img) => img.complete && img.naturalWidth > 0"
+
+
+async def paint(tab: Tab, width: int, height: int, kind: str = "image/png") -> bytes:
+    """Return a picture of this size."""
+    return base64.b64decode(await tab.evaluate(PAINT, [width, height, kind]))
+
+
+def with_location(jpeg: bytes, orientation: int) -> bytes:
+    """Add Exif data as a phone's camera does: how it was held, and where."""
+    fields = [struct.pack(">HHIHH", 0x112, 3, 1, orientation, 0), struct.pack(">HHII", 0x8825, 4, 1, 38)]
+    place = [struct.pack(">HHI4s", 1, 2, 2, b"N"), struct.pack(">HHII", 2, 5, 3, 68)]
+    tables = [struct.pack(">H", 2) + b"".join(rows) + bytes(4) for rows in (fields, place)]
+    exif = b"Exif\0\0MM\0*\0\0\0\x08" + b"".join(tables) + struct.pack(">6I", 52, 1, 31, 1, 12, 1)
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+
+
+async def upload(who: Person, channel_id: int, name: str, data: bytes, **facts: Any) -> int:
+    """Upload a file and return its id."""
+    path = URL(f"{who.world.url}/channels/{channel_id}/files").with_query(name=name, **facts)
+    reply = await who.call("POST", path, data=io.BytesIO(data))
+    assert reply.status == 201, reply
+    return int(reply.body["file_id"])
+
+
+async def loaded(picture: Locator) -> None:
+    await picture.wait_for()
+    await eventually(lambda: picture.evaluate(IS_LOADED), "the picture")
+
+
+async def files_of(who: Person, channel_id: int) -> list[dict[str, Any]]:
+    """Return the files of the last message."""
+    return list((await channel_history(who, channel_id))[-1]["files"])
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+async def test_a_pasted_picture_arrives(api: World, tab: Any, width: int) -> None:
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    maya, jonas = [await tab(one, viewport={"width": width, "height": 800}) for one in (maya_api, jonas_api)]
+    await maya.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    await maya.evaluate(COPY, base64.b64encode(await paint(maya, 300, 200)).decode())
+    await maya.fill("#text", "look at this")
+    start = time.monotonic()
+    await maya.press("#text", "Control+V")
+    await maya.press("#text", "Enter")
+    await loaded(jonas.locator("#log .picture img"))
+    assert time.monotonic() - start < bound(2)
+    await maya.sees("look at this")
+    await loaded(maya.locator("#log .picture img"))
+    assert (await files_of(maya_api, channel_id))[0] | {"size": 0} == {
+        "file_id": 1, "name": "image.png", "type": "image/png", "size": 0, "width": 300, "height": 200,
+    }  # fmt: skip
+    await expect(maya.locator("#attachments")).to_be_hidden()
+    await maya.press("#text", "Control+V")
+    await maya.press("#text", "Enter")
+    await expect(jonas.locator("#log .row")).to_have_count(2)
+    await jonas.locator("#log .row").last.hover()
+    await jonas.locator('#log .row [data-do="reply"]').last.click()
+    await jonas.write("nice")
+    await expect((await maya.sees("nice")).locator(".quote")).to_contain_text("📎 image.png")
+    assert await jonas.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+async def test_files_are_dropped_cancelled_and_limited(api: World, tab: Any, tmp_path: Path) -> None:
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    maya, jonas = await tab(maya_api), await tab(jonas_api)
+    for name in ("notes.txt", "more.txt"):
+        (tmp_path / name).write_text("three ponds")
+    await slow_down(maya, 200_000)
+    await drag(maya, tmp_path / "notes.txt", tmp_path / "more.txt", drop=False)
+    await expect(maya.locator("#drop")).to_have_text("Drop files to attach them")
+    await maya.shot("drop")
+    await drag(maya, tmp_path / "notes.txt", tmp_path / "more.txt")
+    await expect(maya.locator("#drop")).to_be_hidden()
+    await maya.attach(("film.bin", bytes(4_000_000)), ("huge.bin", bytes(11 << 20)))
+    await expect(maya.attachment("huge.bin")).to_contain_text("Larger than 10 MB, the most that is allowed here.")
+    await maya.press("#text", "Enter")
+    await expect(maya.locator("#toasts")).to_have_text("A file was not uploaded. Try again, or remove it.")
+    await maya.click('[aria-label="Remove huge.bin"]')
+    await expect(maya.attachment("film.bin").locator(".size")).to_have_text(re.compile(r"^3\.8 MB, [1-9]\d? %$"))
+    assert 0 < float(await maya.attachment("film.bin").locator("progress").evaluate("(one) => one.value")) < 1
+    await maya.click('[aria-label="Cancel the upload of film.bin"]')
+    await expect(maya.locator(".attachment")).to_have_count(2)
+    await slow_down(maya, -1)
+    await maya.attach(*((f"{number}.txt", b"x") for number in range(10)))
+    await expect(maya.locator("#toasts")).to_have_text("A message has at most 10 files. The others were not attached.")
+    await expect(maya.locator(".attachment")).to_have_count(10)
+    await maya.click('[aria-label="Remove 0.txt"]')
+    await maya.press("#text", "Enter")
+    await expect(jonas.locator("#log .document b")).to_have_text(["notes.txt", "more.txt", *(f"{n}.txt" for n in range(1, 8))])
+    assert [file["size"] for file in await files_of(jonas_api, channel_id)] == [11, 11, *[1] * 7]
+
+
+async def slow_down(tab: Tab, speed: int) -> None:
+    """Limit the uploads of a page to so many bytes a second; -1: no limit."""
+    cdp = await tab.page.context.new_cdp_session(tab.page)
+    limits = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": speed}
+    await cdp.send("Network.emulateNetworkConditions", limits)
+
+
+async def drag(tab: Tab, *paths: Path, drop: bool = True) -> None:
+    """Drag files over the messages."""
+    cdp = await tab.page.context.new_cdp_session(tab.page)
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    for step in ("dragEnter", "dragOver", *(["drop"] if drop else [])):
+        await cdp.send("Input.dispatchDragEvent", {"type": step, "x": 600, "y": 400, "data": data})
+
+
+async def test_an_upload_continues_after_a_lost_connection(api: World, proxy: Proxy, tab: Any) -> None:
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    maya, jonas = await tab(maya_api, at=proxy.url), await tab(jonas_api)
+    maya.ignored = NETWORK_ERRORS
+    await slow_down(maya, 500_000)
+    data = random.Random(1).randbytes(3_000_000)
+    await maya.attach(("data.bin", data))
+    await maya.write("the measurements")  # is sent when the upload has ended
+    await maya.write("a message meanwhile")
+    await jonas.sees("a message meanwhile")
+    await expect(maya.row("the measurements").locator("progress")).to_be_visible()
+    await proxy.cut(maya)
+    await expect(maya.row("the measurements")).to_have_class(re.compile("waiting"))
+    await maya.row("the measurements").get_by_role("button", name="Cancel").click()
+    await expect(maya.attachment("data.bin")).to_contain_text("Waiting for the connection…")
+    await expect(maya.attachment("data.bin").get_by_role("button", name="Try again")).to_be_visible()
+    await expect(maya.locator("#text")).to_have_value("the measurements")
+    await maya.press("#text", "Enter")
+    await slow_down(maya, -1)
+    await proxy.start(maya)
+    await (await maya.sees("the measurements")).locator("a.document").wait_for()
+    await jonas.sees("the measurements")
+    (file,) = await files_of(jonas_api, channel_id)
+    assert (await jonas_api.call("GET", f"/files/{file['file_id']}")).body == data
+
+
+async def test_a_draft_keeps_its_files(api: World, tab: Any) -> None:
+    (maya_api,), (server_id, channel_id) = await create_class(api, "Maya")
+    await maya_api.channel(server_id, "homework")
+    maya = await tab(maya_api)
+    await maya.attach(("pond.png", await paint(maya, 200, 100)), ("notes.txt", b"three ponds"))
+    await maya.attachment("pond.png").locator(".alt").fill("A pond with reeds")
+    await maya.press("#text", "Tab")
+    await expect(maya.locator(".attachment progress:visible")).to_have_count(0)
+    await maya.open_channel("homework")
+    await expect(maya.locator("#attachments")).to_be_hidden()
+    await maya.reload()
+    await maya.open_channel("general")
+    await loaded(maya.attachment("pond.png").locator("img"))
+    await expect(maya.attachment("pond.png").locator(".alt")).to_have_value("A pond with reeds")
+    other = await second_tab(maya)
+    await expect(other.locator(".attachment b")).to_have_text(["pond.png", "notes.txt"])
+    await other.click('[aria-label="Remove notes.txt"]')
+    await expect(maya.locator(".attachment b")).to_have_text(["pond.png"])
+    await maya.attachment("pond.png").locator(".alt").fill("A pond with ducks")  # the page no longer has its bytes
+    await maya.attachment("pond.png").locator(".alt").press("Enter")
+    await expect(maya.locator("#text")).to_be_focused()
+    await maya.press("#text", "Enter")
+    await expect(maya.locator("#log .row:not(.waiting) img")).to_have_attribute("alt", "A pond with ducks")
+    await expect(other.locator("#attachments")).to_be_hidden()
+    (file,) = await files_of(maya_api, channel_id)
+    assert (file["name"], file["alt"], file["width"]) == ("pond.png", "A pond with ducks", 200)
+    await other.page.close()
+
+
+async def test_a_picture_is_sent_without_its_place(api: World, tab: Any) -> None:
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    maya = await tab(maya_api)
+    photo = with_location(await paint(maya, 3000, 1500, "image/jpeg"), 6)
+    assert b"Exif" in photo
+    await maya.attach(("pond.jpg", photo))
+    await expect(maya.locator(".attachment .size")).to_have_text(re.compile("kB$"))
+    await maya.write("scaled")
+    await maya.sees("scaled")
+    (file,) = await files_of(maya_api, channel_id)
+    assert (file["type"], file["width"], file["height"]) == ("image/jpeg", 1024, 2048)
+    sent = (await maya_api.call("GET", f"/files/{file['file_id']}")).body
+    assert b"Exif" not in sent
+    assert b"\xff\xe1" not in sent[:100]
+    await maya.attach(("pond.jpg", photo), ("clear.png", await paint(maya, 40, 40)), ("anim.gif", GIF))
+    await expect(maya.locator(".attachment progress:visible")).to_have_count(0)
+    await expect(maya.attachment("anim.gif").locator(".check")).to_be_hidden()
+    await maya.attachment("pond.jpg").get_by_label("Send the original").check()
+    await maya.write("as it is")
+    await maya.sees("as it is")
+    original, clear, anim = await files_of(maya_api, channel_id)
+    assert (await maya_api.call("GET", f"/files/{original['file_id']}")).body == photo
+    assert (await maya_api.call("GET", f"/files/{anim['file_id']}")).body == GIF
+    assert clear["type"] == "image/png"
+
+
+GIF = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
+
+
+async def test_pictures_open_large(api: World, tab: Any) -> None:
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    maya = await tab(maya_api)
+    names = ("one.png", "two.png", "three.png")
+    for name in names:
+        file_id = await upload(jonas_api, channel_id, name, await paint(maya, 1600, 1000), alt=f"Pond {name[:-4]}")
+        await jonas_api.post(channel_id, "", files=[file_id])
+    await loaded(maya.get_by_alt_text("Pond two"))
+    viewer, press = maya.locator("#viewer"), maya.keyboard.press
+    await maya.get_by_alt_text("Pond two").click()
+    await expect(viewer).to_contain_text("two.png")
+    await expect(viewer).to_contain_text("Picture 2 of 3")
+    await expect(viewer.locator("#stage img")).to_have_attribute("alt", "Pond two")
+    await loaded(viewer.locator("#stage img"))
+    await press("ArrowRight")
+    await expect(viewer).to_contain_text("three.png")
+    await expect(viewer.get_by_role("button", name="Next picture")).to_be_disabled()
+    await press("ArrowRight")
+    await press("ArrowLeft")
+    await press("ArrowLeft")
+    await expect(viewer).to_contain_text("one.png")
+    await loaded(viewer.locator("#stage img"))
+    width = "(img) => img.getBoundingClientRect().width"
+    before = await viewer.locator("#stage img").evaluate(width)
+    await press("+")
+    assert await viewer.locator("#stage img").evaluate(width) == pytest.approx(1.5 * before, abs=2)
+    await maya.mouse.move(600, 400)
+    await maya.mouse.down()
+    await maya.mouse.move(500, 380)
+    await maya.mouse.up()
+    assert "translate(-100px" in await viewer.locator("#stage img").get_attribute("style")
+    await press("-")
+    assert await viewer.locator("#stage img").evaluate(width) == pytest.approx(before, abs=2)
+    async with maya.page.expect_download() as download:
+        await viewer.get_by_label("Download").click()
+    assert (await download.value).suggested_filename == "one.png"
+    await press("Escape")
+    await expect(viewer).to_be_hidden()
+    await expect(maya.locator(".picture").nth(1)).to_be_focused()
+    await press("Enter")
+    await expect(viewer).to_be_visible()
+    await jonas_api.ok("DELETE", "/messages/2")
+    await expect(viewer).to_be_hidden()
+
+
+async def test_a_picture_is_zoomed_with_two_fingers(api: World, tab: Any) -> None:
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    phone = await tab(maya_api, viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
+    for name in ("one.png", "two.png"):
+        file_id = await upload(maya_api, channel_id, name, await paint(phone, 900, 900))
+        await maya_api.post(channel_id, name, files=[file_id])
+    await loaded(phone.get_by_alt_text("one.png"))
+    await phone.get_by_alt_text("one.png").tap()
+    img = phone.locator("#stage img")
+    await loaded(img)
+    cdp = await phone.page.context.new_cdp_session(phone.page)
+
+    async def touch(kind: str, *points: tuple[int, int]) -> None:
+        touches = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(points)]
+        await cdp.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+
+    before = (await img.bounding_box())["width"]
+    await touch("touchStart", (180, 400), (210, 400))
+    for step in range(1, 5):
+        await touch("touchMove", (180 - 15 * step, 400), (210 + 15 * step, 400))
+    await touch("touchEnd")
+    assert (await img.bounding_box())["width"] == pytest.approx(5 * before, rel=0.1)
+    await phone.keyboard.press("0")
+    await touch("touchStart", (300, 400))
+    for step in range(1, 5):
+        await touch("touchMove", (300 - 40 * step, 400))
+    await touch("touchEnd")
+    await expect(phone.locator("#viewer-name")).to_have_text("two.png")
+
+
+async def test_files_move_nothing(api: World, tab: Any) -> None:
+    """Each picture has its place before it is loaded, and addresses are requested only near the screen."""
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    maya = await tab()
+    for number in range(30):
+        size = (100 + 40 * number, 1200 - 35 * number)
+        file_id = await upload(maya_api, channel_id, f"{number}.png", await paint(maya, *size))
+        await maya_api.post(channel_id, f"no. {number};", files=[file_id])
+    waiting = asyncio.Event()
+    asked: list[str] = []
+
+    async def hold(route: Any) -> None:
+        asked.append(route.request.url)
+        await waiting.wait()
+        await route.continue_()
+
+    await maya.page.route("**/files/*?link=*", hold)
+    await maya.enter(maya_api)
+    await eventually(lambda: true_of(len(asked) > 2), "requests of pictures")
+    places = "[...document.querySelectorAll('#log .row')].map((row) => row.getBoundingClientRect().top)"
+    before = await maya.evaluate(places)
+    assert before[-1] < 800
+    waiting.set()
+    await loaded(maya.get_by_alt_text("29.png"))
+    assert await maya.evaluate(places) == before
+    assert len(asked) < 15
+    await maya.evaluate("document.querySelector('#log').scrollTop = 0")
+    await loaded(maya.get_by_alt_text("0.png", exact=True))
+    assert await maya.evaluate("Object.keys(localStorage).every((key) => !localStorage[key].includes('link='))")
+    assert "link" not in maya.page.url
+
+
+async def true_of(value: Any) -> bool:
+    return bool(value)
+
+
+async def test_nothing_that_could_run_is_shown(api: World, tab: Any) -> None:
+    (maya_api,), _ = await create_class(api, "Maya")
+    maya = await tab(maya_api)
+    script = b"<script>parent.__xss = window.__xss = 1</script>"
+    hostile = {
+        "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'>" + script + b"</svg>",
+        "page.html": b"<!doctype html>" + script,
+        "picture.png": b"<html>" + script,
+        "both.gif": GIF[:6] + b"/*" + script,
+        "<img src=x onerror=__xss=1>.txt": b"x",
+    }
+    await maya.attach(*hostile.items())
+    await maya.write("harmless")
+    await maya.sees("harmless")
+    assert await maya.evaluate("document.querySelectorAll('#log :is(img, video, audio, iframe, object, embed)').length") == 0
+    links = maya.locator("#log a.document")
+    await expect(links).to_have_count(5)
+    for name, link in zip(hostile, await links.all(), strict=True):
+        await expect(link).to_have_attribute("href", re.compile("link="))
+        async with maya.page.expect_download() as download:
+            await link.click()
+        assert (await (await download.value).path()).read_bytes() == hostile[name]
+    assert len(maya.page.context.pages) == 1
+    assert await maya.evaluate("window.__xss") is None
+
+
+def silence(seconds: int) -> bytes:
+    """Return a WAV file."""
+    data = bytes([128]) * 8000 * seconds
+    head = struct.pack("<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8)
+    return b"RIFF" + struct.pack("<I", 36 + len(data)) + b"WAVEfmt " + head + b"data" + struct.pack("<I", len(data)) + data
+
+
+async def test_sounds_play_on_while_the_message_changes(two: Any) -> None:
+    maya, jonas, (_, channel_id) = two
+    file_id = await upload(maya.api, channel_id, "bird.wav", silence(10))
+    await maya.api.post(channel_id, "listen", files=[file_id])
+    row = await jonas.sees("listen")
+    await expect(row).to_contain_text("bird.wav")
+    sound = row.locator("audio")
+    await sound.evaluate("(one) => { one.muted = true; window.__sound = one; return one.play(); }")
+    await jonas.tool("listen", "react")
+    await jonas.click("#emoji button >> nth=0")
+    await expect(row.locator(".reactions button")).to_have_count(1)
+    assert await jonas.evaluate("__sound.isConnected && !__sound.paused")
+    await eventually(lambda: jonas.evaluate("__sound.currentTime > 0.2"), "the sound")
+
+
+async def test_refused_files_are_explained(tmp_path: Path, tab: Any) -> None:
+    async with page_server(tmp_path / "small.db", "--file-max", "1") as api:
+        (maya_api,), _ = await create_class(api, "Maya")
+        maya = await tab(maya_api, at=api.url, locale="fr-FR")
+        maya.ignored = NETWORK_ERRORS
+        await maya.attach(("grand.bin", bytes(2 << 20)))
+        await expect(maya.attachment("grand.bin")).to_contain_text("Plus de 1 Mo, le maximum autorisé ici.")
+        await maya.click('[aria-label="Retirer grand.bin"]')
+        await maya.reject("**/files?*", 503, "UNAVAILABLE", reason="FILES_FULL")
+        await maya.attach(("notes.txt", b"x"))
+        await expect(maya.attachment("notes.txt")).to_contain_text("plus de place pour les fichiers.")
+        await maya.page.unroute("**/files?*")
+        await maya.attachment("notes.txt").get_by_role("button", name="Réessayer").click()
+        await expect(maya.attachment("notes.txt").locator(".size")).to_have_text("1 ko")
+        await maya.page.close()
+    async with page_server(tmp_path / "none.db", "--file-max", "0") as api:
+        (maya_api,), _ = await create_class(api, "Maya")
+        maya = await tab(maya_api, at=api.url)
+        await drag(maya, tmp_path / "small.db", drop=False)
+        for part in ("#attach", "#drop"):
+            await expect(maya.locator(part)).to_be_hidden()
+        await maya.page.close()
+
+
+@pytest.mark.parametrize("device", BROWSERS, indirect=True)
+async def test_a_chosen_picture_is_seen_by_others(api: World, device: Any) -> None:
+    people, _ = await create_class(api, "Maya", "Jonas")
+    maya, jonas = await device(), await device()
+    for one, person in zip((maya, jonas), people, strict=True):
+        await one.open(api.url)
+        await one.click("#swap button", "I already have an account")
+        await give_name(one, person.name, "correct horse")
+        await one.sees("general", "#room-name")
+    await maya.find("#attach")
+    await maya.evaluate(CHOOSE % "photo.jpg")
+    await maya.find(".attachment .size", "kB")
+    await maya.type(".attachment .alt", "A pond\n")
+    await maya.keys("look\n")
+    await jonas.find("#log .picture img", then="one.complete && one.naturalWidth === 2048 && one.alt === 'A pond'")
+    await jonas.click("#log .picture")
+    await jonas.find("#stage img", then="one.complete && one.naturalWidth === 2048")
+    await jonas.sees("photo.jpg", "#viewer-name")
+    await jonas.keys("+")
+    await jonas.find("#stage img", then="one.style.transform.includes('scale(1.5)')")
+    await jonas.click("#viewer [data-do=close]")
+    await jonas.sees("look", "#log .said")
+
+
+CHOOSE = """new Promise((done) => {
+    const canvas = Object.assign(document.createElement("canvas"), {width: 3000, height: 2000});
+    canvas.getContext("2d").fillRect(0, 0, 1500, 2000);
+    canvas.toBlob((blob) => {
+        const chosen = new DataTransfer(), input = document.querySelector("#pick");
+        chosen.items.add(new File([blob], "%s", {type: "image/jpeg"}));
+        input.files = chosen.files;
+        input.dispatchEvent(new Event("change"));
+        done(true);
+    }, "image/jpeg");
+})"""
+
+
 # Voice
 
 STATS = """async () => {
@@ -15907,6 +16347,44 @@ async def fill_channel(maya: Person, jonas: Person, server_id: int, channel_id: 
     await jonas.post(homework_id, "Exercise 3 is due on Monday, @Maya")
 
 
+@pytest.mark.skipif(AXE is None, reason="needs axe-core: npm install axe-core")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1920, 1280, 390, 360])
+async def test_axe_finds_nothing_about_files(api: World, tab: Any, scheme: str, width: int) -> None:
+    look = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "reduced_motion": "reduce"}
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    maya = await tab(maya_api, **look)
+    pictures = [await paint(maya, *size, "image/jpeg") for size in ((1600, 900), (700, 1100), (60, 40))]
+    picture, tall, tiny = pictures
+    files = [
+        ("pond.jpg", picture),
+        ("reeds.jpg", tall),
+        ("bird.wav", silence(10)),
+        ("report.pdf", b"%PDF-1.4"),
+        ("dot.jpg", tiny),
+    ]
+    ids = [await upload(jonas_api, channel_id, name, data) for name, data in files]
+    await jonas_api.post(channel_id, "from the field trip", files=ids[:2])
+    await jonas_api.post(channel_id, "", files=ids[2:])
+    await loaded(maya.get_by_alt_text("reeds.jpg"))
+    assert await maya.evaluate(FITS_WIDTH, "#log")
+    await check_accessibility(maya, "messages")
+    await maya.shot(f"files-{width}-{scheme}")
+    await maya.reject("**/files?name=full*", 503, "UNAVAILABLE", reason="FILES_FULL")
+    maya.ignored = NETWORK_ERRORS
+    long = f"{'a very long name ' * 5}.jpg"
+    await maya.attach(("pond.jpg", picture), (long, tall), ("full.txt", b"x"), ("notes.txt", b"three ponds"))
+    await maya.locator(".attachment .bad:visible").wait_for()
+    await expect(maya.locator(".attachment progress:visible")).to_have_count(0)
+    assert await maya.evaluate(FITS_WIDTH, "#attachments")
+    await check_accessibility(maya, "attachments")
+    await maya.shot(f"attachments-{width}-{scheme}")
+    await maya.get_by_alt_text("pond.jpg").click()
+    await loaded(maya.locator("#stage img"))
+    await check_accessibility(maya, "viewer")
+    await maya.shot(f"viewer-{width}-{scheme}")
+
+
 @pytest.mark.parametrize("width", [360, 820, 1280])
 async def test_long_names_fit(api: World, tab: Any, width: int) -> None:
     """The longest names that the server accepts, without a space, hide and move nothing."""
@@ -16040,7 +16518,7 @@ def test_each_reason_has_a_text_in_both_languages() -> None:
         reason: tuple("".join(re.findall(r'"((?:[^"\\]|\\.)*)"', text)) for text in texts)
         for reason, *texts in PAGE_TEXTS.findall(table)
     }
-    assert set(words) == {*chatrtc.REASONS, *chatrtc.ERRORS, "OFFLINE", "CODE_UNKNOWN"}
+    assert set(words) == {*chatrtc.REASONS, *chatrtc.ERRORS, "OFFLINE", "CODE_UNKNOWN", "FILE_LOST"}
     for reason, (english, french) in words.items():
         assert english != french, reason
         assert english[-1] == french[-1] == ".", reason
@@ -16355,8 +16833,8 @@ def test_the_sections_of_the_tests_are_in_the_order_of_the_module() -> None:
 PAGE = (HERE / "chatrtc.html").read_text("utf-8")
 SCRIPT = PAGE.split('<script type="module">')[1].split("</script>")[0]
 PAGE_SECTIONS = (
-    "Connection", "State", "Text (Markdown)", "Render", "Sync", "Timeline", "Composer", "Sign-in", "Dialogs",
-    "Conversations", "Administration", "Voice", "Start",
+    "Connection", "State", "Text (Markdown)", "Render", "Sync", "Timeline", "Files", "Composer", "Sign-in", "Dialogs",
+    "Viewer", "Conversations", "Administration", "Voice", "Start",
 )  # fmt: skip
 JS_SKIPPED = re.compile(r"""\s+|//.*|/\*(?s:.*?)\*/|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""")
 JS_REGEX = re.compile(r"/(?:\\.|\[(?:\\.|[^]\\])*\]|[^/\\\[\n])+/\w*")
