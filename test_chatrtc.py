@@ -13995,6 +13995,57 @@ async def test_a_group_of_five_is_started_with_the_keyboard_and_nobody_brings_ba
     await maya.sees("here again")
 
 
+NOTES = """
+    document.hasFocus = () => false;
+    window.notes = [];
+    window.Notification = class {
+        static permission = "granted";
+        constructor(title, { body }) { notes.push(`${title}: ${body}`); }
+    };
+    localStorage.setItem("chatrtc::notify", '"mentions"');
+"""
+
+
+async def test_private_messages_are_reported(api: World, tab: Any) -> None:
+    """Even a message that was written before the page has joined the new conversation, and each once."""
+    (maya, jonas, zoe), (_, channel_id) = await create_class(api, "Maya", "Jonas", "Zoe")
+    watched = await tab()
+    await watched.page.add_init_script(NOTES)
+    await watched.enter(maya)
+    seen: list[str] = []
+    for people, name in (([maya], {}), ([maya, zoe], {"name": "Pond project"})):
+        await jonas.post(channel_id, "for everybody")
+        made = await jonas.ok("POST", "/conversations", {"user_ids": [one.user_id for one in people], **name})
+        for text in ("first", "second"):
+            await jonas.post(made["channels"][0]["channel_id"], text)
+            seen.append(f"{' · '.join(['Jonas', *name.values()])}: {text}")
+            await eventually(lambda: watched.evaluate(f"notes.length >= {len(seen)}"), "the notification")
+    assert await watched.evaluate("notes") == seen
+    await expect(watched.locator("#home .badge")).to_have_text("4")
+
+
+async def test_a_conversation_without_a_name_is_named_after_its_people(api: World, tab: Any) -> None:
+    (maya_api, jonas, zoe), _ = await create_class(api, "Maya", "Jonas", "Zoe")
+    group = await maya_api.ok("POST", "/conversations", {"user_ids": [jonas.user_id, zoe.user_id]})
+    maya = await tab(maya_api)
+    await maya.open(f"/#/channel/{group['channels'][0]['channel_id']}")
+    name = maya.locator("#room-name")
+    await expect(name).to_have_text("Jonas, Zoe")
+    await jonas.ok("PATCH", "/users/me", {"name": "Jonas Weber"})
+    await expect(name).to_have_text("Jonas Weber, Zoe")
+    await zoe.ok("DELETE", f"/servers/{group['server_id']}/members/{zoe.user_id}")
+    await expect(name).to_have_text("Jonas Weber")
+    await zoe.ok("PUT", f"/servers/{group['server_id']}/members/{zoe.user_id}")
+    await expect(name).to_have_text("Jonas Weber, Zoe")
+    await maya.reload()
+    await expect(name).to_have_text("Jonas Weber, Zoe")
+    await zoe.ok("PATCH", f"/servers/{group['server_id']}", {"name": "Pond project"})
+    await expect(name).to_have_text("Pond project")
+    await jonas.ok("PATCH", "/users/me", {"name": "Jonas W."})
+    await expect(maya.locator("#people")).to_contain_text("Jonas W.")
+    await expect(name).to_have_text("Pond project")
+
+
 async def test_ctrl_k_goes_to_channels_conversations_and_people(two: Any) -> None:
     maya, jonas, (server_id, _) = two
     await maya.api.channel(server_id, "homework")
