@@ -2127,13 +2127,6 @@ def empty_wal(db: sqlite3.Connection) -> Result[bool]:
     return Result(not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
 
 
-def copy_wal(db: sqlite3.Connection) -> Result[None]:
-    """Copy the -wal into the database, outside a transaction. After writing a MiB of files, this takes 10 ms; without it, the
-    automatic checkpoint after 16 MiB would delay other people's posts for 100 ms or more."""
-    db.execute("PRAGMA wal_checkpoint(PASSIVE)")
-    return Result(None)
-
-
 def is_bug(error: sqlite3.OperationalError) -> bool:
     """Return whether the error is in the SQL statement, not in the file or the disk."""
     return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR
@@ -2473,8 +2466,8 @@ class Store:
             self._writer = await aiosqlite.Connection(functools.partial(open_writer, self.path), 64)
             self._reopen_writer = False
         jobs = [queued.job for queued in batch]
-        if jobs[0] in (empty_wal, copy_wal):
-            return [await on_thread(self._writer, jobs[0])], None, self._read_id
+        if jobs == [empty_wal]:
+            return [await on_thread(self._writer, empty_wal)], None, self._read_id
         if batch[0].slow:
             outcomes = await on_thread(self._writer, begin, jobs)
         else:
@@ -3079,7 +3072,7 @@ MAX_UNATTACHED_FILES = 100  # per account: files that belong to no message yet
 UPLOAD_SECONDS = 3600.0  # time limit of an upload
 # A file that belongs to no message after this time is removed. By then no process is still uploading it.
 UNATTACHED_SECONDS = UPLOAD_SECONDS + 60
-PIECES_PER_STEP = 4  # pieces written or deleted between two checkpoints
+PIECES_PER_STEP = 4  # pieces deleted in one transaction
 
 
 class StoredFile(NamedTuple):
@@ -3100,6 +3093,10 @@ remove_files_of_messages = statement(  # of the messages of a channel (?1) up to
            SELECT message_id FROM messages WHERE channel_id = ? AND message_id <= ?)"""
 )
 remove_unfinished_files = statement("UPDATE files SET channel_id = NULL WHERE message_id IS NULL AND digest IS NULL")
+complete_file = statement(
+    """UPDATE files SET name = ?2, type = ?3, size = ?4, width = ?5, height = ?6, alt = ?7, digest = ?8, uploaded_at = ?9
+       WHERE file_id = ?1"""
+)
 attach_file = statement("UPDATE files SET message_id = ?, place = ? WHERE file_id = ?")
 
 
@@ -3157,18 +3154,6 @@ def insert_piece(db: sqlite3.Connection, file_id: int, number: int, data: bytes,
     with db.blobopen("pieces", "data", row.lastrowid or 0) as blob:  # saves SQLite two copies
         blob.write(data)
     db.execute("UPDATE stored SET bytes = bytes + ?", (len(data),))
-
-
-def complete_file(db: sqlite3.Connection, file: File, digest: bytes) -> File:
-    """Store what describes an uploaded file. Raises NOT_FOUND if it has been removed."""
-    row = db.execute(
-        """UPDATE files SET name = ?2, type = ?3, size = ?4, width = ?5, height = ?6, alt = ?7, digest = ?8, uploaded_at = ?9
-           WHERE file_id = ?1 AND channel_id IS NOT NULL""",
-        (*msgspec.structs.astuple(file), digest, time.time()),
-    )
-    if not row.rowcount:
-        raise chat_error("NO_FILE")
-    return file
 
 
 def load_file_part(db: sqlite3.Connection, file_id: int, start: int, size: int) -> bytes:
@@ -6994,12 +6979,11 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
                 number, size = size // PIECE_BYTES, size + len(piece)
                 await run(insert_piece, file_id, number, piece, most, quota)
                 digest.update(piece)
-                if size % (PIECES_PER_STEP * PIECE_BYTES) == 0:
-                    await hub.store.write(copy_wal, slow=True)
             width, height = pixels or ((args.width, args.height) if media_type.startswith("video/") else (None, None))
             name = clean_file_name(args.name)
             file = File(file_id, name, media_type, size, width, height, args.alt or None)
-            return Result(await run(complete_file, file, digest.digest()))
+            await run(complete_file, *msgspec.structs.astuple(file), digest.digest(), time.time())
+            return Result(file)
         except BaseException:
             discard = hub.store.write(lambda db: Result(remove_file(db, file_id)), frees_space=True)
             hub.sio.eio.spawn(result_or_exception(discard))
@@ -7009,7 +6993,7 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
 @operation("async", "GET /files/{file_id}", Access.FILE)
 async def read_file(hub: Hub, caller: Caller, args: ReadFile) -> Result[FileContent]:
     """Return the bytes of a file, or the part that the header `Range` names; `link` replaces the token."""
-    stored = hub.store.read_inline(hub.authorized(Access.FILE, caller.user, args, lambda ctx, _: ctx.file))
+    stored = hub.query(caller, args, lambda ctx, _: ctx.file, Access.FILE)
     assert stored is not None
     return Result(FileContent(hub, caller, stored))
 
@@ -7017,7 +7001,7 @@ async def read_file(hub: Hub, caller: Caller, args: ReadFile) -> Result[FileCont
 @operation("async", "POST /files/{file_id}/link", Access.FILE)
 async def create_file_link(hub: Hub, caller: Caller, args: FileArgs) -> Result[FileLink]:
     """Return an address of a file for `<img>` and `<video>`, valid for an hour while you may read the file."""
-    hub.store.read_inline(hub.authorized(Access.FILE, caller.user, args, lambda ctx, _: None))
+    hub.query(caller, args, lambda ctx, _: None, Access.FILE)
     expires = int(min(time.time() + LINK_SECONDS, caller.user.expires))
     link = hub.signer.sign_link(args.file_id, caller.user, expires)
     return Result(FileLink(f"/files/{args.file_id}?link={link}", utc(expires)))
@@ -7809,7 +7793,6 @@ async def run_maintenance(hub: Hub) -> None:
     ):
         while hub.store.read_inline(pending):
             await hub.store.write(step, slow=True, frees_space=True)
-            await hub.store.write(copy_wal, slow=True, frees_space=True)
             if hub.store.is_busy():
                 break
     newest, indexed = hub.store.read_inline(load_index_progress)

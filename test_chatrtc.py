@@ -6,6 +6,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import datetime
 import functools
 import gc
 import gzip
@@ -2879,6 +2880,565 @@ async def test_slow_jobs_copy_the_wal_into_the_database_early(world: World, tmp_
     for _ in range(40):
         await world.chat.hub.store.write(write, slow=slow)
     assert ((tmp_path / "chat.db-wal").stat().st_size < 5 << 20) is slow
+
+
+# ---- File queries ---------------------------------------------------------------------------------------------------
+# The life of a file: it is uploaded, posted, read and removed. Whatever fails leaves nothing behind.
+
+
+async def try_upload(person: Person, channel_id: int, data: Any = b"hello", **query: Any) -> Reply:
+    body = io.BytesIO(data) if isinstance(data, bytes) else data
+    return await person.call("POST", f"/channels/{channel_id}/files", data=body, params={"name": "a.txt"} | query)
+
+
+async def uploaded(person: Person, channel_id: int, data: Any = b"hello", **query: Any) -> Any:
+    """Upload a file and return what the server says about it."""
+    reply = await try_upload(person, channel_id, data, **query)
+    assert reply.status == 201, reply
+    return reply.body
+
+
+async def in_parts(data: bytes, size: int = 10_000) -> AsyncIterator[bytes]:
+    """Yield a body whose length is not known in advance."""
+    for at in range(0, len(data), size):
+        yield data[at : at + size]
+
+
+def stored_now(world: World) -> tuple[int, int, int]:
+    """Return the number of files, the number of pieces, and the total of their bytes."""
+    query = "SELECT (SELECT count(*) FROM files), (SELECT count(*) FROM pieces), (SELECT bytes FROM stored)"
+    found: tuple[int, int, int] = world.chat.hub.store.read_inline(lambda db: db.execute(query).fetchone())
+    return found
+
+
+async def until_nothing_is_stored(world: World) -> None:
+    await until(lambda: stored_now(world) == (0, 0, 0))
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("size", [0, 1, chatrtc.PIECE_BYTES, 2 * chatrtc.PIECE_BYTES, 3 * chatrtc.PIECE_BYTES + 7])
+async def test_a_file_is_uploaded_posted_and_read(scene: Scene, size: int) -> None:
+    ana, ben, channel_id, data = scene.ana, scene.ben, scene.place.channel_id, os.urandom(size)
+    file = await uploaded(ana, channel_id, in_parts(data), name="../Gr\u202eüße.bin", alt="a picture", width=7)
+    kind = "application/octet-stream" if data and chatrtc.detect_type(data) != "text/plain" else "text/plain"
+    assert file == {"file_id": file["file_id"], "name": "Grüße.bin", "type": kind, "size": size, "alt": "a picture"}
+    path = f"/files/{file['file_id']}"
+    assert (await ana.call("GET", path)).body == data
+    assert (await ben.call("GET", path)).code == "FORBIDDEN"
+    message = await ana.post(channel_id, "", files=[file["file_id"]])
+    assert message["files"] == [file]
+    assert await scene.ben_socket.receive("message:new") == message
+    assert (await ben.call("GET", path)).body == data
+    assert (await scene.dee.call("GET", path)).code == "FORBIDDEN"
+    await scene.dee_socket.receive_none("message:new")
+
+
+@pytest.mark.portable
+async def test_files_accompany_their_message_everywhere(scene: Scene, tmp_path: Path) -> None:
+    ana, ben, channel_id = scene.ana, scene.ben, scene.place.channel_id
+    files = [await uploaded(ana, channel_id, f"file {number}".encode(), name=f"{number}.txt") for number in range(10)]
+    files.reverse()  # the order of a message is that of its author
+    message = await ana.post(channel_id, "for @ben", files=[file["file_id"] for file in files])
+    assert message["files"] == files
+    assert (await scene.ben_socket.receive("message:new")) == message
+    assert (await scene.ben_socket.receive("mention"))["files"] == files
+    await scene.ben.ok("PUT", f"/messages/{message['message_id']}/reactions/x")
+    edited = await ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": ""})
+    assert (edited["content"], edited["files"]) == ("", files)
+    assert (await scene.ben_socket.receive("message:edit"))["files"] == files
+    assert (await ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": "found"}))["files"] == files
+    found = [
+        (await ben.ok("GET", f"/messages/{message['message_id']}")),
+        (await ben.ok("GET", f"/channels/{channel_id}/messages"))["messages"][-1],
+        (await ben.ok("GET", f"{scene.server}/changes?after={message['seq'] - 1}"))["messages"][-1],
+        (await ben.ok("GET", f"{scene.server}/search?q=found"))["messages"][-1],
+    ]
+    assert [one["files"] for one in found] == [files] * 4
+    lines = (await run_ok("export", "--database", str(tmp_path / "chat.db"))).splitlines()
+    exported = [record for record in map(json.loads, lines) if record["type"] == "message"]
+    assert exported[-1] == {"type": "message"} | found[0]
+    text = await ana.post(channel_id, "text only")
+    assert "files" not in text
+    reply = await ana.call("PATCH", f"/messages/{text['message_id']}", {"content": ""})
+    assert (reply.code, reply.body["reason"]) == ("BAD_REQUEST", "FIELD_EMPTY")
+
+
+@pytest.mark.portable
+async def test_only_own_unposted_files_of_the_channel_can_be_posted(scene: Scene) -> None:
+    ana, channel_id = scene.ana, scene.place.channel_id
+    elsewhere = await ana.channel(scene.place.server_id, "elsewhere")
+    attached, twice, deleted = [(await uploaded(ana, channel_id))["file_id"] for _ in range(3)]
+    first = await ana.post(channel_id, "one", files=[attached])
+    gone = await ana.post(channel_id, "gone", files=[deleted])
+    await ana.ok("DELETE", f"/messages/{gone['message_id']}")
+    wrong: list[tuple[Any, str, str]] = [
+        ([attached], "CONFLICT", "FILE_ATTACHED"),
+        ([deleted], "NOT_FOUND", "NO_FILE"),
+        ([(await uploaded(ana, elsewhere))["file_id"]], "NOT_FOUND", "NO_FILE"),
+        ([(await uploaded(scene.ben, channel_id))["file_id"]], "NOT_FOUND", "NO_FILE"),
+        ([twice, 10**9], "NOT_FOUND", "NO_FILE"),
+        ([*range(1, 12)], "BAD_REQUEST", "FIELD_TYPE"),
+        ([0], "BAD_REQUEST", "FIELD_SMALL"),
+        ([], "BAD_REQUEST", "FIELD_EMPTY"),
+    ]
+    for files, code, reason in wrong:
+        body = {"channel_id": channel_id, "content": "", "files": files}
+        for answer in ((await ana.call("POST", "/messages", body)).body, await scene.ana_socket.call("message:send", body)):
+            assert (answer["code"], answer["reason"]) == (code, reason), files
+            assert answer["field"] == ("content" if not files else "files")
+    body = {"channel_id": channel_id, "content": "", "files": [twice, twice], "nonce": "n"}
+    message = await scene.ana_socket.ok("message:send", body)
+    assert [file["file_id"] for file in message["files"]] == [twice]
+    assert (await ana.ok("POST", "/messages", body))["message_id"] == message["message_id"]  # a repeat, not a conflict
+    assert message["seq"] == first["seq"] + 3  # posted, deleted, posted: the failures changed nothing
+
+
+FILE_BYTES = bytes(range(256)) * 4
+RANGES: dict[str, tuple[int, slice]] = {  # a Range header -> the status, and which of the 1,024 bytes are sent
+    "bytes=0-": (206, slice(0, None)),
+    "bytes=0-0": (206, slice(0, 1)),
+    "bytes=1000-1999": (206, slice(1000, None)),
+    "bytes=1023-": (206, slice(1023, None)),
+    "bytes=-1": (206, slice(-1, None)),
+    "bytes=-9999": (206, slice(0, None)),
+    "BYTES=5-6": (206, slice(5, 7)),
+    "bytes=1024-": (416, slice(0, 0)),
+    "bytes=9999999999999999999-": (416, slice(0, 0)),
+    "bytes=0-1,3-4": (200, slice(0, None)),
+    "bytes=6-5": (200, slice(0, None)),
+    "bytes=a-b": (200, slice(0, None)),
+    "bytes=-": (200, slice(0, None)),
+    "bytes=": (200, slice(0, None)),
+    "bytes = 0-1": (200, slice(0, None)),
+    "lines=0-1": (200, slice(0, None)),
+    "bytes=٣-٤": (200, slice(0, None)),
+    "bytes=0x1-2": (200, slice(0, None)),
+    "bytes=--1": (200, slice(0, None)),
+    "bytes=" + "9" * 5000 + "-": (200, slice(0, None)),
+}
+
+
+async def ask_for(scene: Scene, path: str, method: str = "GET", **headers: str) -> Reply:
+    """Request a file and return the answer, whose status may be 416."""
+    given = {name.replace("_", "-"): value for name, value in headers.items()} | {"Authorization": f"Bearer {scene.ana.token}"}
+    async with scene.world.session.request(method, scene.world.url + path, headers=given) as response:
+        return Reply(response.status, await response.read(), response.headers)
+
+
+@pytest.mark.portable
+async def test_ranges(scene: Scene) -> None:
+    path = f"/files/{(await uploaded(scene.ana, scene.place.channel_id, FILE_BYTES))['file_id']}"
+    for header, (status, part) in RANGES.items():
+        reply = await ask_for(scene, path, Range=header)
+        start, stop, _ = part.indices(len(FILE_BYTES))
+        expected = {200: None, 206: f"bytes {start}-{stop - 1}/1024", 416: "bytes */1024"}[status]
+        assert (reply.status, reply.headers.get("Content-Range")) == (status, expected), header
+        assert status == 416 or reply.body == FILE_BYTES[part], header
+    large = os.urandom(2 * chatrtc.PIECE_BYTES + 100)
+    path = f"/files/{(await uploaded(scene.ana, scene.place.channel_id, large))['file_id']}"
+    for start, stop in ((0, 1), (chatrtc.PIECE_BYTES - 1, chatrtc.PIECE_BYTES + 1), (1, len(large)), (70_000, 400_000)):
+        reply = await ask_for(scene, path, Range=f"bytes={start}-{stop - 1}")
+        assert (reply.status, reply.body) == (206, large[start:stop])
+
+
+@pytest.mark.portable
+async def test_conditions_on_a_file(scene: Scene) -> None:
+    path = f"/files/{(await uploaded(scene.ana, scene.place.channel_id, FILE_BYTES))['file_id']}"
+    whole = await ask_for(scene, path)
+    tag = whole.headers["ETag"]
+    assert tag == f'"{hashlib.sha256(FILE_BYTES).hexdigest()}"'
+    for match, status in [(tag, 304), (f'"x", W/{tag}', 304), ("*", 304), ('"x"', 200), ("x", 200), ('"', 200)]:
+        reply = await ask_for(scene, path, If_None_Match=match)
+        assert (reply.status, reply.body, reply.headers["ETag"]) == (status, FILE_BYTES if status == 200 else b"", tag), match
+    for match, status in [(tag, 206), (f"W/{tag}", 200), ('"x"', 200), ("Wed, 21 Oct 2015 07:28:00 GMT", 200), ("*", 200)]:
+        assert (await ask_for(scene, path, Range="bytes=0-1", If_Range=match)).status == status, match
+    head = await ask_for(scene, path, "HEAD", Range="bytes=0-1")
+    assert (head.status, head.body, head.headers["Content-Length"], head.headers["ETag"]) == (200, b"", "1024", tag)
+    assert (await ask_for(scene, path)).body == FILE_BYTES  # the connection is still in order
+
+
+@pytest.mark.portable
+async def test_the_headers_of_a_file_keep_it_from_running(scene: Scene) -> None:
+    page = b"<!doctype html><script>alert(1)</script>"
+    for data, name, disposition, kind in [
+        (page, 'x".html', "attachment; filename=\"x'.html\"; filename*=UTF-8''x%27.html", "text/plain"),
+        (page, "Grüße, 你.png", "attachment; filename=\"Gr__e, _.png\"; filename*=UTF-8''Gr%C3%BC%C3%9Fe%2C%20%E4%BD%A0.png",
+         "text/plain"),
+        (png(2, 3, gray_pixels(2, 3)) + page, "a.png", "inline; filename=\"a.png\"; filename*=UTF-8''a.png", "image/png"),
+        (b"%PDF-1.7\n", "a.pdf", "inline; filename=\"a.pdf\"; filename*=UTF-8''a.pdf", "application/pdf"),
+    ]:  # fmt: skip
+        file = await uploaded(scene.ana, scene.place.channel_id, data, name=name)
+        headers = (await ask_for(scene, f"/files/{file['file_id']}", Origin=scene.world.url)).headers
+        assert headers["Content-Disposition"] == disposition
+        assert headers["Content-Type"] == file["type"] == kind
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Content-Security-Policy"].startswith("sandbox; default-src 'none'; ")
+        assert headers["Cache-Control"] == "private, no-cache"
+        assert headers["Access-Control-Allow-Origin"] == scene.world.url
+        assert file.get("width") == (2 if kind == "image/png" else None)
+    video = await uploaded(scene.ana, scene.place.channel_id, ftyp(b"isom") + bytes(99), width=640, height=480)
+    assert (video["type"], video["width"], video["height"]) == ("video/mp4", 640, 480)
+
+
+@pytest.mark.portable
+async def test_files_have_limits(make_world: MakeWorld) -> None:
+    """Of size and number; what exceeds them is refused and leaves nothing."""
+    scene = await Scene.make(await make_world(file_max=1, files_max=2))
+    ana, channel_id, world = scene.ana, scene.place.channel_id, scene.world
+    mib = 1 << 20
+    for data in (bytes(mib + 1), in_parts(bytes(mib + 1))):
+        reply = await try_upload(ana, channel_id, data)
+        assert (reply.code, reply.body["reason"]) == ("TOO_LARGE", "BODY_LONG")
+    await until_nothing_is_stored(world)
+    files = [await uploaded(ana, channel_id, bytes(mib)) for _ in range(2)]
+    for data in (b"x", in_parts(b"x")):
+        reply = await try_upload(scene.ben, channel_id, data)
+        assert (reply.code, reply.body["reason"]) == ("UNAVAILABLE", "FILES_FULL")
+    message = await ana.post(channel_id, "", files=[file["file_id"] for file in files])
+    await ana.ok("DELETE", f"/messages/{message['message_id']}")
+    await until_nothing_is_stored(world)
+    assert (await uploaded(scene.ben, channel_id, bytes(mib)))["size"] == mib
+    for name, value, code in [("alt", "x" * 1001, "TOO_LARGE"), ("width", "0", "BAD_REQUEST"), ("more", "1", "BAD_REQUEST")]:
+        assert (await try_upload(ana, channel_id, **{name: value})).code == code
+    assert (await ana.ok("GET", "/config"))["file_max"] == mib
+
+
+async def test_compressed_uploads_and_uploads_without_files_are_refused(make_world: MakeWorld) -> None:
+    scene = await Scene.make(await make_world(file_max=0))
+    path = f"/channels/{scene.place.channel_id}/files"
+    reply = await scene.ana.call("POST", path, data=b"x", headers={"Content-Encoding": "gzip"})
+    assert reply.body["reason"] == "BODY_COMPRESSED"
+    reply = await try_upload(scene.ana, scene.place.channel_id)
+    assert (reply.code, reply.body["reason"]) == ("FORBIDDEN", "FILES_OFF")
+    assert (await scene.ana.ok("GET", "/config"))["file_max"] == 0
+
+
+@pytest.mark.portable
+async def test_an_account_has_a_hundred_unposted_files(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatrtc, "MAX_UNATTACHED_FILES", 3)
+    ana, channel_id = scene.ana, scene.place.channel_id
+    file_ids = [(await uploaded(ana, channel_id))["file_id"] for _ in range(3)]
+    reply = await try_upload(ana, channel_id)
+    assert (reply.code, reply.body["reason"]) == ("CONFLICT", "TOO_MANY")
+    await uploaded(scene.ben, channel_id)
+    await ana.post(channel_id, files=file_ids)
+    await uploaded(ana, channel_id)
+
+
+@pytest.mark.portable
+async def test_files_that_are_not_posted_within_an_hour_are_removed(scene: Scene) -> None:
+    ana, channel_id, store = scene.ana, scene.place.channel_id, scene.world.chat.hub.store
+    file_ids = [(await uploaded(ana, channel_id, FILE_BYTES))["file_id"] for _ in range(3)]
+    message = await ana.post(channel_id, files=file_ids[:1])
+
+    def age(db: sqlite3.Connection) -> chatrtc.Result[None]:
+        seconds = chatrtc.UNATTACHED_SECONDS + 1
+        db.execute("UPDATE files SET uploaded_at = uploaded_at - ? WHERE file_id <> ?", (seconds, file_ids[2]))
+        return chatrtc.remove_unattached_files(db)
+
+    await store.write(age)
+    assert (await ana.call("GET", f"/files/{file_ids[1]}")).code == "NOT_FOUND"
+    await until(lambda: stored_now(scene.world) == (2, 2, 2 * len(FILE_BYTES)))
+    assert (await ana.ok("GET", f"/messages/{message['message_id']}"))["files"][0]["file_id"] == file_ids[0]
+    assert (await ana.call("GET", f"/files/{file_ids[2]}")).body == FILE_BYTES
+
+
+class RawUpload:
+    """An upload whose body is sent bit by bit, over a connection of its own."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def start(cls, person: Person, channel_id: int, size: int | None = 10**6) -> RawUpload:
+        """Send the headers. `size`: the announced length; None: a chunked body."""
+        self = cls(*await asyncio.open_connection("127.0.0.1", urlsplit(person.world.url).port))
+        length = "Transfer-Encoding: chunked" if size is None else f"Content-Length: {size}"
+        headers = f"Host: localhost\r\nAuthorization: Bearer {person.token}\r\n{length}\r\n\r\n"
+        self.writer.write(f"POST /channels/{channel_id}/files?name=a HTTP/1.1\r\n{headers}".encode())
+        return self
+
+    async def send_pieces(self, world: World, count: int) -> None:
+        """Send pieces, and wait until they are stored."""
+        pieces = stored_now(world)[1]
+        self.writer.write(os.urandom(count * chatrtc.PIECE_BYTES))
+        await until(lambda: stored_now(world)[1] == pieces + count)
+
+    async def answer(self) -> tuple[int, Any]:
+        """Return the status and the body of the response."""
+        async with asyncio.timeout(PATIENCE):
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            size = int(re.findall(rb"Content-Length: (\d+)", head)[0])
+            return int(head.split()[1]), json.loads(await self.reader.readexactly(size))
+
+
+async def stop_sending(scene: Scene, upload: RawUpload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing more is sent."""
+
+
+async def disconnect(scene: Scene, upload: RawUpload, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload.writer.close()
+
+
+async def lose_membership(scene: Scene, upload: RawUpload, monkeypatch: pytest.MonkeyPatch) -> None:
+    await scene.ana.ok("DELETE", f"{scene.server}/members/{scene.ben.user_id}")
+    upload.writer.write(bytes(chatrtc.PIECE_BYTES))
+
+
+async def lose_the_token(scene: Scene, upload: RawUpload, monkeypatch: pytest.MonkeyPatch) -> None:
+    await scene.ben.ok("POST", "/auth/logout")
+    upload.writer.write(bytes(chatrtc.PIECE_BYTES))
+
+
+async def lose_the_channel(scene: Scene, upload: RawUpload, monkeypatch: pytest.MonkeyPatch) -> None:
+    await scene.ana.ok("DELETE", f"/channels/{scene.place.channel_id}")
+    upload.writer.write(bytes(chatrtc.PIECE_BYTES))
+
+
+async def lose_the_server(scene: Scene, upload: RawUpload, monkeypatch: pytest.MonkeyPatch) -> None:
+    await scene.ana.ok("DELETE", scene.server)
+    upload.writer.write(bytes(chatrtc.PIECE_BYTES))
+
+
+async def send_too_much(scene: Scene, upload: RawUpload, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload.writer.write(bytes(2 * chatrtc.PIECE_BYTES))
+
+
+async def break_the_chunks(scene: Scene, upload: RawUpload, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload.writer.write(b"this is not a chunk\r\n")
+
+
+FAILED_UPLOADS: dict[Callable[[Scene, RawUpload, pytest.MonkeyPatch], Awaitable[None]], tuple[int, str]] = {
+    stop_sending: (400, "BODY_BROKEN"),
+    disconnect: (0, ""),
+    lose_membership: (403, "NOT_MEMBER"),
+    lose_the_token: (401, "TOKEN_INVALID"),
+    lose_the_channel: (404, "NO_CHANNEL"),
+    lose_the_server: (404, "NO_CHANNEL"),
+    send_too_much: (413, "BODY_LONG"),
+    break_the_chunks: (400, "BODY_BROKEN"),
+}
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("fail", FAILED_UPLOADS, ids=lambda fail: fail.__name__)
+async def test_a_failed_upload_leaves_nothing(make_world: MakeWorld, fail: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = await Scene.make(await make_world(file_max=1))
+    if fail in (stop_sending, break_the_chunks):  # aiohttp does not tell of a wrong chunk: it waits for a right one
+        monkeypatch.setattr(chatrtc, "UPLOAD_STALL_SECONDS", 0.5)
+    chunked = fail in (send_too_much, break_the_chunks)
+    started = await RawUpload.start(scene.ben, scene.place.channel_id, None if chunked else 10**6)
+    try:
+        if chunked:
+            started.writer.write(
+                f"{10**7:x}\r\n".encode() if fail is send_too_much else f"{3 * chatrtc.PIECE_BYTES:x}\r\n".encode()
+            )
+        await started.send_pieces(scene.world, 3)
+        if fail is break_the_chunks:
+            started.writer.write(b"\r\n")
+        assert stored_now(scene.world) == (1, 3, 3 * chatrtc.PIECE_BYTES)
+        await fail(scene, started, monkeypatch)
+        status, reason = FAILED_UPLOADS[fail]
+        if status:
+            answered, body = await started.answer()
+            assert (answered, body.get("reason")) == (status, reason)
+        await until_nothing_is_stored(scene.world)
+    finally:
+        started.writer.close()
+    again = scene.ana if fail in (lose_membership, lose_the_token) else scene.ben
+    if fail not in (lose_the_channel, lose_the_server):
+        await uploaded(again, scene.place.channel_id)
+
+
+async def test_a_full_disk_ends_an_upload(make_world: MakeWorld, small_disk: Path) -> None:
+    world = await make_world(database=str(small_disk / "chat.db"), disk_reserve=0)
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    reply = await try_upload(ana, place.channel_id, in_parts(os.urandom(5 << 20)))
+    assert (reply.status, reply.body["reason"]) == (503, "DISK_FULL")
+    subprocess.run([find_program("mount"), "-o", "remount,size=20m", small_disk], check=True)
+    await until_healthy(world)
+    await world.chat.hub.store.write(lambda db: chatrtc.Result(chatrtc.remove_unfinished_files(db)))  # as its retry does
+    await until_nothing_is_stored(world)
+    await uploaded(ana, place.channel_id, os.urandom(1 << 20))
+
+
+@pytest.mark.portable
+async def test_a_link_reads_one_file_while_its_user_may(scene: Scene) -> None:
+    ana, ben, world, channel_id = scene.ana, scene.ben, scene.world, scene.place.channel_id
+    file_ids = [(await uploaded(ana, channel_id, FILE_BYTES))["file_id"] for _ in range(2)]
+    path = f"/files/{file_ids[0]}"
+    assert (await ben.call("POST", f"{path}/link")).code == "FORBIDDEN"  # not posted yet
+    await ana.post(channel_id, "", files=file_ids)
+    link = await ben.ok("POST", f"{path}/link")
+    assert link["url"].startswith(f"{path}?link=")
+    assert 3500 < datetime.datetime.fromisoformat(link["expires_at"]).timestamp() - time.time() <= 3601
+    secret = link["url"].partition("=")[2]
+
+    async def status(url: str, **headers: str) -> int:
+        return (await world.call("GET", url, headers=headers)).status
+
+    assert (await world.call("GET", link["url"])).body == FILE_BYTES
+    assert (await world.call("GET", link["url"], headers={"Range": "bytes=1-2"})).body == FILE_BYTES[1:3]
+    assert await status(path) == 401
+    assert await status(f"/files/{file_ids[1]}?link={secret}") == 401
+    assert await status(path, Authorization=f"Bearer {secret}") == 401
+    assert await status(f"{path}?link={ben.token}") == 401
+    assert await status(f"/channels/{channel_id}/messages?link={secret}") == 401
+    for wrong in ("", "x", "%FF", secret[:-1], secret + "x", secret.rpartition(".")[0] + ".", "." * 100, "é"):
+        assert await status(f"{path}?link={wrong}") == 401, wrong
+    user = world.chat.hub.authenticate_token(ben.token)
+    old = world.chat.hub.signer.sign_link(file_ids[0], user, int(time.time()) - 1)
+    assert await status(f"{path}?link={old}") == 401
+    await ana.ok("DELETE", f"{scene.server}/members/{ben.user_id}")
+    assert await status(link["url"]) == 403
+    await ben.ok("POST", f"/invites/{await ana.invite(scene.place.server_id)}")
+    assert await status(link["url"]) == 200
+    await ben.ok("POST", "/auth/logout")
+    assert await status(link["url"]) == 401
+
+
+@pytest.mark.parametrize("what", ["message", "channel", "server", "account"])
+async def test_deleting_a_message_deletes_its_files(
+    scene: Scene, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are then neither in the database nor in its -wal."""
+    ana, ben, world, store = scene.ana, scene.ben, scene.world, scene.world.chat.hub.store
+    marker = b"The bytes of a file that is deleted. "
+    data = marker * (5 * chatrtc.PIECE_BYTES // len(marker))
+    file_ids = [(await uploaded(ben, scene.place.channel_id, data))["file_id"] for _ in range(3)]
+    message = await ben.post(scene.place.channel_id, "", files=file_ids[:2])
+    other = await ben.post(scene.place.channel_id, "", files=file_ids[2:])
+    database = tmp_path / "chat.db"
+
+    def is_in_the_files() -> bool:
+        """Search in another process: closing the database in this one would end the locks of SQLite."""
+        found = subprocess.run([find_program("grep"), "-qa", marker, database, f"{database}-wal"], stderr=subprocess.DEVNULL)
+        return found.returncode == 0
+
+    assert is_in_the_files()
+    match what:
+        case "message":
+            await ana.ok("DELETE", f"/messages/{message['message_id']}")
+            await ana.ok("DELETE", f"/messages/{other['message_id']}")
+        case "channel":
+            await ana.ok("DELETE", f"/channels/{scene.place.channel_id}")
+        case "server":
+            await ana.ok("DELETE", scene.server)
+        case "account":
+            await run_ok("user", "delete", "ben", "--messages", "--yes", "--database", str(database))
+            await scene.ana_socket.receive("message:deleted")
+    for file_id in file_ids:
+        assert (await ana.call("GET", f"/files/{file_id}")).code == "NOT_FOUND"
+    await until_nothing_is_stored(world)
+    await until(lambda: not store.read_inline(chatrtc.has_stale_texts))
+    await until(lambda: not is_in_the_files())
+    assert (await run_ok("check", "--database", str(database))).startswith("sound")
+
+
+async def test_a_download_ends_when_its_reader_loses_access(make_world: MakeWorld) -> None:
+    scene = await Scene.make(await make_world(file_max=32))
+    file = await uploaded(scene.ana, scene.place.channel_id, os.urandom(32 << 20))
+    await scene.ana.post(scene.place.channel_id, "", files=[file["file_id"]])
+    headers = {"Authorization": f"Bearer {scene.ben.token}"}
+    async with scene.world.session.get(f"{scene.world.url}/files/{file['file_id']}", headers=headers) as response:
+        await response.content.readexactly(100_000)
+        await scene.ana.ok("DELETE", f"{scene.server}/members/{scene.ben.user_id}")
+        with pytest.raises(aiohttp.ClientError):
+            await response.content.read()
+    assert (await scene.ana.call("GET", f"/files/{file['file_id']}")).status == 200
+
+
+async def test_a_slow_reader_takes_little_memory_and_is_disconnected(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chatrtc, "MAX_STALL_SECONDS", 1.0)
+    scene = await Scene.make(await make_world(file_max=32))
+    file = await uploaded(scene.ana, scene.place.channel_id, os.urandom(32 << 20))
+    engine = scene.world.chat.sio.eio
+    reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(scene.world.url).port, limit=1000)
+    writer.write(
+        f"GET /files/{file['file_id']} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {scene.ana.token}\r\n\r\n".encode()
+    )
+    await until(lambda: len(engine.slow_clients.waiting) == 1)
+    (client,) = engine.slow_clients.waiting
+    assert client.get_write_buffer_size() <= 3 * chatrtc.PART_BYTES
+    await until(client.is_closing)
+    with contextlib.suppress(ConnectionError):
+        while await reader.read(1 << 16):
+            pass
+    writer.close()
+    await until(lambda: scene.world.chat.hub.downloads._free == chatrtc.DOWNLOADS)
+    assert engine.slow_clients.total == 0
+
+
+async def test_the_program_uploads_and_reads_files(scene: Scene) -> None:
+    chat, at = scene.world.chat, {"author_id": scene.ana.user_id, "channel_id": scene.place.channel_id}
+    data = os.urandom(chatrtc.PIECE_BYTES + 9)
+    for source in (data, in_parts(data, 100_000), in_parts(data, 1 << 20)):
+        file = await chat.upload_file(**at, name="a.bin", data=source)
+        assert file.size == len(data)
+        content = await chat.read_file(author_id=scene.ana.user_id, file_id=file.file_id)
+        assert b"".join([part async for part in content.parts()]) == data
+        assert content.digest == hashlib.sha256(data).digest()
+        with pytest.raises(chatrtc.ChatError, match="FORBIDDEN"):
+            await chat.read_file(author_id=scene.ben.user_id, file_id=file.file_id)
+    link = await chat.create_file_link(author_id=scene.ana.user_id, file_id=file.file_id)
+    assert (await scene.world.call("GET", link.url)).body == data
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield bytes(chatrtc.PIECE_BYTES)
+        raise Boom
+
+    before = stored_now(scene.world)
+    with pytest.raises(Boom):
+        await chat.upload_file(**at, name="a.bin", data=broken())
+    await until(lambda: stored_now(scene.world) == before)
+    with pytest.raises(chatrtc.ChatError, match="Unknown field"):
+        await chat.post_message(**at, content="x", data=b"x")
+
+
+async def test_a_restart_removes_unfinished_uploads(tmp_path: Path) -> None:
+    process = await Process.start(tmp_path / "chat.db")
+    async with process.world() as world:
+        ana = await world.person("ana")
+        place = await world.place(ana)
+        message = await ana.post(place.channel_id, "", files=[(await uploaded(ana, place.channel_id))["file_id"]])
+        running = await RawUpload.start(ana, place.channel_id)
+        running.writer.write(bytes(2 * chatrtc.PIECE_BYTES))
+
+        def pieces() -> int:
+            with contextlib.closing(sqlite3.connect(tmp_path / "chat.db")) as db:
+                return int(db.execute("SELECT count(*) FROM pieces").fetchone()[0])
+
+        await until(lambda: pieces() == 3)
+        await process.stop(signal.SIGKILL)
+        running.writer.close()
+    process = await Process.start(tmp_path / "chat.db")
+    async with process.world() as world:
+        await until(lambda: pieces() == 1)
+        ana.world = world
+        assert (await ana.ok("GET", f"/messages/{message['message_id']}"))["files"] == message["files"]
+        assert (await ana.call("GET", f"/files/{message['files'][0]['file_id']}")).body == b"hello"
+    await process.stop()
+    assert (await run_ok("check", "--database", str(tmp_path / "chat.db"))).startswith("sound")
+
+
+async def test_uploads_of_one_user_take_turns(scene: Scene) -> None:
+    """The fourth waits until one of the other three ends, and the uploads of others do not wait for it."""
+    ben, channel_id, world = scene.ben, scene.place.channel_id, scene.world
+    started = [await RawUpload.start(ben, channel_id) for _ in range(chatrtc.UPLOADS_PER_USER)]
+    for one in started:
+        await one.send_pieces(world, 1)
+    fourth = asyncio.create_task(uploaded(ben, channel_id))
+    await until(lambda: world.chat.hub.uploads.count_waiting(ben.user_id) == 1)
+    await uploaded(scene.ana, channel_id)
+    assert not fourth.done()
+    started[0].writer.close()
+    assert (await fourth)["size"] == 5
+    for one in started[1:]:
+        one.writer.close()
+    await until(lambda: stored_now(world)[:2] == (2, 2))
 
 
 # ---- Message queries ------------------------------------------------------------------------------------------------
@@ -12031,6 +12591,32 @@ def foreign_sid(world: World) -> str:
     sids = {sid for users in world.chat.hub.presence._online.values() for sids in users.values() for sid in sids}
     (sid,) = filter(chatrtc.is_foreign, sids)
     return sid
+
+
+async def test_any_server_stores_and_sends_files(split: Split, make_world: MakeWorld, redis_server: Redis) -> None:
+    """A file that one server receives can be read on the others, and no other server removes it while it is uploaded."""
+    ana, ben, channel_id, one = split.ana, split.ben, split.place.channel_id, split.ana.world
+    file = await uploaded(ana, channel_id, FILE_BYTES)
+    await ana.post(channel_id, "", files=[file["file_id"]])
+    assert (await split.ben_socket.receive("message:new"))["files"] == [file]
+    assert (await ben.call("GET", f"/files/{file['file_id']}")).body == FILE_BYTES
+    link = await at(one, ben).ok("POST", f"/files/{file['file_id']}/link")
+    assert (await ben.world.call("GET", link["url"])).body == FILE_BYTES
+    running = await RawUpload.start(ana, channel_id, 3 * chatrtc.PIECE_BYTES)
+    await running.send_pieces(one, 2)
+    third = await join_redis(make_world, redis_server, "three")  # neither its start nor any maintenance removes the upload
+    for world in (one, ben.world, third):
+        await world.chat.hub.store.write(chatrtc.remove_unattached_files)
+        await chatrtc.run_maintenance(world.chat.hub)
+    running.writer.write(os.urandom(chatrtc.PIECE_BYTES))
+    status, answer = await running.answer()
+    assert (status, answer["size"]) == (201, 3 * chatrtc.PIECE_BYTES)
+    message = await at(third, ana).post(channel_id, "", files=[answer["file_id"]])
+    running.writer.close()
+    await ben.ok("POST", "/auth/logout")
+    assert (await one.call("GET", link["url"])).code == "UNAUTHORIZED"
+    await at(third, ana).ok("DELETE", f"/messages/{message['message_id']}")
+    await until(lambda: stored_now(one) == (1, 1, len(FILE_BYTES)))
 
 
 async def test_typing_is_shown_on_all_servers(split: Split) -> None:
