@@ -3085,6 +3085,7 @@ class StoredFile(NamedTuple):
     message_id: int | None  # None: it belongs to no message yet
 
 
+count_pieces: Query[int] = first_value("SELECT count(*) FROM pieces")
 load_removed_file: Query[int | None] = first_value("SELECT file_id FROM files WHERE channel_id IS NULL LIMIT 1")
 remove_file = statement("UPDATE files SET channel_id = NULL WHERE file_id = ?")
 remove_files_of_message = statement("UPDATE files SET channel_id = NULL, message_id = NULL WHERE message_id = ?")
@@ -8476,14 +8477,42 @@ def check(database: str) -> None:
 
 EXPORT_STYLE = (
     "body{font:16px/1.5 sans-serif;margin:2em auto;max-width:45em}time,small{color:#666;font-size:.8em}small{display:block}"
-    "p{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}"
+    "p{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}img{display:block;max-width:100%;height:auto}"
 )
 EXPORT_QUOTED = 1000  # a reply quotes its original if that is at most so many messages back
 Record = tuple[str, dict[str, Any]]  # the type of an exported object, and the object as the API has it
 
 
-def write_html(records: Iterable[Record], output: typing.TextIO) -> None:
-    """Write an export as a page to read, with the beginning of each message that another one answers."""
+def export_name(file: File) -> str:
+    """Return the name under which a file is exported."""
+    return f"{file.file_id}-{clean_file_name(file.name)}"
+
+
+def export_file(db: sqlite3.Connection, file: File, folder: Path) -> Iterator[bytes]:
+    """Write a file into a folder, and yield its pieces. Links in the folder are replaced, not followed."""
+    part = folder / f"{file.file_id}.part"
+    part.unlink(missing_ok=True)
+    with part.open("xb") as output:
+        for start in range(0, file.size, PIECE_BYTES):
+            yield (piece := load_file_part(db, file.file_id, start, PIECE_BYTES))
+            output.write(piece)
+    os.replace(part, folder / export_name(file))
+
+
+def file_html(file: File, folder: Path | None) -> str:
+    """Return the HTML of a file: its name and size, linked and, for a picture, shown if it is exported next to the page."""
+    label = html.escape(f"{file.name} ({file.size} bytes)")
+    if folder is None:
+        return f"<small>{label}</small>"
+    url = html.escape(urllib.parse.quote(f"{folder.name}/{export_name(file)}"))
+    size = f"width={file.width} height={file.height}" if file.width else ""
+    picture = f'<img src="{url}" {size} alt="{html.escape(file.alt or file.name)}" loading=lazy>'
+    return f'<small><a href="{url}">{picture * file.type.startswith("image/")}{label}</a></small>'
+
+
+def write_html(records: Iterable[Record], output: typing.TextIO, folder: Path | None) -> None:
+    """Write an export as a page to read, with the beginning of each message that another one answers. The page refers to the
+    exported files by the name of their folder, which has to be next to it."""
     names: dict[int, str] = {}  # by user id
     quotes: dict[int, str] = {}  # by message id
     text = html.escape
@@ -8505,15 +8534,17 @@ def write_html(records: Iterable[Record], output: typing.TextIO) -> None:
         for reaction in record.get("reactions", ()):
             people = ", ".join(names.get(user_id, f"#{user_id}") for user_id in reaction["user_ids"])
             output.write(f"<small>{text(reaction['emoji'])} {text(people)}</small>")
+        for file in record.get("files", ()):
+            output.write(file_html(File(**file), folder))
         output.write("</p>\n")
         quotes[record["message_id"]] = f"{name}: {record['content'][:100]}"
         if len(quotes) > EXPORT_QUOTED:
             del quotes[next(iter(quotes))]
 
 
-def export_records(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Iterator[Record]:
-    """Yield each server with its members, its channels and their messages, oldest first."""
-    with click.progressbar(length=count_rows(db)[2], label="Exporting", **BAR) as bar:
+def export_records(db: sqlite3.Connection, servers: list[dict[str, Any]], folder: Path | None) -> Iterator[Record]:
+    """Yield each server with its members, its channels and their messages, oldest first. Write the files into the folder."""
+    with click.progressbar(length=count_rows(db)[2] + (count_pieces(db) if folder else 0), label="Exporting", **BAR) as bar:
         for server in servers:
             yield "server", server
             yield from (("member", msgspec.to_builtins(member)) for member in load_members(db, server["server_id"], (), 0))
@@ -8522,6 +8553,9 @@ def export_records(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Ite
                 yield "channel", msgspec.to_builtins(channel)
                 for message in load_channel_messages(db, channel.channel_id):
                     bar.update(1)
+                    for file in message.files:
+                        for _ in export_file(db, file, folder) if folder else ():
+                            bar.update(1)
                     yield "message", msgspec.to_builtins(message)
 
 
@@ -8529,17 +8563,23 @@ def export_records(db: sqlite3.Connection, servers: list[dict[str, Any]]) -> Ite
 @click.option("--format", type=click.Choice(["jsonl", "html"]), default="jsonl")
 @click.option("--server", type=int, help="Export only the server with this id.")
 @click.option("--output", type=click.File("w", "utf-8", lazy=False), default="-", help="File to write; - is standard output.")
+@click.option(
+    "--files", type=click.Path(file_okay=False, path_type=Path), help="Also write the files of messages into this folder."
+)
 @options("database")
-def export(format: str, server: int | None, output: typing.TextIO, database: str) -> None:
+def export(format: str, server: int | None, output: typing.TextIO, files: Path | None, database: str) -> None:
     """Export one server or all, as JSON lines or as a page to read."""
     with open_reader(database) as db:
         chosen = [row for row in load_all_servers(db) if server in (None, row["server_id"])]
         if server is not None and not chosen:
             raise StartError(f"There is no server {server}")
+        if files is not None:
+            files.mkdir(exist_ok=True)
+        records = export_records(db, chosen, files)
         if format == "html":
-            write_html(export_records(db, chosen), output)
+            write_html(records, output, files)
         else:
-            lines = (json.dumps({"type": kind} | record, ensure_ascii=False) for kind, record in export_records(db, chosen))
+            lines = (json.dumps({"type": kind} | record, ensure_ascii=False) for kind, record in records)
             output.writelines(line + "\n" for line in lines)
         output.flush()
 

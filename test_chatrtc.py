@@ -38,12 +38,12 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, NamedTuple, NoReturn
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import aiohttp
 import click
@@ -9520,6 +9520,47 @@ async def test_conversations_are_exported_and_checked(world: World, tmp_path: Pa
     assert "0 servers" in await run_ok("check", *database)
 
 
+async def test_an_export_contains_the_files(world: World, tmp_path: Path, database: DatabaseOption) -> None:
+    ana, ben = await world.people("ana", "ben")
+    place, other = await world.place(ana, ben), await world.place(ana)
+    contents = {"a 100% <b> & ü.png": png(3, 4) + bytes(600_000), "two.txt": b"line\r\nline\n", "empty": b""}
+    files = [(await upload(ana, place.channel_id, content, name)).body for name, content in contents.items()]
+    await ben.post(place.channel_id, "no files")
+    message = await ana.post(place.channel_id, "with files", files=[file["file_id"] for file in files])
+    hidden = await upload(ana, other.channel_id, b"elsewhere", "else")
+    await ana.post(other.channel_id, "", files=[hidden.body["file_id"]])
+    await upload(ana, place.channel_id, b"in no message")
+    gone = await upload(ana, place.channel_id, b"deleted")
+    deleted = await ana.post(place.channel_id, "", files=[gone.body["file_id"]])
+    await ana.ok("DELETE", f"/messages/{deleted['message_id']}")
+
+    folder, victim = tmp_path / "out", tmp_path / "victim"
+    names = ["1-a 100% _b_ & ü.png", "2-two.txt", "3-empty"]
+    folder.mkdir()
+    victim.write_text("mine")
+    for name in (names[0], "2.part"):
+        (folder / name).symlink_to(victim)
+    export = ("export", "--server", str(place.server_id), "--files", str(folder), *database)
+    for _ in range(2):  # again into the same folder
+        lines = [json.loads(line) for line in (await run_ok(*export)).splitlines()]
+        assert lines[-1] == {"type": "message"} | message
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == dict(zip(names, contents.values(), strict=True))
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    assert victim.read_text() == "mine"
+    await run_ok("export", "--files", str(folder), *database)
+    assert {path.name for path in folder.iterdir()} == {*names, "4-else"}
+
+    page = await run_ok(*export, "--format", "html")
+    address = "out/1-a%20100%25%20_b_%20%26%20%C3%BC.png"
+    assert f'<a href="{address}"><img src="{address}" width=3 height=4 alt="a 100% _b_ &amp; ü.png" loading=lazy>' in page
+    assert '<a href="out/2-two.txt">two.txt (11 bytes)</a>' in page
+    without = await run_ok("export", "--format", "html", *database)
+    assert "two.txt (11 bytes)" in without
+    assert "<img" not in without
+    expect_error(await run_command(*export[:3], "--files", str(victim), *database), "is a file")
+    expect_error(await run_command(*export[:3], "--files", str(tmp_path / "missing" / "out"), *database), "No such file")
+
+
 async def test_servers_are_added_while_the_server_runs(world: World, tmp_path: Path, database: DatabaseOption) -> None:
     ana = await world.person("ana")
     assert await run_ok("server", "add", "Our class", "--owner", "ANA", *database) == "Our class has the id 1\n"
@@ -12403,6 +12444,462 @@ async def test_one_hostile_client_stops_nobody(
         assert health.returncode == -signal.SIGTERM  # every answer was 200
         assert slowest < 1
         assert grown < 128 << 20
+
+
+async def upload(person: Person, channel_id: int, data: Any, name: str = "a.bin", **options: Any) -> Reply:
+    """Upload a file: bytes, or an iterator of their parts."""
+    url = URL(f"{person.world.url}/channels/{channel_id}/files").with_query(name=name)
+    return await person.call("POST", url, data=data, **options)
+
+
+# 10. Files: one that was acknowledged is whole, nothing that could run is shown, and no upload does harm.
+
+
+def stored_files(database: Path) -> tuple[int, int, int]:
+    """Return the number of files, the number of pieces, and the bytes that the program counts."""
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        row = db.execute("SELECT (SELECT count(*) FROM files), (SELECT count(*) FROM pieces), bytes FROM stored").fetchone()
+    return (int(row[0]), int(row[1]), int(row[2]))
+
+
+def zip_bomb() -> bytes:
+    """Return an archive of some kB whose only file has 8 MiB."""
+    output = io.BytesIO()
+    with zipfile.ZipFile(output, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(8 << 20))
+    return output.getvalue()
+
+
+HOSTILE_FILES: dict[str, tuple[bytes, str, str, str]] = {  # -> content, Content-Type that the client sends, type, disposition
+    "gif and html, a valid picture": (gif(3, 4) + HTML_FILE, "text/html", "image/gif", "inline"),
+    "gif and html, no valid picture": (b"GIF89a/*" + HTML_FILE + b"*/=1", "image/gif", UNKNOWN, "attachment"),
+    "gif and javascript": (b"GIF89a=1;alert(1)//" + bytes(40), "text/javascript", UNKNOWN, "attachment"),
+    "svg with a script": (SVG_FILE, "image/svg+xml", "text/plain", "attachment"),
+    "svg after a comment": (b"<!-- -->" + SVG_FILE, "image/png", "text/plain", "attachment"),
+    "html that pretends to be a picture": (HTML_FILE, "image/png", "text/plain", "attachment"),
+    "xml with a style sheet": (b'<?xml-stylesheet href="x.xsl"?><x/>', "application/pdf", "text/plain", "attachment"),
+    "javascript": (b"alert(1)", "text/javascript", "text/plain", "attachment"),
+    "html in utf-16": (HTML_FILE.decode().encode("utf-16"), "text/html", UNKNOWN, "attachment"),
+    "html in utf-7": (b"+ADw-script+AD4-alert(1)+ADw-/script+AD4-", "text/html; charset=utf-7", "text/plain", "attachment"),
+    "zip bomb": (zip_bomb(), "application/zip", "application/zip", "attachment"),
+    "java archive after a gif": (gif(3, 4) + zip_bomb(), "application/java-archive", "image/gif", "inline"),
+    "picture of 10,000 x 10,000": (png(10_000, 10_000), "image/png", UNKNOWN, "attachment"),
+    "pdf with javascript": (b"%PDF-1.7\n<</S/JavaScript/JS(alert(1))>>", "text/html", "application/pdf", "inline"),
+    "video without a picture": (ftyp(b"isom"), "text/html", "video/mp4", "inline"),
+    "a program": (b"MZ\x90\0\3" + bytes(60), "image/png", UNKNOWN, "attachment"),
+    "a Content-Type with a line end": (b"%PDF-1.7", "text/html;\tx=y", "application/pdf", "inline"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE_FILES)
+async def test_nothing_that_could_run_is_shown(world: World, case: str) -> None:
+    content, claimed, media_type, shown = HOSTILE_FILES[case]
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    reply = await upload(ana, place.channel_id, content, "x.html", headers={"Content-Type": claimed})
+    assert (reply.status, reply.body["type"], reply.body["size"]) == (201, media_type, len(content))
+    sent = await ana.call("GET", f"/files/{reply.body['file_id']}")
+    assert (sent.status, sent.body) == (200, content)
+    assert sent.headers["Content-Type"].partition(";")[0] == media_type
+    assert sent.headers["Content-Disposition"].partition(";")[0] == shown
+    assert sent.headers["X-Content-Type-Options"] == "nosniff"
+    policy = {one.strip() for one in sent.headers["Content-Security-Policy"].split(";")}
+    assert {"sandbox", "default-src 'none'"} <= policy
+    assert not [one for one in policy if "script" in one]
+    assert sent.headers["Cache-Control"] == "private, no-cache"
+
+
+@pytest.mark.parametrize("name", [*FILE_NAMES, "a" * 1000], ids=ascii)
+async def test_a_hostile_file_name_is_cleaned(world: World, tmp_path: Path, name: str) -> None:
+    """In the answer, in the header of a download and in the folder of an export."""
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    if re.search("[\ud800-\udfff]", name):
+        pytest.skip("no client can send it")
+    reply = await upload(ana, place.channel_id, b"content", name)
+    clean = FILE_NAMES.get(name, "a" * 120)
+    assert (reply.status, reply.body["name"]) == (201, clean)
+    file_id = reply.body["file_id"]
+    await ana.post(place.channel_id, "", files=[file_id])
+    sent = await ana.call("GET", f"/files/{file_id}")
+    header = sent.headers["Content-Disposition"]
+    assert re.fullmatch(r"attachment; filename=\"[ -!#-\[\]-~]*\"; filename\*=UTF-8''[\w.%!~*'()&+$#^`|-]+", header), header
+    assert unquote(header.rpartition("''")[2]) == clean
+    await run_ok("export", "--files", str(tmp_path / "out"), "--database", str(tmp_path / "chat.db"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{file_id}-{clean}"]
+    assert (tmp_path / "out" / f"{file_id}-{clean}").read_bytes() == b"content"
+
+
+async def test_a_file_name_that_is_much_too_long_is_rejected(world: World, tmp_path: Path) -> None:
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    reply = await upload(ana, place.channel_id, b"content", "a" * 1001)
+    assert (reply.code, reply.body["field"]) == ("TOO_LARGE", "name")
+    for query in ("name=a&name=b", "name=%ff", "name=a&width=x", "name=a&width=0", "name=a&size=7", "name=a&alt=%00"):
+        reply = await ana.call("POST", URL(f"{world.url}/channels/{place.channel_id}/files?{query}", encoded=True), data=b"x")
+        assert reply.code == "BAD_REQUEST" or (query == "name=%ff" and reply.status == 201), (query, reply)
+    assert stored_files(tmp_path / "chat.db")[0] <= 1
+
+
+# A body that is cut, stopped, malformed or too long: its headers, its bytes, and the status of the answer (0: the client
+# disconnects instead).
+HOSTILE_BODIES: dict[str, tuple[str, Iterable[bytes], int]] = {
+    "cut off": ("Content-Length: 900000", [bytes(600_000)], 0),
+    "cut off in a chunk": ("Transfer-Encoding: chunked", [b"fffff\r\n", bytes(600_000)], 0),
+    "nothing sent": ("Content-Length: 900000", [], 400),
+    "stopped": ("Content-Length: 900000", [bytes(600_000)], 400),
+    "stopped between chunks": ("Transfer-Encoding: chunked", [b"7a120\r\n", bytes(500_000), b"\r\n"], 400),
+    "malformed chunk": ("Transfer-Encoding: chunked", [b"7a120\r\n", bytes(500_000), b"\r\nzz\r\n"], 400),
+    "negative chunk": ("Transfer-Encoding: chunked", [b"-5\r\nabcde\r\n0\r\n\r\n"], 400),
+    "a chunk of 2**64 bytes": ("Transfer-Encoding: chunked", [b"10000000000000000\r\n", bytes(500_000)], 400),
+    "two lengths": ("Content-Length: 5\r\nContent-Length: 6", [b"abcdef"], 400),
+    "a length and chunks": ("Content-Length: 5\r\nTransfer-Encoding: chunked", [b"5\r\nabcde\r\n0\r\n\r\n"], 400),
+    "a negative length": ("Content-Length: -5", [b"abcde"], 400),
+    "compressed": (f"Content-Encoding: gzip\r\nContent-Length: {len(gzip.compress(b'x'))}", [gzip.compress(b"x")], 400),
+    "said to be too long": ("Content-Length: 1048577", [], 413),
+    "said to be much too long": (f"Content-Length: {2**62}", [], 413),
+    "said to be more than a number": (f"Content-Length: {10**20}", [], 400),
+    "too long in chunks": ("Transfer-Encoding: chunked", [b"100001\r\n", bytes(0x100001), b"\r\n0\r\n\r\n"], 413),
+    "chunks without end": ("Transfer-Encoding: chunked", itertools.repeat(b"8000\r\n" + bytes(0x8000) + b"\r\n"), 413),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_BODIES)
+async def test_a_hostile_body_leaves_nothing(
+    make_world: MakeWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr(chatrtc, "UPLOAD_STALL_SECONDS", 0.5)
+    world = await make_world(file_max=1)
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    headers, parts, status = HOSTILE_BODIES[case]
+    wire = await Wire.reach(world.url)
+    path = f"/channels/{place.channel_id}/files?name=x"
+    await wire.send(request(f"POST {path}", f"Authorization: Bearer {ana.token}", *headers.split("\r\n")))
+    with contextlib.suppress(ConnectionError):
+        for part in parts:
+            await wire.send(part)
+    if status == 0:
+        await until(lambda: stored_files(tmp_path / "chat.db")[1] > 0)  # the control: a piece was stored
+        wire.connection.close()
+    else:
+        with contextlib.suppress(ConnectionError):
+            while b"\r\n\r\n" not in wire.data:
+                await wire.receive()
+        assert re.match(rb"HTTP/1\.[01] %d " % status, wire.data), wire.data[:200]
+    await until(lambda: stored_files(tmp_path / "chat.db") == (0, 0, 0))
+    assert (await upload(ana, place.channel_id, bytes(1 << 20))).status == 201
+
+
+async def test_an_upload_in_chunks_is_whole(world: World) -> None:
+    """Chunks of any size become pieces of one size."""
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    for size in (0, 1, chatrtc.PIECE_BYTES - 1, chatrtc.PIECE_BYTES, chatrtc.PIECE_BYTES + 1, 3 * chatrtc.PIECE_BYTES):
+        content = Random(size).randbytes(size)
+
+        async def chunks(content: bytes = content) -> AsyncIterator[bytes]:
+            dice, at = Random(1), 0
+            while at < len(content):
+                step = dice.choice((1, 100, 5000, 70_000, 400_000))
+                yield content[at : at + step]
+                at += step
+
+        reply = await upload(ana, place.channel_id, chunks())
+        assert (reply.status, reply.body["size"]) == (201, size)
+        sent = await ana.call("GET", f"/files/{reply.body['file_id']}")
+        assert (sent.body, sent.headers["ETag"]) == (content, f'"{hashlib.sha256(content).hexdigest()}"')
+
+
+IGNORED_RANGES = [
+    "", " ", "bytes", "bytes=", "bytes=-", "bytes=--1", "bytes=1", "bytes=a-b", "bytes=5-2", "bytes=0-1,3-4", "bytes=0-1,",
+    "bytes=,0-1", "bytes= 0-1", "bytes=0 -1", "bytes=0-1-2", "bytes=+1-2", "bytes=0x1-2", "bytes=1.0-2", "items=0-1", "0-1",
+    "bytes:0-1", "bytes=\u0661-2", "bytes=0-" + "9" * 200, "bytes=" + "9" * 19 + "-",
+]  # fmt: skip
+
+
+async def test_a_malformed_range_is_ignored(world: World) -> None:
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    content = Random(1).randbytes(300_000)
+    path = f"/files/{(await upload(ana, place.channel_id, content)).body['file_id']}"
+    for header, expected in (*((one, 200) for one in IGNORED_RANGES), ("bytes=0-99999", 206), ("bytes=0-1," * 2000, 400)):
+        wire = await Wire.reach(world.url)
+        fields = f"Authorization: Bearer {ana.token}\r\nRange: {header}\r\n"
+        status, body = await wire.request("GET", path, headers=fields)
+        assert (status, len(body)) == (expected, {200: 300_000, 206: 100_000}.get(expected, len(body))), header
+        wire.connection.close()
+
+
+async def test_uploads_that_are_never_attached_are_limited_and_removed(
+    make_world: MakeWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await make_world()
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    kept = (await upload(ana, place.channel_id, b"kept")).body["file_id"]
+    await ana.post(place.channel_id, "", files=[kept])
+    replies = []
+    for _ in range(20):
+        replies += await asyncio.gather(*(upload(ana, place.channel_id, bytes(100)) for _ in range(50)))
+    assert Counter(reply.status for reply in replies) == {201: 100, 409: 900}
+    assert stored_files(tmp_path / "chat.db") == (101, 101, 10_004)
+    assert (await upload(ben, place.channel_id, b"mine")).status == 201, "the limit is for each account"
+    monkeypatch.setattr(chatrtc, "UNATTACHED_SECONDS", -1)
+    monkeypatch.setattr(chatrtc, "FILE_PURGE_INTERVAL", 1)
+    await until(lambda: stored_files(tmp_path / "chat.db") == (1, 1, 4))
+    assert (await ana.call("GET", f"/files/{kept}")).body == b"kept"
+
+
+class Uploaders:
+    """People who upload files and post each in a message, and the answers that they received."""
+
+    def __init__(self, place: Place, people: list[Person]) -> None:
+        self.place, self.people, self.dice = place, people, Random(7)
+        self.sent: set[str] = set()  # digests of all contents that were sent
+        self.answered: dict[int, str] = {}  # file id -> digest
+        self.posted: set[int] = set()
+        self.owners: dict[int, Person] = {}
+
+    @property
+    def waiting(self) -> list[int]:
+        return [file_id for file_id in self.answered if file_id not in self.posted]
+
+    async def attach(self, world: World, file_id: int) -> bool:
+        """Post a file, maybe again, and tell if the answer was 201."""
+        message = {"channel_id": self.place.channel_id, "content": "", "files": [file_id], "nonce": f"file {file_id}"}
+        try:
+            reply = await world.call("POST", "/messages", message, token=self.owners[file_id].token)
+        except GONE:
+            return False
+        assert reply.status == 201, reply
+        assert [file["file_id"] for file in reply.body["files"]] == [file_id]
+        self.posted.add(file_id)
+        return True
+
+    async def upload_on(self, world: World, person: Person) -> None:
+        """Upload and post files until the server is gone."""
+        while True:
+            content = self.dice.randbytes(self.dice.choice((10, 40_000, 262_144, 900_000, 1_500_000)))
+            digest = hashlib.sha256(content).hexdigest()
+            self.sent.add(digest)
+            path = f"/channels/{self.place.channel_id}/files?name=x.bin"
+            try:
+                reply = await world.call("POST", path, token=person.token, data=io.BytesIO(content))
+            except GONE:
+                return
+            assert reply.status == 201, reply
+            self.answered[reply.body["file_id"]], self.owners[reply.body["file_id"]] = digest, person
+            if not await self.attach(world, reply.body["file_id"]):
+                return
+
+    def start(self, world: World) -> list[asyncio.Task[None]]:
+        """Let everybody upload in the background."""
+        return [asyncio.create_task(self.upload_on(world, person)) for person in self.people]
+
+    async def progress(self, count: int) -> None:
+        """Wait for so many more posted files."""
+        before = len(self.posted)
+        await until(lambda: len(self.posted) > before + count)
+
+    async def upload_and_kill(self, process: Process, seconds: float) -> None:
+        """Post the files that are still to be posted, upload from all sides, and kill the server meanwhile."""
+        world = process.world()
+        for file_id in self.waiting:
+            assert await self.attach(world, file_id)
+        tasks = self.start(world)
+        await self.progress(8)
+        await asyncio.sleep(seconds)
+        await process.stop(signal.SIGKILL)
+        await asyncio.gather(*tasks)
+        await world.close()
+
+    async def check(self, world: World) -> int:
+        """Check that each acknowledged file is whole, and that no part of a file is served. Return how many are served."""
+        served, tokens = 0, {person.token for person in self.people}
+        for file_id in range(1, max(self.answered) + 20):
+            replies = [await world.call("GET", f"/files/{file_id}", token=token) for token in tokens]
+            for reply in replies:
+                if reply.status == 200:
+                    assert hashlib.sha256(reply.body).hexdigest() in self.sent, "a part of a file was served"
+                    assert reply.headers["ETag"] == f'"{hashlib.sha256(reply.body).hexdigest()}"'
+            digests = {reply.headers["ETag"].strip('"') for reply in replies if reply.status == 200}
+            served += len(digests)
+            if file_id in self.answered:
+                assert digests == {self.answered[file_id]}, "an acknowledged file is lost"
+        return served
+
+
+async def start_uploaders(process: Process) -> Uploaders:
+    async with process.world() as world:
+        people = await world.people(*(f"uploader{number}" for number in range(4)))
+        return Uploaders(await world.place(*people), people)
+
+
+@trials(5, 100)
+async def test_acknowledged_files_survive_a_kill(launch: Launch, tmp_path: Path, tries: int) -> None:
+    database, dice, starts = tmp_path / "chat.db", random.Random(1), []
+    process = await launch(database)
+    uploaders = await start_uploaders(process)
+    for _ in range(tries):
+        await uploaders.upload_and_kill(process, dice.uniform(0, 0.3))
+        process = await launch(database)
+        starts.append(process.seconds)
+    served = await uploaders.check(process.world())
+    await eventually(lambda: no_unfinished_files(database), "all that was unfinished is removed")
+    assert await process.stop() == (0, "")
+    assert (await run_ok("check", "--database", str(database))).startswith("sound")
+    print(f"{tries} kills, {len(uploaders.answered)} files answered, {served} served, start at most {max(starts):.2f} s")
+    assert max(starts) < bound(2)
+
+
+async def no_unfinished_files(database: Path) -> bool:
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        unfinished = "SELECT 1 FROM files WHERE digest IS NULL OR channel_id IS NULL LIMIT 1"
+        return db.execute(unfinished).fetchone() is None
+
+
+@trials(4, 60)
+async def test_acknowledged_files_survive_a_power_cut(launch: Launch, tmp_path: Path, faults: Path, tries: int) -> None:
+    disk, dice, dropped = Disk(tmp_path / "disk", faults), random.Random(2), 0
+    database = disk.folder / "chat.db"
+    process = await launch(database, env=disk.env)
+    uploaders = await start_uploaders(process)
+    for number in range(4 * tries):
+        if number >= tries and dropped:
+            break  # by chance, a few cuts can find everything synced: then more are needed
+        await uploaders.upload_and_kill(process, dice.uniform(0, 0.3))
+        dropped += disk.lose_power(dice)
+        assert (await run_ok("check", "--database", str(database))).startswith("sound")
+        disk.sync_all()
+        process = await launch(database, env=disk.env)
+    served = await uploaders.check(process.world())
+    assert await process.stop() == (0, "")
+    assert dropped, "everything was synced before each cut, so the cuts show nothing"
+    print(f"{len(uploaders.answered)} files answered, {served} served, {dropped} writes undone")
+
+
+@trials(3, 20)
+async def test_a_backup_during_uploads_has_whole_files(
+    launch: Launch, tmp_path: Path, database: DatabaseOption, tries: int
+) -> None:
+    process = await launch(tmp_path / "chat.db")
+    uploaders = await start_uploaders(process)
+    world = process.world()
+    tasks = uploaders.start(world)
+    copies: list[tuple[Path, set[int]]] = []
+    for number in range(tries):
+        await uploaders.progress(5)
+        posted, copy = set(uploaders.posted), tmp_path / f"copy{number}"
+        assert "verified" in await run_ok("backup", str(copy), *database)
+        copies.append((copy, posted))
+    await process.stop(signal.SIGKILL)
+    await asyncio.gather(*tasks)
+    unfinished = 0
+    for copy, posted in copies:
+        with contextlib.closing(sqlite3.connect(copy)) as db:
+            unfinished += db.execute("SELECT count(*) FROM files WHERE digest IS NULL").fetchone()[0]
+            stored = dict(db.execute("SELECT file_id, lower(hex(digest)) FROM files WHERE digest IS NOT NULL"))
+        assert {file_id: uploaders.answered[file_id] for file_id in posted}.items() <= stored.items()
+        await run_ok("restore", str(copy), *database)
+        process = await launch(tmp_path / "chat.db")
+        async with process.world() as restored:
+            for file_id in posted:
+                reply = await restored.call("GET", f"/files/{file_id}", token=uploaders.people[0].token)
+                assert hashlib.sha256(reply.body).hexdigest() == uploaders.answered[file_id]
+            person = uploaders.people[0]
+            reply = await restored.call(
+                "POST", f"/channels/{uploaders.place.channel_id}/files?name=x", token=person.token, data=b"new"
+            )
+            assert reply.body["file_id"] > max(uploaders.answered), "no id is used again"
+        await eventually(lambda: no_unfinished_files(tmp_path / "chat.db"), "all that was unfinished is removed")
+        assert await process.stop() == (0, "")
+        assert "sound" in await run_ok("check", *database)
+    print(f"{len(copies)} backups with {unfinished} unfinished uploads, {len(uploaders.answered)} files answered")
+    assert unfinished or tries < 5, "no backup was taken during an upload"
+
+
+# Clients in processes of their own, so that their work delays no measurement. The last argument is the pause after each 64 KiB.
+UPLOAD_PROGRAM = """
+import http.client, sys, time
+host, path, token, size, pause = *sys.argv[1:4], int(sys.argv[4]), float(sys.argv[5])
+def parts():
+    for at in range(0, size, 65536):
+        yield bytes([at >> 16 & 255]) * min(65536, size - at)
+        time.sleep(pause)
+connection = http.client.HTTPConnection(host, timeout=600)
+headers = {"Authorization": "Bearer " + token, "Content-Length": str(size)}
+connection.request("POST", path, parts(), headers)
+answer = connection.getresponse()
+print(answer.status, answer.read().decode())
+"""
+DOWNLOAD_PROGRAM = """
+import hashlib, http.client, sys, time
+host, path, token, size, pause = *sys.argv[1:4], int(sys.argv[4]), float(sys.argv[5])
+connection = http.client.HTTPConnection(host, timeout=600)
+connection.request("GET", path, headers={"Authorization": "Bearer " + token})
+answer, digest, count = connection.getresponse(), hashlib.sha256(), 0
+while part := answer.read(65536):
+    digest.update(part)
+    count += len(part)
+    time.sleep(pause)
+print(answer.status, count, digest.hexdigest() == answer.headers["ETag"].strip('"'))
+"""
+
+
+@pytest.mark.parametrize("megabytes", [12, pytest.param(100, marks=pytest.mark.soak)])
+async def test_a_large_file_takes_little_memory_and_delays_nobody(launch: Launch, tmp_path: Path, megabytes: int) -> None:
+    """It is uploaded and downloaded fast, and downloaded slowly, while other people post."""
+    process = await launch(tmp_path / "chat.db", "--file-max", "200")
+    world = process.world()
+    people = await world.people("ana", "ben", "cyd", "dee")
+    ana, posters = people[0], people[1:]
+    place = await world.place(*people)
+    upload_path = f"/channels/{place.channel_id}/files?name=large"
+
+    async def run_client(program: str, path: str, size: int, pause: float = 0) -> str:
+        arguments = (process.url.removeprefix("http://"), path, ana.token, str(size), str(pause))
+        client = await asyncio.create_subprocess_exec(sys.executable, "-c", program, *arguments, stdout=asyncio.subprocess.PIPE)
+        out, _ = await client.communicate()
+        return out.decode()
+
+    async def measure(work: Awaitable[str] | None = None) -> tuple[str, float, int]:
+        """Post until the work is done (or for two seconds); return its result, the p99 of a post and the largest memory."""
+        seconds: list[float] = []
+        task = asyncio.ensure_future(work or asyncio.sleep(2, ""))
+        largest = 0
+
+        async def post(person: Person) -> None:
+            nonlocal largest
+            while not task.done():
+                began = time.monotonic()
+                await person.post(place.channel_id)
+                seconds.append(time.monotonic() - began)
+                largest = max(largest, memory(process))
+                await asyncio.sleep(0.02)
+
+        await asyncio.gather(*map(post, posters))
+        return await task, sorted(seconds)[len(seconds) * 99 // 100], largest
+
+    small = json.loads((await run_client(UPLOAD_PROGRAM, upload_path, 3 << 20)).partition(" ")[2])
+    assert (await run_client(DOWNLOAD_PROGRAM, f"/files/{small['file_id']}", 0)).startswith("200")
+    _, usual, size = await measure()
+    large = megabytes << 20
+    uploaded, up, up_size = await measure(run_client(UPLOAD_PROGRAM, upload_path, large))
+    status, _, body = uploaded.partition(" ")
+    assert (status, json.loads(body)["size"]) == ("201", large)
+    path = f"/files/{json.loads(body)['file_id']}"
+    downloaded, down, down_size = await measure(run_client(DOWNLOAD_PROGRAM, path, large))
+    slowly, slow, slow_size = await measure(run_client(DOWNLOAD_PROGRAM, path, large, 0.01))
+    assert downloaded.split() == slowly.split() == ["200", str(large), "True"]
+    print(
+        f"{megabytes} MiB: upload {(up_size - size) / 2**20:+.1f} MiB, download {(down_size - size) / 2**20:+.1f} MiB, "
+        f"slow download {(slow_size - size) / 2**20:+.1f} MiB; p99 of a post {usual * 1000:.1f} ms without, "
+        f"{up * 1000:.1f}, {down * 1000:.1f} and {slow * 1000:.1f} ms meanwhile"
+    )
+    assert max(up_size, down_size, slow_size) - size <= 4 << 20
+    assert max(up, down, slow) < bound(0.05)
+    await process.stop_well()
 
 
 # ---- Several processes ----------------------------------------------------------------------------------------------
