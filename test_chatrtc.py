@@ -12614,7 +12614,7 @@ async def test_an_upload_in_chunks_is_whole(world: World) -> None:
 IGNORED_RANGES = [
     "", " ", "bytes", "bytes=", "bytes=-", "bytes=--1", "bytes=1", "bytes=a-b", "bytes=5-2", "bytes=0-1,3-4", "bytes=0-1,",
     "bytes=,0-1", "bytes= 0-1", "bytes=0 -1", "bytes=0-1-2", "bytes=+1-2", "bytes=0x1-2", "bytes=1.0-2", "items=0-1", "0-1",
-    "bytes:0-1", "bytes=\u0661-2", "bytes=0-" + "9" * 200, "bytes=" + "9" * 19 + "-",
+    "bytes:0-1", "bytes=\u0661-2",
 ]  # fmt: skip
 
 
@@ -12623,7 +12623,7 @@ async def test_a_malformed_range_is_ignored(world: World) -> None:
     place = await world.place(ana)
     content = Random(1).randbytes(300_000)
     path = f"/files/{(await upload(ana, place.channel_id, content)).body['file_id']}"
-    for header, expected in (*((one, 200) for one in IGNORED_RANGES), ("bytes=0-99999", 206), ("bytes=0-1," * 2000, 400)):
+    for header, expected in (*((one, 200) for one in IGNORED_RANGES), ("bytes=0-99999", 206), ("bytes=" + "0-1," * 3000, 400)):
         wire = await Wire.reach(world.url)
         fields = f"Authorization: Bearer {ana.token}\r\nRange: {header}\r\n"
         status, body = await wire.request("GET", path, headers=fields)
