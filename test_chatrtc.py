@@ -12492,7 +12492,7 @@ HOSTILE_FILES: dict[str, tuple[bytes, str, str, str]] = {  # -> content, Content
 
 
 @pytest.mark.parametrize("case", HOSTILE_FILES)
-async def test_nothing_that_could_run_is_shown(world: World, case: str) -> None:
+async def test_what_could_run_is_sent_as_a_download(world: World, case: str) -> None:
     content, claimed, media_type, shown = HOSTILE_FILES[case]
     ana = await world.person("ana")
     place = await world.place(ana)
