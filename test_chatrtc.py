@@ -9524,13 +9524,13 @@ async def test_an_export_contains_the_files(world: World, tmp_path: Path, databa
     ana, ben = await world.people("ana", "ben")
     place, other = await world.place(ana, ben), await world.place(ana)
     contents = {"a 100% <b> & ü.png": png(3, 4) + bytes(600_000), "two.txt": b"line\r\nline\n", "empty": b""}
-    files = [(await upload(ana, place.channel_id, content, name)).body for name, content in contents.items()]
+    files = [(await post_file(ana, place.channel_id, content, name)).body for name, content in contents.items()]
     await ben.post(place.channel_id, "no files")
     message = await ana.post(place.channel_id, "with files", files=[file["file_id"] for file in files])
-    hidden = await upload(ana, other.channel_id, b"elsewhere", "else")
+    hidden = await post_file(ana, other.channel_id, b"elsewhere", "else")
     await ana.post(other.channel_id, "", files=[hidden.body["file_id"]])
-    await upload(ana, place.channel_id, b"in no message")
-    gone = await upload(ana, place.channel_id, b"deleted")
+    await post_file(ana, place.channel_id, b"in no message")
+    gone = await post_file(ana, place.channel_id, b"deleted")
     deleted = await ana.post(place.channel_id, "", files=[gone.body["file_id"]])
     await ana.ok("DELETE", f"/messages/{deleted['message_id']}")
 
@@ -12446,7 +12446,7 @@ async def test_one_hostile_client_stops_nobody(
         assert grown < 128 << 20
 
 
-async def upload(person: Person, channel_id: int, data: Any, name: str = "a.bin", **options: Any) -> Reply:
+async def post_file(person: Person, channel_id: int, data: Any, name: str = "a.bin", **options: Any) -> Reply:
     """Upload a file: bytes, or an iterator of their parts."""
     url = URL(f"{person.world.url}/channels/{channel_id}/files").with_query(name=name)
     return await person.call("POST", url, data=data, **options)
@@ -12496,7 +12496,7 @@ async def test_what_could_run_is_sent_as_a_download(world: World, case: str) -> 
     content, claimed, media_type, shown = HOSTILE_FILES[case]
     ana = await world.person("ana")
     place = await world.place(ana)
-    reply = await upload(ana, place.channel_id, content, "x.html", headers={"Content-Type": claimed})
+    reply = await post_file(ana, place.channel_id, content, "x.html", headers={"Content-Type": claimed})
     assert (reply.status, reply.body["type"], reply.body["size"]) == (201, media_type, len(content))
     sent = await ana.call("GET", f"/files/{reply.body['file_id']}")
     assert (sent.status, sent.body) == (200, content)
@@ -12516,7 +12516,7 @@ async def test_a_hostile_file_name_is_cleaned(world: World, tmp_path: Path, name
     place = await world.place(ana)
     if re.search("[\ud800-\udfff]", name):
         pytest.skip("no client can send it")
-    reply = await upload(ana, place.channel_id, b"content", name)
+    reply = await post_file(ana, place.channel_id, b"content", name)
     clean = FILE_NAMES.get(name, "a" * 120)
     assert (reply.status, reply.body["name"]) == (201, clean)
     file_id = reply.body["file_id"]
@@ -12533,7 +12533,7 @@ async def test_a_hostile_file_name_is_cleaned(world: World, tmp_path: Path, name
 async def test_a_file_name_that_is_much_too_long_is_rejected(world: World, tmp_path: Path) -> None:
     ana = await world.person("ana")
     place = await world.place(ana)
-    reply = await upload(ana, place.channel_id, b"content", "a" * 1001)
+    reply = await post_file(ana, place.channel_id, b"content", "a" * 1001)
     assert (reply.code, reply.body["field"]) == ("TOO_LARGE", "name")
     for query in ("name=a&name=b", "name=%ff", "name=a&width=x", "name=a&width=0", "name=a&size=7", "name=a&alt=%00"):
         reply = await ana.call("POST", URL(f"{world.url}/channels/{place.channel_id}/files?{query}", encoded=True), data=b"x")
@@ -12588,7 +12588,7 @@ async def test_a_hostile_body_leaves_nothing(
                 await wire.receive()
         assert re.match(rb"HTTP/1\.[01] %d " % status, wire.data), wire.data[:200]
     await until(lambda: stored_files(tmp_path / "chat.db") == (0, 0, 0))
-    assert (await upload(ana, place.channel_id, bytes(1 << 20))).status == 201
+    assert (await post_file(ana, place.channel_id, bytes(1 << 20))).status == 201
 
 
 async def test_an_upload_in_chunks_is_whole(world: World) -> None:
@@ -12605,7 +12605,7 @@ async def test_an_upload_in_chunks_is_whole(world: World) -> None:
                 yield content[at : at + step]
                 at += step
 
-        reply = await upload(ana, place.channel_id, chunks())
+        reply = await post_file(ana, place.channel_id, chunks())
         assert (reply.status, reply.body["size"]) == (201, size)
         sent = await ana.call("GET", f"/files/{reply.body['file_id']}")
         assert (sent.body, sent.headers["ETag"]) == (content, f'"{hashlib.sha256(content).hexdigest()}"')
@@ -12622,7 +12622,7 @@ async def test_a_malformed_range_is_ignored(world: World) -> None:
     ana = await world.person("ana")
     place = await world.place(ana)
     content = Random(1).randbytes(300_000)
-    path = f"/files/{(await upload(ana, place.channel_id, content)).body['file_id']}"
+    path = f"/files/{(await post_file(ana, place.channel_id, content)).body['file_id']}"
     for header, expected in (*((one, 200) for one in IGNORED_RANGES), ("bytes=0-99999", 206), ("bytes=" + "0-1," * 3000, 400)):
         wire = await Wire.reach(world.url)
         fields = f"Authorization: Bearer {ana.token}\r\nRange: {header}\r\n"
@@ -12637,14 +12637,14 @@ async def test_uploads_that_are_never_attached_are_limited_and_removed(
     world = await make_world()
     ana, ben = await world.people("ana", "ben")
     place = await world.place(ana, ben)
-    kept = (await upload(ana, place.channel_id, b"kept")).body["file_id"]
+    kept = (await post_file(ana, place.channel_id, b"kept")).body["file_id"]
     await ana.post(place.channel_id, "", files=[kept])
     replies = []
     for _ in range(20):
-        replies += await asyncio.gather(*(upload(ana, place.channel_id, bytes(100)) for _ in range(50)))
+        replies += await asyncio.gather(*(post_file(ana, place.channel_id, bytes(100)) for _ in range(50)))
     assert Counter(reply.status for reply in replies) == {201: 100, 409: 900}
     assert stored_files(tmp_path / "chat.db") == (101, 101, 10_004)
-    assert (await upload(ben, place.channel_id, b"mine")).status == 201, "the limit is for each account"
+    assert (await post_file(ben, place.channel_id, b"mine")).status == 201, "the limit is for each account"
     monkeypatch.setattr(chatrtc, "UNATTACHED_SECONDS", -1)
     monkeypatch.setattr(chatrtc, "FILE_PURGE_INTERVAL", 1)
     await until(lambda: stored_files(tmp_path / "chat.db") == (1, 1, 4))
