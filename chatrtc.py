@@ -4031,7 +4031,7 @@ class Access(enum.Enum):
     MEMBER = "members"
     WRITER = "members, in conversations as `--conversations` allows"
     PARTICIPANT = "participants of a conversation, and for themselves those who left it"
-    FILE = "members; only its uploader until it belongs to a message"
+    FILE = "members (until a message has the file, only its uploader)"
     ADMIN = "admins and the owner"
     RENAMER = "admins and the owner, in conversations every participant"
     INVITER = "admins and the owner (with `--registration invite`, guests only if `--create-servers everyone` is set)"
@@ -7005,7 +7005,8 @@ async def create_file_link(hub: Hub, caller: Caller, args: FileArgs) -> Result[F
     hub.query(caller, args, lambda ctx, _: None, Access.FILE)
     expires = int(min(time.time() + LINK_SECONDS, caller.user.expires))
     link = hub.signer.sign_link(args.file_id, caller.user, expires)
-    return Result(FileLink(f"/files/{args.file_id}?link={link}", utc(expires)))
+    mount = caller.source.path.partition("/files/")[0] if isinstance(caller.source, web.Request) else ""
+    return Result(FileLink(f"{mount}/files/{args.file_id}?link={link}", utc(expires)))
 
 
 @operation("async", "GET /healthz", Access.ANYONE)

@@ -8481,6 +8481,10 @@ async def test_a_chat_can_be_mounted_under_a_prefix(tmp_path: Path) -> None:
             await socket.ok("join_server", {"server_id": place.server_id})
             posted = await ana.post(place.channel_id)
             assert await socket.receive("message:new") == posted
+        file = await chat.upload_file(author_id=ana.user_id, channel_id=place.channel_id, name="a.txt", data=b"hello")
+        link = await ana.ok("POST", f"/files/{file.file_id}/link")
+        async with world.session.get(url + link["url"]) as response:  # the prefix is part of the address
+            assert await response.text() == "hello"
         async with world.session.get(f"{url}/") as response:
             assert await response.text() == "mine"
             assert "Content-Security-Policy" not in response.headers
