@@ -4206,9 +4206,10 @@ def find_refusal(ctx: OperationContext, speech: Speech) -> ChatError | None:
 
 def check_speech(ctx: OperationContext, args: Args, speech: Speech) -> None:
     """Raise the refusal of this way to say something, if there is one. A repeated post is never refused: nothing is posted."""
-    refusal, nonce = find_refusal(ctx, speech), getattr(args, "nonce", None)
-    if refusal and not (nonce and load_message_by_nonce(ctx.db, ctx.user.user_id, ctx.channel_id, nonce)):
-        raise refusal
+    if (refusal := find_refusal(ctx, speech)) is not None:
+        nonce = getattr(args, "nonce", None)
+        if nonce is None or load_message_by_nonce(ctx.db, ctx.user.user_id, ctx.channel_id, nonce) is None:
+            raise refusal
 
 
 # ---- Operations ----------------------------------------------------------------------------------------------------

@@ -2678,11 +2678,28 @@ class History:
         pick, scene = self.random.choice, self.scene
         person, path = pick([scene.ana, scene.ben]), f"/messages/{pick(self.messages or [1])}"
         match self.random.choices(
-            ["post", "edit", "delete", "react", "unreact", "open", "rename", "close", "leave", "join", "role", "name"],
-            [20, 8, 5, 8, 4, 2, 2, 1, 2, 3, 1, 1],
+            [
+                "post",
+                "edit",
+                "delete",
+                "react",
+                "unreact",
+                "open",
+                "rename",
+                "close",
+                "leave",
+                "join",
+                "role",
+                "name",
+                "rule",
+                "mute",
+            ],
+            [20, 8, 5, 8, 4, 2, 2, 1, 2, 3, 1, 1, 3, 3],
         )[0]:
             case "post":
-                reply = await person.call("POST", "/messages", {"channel_id": pick(self.channels), "content": "@ben hi"})
+                reply = await person.call(
+                    "POST", "/messages", {"channel_id": pick(self.channels), "content": pick(["@ben hi", "@everyone"])}
+                )
                 if reply.status == 201:
                     self.messages.append(reply.body["message_id"])
             case "edit":
@@ -2710,6 +2727,12 @@ class History:
                 await scene.ana.call("PATCH", f"{scene.server}/members/{scene.cy.user_id}", role)
             case "name":
                 await scene.ana.call("PATCH", scene.server, {"name": str(self.random.random())})
+            case "rule":
+                rules = {"posting": pick(["everyone", "staff"]), "slow_seconds": pick([0, 1]), "keep_days": pick([None, 7])}
+                await scene.ana.call("PATCH", f"/channels/{pick(self.channels)}", rules)
+            case "mute":
+                member = f"{scene.server}/members/{pick([scene.ben, scene.cy]).user_id}/mute"
+                await scene.ana.call(pick(["PUT", "DELETE"]), member)
 
 
 async def converge(scene: Scene, seed: int, steps: int) -> None:
@@ -5070,6 +5093,17 @@ async def test_slow_mode_counts_all_posts_of_a_member_in_the_channel(scene: Scen
 
 
 @pytest.mark.portable
+async def test_one_of_many_posts_at_once_passes_slow_mode(scene: Scene) -> None:
+    body = {"channel_id": scene.place.channel_id, "content": "hello"}
+    await scene.ana.ok("PATCH", f"/channels/{scene.place.channel_id}", {"slow_seconds": 21_600})
+    replies = await asyncio.gather(*(scene.ben.call("POST", "/messages", body) for _ in range(20)))
+    assert sorted(reply.code for reply in replies) == ["", *["RATE_LIMITED"] * 19]
+    await scene.ana.ok("PATCH", f"/channels/{scene.place.channel_id}", {"slow_seconds": 0})
+    replies = await asyncio.gather(*(scene.ben.call("POST", "/messages", body) for _ in range(20)))
+    assert {reply.code for reply in replies} == {""}
+
+
+@pytest.mark.portable
 async def test_slow_mode_ends_after_its_time(scene: Scene) -> None:
     body = {"channel_id": scene.place.channel_id, "content": "again"}
     await scene.ana.ok("PATCH", f"/channels/{scene.place.channel_id}", {"slow_seconds": 1})
@@ -5199,6 +5233,21 @@ async def test_a_mute_outlasts_leaving_and_is_lifted_from_a_new_owner(scene: Sce
     assert (await scene.ana.ok("PATCH", member, {"role": "admin"}))["muted_until"] == until
     assert "muted_until" not in await scene.ana.ok("PATCH", member, {"role": "owner"})
     await scene.ben.ok("POST", "/messages", message)
+
+
+@pytest.mark.portable
+async def test_the_program_mutes_and_sets_rules(scene: Scene) -> None:
+    chat, ben, ids = scene.world.chat, scene.ben, {"channel_id": scene.place.channel_id}
+    call = {"author_id": scene.ana.user_id, "server_id": scene.place.server_id, "user_id": ben.user_id}
+    assert (await chat.mute(**call, seconds=60)).muted_until > chatrtc.utc(time.time())
+    with pytest.raises(chatrtc.ChatError, match="You are muted"):
+        await chat.post_message(author_id=ben.user_id, content="hello", **ids)
+    assert await chat.unmute(**call) is None
+    await chat.edit_channel(author_id=scene.ana.user_id, posting="staff", **ids)
+    with pytest.raises(chatrtc.ChatError, match="Only admins"):
+        await chat.post_message(author_id=ben.user_id, content="hello", **ids)
+    assert (await chat.edit_channel(author_id=scene.ana.user_id, posting="everyone", **ids)).posting == "everyone"
+    assert (await chat.post_message(author_id=ben.user_id, content="hello", **ids)).content == "hello"
 
 
 @pytest.mark.portable
