@@ -17550,8 +17550,9 @@ async def test_axe_finds_nothing_about_files(api: World, tab: Any, scheme: str, 
         ("report.pdf", b"%PDF-1.4"),
         ("dot.jpg", tiny),
     ]
-    ids = [await upload(jonas_api, channel_id, name, data) for name, data in files]
-    await jonas_api.post(channel_id, "from the field trip", files=ids[:2])
+    ids = [await upload(jonas_api, channel_id, name, data) for name, data in [*files, ("wide.jpg", picture)]]
+    await jonas_api.post(channel_id, "from the field trip", files=[ids.pop()])
+    await jonas_api.post(channel_id, "and two more", files=ids[:2])
     await jonas_api.post(channel_id, "", files=ids[2:])
     await loaded(maya.get_by_alt_text("reeds.jpg"))
     assert await maya.evaluate(FITS_WIDTH, "#log")
