@@ -17016,6 +17016,26 @@ async def test_an_upload_continues_after_a_lost_connection(api: World, proxy: Pr
     assert (await jonas_api.call("GET", f"/files/{file['file_id']}")).body == data
 
 
+async def test_a_message_whose_upload_ended_with_the_page_is_kept(api: World, tab: Any) -> None:
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    maya = await tab(maya_api)
+    await slow_down(maya, 100_000)
+    await maya.attach(("notes.txt", b"three ponds"))
+    await expect(maya.attachment("notes.txt").locator(".size")).to_have_text("1 kB")
+    await maya.attach(("data.bin", bytes(5_000_000)))
+    await maya.write("the measurements")
+    await expect(maya.row("the measurements").locator("progress")).to_be_visible()
+    await maya.reload()
+    await expect(maya.row("the measurements").locator(".fate")).to_contain_text("An attached file is no longer on the server.")
+    await maya.row("the measurements").get_by_role("button", name="Edit").click()
+    await expect(maya.locator(".attachment b")).to_have_text(["notes.txt", "data.bin"])
+    await expect(maya.attachment("data.bin").locator(".bad")).to_be_visible()
+    await maya.click('[aria-label="Remove data.bin"]')
+    await maya.press("#text", "Enter")
+    await maya.sees("the measurements")
+    assert [file["name"] for file in await files_of(maya_api, channel_id)] == ["notes.txt"]
+
+
 async def test_a_draft_keeps_its_files(api: World, tab: Any) -> None:
     (maya_api,), (server_id, channel_id) = await create_class(api, "Maya")
     await maya_api.channel(server_id, "homework")
