@@ -16901,10 +16901,7 @@ def with_location(jpeg: bytes, orientation: int) -> bytes:
 
 async def upload(who: Person, channel_id: int, name: str, data: bytes, **facts: Any) -> int:
     """Upload a file and return its id."""
-    path = URL(f"{who.world.url}/channels/{channel_id}/files").with_query(name=name, **facts)
-    reply = await who.call("POST", path, data=io.BytesIO(data))
-    assert reply.status == 201, reply
-    return int(reply.body["file_id"])
+    return int((await uploaded(who, channel_id, data, name=name, **facts))["file_id"])
 
 
 async def loaded(picture: Locator) -> None:
