@@ -17697,6 +17697,371 @@ async def test_tab_stays_in_a_drawer_without_inert(api: World, tab: Any) -> None
     await reach(phone, "#text")
 
 
+# Rules, mutes and raised hands
+
+
+CLOSED = "#closed [role=status]"
+
+
+async def set_rule(tab: Tab, rule: str, choice: str) -> None:
+    """Choose a rule in the menu of the open channel."""
+    await tab.click("#room-menu")
+    await tab.locator("#menu button", has_text=rule).click()
+    await tab.locator("#menu").get_by_role("button", name=choice, exact=True).click()
+
+
+async def test_a_teacher_closes_a_channel_and_opens_it(two: Any) -> None:
+    maya, jonas, (server_id, channel_id) = two
+    await jonas.write("written before")
+    await maya.sees("written before")
+    await maya.write("a question")
+    await jonas.sees("a question")
+    await jonas.fill("#text", "my draft")
+    await set_rule(maya, "Who can write", "Only teachers")
+    await expect(jonas.locator(CLOSED)).to_have_text("Only teachers can write here")
+    await expect(jonas.locator("#text")).to_have_value("my draft")
+    await expect(jonas.locator("#text")).not_to_be_editable()
+    await expect(jonas.locator("#send")).to_be_hidden()
+    await jonas.press("#text", "Enter")
+    await jonas.row("written before").hover()
+    await expect(jonas.row("written before").locator('[data-do="edit"]')).to_be_hidden()
+    await expect(jonas.row("a question").locator('[data-do="reply"]')).to_be_hidden()
+    await jonas.tool("a question", "react")
+    await jonas.click("#emoji button >> text=👍")
+    await expect(maya.row("a question").locator(".reactions button")).to_have_text("👍 1")
+    await expect(maya.locator("#rule")).to_have_text("Only teachers can write here")
+    await maya.write("staff can")
+    await jonas.sees("staff can")
+    for one in (maya, jonas):
+        await one.shot(f"closed-{'maya' if one is maya else 'jonas'}")
+    await jonas.reload()
+    await expect(jonas.locator(CLOSED)).to_have_text("Only teachers can write here")
+    await expect(jonas.locator("#text")).to_have_value("my draft")
+    await maya.click("#room-menu")
+    await expect(maya.locator("#menu button", has_text="Who can write")).to_contain_text("Only teachers")
+    await maya.click("#menu >> text=Who can write")
+    await expect(maya.locator('#menu [aria-pressed="true"]')).to_have_text("Only teachers")
+    await maya.click("#menu >> text=Everyone")
+    await expect(jonas.locator("#closed")).to_be_hidden()
+    await jonas.press("#text", "Enter")
+    await maya.sees("my draft")
+    await expect(maya.locator("#rule")).to_be_hidden()
+    await jonas.locator("#text").focus()
+    await maya.api.ok("PATCH", f"/channels/{channel_id}", {"posting": "staff"})
+    await expect(jonas.locator("#compose")).to_be_hidden()
+    await expect(jonas.locator("#log")).to_be_focused()
+    await maya.api.ok("PATCH", f"/servers/{server_id}/members/{jonas.api.user_id}", {"role": "admin"})
+    await expect(jonas.locator("#text")).to_be_focused()
+    await jonas.write("now I may")
+    await maya.sees("now I may")
+
+
+async def test_slow_mode_counts_down(two: Any, tab: Any) -> None:
+    maya, jonas, (_, channel_id) = two
+    other = await tab(jonas.api)
+    await set_rule(maya, "Slow mode", "5 seconds")
+    await expect(maya.locator("#rule")).to_have_text("Slow mode (5 seconds)")
+    await expect(jonas.locator("#rule")).to_have_text("Slow mode (5 seconds)")
+    await expect(jonas.locator("#send")).to_be_enabled()
+    await jonas.write("first")
+    for one in (jonas, other):
+        await expect(one.locator("#rule")).to_have_text(re.compile(r"^Slow mode: [1-5] s$"))
+        await expect(one.locator("#send")).to_be_disabled()
+    await jonas.write("second")
+    await expect(jonas.locator("#rule")).to_have_class(re.compile("flash"))
+    await expect(jonas.locator("#text")).to_have_value("second")
+    await jonas.shot("slow-jonas")
+    await jonas.tool("first", "edit")
+    await jonas.write("first, edited")
+    await maya.sees("first, edited")
+    await expect(jonas.locator("#text")).to_have_value("second")
+    await expect(jonas.locator("#rule")).to_have_text("Slow mode (5 seconds)")
+    await expect(jonas.locator("#spoken")).to_have_text("You can write again.")
+    await jonas.press("#text", "Enter")
+    await maya.sees("second")
+    await maya.write("staff are exempt")
+    await maya.write("from it")
+    await jonas.sees("from it")
+    await jonas.reload()
+    await expect(jonas.locator("#rule")).to_have_text(re.compile("^Slow mode: "))
+    await set_rule(maya, "Slow mode", "Off")
+    await expect(jonas.locator("#rule")).to_be_hidden()
+    await jonas.write("third")
+    await maya.sees("third")
+    assert [one["content"] for one in await channel_history(maya.api, channel_id)][-1] == "third"
+
+
+async def test_messages_wait_for_slow_mode(api: World, proxy: Proxy, tab: Any) -> None:
+    """Messages written without a connection are sent as slow mode allows it, and hold up no other channel."""
+    (maya_api, jonas_api), (server_id, channel_id) = await create_class(api, "Maya", "Jonas")
+    await maya_api.channel(server_id, "homework")
+    jonas = await tab(jonas_api, at=proxy.url)
+    jonas.ignored = NETWORK_ERRORS
+    await expect(jonas.locator("#people")).to_contain_text("Maya")
+    await proxy.cut(jonas)
+    await maya_api.ok("PATCH", f"/channels/{channel_id}", {"slow_seconds": 5})
+    for text in ("one", "two"):
+        await jonas.write(text)
+    await jonas.open_channel("homework")
+    await jonas.write("elsewhere")
+    await jonas.open_channel("general")
+    await proxy.start(jonas)
+    await jonas.sees("one")
+    await expect(jonas.row("two").locator(".fate")).to_contain_text("this will be sent as soon as it may")
+    await jonas.open_channel("homework")
+    await jonas.sees("elsewhere")
+    await jonas.open_channel("general")
+    await jonas.sees("two")
+    assert [one["content"] for one in await channel_history(maya_api, channel_id)] == ["one", "two"]
+
+
+async def test_a_teacher_mutes_and_lifts_the_mute(two: Any) -> None:
+    maya, jonas, (server_id, _) = two
+    study = await maya.api.channel(server_id, "Study room", "voice")
+    await jonas.write("too loud")
+    await maya.sees("too loud")
+    await maya.tool("too loud", "react")
+    await maya.click("#emoji button >> text=🎉")
+    await jonas.join_voice()
+    await expect(maya.locator(f'#voice-channels [data-id="{study}"] .talkers')).to_contain_text("Jonas")
+    await maya.choose(".person >> text=Jonas", "Mute for 5 minutes")
+    await expect(jonas.locator(CLOSED)).to_have_text(re.compile(r"^Muted until \d\d:\d\d$"))
+    await expect(jonas.locator("#call")).to_be_hidden()
+    await expect(jonas.locator("#toasts")).to_contain_text("Muted until")
+    await expect(maya.locator(f'#voice-channels [data-id="{study}"] .talkers')).to_be_hidden()
+    await expect(jonas.locator("#compose")).to_be_hidden()
+    await jonas.row("too loud").hover()
+    for name in ("edit", "reply", "react"):
+        await expect(jonas.row("too loud").locator(f'[data-do="{name}"]')).to_be_hidden()
+    await jonas.row("too loud").locator(".reactions button").click()
+    await expect(jonas.locator("#toasts")).to_contain_text("Muted until")
+    await jonas.join_voice()
+    await expect(jonas.locator("#call")).to_be_hidden()
+    await jonas.shot("muted-jonas")
+    await expect(maya.locator('.person[aria-label^="Jonas, Online, Muted until"]')).to_be_visible()
+    await maya.click(".person >> text=Jonas")
+    await expect(maya.locator("#menu header")).to_contain_text("Muted until")
+    await maya.shot("muted-maya")
+    await maya.click("#menu >> text=Lift the mute")
+    await expect(jonas.locator("#closed")).to_be_hidden()
+    await jonas.write("quiet again")
+    await maya.sees("quiet again")
+    await maya.choose(".person >> text=Jonas", "Mute until lifted")
+    await expect(jonas.locator(CLOSED)).to_have_text("Muted")
+    await maya.api.ok("PUT", f"/servers/{server_id}/members/{jonas.api.user_id}/mute", {"seconds": 2})
+    await expect(jonas.locator("#closed")).to_be_hidden()
+    await expect(maya.locator('.person[aria-label="Jonas, Online"]')).to_be_visible()
+    await jonas.write("it ends by itself")
+    await maya.sees("it ends by itself")
+
+
+async def test_a_refused_message_is_kept(two: Any) -> None:
+    """The server refuses what the page did not know to be refused: the row says why, and nothing is lost."""
+    maya, jonas, _ = two
+    jonas.ignored = "403"
+    refusal = '{"success": false, "error": "You are muted", "code": "FORBIDDEN", "reason": "MUTED"}'
+    await jonas.evaluate(f"""() => {{
+        const send = WebSocket.prototype.send;
+        WebSocket.prototype.send = function (packet) {{
+            const id = /^42(\\d+)\\["message:send"/.exec(packet)?.[1];
+            id ? this.onmessage({{ data: `43${{id}}[{refusal}]` }}) : send.call(this, packet);
+        }};
+    }}""")
+    await jonas.write("refused")
+    await expect(jonas.row("refused").locator(".fate")).to_contain_text("Not sent. You are muted in this server.")
+    await jonas.row("refused").get_by_role("button", name="Edit").click()
+    await expect(jonas.locator("#text")).to_have_value("refused")
+    assert maya.errors == []
+
+
+COUNT_SOUNDS = """
+    window.sounds = 0;
+    const start = OscillatorNode.prototype.start;
+    OscillatorNode.prototype.start = function (...more) { window.sounds++; return start.apply(this, more); };
+"""
+
+
+async def test_hands_are_raised_and_lowered(api: World, tab: Any) -> None:
+    people, (server_id, _) = await create_class(api, "Maya", "Jonas", "Zoë")
+    maya = await tab()
+    await maya.page.add_init_script(COUNT_SOUNDS)
+    await maya.enter(people[0])
+    await maya.click("#text")
+    jonas, zoe = await tab(people[1]), await tab(people[2])
+    await reach(jonas, "#hand", "Shift+Tab")
+    await jonas.keyboard.press("Enter")
+    await expect(jonas.locator("#hand")).to_have_attribute("aria-pressed", "true")
+    await zoe.click("#hand")
+    for one in (maya, jonas, zoe):
+        await expect(one.locator("#show-hands")).to_have_attribute("aria-label", "2 raised hands")
+    await expect(maya.locator("#spoken")).to_have_text("Zoë raised a hand.")
+    await eventually(lambda: maya.evaluate("window.sounds"), "the sound")
+    await maya.click("#show-hands")
+    names = maya.locator("#hands li bdi")
+    await expect(names).to_have_text(["Jonas", "Zoë"])
+    await expect(maya.locator("#hands time").first).to_have_text(re.compile(r"^\d\d:\d\d$"))
+    await maya.shot("hands-maya")
+    await jonas.click("#show-hands")
+    await expect(jonas.locator("#hands li bdi")).to_have_text(["Jonas", "Zoë"])
+    await expect(jonas.locator('#hands [data-do="lowerHand"]')).to_have_count(1)
+    await expect(jonas.locator('#hands [data-do="lowerAll"]')).to_be_hidden()
+    await jonas.reload()
+    await expect(jonas.locator("#hand")).to_have_attribute("aria-pressed", "true")
+    await expect(names).to_have_text(["Jonas", "Zoë"])
+    await maya.get_by_label("Lower the hand of Jonas").click()
+    await expect(jonas.locator("#hand")).to_have_attribute("aria-pressed", "false")
+    await zoe.click("#hand")
+    await expect(maya.locator("#hands")).to_contain_text("Nobody has raised a hand.")
+    await expect(maya.locator("#show-hands")).to_be_hidden()
+    await maya.get_by_label("Play a sound when a hand is raised").uncheck()
+    await maya.reload()
+    await maya.click("#text")
+    await jonas.click("#hand")
+    await zoe.click("#hand")
+    await expect(maya.locator("#spoken")).to_have_text("Zoë raised a hand.")
+    assert await maya.evaluate("window.sounds") == 0
+    await maya.click("#show-hands")
+    await expect(maya.get_by_label("Play a sound when a hand is raised")).not_to_be_checked()
+    await maya.locator('#hands [data-do="lowerAll"]').click()
+    for one in (jonas, zoe):
+        await expect(one.locator("#hand")).to_have_attribute("aria-pressed", "false")
+    await jonas.click("#hand")
+    await maya.choose("#room-menu", "Lower all hands")
+    await expect(jonas.locator("#hand")).to_have_attribute("aria-pressed", "false")
+    await people[0].ok("PUT", f"/servers/{server_id}/members/{people[1].user_id}/mute", {})
+    await jonas.click("#closed >> text=Raise your hand")
+    await expect(maya.locator("#show-hands")).to_have_text("1")
+
+
+async def test_the_page_offers_everyone_to_staff(two: Any) -> None:
+    maya, jonas, (server_id, channel_id) = two
+    await maya.api.channel(server_id, "homework")
+    await jonas.open_channel("homework")
+    await expect(jonas.locator("#room-name")).to_have_text("homework")
+    await maya.locator("#text").press_sequentially("hello @ev")
+    await expect(maya.locator("#names li").first).to_contain_text("@everyone")
+    await maya.press("#text", "Enter")
+    await expect(maya.locator("#text")).to_have_value("hello @everyone ")
+    await maya.locator("#text").press_sequentially("and `@everyone`")
+    await maya.press("#text", "Enter")
+    row = await maya.sees("hello @everyone")
+    await expect(row.locator(".at")).to_have_text(["@everyone"])
+    await expect(row).not_to_have_class(re.compile("named"))
+    badge = jonas.locator(f'#text-channels [data-id="{channel_id}"] .badge')
+    await expect(badge).to_have_class(re.compile("hot"))
+    await jonas.open_channel("general")
+    await expect(jonas.row("hello @everyone")).to_have_class(re.compile("named"))
+    await jonas.locator("#text").press_sequentially("me too @ev")
+    await expect(jonas.locator("#names")).to_be_hidden()
+    await jonas.write("me too @everyone")
+    await expect((await maya.sees("me too @everyone")).locator(".at")).to_have_count(0)
+    await expect(jonas.row("me too").locator(".at")).to_have_count(0)
+
+
+async def test_messages_are_kept_for_some_days(two: Any) -> None:
+    maya, jonas, _ = two
+    await set_rule(maya, "Keep messages", "30 days")
+    await expect(maya.locator("#ask")).to_contain_text("Older messages of “general” will be deleted for everybody")
+    await maya.confirm()
+    await expect(jonas.locator("#rule")).to_have_text("Kept for 30 days")
+    await set_rule(maya, "Keep messages", "Always")
+    await expect(jonas.locator("#rule")).to_be_hidden()
+
+
+@pytest.mark.skipif(AXE is None, reason="needs axe-core: npm install axe-core")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 360])
+async def test_axe_finds_nothing_in_a_lesson(api: World, tab: Any, scheme: str, width: int) -> None:
+    look = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "reduced_motion": "reduce"}
+    people, (server_id, channel_id) = await create_class(api, "Maya", "Jonas", "Zoë")
+    await fill_channel(people[0], people[1], server_id, channel_id)
+    maya, jonas, zoe = [await tab(one, **look) for one in people]
+
+    async def check(one: Tab, view: str) -> None:
+        assert await one.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+        await check_accessibility(one, view)
+        await one.shot(f"{view}-{width}-{scheme}")
+
+    await jonas.click("#hand")
+    await zoe.click("#hand")
+    await expect(maya.locator("#show-hands")).to_have_text("2")
+    await check(maya, "teacher")
+    await maya.click("#room-menu")
+    await check(maya, "channel-menu")
+    await maya.click("#menu >> text=Slow mode")
+    await check(maya, "slow-menu")
+    await maya.click("#menu >> text=1 hour")
+    await jonas.fill("#text", "May I say something?")
+    await jonas.press("#text", "Enter")
+    await jonas.fill("#text", "And one more thing")
+    await expect(jonas.locator("#rule")).to_contain_text("min")
+    await check(jonas, "slow-mode")
+    await set_rule(maya, "Who can write", "Only teachers")
+    await check(jonas, "draft-in-a-closed-channel")
+    await expect(zoe.locator(CLOSED)).to_be_visible()
+    await check(zoe, "closed-channel")
+    await maya.click("#show-hands")
+    await expect(maya.locator("#hands li")).to_have_count(2)
+    await check(maya, "hands")
+    await zoe.click("#show-hands")
+    await check(zoe, "hands-of-a-pupil")
+    await maya.click('[data-do="closeSide"]')
+    if width < 1100:
+        await maya.click("#show-people")
+    await maya.choose(".person >> text=Jonas", "Mute for 1 hour")
+    await expect(maya.locator('.person[aria-label*="Muted until"]')).to_be_visible()
+    await check(maya, "people-in-a-lesson")
+    await maya.click(".person >> text=Jonas")
+    await check(maya, "muted-member-menu")
+    await expect(jonas.locator(CLOSED)).to_contain_text("Muted until")
+    await check(jonas, "muted")
+
+
+@pytest.mark.parametrize("device", BROWSERS, indirect=True)
+async def test_a_lesson_is_led_in_both_browsers(api: World, device: Any) -> None:
+    """A teacher closes and opens a channel, slows it down, answers a raised hand, and mutes a pupil for a while."""
+    (maya_api, jonas_api), _ = await create_class(api, "Maya", "Jonas")
+    maya, jonas = await device(), await device()
+    for one, person in ((maya, maya_api), (jonas, jonas_api)):
+        await one.open(api.url)
+        session = {"user_id": person.user_id, "username": person.name, "token": person.token}
+        await one.evaluate(f"localStorage.setItem('chatrtc::session', {json.dumps(json.dumps(session))})")
+        await one.open(f"{api.url}/?again")
+        await one.sees(person.name, "#my-status b")
+    await jonas.type("#text", "a draft")
+    await maya.click("#room-menu")
+    await maya.click("#menu button", "Who can write")
+    await maya.click("#menu button", "Only teachers")
+    await jonas.sees("Only teachers can write here", "#closed")
+    await jonas.click("#closed button", "Raise your hand")
+    await maya.click("#show-hands")
+    await maya.sees("Jonas", "#hands li")
+    await maya.click("#hands [data-do=lowerHand]")
+    await maya.sees("Nobody has raised a hand.", "#hands")
+    await maya.click("#room-menu")
+    await maya.click("#menu button", "Who can write")
+    await maya.click("#menu button", "Everyone")
+    await maya.click("#room-menu")
+    await maya.click("#menu button", "Slow mode")
+    await maya.click("#menu button", "5 seconds")
+    await jonas.sees("Slow mode (5 seconds)", "#rule")
+    await jonas.type("#text", "\n")
+    await maya.sees("a draft", "#log .said")
+    await jonas.sees("Slow mode: ", "#rule.waiting")
+    await jonas.sees("Slow mode (5 seconds)", "#rule:not(.waiting)")
+    await jonas.type("#text", "once more\n")
+    await maya.sees("once more", "#log .said")
+    await maya.click("#side [data-do=closeSide]")
+    await maya.click("#people .person", "Jonas")
+    await maya.click("#menu button", "Mute for 5 minutes")
+    await jonas.sees("Muted until", "#closed")
+    await maya.click("#people .person", "Jonas")
+    await maya.click("#menu button", "Lift the mute")
+    await jonas.find("#compose")
+    await maya.type("#text", "thank you, @ev\n\n")
+    await jonas.sees("@everyone", "#log .row.named .at")
+
+
 async def test_language_and_theme_can_be_chosen(api: World, tab: Any) -> None:
     (maya_api,), _ = await create_class(api, "Maya")
     maya = await tab(maya_api, locale="fr-FR", color_scheme="dark")
@@ -18039,7 +18404,7 @@ PAGE = (HERE / "chatrtc.html").read_text("utf-8")
 SCRIPT = PAGE.split('<script type="module">')[1].split("</script>")[0]
 PAGE_SECTIONS = (
     "Connection", "State", "Text (Markdown)", "Render", "Sync", "Timeline", "Files", "Composer", "Sign-in", "Dialogs",
-    "Viewer", "Conversations", "Administration", "Voice", "Start",
+    "Viewer", "Conversations", "Administration", "Raised hands", "Voice", "Start",
 )  # fmt: skip
 JS_SKIPPED = re.compile(r"""\s+|//.*|/\*(?s:.*?)\*/|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""")
 JS_REGEX = re.compile(r"/(?:\\.|\[(?:\\.|[^]\\])*\]|[^/\\\[\n])+/\w*")
