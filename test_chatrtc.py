@@ -17958,6 +17958,35 @@ async def test_the_page_offers_everyone_to_staff(two: Any) -> None:
     await expect(jonas.row("me too").locator(".at")).to_have_count(0)
 
 
+async def test_rules_are_set_with_the_keyboard_alone(api: World, tab: Any) -> None:
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    maya, jonas = await tab(maya_api), await tab(jonas_api, locale="fr-FR")
+    press = maya.keyboard.press
+    await jonas.click("#text")
+    await reach(maya, "#room-menu", "Shift+Tab")
+    for key in ("Enter", "Enter", "ArrowDown", "Enter"):  # the menu, its first entry, the choice below the current one
+        await press(key)
+    await expect(jonas.locator(CLOSED)).to_have_text("Seuls les enseignants peuvent écrire ici")
+    await expect(jonas.locator("#log")).to_be_focused()
+    await reach(jonas, '#closed [data-do="hand"]')
+    await jonas.keyboard.press("Enter")
+    await reach(maya, "#show-hands")
+    await press("Enter")
+    await reach(maya, '#hands [data-do="lowerHand"]')
+    await press("Enter")
+    await expect(jonas.locator("#hand")).to_have_attribute("aria-pressed", "false")
+    await maya_api.ok("PATCH", f"/channels/{channel_id}", {"posting": "everyone", "slow_seconds": 90})
+    await expect(jonas.locator("#rule")).to_have_text("Mode lent (90 secondes)")
+    await jonas.click("#text")
+    await jonas.keyboard.type("bonjour")
+    await jonas.keyboard.press("Enter")
+    await expect(jonas.locator("#rule")).to_have_text(re.compile(r"^Mode lent : 1 min \d+ s$"))
+    await jonas.keyboard.type("encore")
+    await jonas.keyboard.press("Enter")
+    await expect(jonas.locator("#text")).to_have_value("encore")
+    await expect(jonas.locator("#text")).to_be_focused()
+
+
 async def test_messages_are_kept_for_some_days(two: Any) -> None:
     maya, jonas, _ = two
     await set_rule(maya, "Keep messages", "30 days")
