@@ -15,6 +15,7 @@ has been committed. The sections, to be read in this order:
     Queries             the SQL for accounts, servers and members
     File queries        the SQL for the files that messages contain
     Message queries     the SQL for messages, reactions, read marks and search
+    Transcript          the messages of channels as a page to read
     Presence            users who are connected, typing or in a voice channel: kept in memory only
     Authentication      passwords and tokens
     Rate limits         how often a user or an address may do something
@@ -158,6 +159,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = None
     process: Annotated[ProcessName | None, Meta(description="Name of this process, with --redis (default: generated).")] = None
     voice_max: Annotated[int, Meta(ge=2, le=1000, description="Maximum number of people in a voice channel.")] = 12
+    keep_days: Annotated[int, Meta(ge=0, le=36_500, description="Days after which messages are deleted; 0: never.")] = 0
     no_rate_limit: Annotated[bool, Meta(description="Turn off all rate and size limits, for benchmarks.")] = False
 
 
@@ -854,6 +856,11 @@ class BansArgs(ServerArgs):
     limit: Annotated[int, Meta(ge=1, le=1000)] = 1000
 
 
+class LogArgs(ServerArgs):
+    before: Id | None = None  # an entry id: the last one of the previous page
+    limit: Annotated[int, Meta(ge=1, le=100)] = 50
+
+
 class RoleArgs(MemberArgs):
     role: Role
 
@@ -930,6 +937,14 @@ class PageArgs(ChannelArgs):
     def __post_init__(self) -> None:
         if sum(cursor is not None for cursor in (self.before, self.after, self.around)) > 1:
             raise ValueError("ONE_CURSOR")
+
+
+class PinsArgs(ChannelArgs):
+    before: Id | None = None  # a pinned message: the last one of the previous page
+
+
+class TranscriptArgs(ChannelArgs):
+    names: Literal["real", "hidden"] = "real"
 
 
 class MessageArgs(Args):
@@ -1062,6 +1077,23 @@ class Bans(Payload):
     has_more: bool = False
 
 
+class LogEntry(Named):
+    entry_id: int
+    at: str
+    user_id: int
+    username: str
+    action: str
+    target_id: int | None = None  # the member that the action was about, or the author of the message
+    target_username: str | None = None
+    target_name: str | None = None
+    detail: str | None = None
+
+
+class ModerationLog(Payload):
+    entries: list[LogEntry]
+    has_more: bool
+
+
 class Link(Payload):
     code: str
     expires_at: str
@@ -1126,6 +1158,7 @@ class Message(Payload):
     author_name: str | None = None
     files: list[File] = []
     everyone: bool = False  # whether it mentions all members
+    pinned: bool = False
 
 
 class Messages(Payload):
@@ -1335,7 +1368,7 @@ class EventKind(NamedTuple):
 
 EVENTS = {
     "message:new": EventKind(Message, "server", "A message was posted."),
-    "message:edit": EventKind(Message, "server", "A message was edited."),
+    "message:edit": EventKind(Message, "server", "A message was edited, pinned or unpinned."),
     "message:deleted": EventKind(Deletion, "server", "A message was deleted."),
     "reaction:add": EventKind(ReactionChanged, "server", "Somebody reacted to a message."),
     "reaction:remove": EventKind(ReactionChanged, "server", "Somebody removed a reaction."),
@@ -1589,6 +1622,25 @@ MIGRATIONS = (
     ALTER TABLE reads ADD COLUMN posted_at REAL;
     ALTER TABLE messages ADD COLUMN everyone INTEGER NOT NULL DEFAULT 0 CHECK (everyone IN (0, 1));
     CREATE INDEX messages_everyone ON messages (channel_id, message_id, author_id) WHERE everyone = 1;
+    ALTER TABLE purges RENAME TO old_purges;
+    CREATE TABLE purges (
+        purge_id INTEGER PRIMARY KEY, server_id INTEGER REFERENCES servers ON DELETE CASCADE,
+        author_id INTEGER REFERENCES users, channel_id INTEGER REFERENCES channels ON DELETE CASCADE,
+        last_id INTEGER NOT NULL, CHECK ((author_id IS NULL) <> (channel_id IS NULL))) STRICT;
+    INSERT INTO purges (purge_id, server_id, author_id, last_id)
+        SELECT purge_id, server_id, author_id, last_id FROM old_purges;
+    DROP TABLE old_purges;
+    CREATE TABLE moderation (
+        entry_id INTEGER PRIMARY KEY AUTOINCREMENT, server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
+        at REAL NOT NULL, user_id INTEGER NOT NULL REFERENCES users, action TEXT NOT NULL,
+        target_id INTEGER REFERENCES users, detail TEXT) STRICT;
+    CREATE INDEX moderation_by_server ON moderation (server_id, entry_id);
+    CREATE INDEX moderation_by_time ON moderation (at);
+    CREATE TABLE pins (
+        pin_id INTEGER PRIMARY KEY AUTOINCREMENT, channel_id INTEGER NOT NULL,
+        message_id INTEGER NOT NULL UNIQUE REFERENCES messages ON DELETE CASCADE) STRICT;
+    CREATE INDEX pins_by_channel ON pins (channel_id, pin_id);
+    INSERT INTO messages_fts (messages_fts, rank) VALUES ('automerge', 8);
     """,
 )
 SCHEMA_FORMAT = len(MIGRATIONS) + 1
@@ -2672,6 +2724,11 @@ def rows_as(kind: Callable[..., R], query: str) -> Query[list[R]]:
     return lambda db, *values: [kind(*row) for row in db.execute(query, values)]
 
 
+def rows_by_key(query: str) -> Query[dict[Any, Any]]:
+    """Return a query that takes keys and returns a dict of the two columns of its rows. The statement gets the keys as JSON."""
+    return lambda db, keys: dict(db.execute(query, (json.dumps(list(keys)),)).fetchall())
+
+
 def named(kind: Callable[..., R]) -> Callable[..., R]:
     """Return a constructor that takes the display name as the last positional argument."""
     return lambda *values: kind(*values[:-1], name=values[-1])
@@ -2705,6 +2762,12 @@ load_profile = row_as(
     lambda user_id, username, status, at, guest, name: Profile(user_id, username, status, at, bool(guest), name=name),
     "SELECT user_id, username, status, created_at, password IS NULL AND deleted = 0, name FROM users WHERE user_id = ?",
 )
+load_names = rows_by_key(  # id -> name that is shown
+    "SELECT u.user_id, coalesce(u.name, u.username) FROM json_each(?) k JOIN users u ON u.user_id = k.value"
+)
+load_user_ids = rows_by_key(  # name key -> id
+    "SELECT u.username_key, u.user_id FROM json_each(?) k JOIN users u ON u.username_key = k.value"
+)
 load_invisible: Query[list[int]] = rows_as(int, "SELECT user_id FROM users WHERE status = 'invisible'")
 load_password_hash: Query[str | None] = first_value("SELECT password FROM users WHERE user_id = ?")
 load_address_seen_at: Query[float | None] = first_value("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?")
@@ -2715,7 +2778,11 @@ close_account = statement(
     "UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?",
 )
 insert_revoked_token = statement("INSERT OR IGNORE INTO revoked_tokens VALUES (?, ?)")
-delete_expired_tokens = statement("DELETE FROM revoked_tokens WHERE expires_at < ?", "DELETE FROM links WHERE expires_at < ?")
+delete_expired = statement(  # tokens and sign-in codes, and entries of the moderation log after 90 days
+    "DELETE FROM revoked_tokens WHERE expires_at < ?",
+    "DELETE FROM links WHERE expires_at < ?",
+    "DELETE FROM moderation WHERE at < ? - 90 * 86400",
+)
 
 # Servers and channels.
 load_all_servers = rows_as(
@@ -2804,6 +2871,19 @@ load_bans = rows_as(
 is_banned: Query[int | None] = first_value("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?")
 insert_ban = statement("INSERT OR IGNORE INTO bans VALUES (?, ?, ?, ?)")
 delete_ban = statement("DELETE FROM bans WHERE server_id = ? AND user_id = ?")
+
+# The moderation log.
+insert_log_entry = statement(
+    "INSERT INTO moderation (server_id, at, user_id, action, target_id, detail) VALUES (?, ?, ?, ?, ?, ?)"
+)
+# The entries of a server (?1) before an entry (?2), newest first, at most ?3.
+load_log_entries = rows_as(
+    named(LogEntry),
+    """SELECT l.entry_id, strftime('%Y-%m-%dT%H:%M:%SZ', l.at, 'unixepoch'), l.user_id, u.username, l.action, l.target_id,
+           t.username, t.name, l.detail, u.name
+       FROM moderation l JOIN users u ON u.user_id = l.user_id LEFT JOIN users t ON t.user_id = l.target_id
+       WHERE l.server_id = ? AND l.entry_id < ? ORDER BY l.entry_id DESC LIMIT ?""",
+)
 
 # Invites.
 load_invites = rows_as(Invite, INVITE_ROWS + "WHERE server_id = ? ORDER BY rowid")
@@ -3032,6 +3112,8 @@ INTEGRITY_CHECKS = {  # what each query finds
         "SELECT message_id FROM messages m JOIN channels c USING (channel_id) WHERE c.server_id <> m.server_id",
     "a reply to a message in another channel":
         "SELECT m.message_id FROM messages m JOIN messages r ON r.message_id = m.reply_to WHERE r.channel_id <> m.channel_id",
+    "a pin of a deleted message, or in another channel":
+        "SELECT p.pin_id FROM pins p JOIN messages m USING (message_id) WHERE m.deleted = 1 OR p.channel_id <> m.channel_id",
     "a deleted message with text": "SELECT message_id FROM messages WHERE deleted = 1 AND content <> ''",
     "a file whose message is deleted or in another channel":
         "SELECT file_id FROM files f JOIN messages m USING (message_id) WHERE m.deleted = 1 OR m.channel_id <> f.channel_id",
@@ -3190,13 +3272,24 @@ MESSAGE_FIELDS = """
             (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted, u.name,
         CASE WHEN m.extras THEN
             (SELECT json_group_array(json_array(file_id, name, type, size, width, height, alt)) FROM (
-                SELECT * FROM files WHERE message_id = m.message_id ORDER BY place)) END, m.everyone
+                SELECT * FROM files WHERE message_id = m.message_id ORDER BY place)) END, m.everyone,
+        CASE WHEN m.extras THEN EXISTS (SELECT 1 FROM pins p WHERE p.message_id = m.message_id) END
 """
 MESSAGE_ROWS = MESSAGE_FIELDS + "FROM messages m JOIN users u ON u.user_id = m.author_id "
 IN_CHANNEL = "JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id "  # leaves out deleted channels
 CHANGED_ROWS = MESSAGE_ROWS + IN_CHANNEL + "WHERE m.server_id = ? AND m.seq > ? ORDER BY m.seq LIMIT ?"
 FOUND_ROWS = MESSAGE_FIELDS + "FROM messages_fts f CROSS JOIN messages m ON m.message_id = f.rowid " + IN_CHANNEL
 FOUND_ROWS += "JOIN users u ON u.user_id = m.author_id WHERE messages_fts MATCH :match AND f.rowid < :before "
+PURGED_ROWS = """SELECT m.message_id, m.channel_id, c.server_id FROM messages m JOIN channels c ON c.channel_id = m.channel_id
+    WHERE m.message_id > ? AND m.message_id <= ? AND m.deleted = 0 AND c.server_id = coalesce(?, c.server_id) AND """
+PURGED_ORDER = "ORDER BY m.message_id DESC LIMIT ?"
+EXPIRED_ROWS = """SELECT message_id, channel_id, server_id FROM (
+        SELECT m.message_id, m.channel_id, c.server_id, m.created_at FROM messages m JOIN channels c USING (channel_id)
+        WHERE m.channel_id = ? AND m.deleted = 0 AND c.server_id IS NOT NULL ORDER BY m.message_id LIMIT ?)
+    WHERE created_at < ?"""
+PINNED_ROWS = MESSAGE_FIELDS + "FROM pins q CROSS JOIN messages m ON m.message_id = q.message_id JOIN users u ON "
+PINNED_ROWS += """u.user_id = m.author_id WHERE q.channel_id = :channel_id AND (
+    :before IS NULL OR q.pin_id < (SELECT pin_id FROM pins WHERE message_id = :before)) ORDER BY q.pin_id DESC"""
 INDEXED_ROWS = """SELECT message_id, content, server_id FROM messages
                   WHERE deleted = 0 AND message_id <= (SELECT indexed_id FROM search) AND """
 READ_STATE_ROWS = """  -- a user's channels: the last message read, how many are unread, how many mention the user
@@ -3220,8 +3313,10 @@ MAX_RESULT_BYTES = 448 * 1024  # JSON bytes of the messages and lists in one res
 VARIATION = "\ufe0f"  # selects the coloured form of an emoji; a reaction is the same with and without it
 MAX_REACTIONS = 50  # different emojis on one message
 INDEX_STEP = 500  # messages indexed, or deleted with their channel, in one transaction
-PURGE_STEP = 200  # messages of one author deleted in one transaction
+PURGE_STEP = 50  # messages deleted in one transaction if each deletion is emitted
 PURGE_SCAN_STEP = 5000  # messages examined in one transaction to find them
+MAX_PINS = 50  # per channel
+MAX_KEEP_DAYS = 36_500
 
 
 # Gives a message (?2) the server's (?1) next sequence number, because its reactions changed.
@@ -3250,6 +3345,15 @@ load_index_progress: Query[tuple[int, int]] = row_as(
 has_stale_texts: Query[int] = first_value("SELECT stale FROM search")
 load_deleted_channel: Query[Any] = first_value("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1")
 load_pending_purge: Query[int | None] = first_value("SELECT 1 FROM purges LIMIT 1")
+delete_pin = statement("DELETE FROM pins WHERE message_id = ?")
+# The channels that have expired messages, and the time before which these were posted. The values are the time now, in Unix
+# seconds, and the number of days for which channels keep their messages at most.
+load_expired_channels: Query[list[tuple[int, str]]] = rows_as(
+    lambda *row: row,
+    """SELECT channel_id, strftime('%Y-%m-%dT%H:%M:%SZ', ?1 - 86400 * min(coalesce(keep_days, ?2), ?2), 'unixepoch') AS before
+       FROM channels c WHERE c.server_id IS NOT NULL AND before > (SELECT m.created_at FROM messages m
+           WHERE m.channel_id = c.channel_id AND m.deleted = 0 ORDER BY m.message_id LIMIT 1)""",
+)
 
 
 def message_from_row(row: Sequence[Any]) -> Message:
@@ -3262,6 +3366,7 @@ def message_from_row(row: Sequence[Any]) -> Message:
         message.reactions = [Reaction(emoji, user_ids) for emoji, user_ids in emojis.items()]
         message.mentions = json.loads(row[11])
         message.files = [File(*fields) for fields in json.loads(row[14])]
+        message.pinned = bool(row[16])
     return message
 
 
@@ -3366,7 +3471,16 @@ def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> i
     db.execute("DELETE FROM reactions WHERE message_id = ?", (message_id,))
     db.execute("DELETE FROM mentions WHERE message_id = ?", (message_id,))
     remove_files_of_message(db, message_id)
+    delete_pin(db, message_id)
     return seq
+
+
+def delete_messages(db: sqlite3.Connection, rows: Iterable[tuple[int, int, int]]) -> list[Effect]:
+    """Delete messages (id, channel, server) and return an event for each."""
+    return [
+        Emit("message:deleted", server_id, Deletion(channel_id, message_id, delete_message(db, server_id, message_id)))
+        for message_id, channel_id, server_id in rows
+    ]
 
 
 def purge_deleted_channel(db: sqlite3.Connection) -> Result[None]:
@@ -3385,35 +3499,40 @@ def purge_deleted_channel(db: sqlite3.Connection) -> Result[None]:
 
 def purge_next_messages(db: sqlite3.Connection) -> Result[None]:
     """Delete the next messages of the newest purge, newest first, and emit an event for each."""
-    row = db.execute("SELECT purge_id, server_id, author_id, last_id FROM purges ORDER BY purge_id DESC LIMIT 1").fetchone()
+    query = "SELECT purge_id, last_id, author_id, channel_id, server_id FROM purges ORDER BY purge_id DESC LIMIT 1"
+    row = db.execute(query).fetchone()
     if row is None:
         return Result(None)
-    purge_id, server_id, author_id, last_id = row
+    purge_id, last_id, author_id, channel_id, server_id = row
+    first_id = last_id - PURGE_SCAN_STEP if channel_id is None else 0  # a channel's messages are found by an index
     rows = db.execute(
-        """SELECT m.message_id, m.channel_id, c.server_id FROM messages m JOIN channels c ON c.channel_id = m.channel_id
-           WHERE m.message_id > ? AND m.message_id <= ? AND m.author_id = ? AND m.deleted = 0
-           AND c.server_id = coalesce(?, c.server_id) ORDER BY m.message_id DESC LIMIT ?""",
-        (last_id - PURGE_SCAN_STEP, last_id, author_id, server_id, PURGE_STEP),
+        PURGED_ROWS + ("m.author_id = ? " if channel_id is None else "m.channel_id = ? ") + PURGED_ORDER,
+        (first_id, last_id, server_id, channel_id or author_id, PURGE_STEP),
     ).fetchall()
-    effects = [
-        Emit("message:deleted", server, Deletion(channel_id, message_id, delete_message(db, server, message_id)))
-        for message_id, channel_id, server in rows
-    ]
-    before = rows[-1][0] - 1 if len(rows) == PURGE_STEP else last_id - PURGE_SCAN_STEP
+    before = rows[-1][0] - 1 if len(rows) == PURGE_STEP else first_id
     (left,) = db.execute("SELECT max(message_id) FROM messages WHERE message_id <= ?", (before,)).fetchone()
     if left is None:
         db.execute("DELETE FROM purges WHERE purge_id = ?", (purge_id,))
     else:
         db.execute("UPDATE purges SET last_id = ? WHERE purge_id = ?", (left, purge_id))
-    return Result(None, effects)
+    return Result(None, delete_messages(db, rows))
 
 
-def start_purge(db: sqlite3.Connection, server_id: int | None, author_id: int) -> Sequence[Effect]:
-    """Delete an author's messages in a server (None: in all servers): the newest now, the others later, in steps. Return the
-    effects of the deletions made now. It takes milliseconds, so the operation must be `slow`."""
-    newest = "SELECT ?, ?, coalesce(max(message_id), 0) FROM messages"
-    db.execute("INSERT INTO purges (server_id, author_id, last_id) " + newest, (server_id, author_id))
+def start_purge(
+    db: sqlite3.Connection, server_id: int | None, author_id: int | None, channel_id: int | None = None
+) -> Sequence[Effect]:
+    """Delete all messages of an author in a server (None: in all servers), or of a channel: the newest now, others in steps.
+    Return the effects of the deletions made now. It takes milliseconds, so the operation must be `slow`."""
+    db.execute("DELETE FROM purges WHERE channel_id = ?", (channel_id,))  # the new one includes it
+    newest = "SELECT ?, ?, ?, coalesce(max(message_id), 0) FROM messages"
+    db.execute("INSERT INTO purges (server_id, author_id, channel_id, last_id) " + newest, (server_id, author_id, channel_id))
     return purge_next_messages(db).effects
+
+
+def delete_expired_messages(db: sqlite3.Connection, channel_id: int, before: str) -> Result[bool]:
+    """Delete the oldest messages of a channel that were posted before a time, and return whether there may be more."""
+    rows = db.execute(EXPIRED_ROWS, (channel_id, PURGE_STEP, before)).fetchall()
+    return Result(len(rows) == PURGE_STEP, delete_messages(db, rows))
 
 
 def take_messages(rows: Iterable[Sequence[Any]], limit: int, max_bytes: int = MAX_RESULT_BYTES) -> Messages:
@@ -3471,6 +3590,20 @@ class PageCache(dict[tuple[int | None, ...], tuple[int, Messages]]):
         if len(self) > self.MAX_PAGES:
             del self[next(iter(self))]
         return page
+
+
+def load_pins(db: sqlite3.Connection, args: PinsArgs) -> Messages:
+    """Return the pinned messages of a channel, latest pin first."""
+    return take_messages(db.execute(PINNED_ROWS, msgspec.structs.asdict(args)), MAX_PINS)
+
+
+def insert_pin(db: sqlite3.Connection, message: Message) -> int:
+    """Pin a message and return 1, or 0 if it is pinned already. Raises CONFLICT if the channel has `MAX_PINS`."""
+    (count,) = db.execute("SELECT count(*) FROM pins WHERE channel_id = ?", (message.channel_id,)).fetchone()
+    if count >= MAX_PINS and not message.pinned:
+        raise chat_error("TOO_MANY", n=MAX_PINS)
+    values = (message.channel_id, message.message_id)
+    return db.execute("INSERT OR IGNORE INTO pins (channel_id, message_id) VALUES (?, ?)", values).rowcount
 
 
 def load_changes(db: sqlite3.Connection, args: ChangesArgs, connected: Collection[int], viewer: int) -> Changes:
@@ -3571,6 +3704,135 @@ def load_channel_messages(db: sqlite3.Connection, channel_id: int) -> Iterator[M
     """Return an iterator over all messages of a channel, oldest first."""
     rows = db.execute(MESSAGE_ROWS + "WHERE m.channel_id = ? AND m.deleted = 0 ORDER BY m.message_id", (channel_id,))
     return map(message_from_row, rows)
+
+
+# ---- Transcript ----------------------------------------------------------------------------------------------------
+# The messages of channels as one page to read and to keep. It is made in parts, so that its length does not matter. The parts
+# are small, because a thread that works for long delays the event loop.
+
+TRANSCRIPT_STEP, TRANSCRIPT_BYTES = 100, 1 << 16  # messages, and bytes of their JSON, that are loaded together
+TRANSCRIPT_PART = 1 << 15  # characters
+TRANSCRIPT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+TRANSCRIPT_HEAD = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>%s</title>
+<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{TRANSCRIPT_POLICY}"><style>
+body {{ font: 1em/1.5 sans-serif; margin: 2em auto; max-width: 45em; padding: 0 1em; overflow-wrap: anywhere }}
+p {{ margin: .5em 0; white-space: pre-wrap }} img {{ display: block; max-width: 100%%; height: auto }}
+time, small {{ font-size: .8em; opacity: .8 }} small {{ display: block }}</style></head><body>
+"""
+HANDLE = re.compile(f"@({AFTER_AT.pattern})")
+
+
+def export_name(file: File) -> str:
+    """Return the name under which a file is exported."""
+    return f"{file.file_id}-{clean_file_name(file.name)}"
+
+
+class Transcript:
+    """The messages of channels as an HTML page with pictures and without scripts. `places`: each server's name and channels.
+    With `hidden`, people are called "Person 1", "Person 2" and so on, also in mentions. `folder`: where the files are."""
+
+    def __init__(self, places: Sequence[tuple[str, list[Channel]]], hidden: bool = False, folder: str | None = None) -> None:
+        self.places, self.hidden, self.folder = places, hidden, folder
+        self.count = 0  # the number of messages so far
+        self.numbers: dict[int, int] = {}  # user id -> number
+        # What the messages of the current part need.
+        self.names: dict[int, str] = {}  # user id -> name
+        self.handles: dict[str, int] = {}  # name key of a username -> user id
+        self.originals: dict[int, Message] = {}  # by id: the messages that are answered
+        self._parts = self._write_page()
+
+    def read(self, db: sqlite3.Connection) -> str | None:
+        """Return the next part of the page, None at its end. Each part may be read from another snapshot."""
+        self._db, parts, size = db, list[str](), 0
+        while size < TRANSCRIPT_PART and (part := next(self._parts, None)) is not None:
+            parts.append(part)
+            size += len(part)
+        return "".join(parts) if parts else None
+
+    def _write_page(self) -> Iterator[str]:
+        newest, _ = load_index_progress(self._db)  # messages posted from now on are left out
+        yield TRANSCRIPT_HEAD % html.escape(", ".join(name for name, _ in self.places))
+        for name, channels in self.places:
+            yield f"<h1>{html.escape(name)}</h1>\n"
+            for channel in channels:
+                yield f"<h2>{html.escape(channel.name)}</h2>\n"
+                yield from self._write_channel(channel.channel_id, newest)
+        yield f"<hr><small>{self.count} messages. Times are UTC.</small></body></html>\n"
+
+    def _write_channel(self, channel_id: int, newest: int) -> Iterator[str]:
+        page = load_page_part(self._db, channel_id, ">", 0, TRANSCRIPT_STEP, TRANSCRIPT_BYTES)
+        while messages := [message for message in page.messages if message.message_id <= newest]:
+            self._look_up(messages)
+            for message in messages:
+                yield from self._write_message(message)
+                self.count += 1
+            page = load_page_part(self._db, channel_id, ">", messages[-1].message_id, TRANSCRIPT_STEP, TRANSCRIPT_BYTES)
+
+    def _look_up(self, messages: list[Message]) -> None:
+        """Load what these messages need: the messages that they answer, and names or, if these are hidden, usernames."""
+        originals = [load_message(self._db, message.reply_to) for message in messages if message.reply_to]
+        self.originals = {message.message_id: message for message in originals if message}
+        shown = [*messages, *self.originals.values()]
+        if self.hidden:
+            handles = {handle for message in shown for handle in HANDLE.findall(message.content)}
+            self.handles = load_user_ids(self._db, {key for handle in handles for key in handle_keys(handle)})
+        else:
+            people = {user_id for message in messages for one in message.reactions for user_id in one.user_ids}
+            self.names = load_names(self._db, people | {message.author_id for message in shown})
+
+    def _name(self, user_id: int) -> str:
+        if self.hidden:
+            return f"Person {self.numbers.setdefault(user_id, len(self.numbers) + 1)}"
+        return html.escape(self.names[user_id])
+
+    def _text(self, message: Message) -> str:
+        """Return the text of a message, without the usernames that it mentions if names are hidden."""
+        return HANDLE.sub(self._hide_handle, message.content) if self.hidden else message.content
+
+    def _hide_handle(self, found: re.Match[str]) -> str:
+        key = next((key for key in reversed(handle_keys(found[1])) if key in self.handles), None)
+        if key is None:
+            return found[0]
+        end = next(end for end in range(1, len(found[1]) + 1) if name_key(found[1][:end]).startswith(key))
+        return f"@{self._name(self.handles[key])}{found[1][end:]}"
+
+    def _write_message(self, message: Message) -> Iterator[str]:
+        yield f"<p id=m{message.message_id}>"
+        if message.reply_to is not None:
+            original, quote = self.originals.get(message.reply_to), "a deleted message"
+            if original is not None:
+                quote = f"{self._name(original.author_id)}: {html.escape(' '.join(self._text(original)[:100].split()))}"
+            yield f'<small>In reply to <a href="#m{message.reply_to}">{quote}</a></small>'
+        marks = " (pinned)" * message.pinned + " (edited)" * (message.edited_at is not None)
+        time = message.created_at[:16].replace("T", " ")
+        yield f"<b>{self._name(message.author_id)}</b> <time>{time}{marks}</time>\n{html.escape(self._text(message))}"
+        for file in message.files:
+            yield from self._write_file(file)
+        for reaction in message.reactions:
+            yield f"<small>{html.escape(reaction.emoji)} {', '.join(map(self._name, reaction.user_ids))}</small>"
+        yield "</p>\n"
+
+    def _write_file(self, file: File) -> Iterator[str]:
+        label = html.escape(f"{file.name} ({file.size} bytes)")
+        if self.folder is not None:
+            label = f'<a href="{html.escape(urllib.parse.quote(f"{self.folder}/{export_name(file)}"))}">{label}</a>'
+        if file.type in PICTURE_SIZES:
+            yield f'<img alt="{html.escape(file.alt or file.name)}" src="data:{file.type};base64,'
+            yield from self._encode(file)
+            yield '">'
+        if file.type not in PICTURE_SIZES or self.folder is not None:
+            yield f"<small>{label}</small>"
+
+    def _encode(self, file: File) -> Iterator[str]:
+        at, data = 0, b""
+        with contextlib.suppress(ChatError):  # the file may be deleted meanwhile
+            while at < file.size:
+                part = load_file_part(self._db, file.file_id, at, TRANSCRIPT_PART)
+                at, data = at + len(part), data + part
+                end = len(data) if at == file.size else len(data) // 3 * 3  # three bytes make four characters
+                yield base64.b64encode(data[:end]).decode()
+                data = data[end:]
 
 
 # ---- Presence ------------------------------------------------------------------------------------------------------
@@ -4233,6 +4495,7 @@ class Operation:
     emits: Sequence[str] = ()
     status: int  # of an HTTP response: 200, or 204 without a result, unless declared
     replay_status: int  # of an HTTP response that replays an earlier call
+    logged: str | None = None  # the action in the moderation log
     limit: str | None = None  # in addition to "request" or "event"; "itself": the operation charges all its limits
     raw_body: bool = False  # whether the body of the route is bytes; its arguments are then in the query
     acks: bool = True  # whether the ack contains the result
@@ -4246,6 +4509,7 @@ class Operation:
         return self.method in ("POST", "PUT", "PATCH") and not self.raw_body
 
 
+MAX_DETAIL = 200  # characters of a detail in the moderation log
 SIGN_IN_CODE_SECONDS = 900  # lifetime of a sign-in code
 FOREVER = "9999-12-31T23:59:59Z"  # the end of a mute that lasts until it is lifted
 STATUS_EVENTS = ["user:status", "user:connected", "user:disconnected"]
@@ -4271,6 +4535,26 @@ def operation(kind: Literal["write", "read", "async"], http: str | None, access:
 
 
 read, write = functools.partial(operation, "read"), functools.partial(operation, "write")
+
+
+def describe_action(ctx: OperationContext, args: Args) -> str | None:
+    """Return the detail of an entry of the moderation log: the channel, and the arguments that are not ids."""
+    fields = [field for field in msgspec.structs.fields(args) if not field.name.endswith("_id")]
+    given = [(field.name, getattr(args, field.name)) for field in fields if getattr(args, field.name) != field.default]
+    places = [load_channel(ctx.db, ctx.channel_id).name] if ctx.channel_id else []
+    return ", ".join(places + [f"{name}: {value}" for name, value in given])[:MAX_DETAIL] or None
+
+
+def run_logged(op: Operation, run: Callable[..., Result[T]], ctx: OperationContext, args: Args) -> Result[T]:
+    """Run an operation or a step of one. If an admin changed anything by it, other than their own membership or message, record
+    it in the moderation log, in the same transaction."""
+    changes, detail = ctx.db.total_changes, describe_action(ctx, args)
+    result = run(ctx, args)
+    target_id = getattr(args, "user_id", None) or ctx.message.author_id or None
+    is_own = op.access in (Access.SELF_OR_OUTRANKS, Access.AUTHOR_OR_ADMIN) and target_id == ctx.user.user_id
+    if ctx.role != "member" and not is_own and ctx.db.total_changes != changes:
+        insert_log_entry(ctx.db, ctx.server_id, ctx.clock, ctx.user.user_id, op.logged, target_id, detail)
+    return result
 
 
 @read("GET /users/me", Access.USER)
@@ -4393,7 +4677,7 @@ def add_participant(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     return Result(None, join_conversation(ctx, args.user_id))
 
 
-@write("PATCH /servers/{server_id}", Access.RENAMER, emits=["server:updated"], limit="post")
+@write("PATCH /servers/{server_id}", Access.RENAMER, emits=["server:updated"], limit="post", logged="rename")
 def rename_server(ctx: OperationContext, args: RenameServer) -> Result[Server]:
     """Rename a server or a conversation."""
     renamed = ServerRenamed(ctx.server_id, args.name, update_server_name(ctx.db, ctx.server_id, args.name))
@@ -4420,7 +4704,7 @@ def load_member(ctx: OperationContext, user_id: int) -> Member:
     return load_members(ctx.db, ctx.server_id, ctx.visible_users(), ctx.user.user_id, user_id)[0]
 
 
-@write("PATCH /servers/{server_id}/members/{user_id}", Access.OWNER, emits=["member:updated"])
+@write("PATCH /servers/{server_id}/members/{user_id}", Access.OWNER, emits=["member:updated"], logged="role")
 def set_role(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
     """Change a member's role; `owner` transfers ownership, and the previous owner becomes an admin."""
     if ctx.target_role == "owner" and args.role != "owner":
@@ -4443,7 +4727,7 @@ def set_mute(ctx: OperationContext, user_id: int, until: str | None) -> list[Eff
 
 @write(
     "PUT /servers/{server_id}/members/{user_id}/mute", Access.OUTRANKS_MEMBER,
-    emits=["member:updated", "typing_stop", "voice:leave"],
+    emits=["member:updated", "typing_stop", "voice:leave"], logged="mute",
 )  # fmt: skip
 def mute(ctx: OperationContext, args: MuteArgs) -> Result[Member]:
     """Mute a member for `seconds`, or until the mute is lifted. A muted member can read, delete own messages and raise a hand,
@@ -4453,7 +4737,7 @@ def mute(ctx: OperationContext, args: MuteArgs) -> Result[Member]:
     return Result(load_member(ctx, args.user_id), effects)
 
 
-@write("DELETE /servers/{server_id}/members/{user_id}/mute", Access.OUTRANKS_MEMBER, emits=["member:updated"])
+@write("DELETE /servers/{server_id}/members/{user_id}/mute", Access.OUTRANKS_MEMBER, emits=["member:updated"], logged="unmute")
 def unmute(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     """Lift a mute; without one, nothing changes."""
     is_muted = load_member(ctx, args.user_id).muted_until is not None
@@ -4465,13 +4749,13 @@ def remove_from_server(db: sqlite3.Connection, server_id: int, user_id: int) -> 
     return [left, Evict(server_id, user_id)]
 
 
-@write("DELETE /servers/{server_id}/members/{user_id}", Access.SELF_OR_OUTRANKS, emits=["member:left"])
+@write("DELETE /servers/{server_id}/members/{user_id}", Access.SELF_OR_OUTRANKS, emits=["member:left"], logged="remove")
 def remove_member(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     """Leave a server, or remove a member of a lower role; the member's sockets stop receiving the server's events."""
     return Result(None, remove_from_server(ctx.db, ctx.server_id, args.user_id))
 
 
-@write("POST /servers/{server_id}/members/{user_id}/link", Access.OUTRANKS_GUEST, status=201, limit="post")
+@write("POST /servers/{server_id}/members/{user_id}/link", Access.OUTRANKS_GUEST, status=201, limit="post", logged="link")
 def create_link(ctx: OperationContext, args: MemberArgs) -> Result[Link]:
     """Create a single-use code with which a guest can sign in again; it expires after 15 minutes."""
     code, expires = new_code(), ctx.clock + SIGN_IN_CODE_SECONDS
@@ -4488,7 +4772,7 @@ def list_bans(ctx: OperationContext, args: BansArgs) -> Result[Bans]:
 
 @write(
     "PUT /servers/{server_id}/bans/{user_id}", Access.OUTRANKS, emits=["member:left", "message:deleted"],
-    limit="post", slow=True, frees_space=True,
+    limit="post", slow=True, frees_space=True, logged="ban",
 )  # fmt: skip
 def ban(ctx: OperationContext, args: BanArgs) -> Result[None]:
     """Ban a member or former member; optionally delete their messages, and the invite they used."""
@@ -4501,7 +4785,7 @@ def ban(ctx: OperationContext, args: BanArgs) -> Result[None]:
     return Result(None, effects)
 
 
-@write("DELETE /servers/{server_id}/bans/{user_id}", Access.OUTRANKS)
+@write("DELETE /servers/{server_id}/bans/{user_id}", Access.OUTRANKS, logged="unban")
 def unban(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     """Lift a ban."""
     if not delete_ban(ctx.db, ctx.server_id, args.user_id):
@@ -4509,7 +4793,14 @@ def unban(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     return Result(None)
 
 
-@write("POST /servers/{server_id}/invites", Access.INVITER, status=201, limit="post")
+@read("GET /servers/{server_id}/log", Access.ADMIN)
+def list_log(ctx: OperationContext, args: LogArgs) -> Result[ModerationLog]:
+    """List what admins did in a server in the last 90 days, newest first."""
+    entries = load_log_entries(ctx.db, ctx.server_id, args.before or 2**63 - 1, args.limit + 1)
+    return Result(ModerationLog(entries[: args.limit], len(entries) > args.limit))
+
+
+@write("POST /servers/{server_id}/invites", Access.INVITER, status=201, limit="post", logged="invite")
 def create_invite(ctx: OperationContext, args: NewInvite) -> Result[Invite]:
     """Create an invite, for `max_uses` people and `expires_in` seconds if these are given."""
     expires_at = utc(ctx.clock + args.expires_in) if args.expires_in is not None else None
@@ -4549,7 +4840,7 @@ def accept_invite(ctx: OperationContext, args: CodeArgs) -> Result[Server]:
     return Result(load_servers(ctx.db, ctx.user.user_id, invite.server_id)[0], effects)
 
 
-@write("DELETE /invites/{code}", Access.ADMIN, limit="invite")
+@write("DELETE /invites/{code}", Access.ADMIN, limit="invite", logged="revoke_invite")
 def revoke_invite(ctx: OperationContext, args: CodeArgs) -> Result[None]:
     """Delete an invite."""
     delete_invite(ctx.db, args.code)
@@ -4566,14 +4857,17 @@ def channel_event(event: str, channel: Channel, seq: int) -> Emit:
     return Emit(event, channel.server_id, ChannelChanged(**msgspec.structs.asdict(channel), seq=seq))
 
 
-@write("POST /servers/{server_id}/channels", Access.ADMIN, emits=["channel:created"], status=201, limit="post")
+@write(
+    "POST /servers/{server_id}/channels", Access.ADMIN, emits=["channel:created"], status=201, limit="post",
+    logged="channel_create",
+)  # fmt: skip
 def create_channel(ctx: OperationContext, args: NewChannel) -> Result[Channel]:
     """Create a text or voice channel; connected members receive its events at once."""
     channel, seq = insert_channel(ctx.db, ctx.server_id, args.name, args.kind, args.topic)
     return Result(channel, [AddChannelRoom(ctx.server_id, channel.channel_id), channel_event("channel:created", channel, seq)])
 
 
-@write("PATCH /channels/{channel_id}", Access.ADMIN, emits=["channel:updated", "typing_stop", "voice:leave"])
+@write("PATCH /channels/{channel_id}", Access.ADMIN, emits=["channel:updated", "typing_stop", "voice:leave"], logged="rules")
 def edit_channel(ctx: OperationContext, args: EditChannel) -> Result[Channel]:
     """Change a channel's name, topic or rules: who may write, the time between posts, how long messages are kept."""
     fields = msgspec.structs.asdict(args).items()
@@ -4583,11 +4877,17 @@ def edit_channel(ctx: OperationContext, args: EditChannel) -> Result[Channel]:
     return Result(channel, [event, StopSpeech(ctx.server_id, channel_id=ctx.channel_id)])
 
 
-@write("DELETE /channels/{channel_id}", Access.ADMIN, emits=["channel:deleted"])
+@write("DELETE /channels/{channel_id}", Access.ADMIN, emits=["channel:deleted"], logged="channel_delete")
 def delete_channel(ctx: OperationContext, args: ChannelArgs) -> Result[None]:
     """Delete a channel and its messages."""
     deleted = ChannelDeleted(ctx.server_id, ctx.channel_id, detach_channel(ctx.db, ctx.server_id, ctx.channel_id))
     return Result(None, [Emit("channel:deleted", ctx.server_id, deleted), RemoveRoom(ctx.server_id, ctx.channel_id)])
+
+
+@write("DELETE /channels/{channel_id}/messages", Access.ADMIN, emits=["message:deleted"], status=202, slow=True, logged="clear")
+def clear_channel(ctx: OperationContext, args: ChannelArgs) -> Result[None]:
+    """Delete all messages that a channel has now, in steps, the newest first."""
+    return Result(None, start_purge(ctx.db, ctx.server_id, None, ctx.channel_id))
 
 
 def mention_events(ctx: OperationContext, message: Message, notified: Collection[int]) -> list[Effect]:
@@ -4651,11 +4951,36 @@ def edit_message(ctx: OperationContext, args: EditMessage) -> Result[Message]:
     return Result(new, [Emit("message:edit", ctx.server_id, new), *mention_events(ctx, new, ctx.message.mentions)])
 
 
-@write("DELETE /messages/{message_id}", Access.AUTHOR_OR_ADMIN, emits=["message:deleted"])
+@write("DELETE /messages/{message_id}", Access.AUTHOR_OR_ADMIN, emits=["message:deleted"], logged="delete_message")
 def remove_message(ctx: OperationContext, args: MessageArgs) -> Result[None]:
     """Delete a message and its files; its text disappears from pages, search and changes."""
-    seq = delete_message(ctx.db, ctx.server_id, args.message_id)
-    return Result(None, [Emit("message:deleted", ctx.server_id, Deletion(ctx.channel_id, args.message_id, seq))])
+    return Result(None, delete_messages(ctx.db, [(args.message_id, ctx.channel_id, ctx.server_id)]))
+
+
+def change_pin(ctx: OperationContext, changed: int) -> Result[None]:
+    """Give a message whose pin has changed a sequence number, and return the event."""
+    if not changed:
+        return Result(None, replayed=True)
+    update_message_seq(ctx.db, ctx.server_id, ctx.message.message_id)
+    return Result(None, [Emit("message:edit", ctx.server_id, load_message(ctx.db, ctx.message.message_id) or NO_MESSAGE)])
+
+
+@write("PUT /messages/{message_id}/pin", Access.ADMIN, emits=["message:edit"], limit="post", logged="pin")
+def pin_message(ctx: OperationContext, args: MessageArgs) -> Result[None]:
+    """Pin a message to its channel, which has at most 50 pins."""
+    return change_pin(ctx, insert_pin(ctx.db, ctx.message))
+
+
+@write("DELETE /messages/{message_id}/pin", Access.ADMIN, emits=["message:edit"], limit="post", logged="unpin")
+def unpin_message(ctx: OperationContext, args: MessageArgs) -> Result[None]:
+    """Unpin a message."""
+    return change_pin(ctx, delete_pin(ctx.db, args.message_id))
+
+
+@read("GET /channels/{channel_id}/pins", Access.MEMBER)
+def list_pins(ctx: OperationContext, args: PinsArgs) -> Result[Messages]:
+    """List the pinned messages of a channel, the latest pin first."""
+    return Result(load_pins(ctx.db, args))
 
 
 def same_reactions(ctx: OperationContext, emoji: str) -> list[Reaction]:
@@ -6509,6 +6834,13 @@ class FileContent:
             yield part
 
 
+class Document(NamedTuple):
+    """An HTML file that is made while it is sent."""
+
+    name: str
+    parts: AsyncIterator[bytes]
+
+
 # ---- Bus -----------------------------------------------------------------------------------------------------------
 # What the processes that share a database tell each other by Redis: wake-ups, and what is not in the database. Nothing waits
 # for it, and it may lose anything: the log is polled too, and each process has the true list of its own users. Packets are
@@ -6883,7 +7215,9 @@ async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthRespo
     return issue_token(hub, user)
 
 
-@operation("async", "DELETE /servers/{server_id}/guests", Access.ADMIN, emits=["member:left"], limit="post")
+@operation(
+    "async", "DELETE /servers/{server_id}/guests", Access.ADMIN, emits=["member:left"], limit="post", logged="remove_guests"
+)
 async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Removed]:
     """Remove all guests of a lower role."""
 
@@ -6893,10 +7227,11 @@ async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Re
         return Result(len(guests), effects)
 
     removed, step = 0, GUESTS_PER_STEP
-    job = hub.authorized(Access.ADMIN, caller.user, args, remove_next)
+    run: Callable[..., Result[int]] = functools.partial(run_logged, OPERATIONS["remove_guests"], remove_next)
     while step == GUESTS_PER_STEP:  # in steps, so that other writes run in between
+        job = hub.authorized(Access.ADMIN, caller.user, args, run)
         step = (await hub.store.write(job, frees_space=True)).value
-        removed += step
+        removed, run = removed + step, remove_next
     return Result(Removed(removed))
 
 
@@ -7008,6 +7343,23 @@ async def create_file_link(hub: Hub, caller: Caller, args: FileArgs) -> Result[F
     link = hub.signer.sign_link(args.file_id, caller.user, expires)
     mount = caller.source.path.partition("/files/")[0] if isinstance(caller.source, web.Request) else ""
     return Result(FileLink(f"{mount}/files/{args.file_id}?link={link}", utc(expires)))
+
+
+@operation("async", "GET /channels/{channel_id}/transcript", Access.ADMIN)
+async def get_transcript(hub: Hub, caller: Caller, args: TranscriptArgs) -> Result[Document]:
+    """Return the messages of a channel as one HTML file, with `names=hidden` without the names of people."""
+
+    def load(ctx: OperationContext, _: TranscriptArgs) -> tuple[str, Channel]:
+        return load_servers(ctx.db, ctx.user.user_id, ctx.server_id)[0].name, load_channel(ctx.db, ctx.channel_id)
+
+    async def parts() -> AsyncIterator[bytes]:
+        job = hub.authorized(Access.ADMIN, caller.user, args, lambda ctx, _: transcript.read(ctx.db))
+        while (part := await hub.store.read(job)) is not None:
+            yield part.encode()
+
+    name, channel = hub.store.read_inline(hub.authorized(Access.ADMIN, caller.user, args, load))
+    transcript = Transcript([(name, [channel])], args.names == "hidden")
+    return Result(Document(clean_file_name(re.sub(r"[/\\]", "_", f"{channel.name}.html")), parts()))
 
 
 @operation("async", "GET /healthz", Access.ANYONE)
@@ -7204,7 +7556,8 @@ async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result
         async with asyncio.timeout(None if op.raw_body else CALL_TIMEOUT):
             result: Result[Any] = await op.run(hub, caller._replace(speech=op.speaks), args)
         return result
-    job: Query[Result[Any]] = hub.authorized(op.access, caller.user, args, op.run, op.speaks)
+    run = op.run if op.logged is None else functools.partial(run_logged, op, op.run)
+    job: Query[Result[Any]] = hub.authorized(op.access, caller.user, args, run, op.speaks)
     if op.kind == "write":
         return await hub.store.write(job, slow=op.slow, frees_space=op.frees_space)
     if not op.slow:
@@ -7309,12 +7662,43 @@ def requested_range(request: web.Request, size: int, tag: str) -> tuple[int, int
     return None
 
 
+def disposition(kind: str, name: str) -> str:
+    """Return the header Content-Disposition of a file: `kind` is "inline" or "attachment"."""
+    plain = re.sub(r'[^ -~]|["\\%]', "_", name)
+    return f"{kind}; filename=\"{plain}\"; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
+
+
+async def send_parts(
+    hub: Hub, request: web.Request, user: Principal, answer: web.StreamResponse, parts: AsyncIterator[bytes]
+) -> web.StreamResponse:
+    """Send the parts of a body. If the client loses access or disconnects meanwhile, the connection is aborted."""
+    complete = False
+    async with hub.downloads.turn(user.user_id):
+        await answer.prepare(request)
+        try:
+            with contextlib.suppress(ChatError, ConnectionError):
+                async for part in parts:
+                    await hub.sio.eio.slow_clients.send(request, answer, part)
+                complete = True
+        finally:
+            if not complete and request.transport is not None:
+                abort(request.transport)
+    return answer
+
+
+async def send_document(hub: Hub, request: web.Request, user: Principal, document: Document) -> web.StreamResponse:
+    """Send a document as a download."""
+    headers = HEADERS | cors_headers(request, hub.sio.eio.options) | {"Content-Type": "text/html; charset=utf-8"}
+    headers["Content-Security-Policy"] = f"sandbox; {TRANSCRIPT_POLICY}"
+    headers["Content-Disposition"] = disposition("attachment", document.name)
+    return await send_parts(hub, request, user, web.StreamResponse(headers=headers), document.parts)
+
+
 async def send_file(hub: Hub, request: web.Request, content: FileContent) -> web.StreamResponse:
-    """Send a file or a part of it. If the client loses access or disconnects meanwhile, the connection is aborted."""
-    file, engine, tag = content.file, hub.sio.eio, f'"{content.digest.hex()}"'
-    kind, plain = "inline" if file.type in INLINE_TYPES else "attachment", re.sub(r'[^ -~]|["\\%]', "_", file.name)
-    headers = FILE_HEADERS | cors_headers(request, engine.options) | {"ETag": tag, "Content-Type": file.type}
-    headers["Content-Disposition"] = f"{kind}; filename=\"{plain}\"; filename*=UTF-8''{urllib.parse.quote(file.name, safe='')}"
+    """Send a file or a part of it."""
+    file, tag = content.file, f'"{content.digest.hex()}"'
+    headers = FILE_HEADERS | cors_headers(request, hub.sio.eio.options) | {"ETag": tag, "Content-Type": file.type}
+    headers["Content-Disposition"] = disposition("inline" if file.type in INLINE_TYPES else "attachment", file.name)
     if {"*", content.digest.hex()} & {cached.value for cached in request.if_none_match or ()}:
         return web.Response(status=304, headers=headers)
     part = requested_range(request, file.size, tag)
@@ -7327,17 +7711,8 @@ async def send_file(hub: Hub, request: web.Request, content: FileContent) -> web
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.size}"
     answer = web.StreamResponse(status=206 if part else 200, headers=headers)
     answer.content_length = stop - start
-    async with hub.downloads.turn(content.user.user_id):
-        await answer.prepare(request)
-        try:
-            with contextlib.suppress(ChatError, ConnectionError):
-                async for data in content.parts(start, stop if request.method == "GET" else start):
-                    await engine.slow_clients.send(request, answer, data)
-                    start += len(data)
-        finally:
-            if start < stop and request.method == "GET" and request.transport is not None:
-                abort(request.transport)
-    return answer
+    parts = content.parts(start, stop if request.method == "GET" else start)
+    return await send_parts(hub, request, content.user, answer, parts)
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -7380,6 +7755,8 @@ class Route:
         result = await run_operation(hub, op, caller, await self.arguments(request))
         if isinstance(result.value, FileContent):
             return await send_file(hub, request, result.value)
+        if isinstance(result.value, Document):
+            return await send_document(hub, request, user, result.value)
         status = op.replay_status if result.replayed else op.status
         headers = {"Idempotent-Replayed": "true"} if result.replayed else None
         return respond(None if status == 204 else result.value, status, headers)
@@ -7523,8 +7900,8 @@ def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     fields, required, in_path = schema["properties"], schema.get("required", []), re.findall(r"{(\w+)}", op.path or "")
     places = {name: "path" if name in in_path else "query" for name in fields if name in in_path or not op.has_body}
     result = op.result.__name__
-    success = {"description": "Done."} if op.status == 204 else json_content(reference(result), description=result)
-    if op.result is FileContent:
+    success = {"description": "Done."} if op.result is type(None) else json_content(reference(result), description=result)
+    if op.result in (FileContent, Document):
         success = {"description": "The bytes.", "content": {"*/*": {}}}
     route = describe_operation(op) | {
         "operationId": op.name,
@@ -7600,8 +7977,8 @@ def asyncapi() -> dict[str, Any]:
 # clean-up closes it.
 
 MAINTENANCE_INTERVAL = 0.5  # seconds
+EXPIRY_INTERVAL = 120  # rounds of maintenance: a minute
 TOKEN_PURGE_INTERVAL = 7200  # rounds of maintenance: an hour
-FILE_PURGE_INTERVAL = 120  # a minute
 MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
 SEARCH_LAG = 50_000  # messages that may wait to be indexed: the first search would index them in some 2 seconds
 KEEPALIVE = 20.0
@@ -7783,6 +8160,15 @@ async def erase_texts(hub: Hub) -> None:
     hub.erase_after = time.monotonic() + 20 * (time.monotonic() - began)
 
 
+async def expire_messages(hub: Hub) -> None:
+    """Delete messages that are older than their channel or the server keeps them, in short steps, while nobody writes."""
+    days = hub.settings.keep_days or MAX_KEEP_DAYS
+    for channel_id, before in await hub.store.read(load_expired_channels, time.time(), days):
+        step = functools.partial(delete_expired_messages, channel_id=channel_id, before=before)
+        while not hub.store.is_busy() and (await hub.store.write(step, slow=True, frees_space=True)).value:
+            pass
+
+
 async def run_maintenance(hub: Hub) -> None:
     """Trim the log, delete purged messages and removed files, index new messages and erase deleted texts, in short steps that
     stop while clients write. Even then, one step of each deletion runs, and the index stays within SEARCH_LAG messages of the
@@ -7806,13 +8192,15 @@ async def run_maintenance(hub: Hub) -> None:
 
 
 async def maintenance_loop(hub: Hub) -> None:
-    """Run maintenance, flush the log and, now and then, remove unattached files and forget revoked tokens that have expired."""
+    """Run maintenance and flush the log. Every minute, delete old messages and unattached files; every hour, expired tokens
+    and old entries of the moderation log."""
     for turn in itertools.count():
         hub.sio.eio.client_log.flush()
+        if turn % EXPIRY_INTERVAL == 0:
+            await result_or_error(expire_messages(hub))
+            await result_or_error(hub.store.write(remove_unattached_files, slow=True, frees_space=True))
         if turn % TOKEN_PURGE_INTERVAL == 0:
-            await result_or_error(hub.store.write(lambda db: Result(delete_expired_tokens(db, time.time())), frees_space=True))
-        if turn % FILE_PURGE_INTERVAL == 0:
-            await result_or_error(hub.store.write(remove_unattached_files, frees_space=True))
+            await result_or_error(hub.store.write(lambda db: Result(delete_expired(db, time.time())), frees_space=True))
         await result_or_error(run_maintenance(hub))
         await asyncio.sleep(MAINTENANCE_INTERVAL)
 
@@ -8477,17 +8865,7 @@ def check(database: str) -> None:
     click.echo("sound: {} users, {} servers, {} messages".format(*counts))
 
 
-EXPORT_STYLE = (
-    "body{font:16px/1.5 sans-serif;margin:2em auto;max-width:45em}time,small{color:#666;font-size:.8em}small{display:block}"
-    "p{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}img{display:block;max-width:100%;height:auto}"
-)
-EXPORT_QUOTED = 1000  # a reply quotes its original if that is at most so many messages back
 Record = tuple[str, dict[str, Any]]  # the type of an exported object, and the object as the API has it
-
-
-def export_name(file: File) -> str:
-    """Return the name under which a file is exported."""
-    return f"{file.file_id}-{clean_file_name(file.name)}"
 
 
 def export_file(db: sqlite3.Connection, file: File, folder: Path) -> Iterator[bytes]:
@@ -8501,47 +8879,14 @@ def export_file(db: sqlite3.Connection, file: File, folder: Path) -> Iterator[by
     os.replace(part, folder / export_name(file))
 
 
-def file_html(file: File, folder: Path | None) -> str:
-    """Return the HTML of a file: its name and size, linked and, for a picture, shown if it is exported next to the page."""
-    label = html.escape(f"{file.name} ({file.size} bytes)")
-    if folder is None:
-        return f"<small>{label}</small>"
-    url = html.escape(urllib.parse.quote(f"{folder.name}/{export_name(file)}"))
-    size = f"width={file.width} height={file.height}" if file.width else ""
-    picture = f'<img src="{url}" {size} alt="{html.escape(file.alt or file.name)}" loading=lazy>'
-    return f'<small><a href="{url}">{picture * file.type.startswith("image/")}{label}</a></small>'
-
-
-def write_html(records: Iterable[Record], output: typing.TextIO, folder: Path | None) -> None:
-    """Write an export as a page to read, with the beginning of each message that another one answers. The page refers to the
-    exported files by the name of their folder, which has to be next to it."""
-    names: dict[int, str] = {}  # by user id
-    quotes: dict[int, str] = {}  # by message id
-    text = html.escape
-    output.write(f'<!doctype html><meta charset="utf-8"><title>ChatRTC</title><style>{EXPORT_STYLE}</style>\n')
-    for kind, record in records:
-        if kind in ("member", "former"):
-            names[record["user_id"]] = record.get("name") or record["username"]
-            continue
-        if kind != "message":
-            output.write("<{0}>{1}</{0}>\n".format("h1" if kind == "server" else "h2", text(record["name"])))
-            continue
-        name = names[record["author_id"]] = record.get("author_name") or record["author_username"]
-        output.write(f"<p id=m{record['message_id']}>")
-        if original := record.get("reply_to"):
-            quote = quotes.get(original, "an earlier message").replace("\n", " ")
-            output.write(f'<small>In reply to <a href="#m{original}">{text(quote)}</a></small>')
-        edited = " <small style=display:inline>(edited)</small>" if record.get("edited_at") else ""
-        output.write(f"<b>{text(name)}</b> <time>{record['created_at']}</time>{edited}\n{text(record['content'])}")
-        for reaction in record.get("reactions", ()):
-            people = ", ".join(names.get(user_id, f"#{user_id}") for user_id in reaction["user_ids"])
-            output.write(f"<small>{text(reaction['emoji'])} {text(people)}</small>")
-        for file in record.get("files", ()):
-            output.write(file_html(File(**file), folder))
-        output.write("</p>\n")
-        quotes[record["message_id"]] = f"{name}: {record['content'][:100]}"
-        if len(quotes) > EXPORT_QUOTED:
-            del quotes[next(iter(quotes))]
+def write_html(db: sqlite3.Connection, servers: list[dict[str, Any]], output: typing.TextIO, folder: Path | None) -> None:
+    """Write the messages of servers as a page to read. It has links to exported files, whose folder has to be next to it."""
+    places = [(server["name"], load_channels(db, server["server_id"])) for server in servers]
+    transcript = Transcript(places, folder=folder.name if folder else None)
+    with click.progressbar(length=count_rows(db)[2], label="Exporting", **BAR) as bar:
+        while (part := transcript.read(db)) is not None:
+            output.write(part)
+            bar.update(transcript.count - bar.pos)
 
 
 def export_records(db: sqlite3.Connection, servers: list[dict[str, Any]], folder: Path | None) -> Iterator[Record]:
@@ -8579,7 +8924,8 @@ def export(format: str, server: int | None, output: typing.TextIO, files: Path |
             files.mkdir(exist_ok=True)
         records = export_records(db, chosen, files)
         if format == "html":
-            write_html(records, output, files)
+            deque(records if files else (), 0)  # writes the files
+            write_html(db, chosen, output, files)
         else:
             lines = (json.dumps({"type": kind} | record, ensure_ascii=False) for kind, record in records)
             output.writelines(line + "\n" for line in lines)

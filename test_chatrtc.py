@@ -39,6 +39,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -1509,6 +1510,31 @@ async def by_editing_over_the_socket(scene: Scene) -> dict[str, Any]:
     return {key: value for key, value in ack.items() if key != "success"} | {"content": "better"}
 
 
+@story("message:edit", MESSAGE_KEYS | {"pinned"})
+async def by_pinning(scene: Scene) -> dict[str, Any]:
+    message: dict[str, Any] = await scene.post()
+    await scene.ana.ok("PUT", f"/messages/{message['message_id']}/pin")
+    return message | {"pinned": True, "seq": message["seq"] + 1}
+
+
+@story("message:edit", MESSAGE_KEYS)
+async def by_unpinning(scene: Scene) -> dict[str, Any]:
+    message: dict[str, Any] = await scene.post()
+    await scene.ana.ok("PUT", f"/messages/{message['message_id']}/pin")
+    await scene.ana_socket.receive("message:edit")
+    await scene.ben_socket.receive("message:edit")
+    await scene.ana.ok("DELETE", f"/messages/{message['message_id']}/pin")
+    return message | {"seq": message["seq"] + 2}
+
+
+@story("message:deleted", {"channel_id", "message_id", "seq"})
+async def by_clearing_the_channel(scene: Scene) -> dict[str, Any]:
+    message = await scene.post()
+    reply = await scene.ana.call("DELETE", f"/channels/{scene.place.channel_id}/messages")
+    assert (reply.status, reply.body) == (202, b"")
+    return {"channel_id": scene.place.channel_id, "message_id": message["message_id"], "seq": message["seq"] + 1}
+
+
 @story("message:deleted", {"channel_id", "message_id", "seq"})
 async def by_deleting(scene: Scene) -> dict[str, Any]:
     message = await scene.post()
@@ -2195,23 +2221,24 @@ RELEASED = {
         b"cmWR=;9bBV>AZuQ=1t}jo>l|!S@`Eh5jov)gU%NnKbzr5B)TU>n+7w(VtjE?UmPtCRCs;qZ^uObiU"
     ),
     4: (
-        b"c-qBSQFGcj5dJHgz63HnB%N#LGCdv$aTBHldd4*E6C-Q^D#r5JB82<(w~{Pd*fN+VclVG$;?-(*zi(Hc{MGH<KlTug<B<B8Qx?r=fV$}V`u)vsAAi5O"
-        b"`S1z#U8m<c$m`t>9kfkJlA@OU6sCib=iECk`sxlId+rbP#rc7HQ*S&N!LmnZ<aMNJgf|3v&UX)u#_%&84vYWK)?|P93{6LaKc`Ly#W+oOED7Y}4oW%Z"
-        b"+q7hR=X~x>haS3MQAi_lf%*?l{|jnm#)A=R=|>%Ofp>T>KIhw1e$wcfrgR>Xi*~z%{Dfdmf*I!JV3#B!i7Zf_awUSR4hl#}z`+q49bRFHTCnh1Y+qEV"
-        b"jV7Ku=zFE=C*+x}AwCYjBLPD|mn7xrb~wH@A?P6T64QjFA`@^hECSJ<JLqZPJ&dOwa>q}DyV6Dg&9eepeQOA{4d(iqrsS`q#q?J=ib$BwP8n{<W)9Jw"
-        b"w3BQ*WwfSIP)9LUjGSW9R1z$E0E7yl>^_%liZM+J<|d*D^L@Uz>wI=xXViBlSyNRoS6u)L?ws$4MP%l)NT8x<I35)!iJjW$=>Z(7T?dmq`rMuJldXYB"
-        b"W-6%Uz*7;Z_GgA}@v8WeAz<Z8UPdEhy&r6S=L{Y2)9+3Cy*sB<nJl*DvS1yQu&_iojf{MvT7MTQU~sUZk@%uwl?eT0Fcxgo6k{PvS^)?o4rYslZH^Oh"
-        b"D;8}dPQz@S*(|NRHhGrqll`br(+mgH#7a@OyyV(dJ#S<U4%Xz6Xq08ax+p7G3Ec%tHemh#fLwv%UnsIlbB?3`I=Q)+a0g@Iv~iWKZ<N2Pv?zhkf~>I)"
-        b"4wY9|MxO=E^4;JU!S+<!%7oIR4QL#DiW=EGC|pg{nz5^#{n5?0X;&w(YN4zya%9TfL~41lidHI>6C}s_=ox(mPhNSPuOsN|84d#QkrJDJJF>SKzj=6*"
-        b"s1i<zirFUGMN=Ne+hi$&lwWG3hmDQRNQk$5#hNA`;*?uWYZTfN$8R!2@B&U|t5yNth|yQ`tZo$K{+fcI#g~`{>T5#{cqS|pM~7|`kM{e4Risrk87D7X"
-        b"ocGU+`byq&7E`}Y+kt7!Qcj~~odto=_sqCrXnVO`{uH(Z&9qp^Ez^+gpzNUBg5#5GO-MWo@ZOkq**R{)sO!<L<KG4v9INihzWy?7hJ>#Yz((hsGOukq"
-        b"s1_#?Z+?>?0W}^7wHAkaxFr>}j9BCoEyk^#18hlf+TiAv8x|M0*IoNGbDHd3nCkU)r<P{IEQa4o{Ap?wcy<hy7$9j?sH5$ot2*y_M8CE}zPyXB?E*I6"
-        b"N%$1b4>mG-LkzbQE))w69OMz1G|%{=gH+4vZ$H3GU);%Ry3WS*JOE3tkPZ7uZEs5&w$H&CU{+r`K3f)UpcUUPxij)OGIow6dG^gpWd|1uamQ2S&<W=P"
-        b"#?I%m;#<&APG0fZaO_%gJU&s2^Ku)93<r&?nVAO`(Ple&`97}vFQtDI3luvV@KrHtSA;HCy!ac3dMq1CvSZ`YaS9cg$07EQPRp8+DDe?8KJzY|XP6nF"
-        b"W=(I#SNk?adE7>rbL_83V0bj(sc~874g$=8H{2CODYGu7#JAGUMh58(5Z{Wcyameub6l4C2d$QEqFvMqk(9Fp>d`{;J-1!jie-b*#Bn`gG0s=XMQ!x0"
-        b"H=IJyt*dr*;s$44W8Of-$jg9y6J#ApLJk)FRd*LMfNVITWU?hzWCf^aMM`kuub@Prhsg`62^oZH*szlhV9J~qzO7h&8@S#SCe5KVoh^8Zrjx<w9>KQ{"
-        b"@^ypMdxi)tG+<XMbNRwsOrI`#w~eTHKk@Mzim+kNWEN2DCzMk^MemUh5^>2A3Y@zbUZTfKG`d86cJU5X?&oYN%F}2}@4!E|UU=>FhO>6DAU-5|&`Y(="
-        b"LO|Pcz?b;z(i?;7(tiM)2i1o"
+        b"c-qBTZFAZ<5dJHgegQgsXgb$UJ6CRo61QbapvOyJJ~6@;pkgeaEs}7*{#GxxWm|Ggle_zn;NaD2_t|GxyULgO@Z-%8;W!Sdk2z)0ng(cquC89b{q6Oe"
+        b"w{Ktljz)8Dxb)C+_<rJ{Q%aH)b>*iJ9Z#3uM{kb4%*Qvw`49Bj`+<h5<!n5KWjEe**_WabJ`%L_zAw>q20yFGr1*Y)Am{Qsw3?3pTzP#I<21cvNg!YM"
+        b"QOYqtr4`w0@5694S)vY$LK=|{8h!FcpHWu}kEf`cz3QV5zQbqnxjCislSa2RrJIm+dc8jK6M{Jj)|gj~-I0hS5}@4WnguWVC?FvL1r0Kpd4(kE!on-D"
+        b"eSuOBEtd1~Xjwr&A-C)R_Hp<fi7*6oM^cX7PiF7U5cCnbk7+_u;Rz_16ozD)`{>(v`DwOVqWSFG_`0$YgyvQST0ON4wJpqUOjGh#BbfdkM-d6r^+SS3"
+        b"a@>Hm56VflJtTCXQQ)GO0wbrG6qN+iFMv=1!0vO&rWn(tU~VEn*qrmd=iUcz?oCJDLMK%%<|+$d!L|1tv52gF7Kx}R8qTIgl*CRw^z9QURJ)EBx%Ig^"
+        b"rAMy;OV-M$q@<}ZG}C9AZqcgvq9b7COAe#qakd|9eeF#=&@&n?M#F2bU#l#(<r1(yN?2H-TNWAlMy38;qymG3BaOs^vQ<XtCxfzJqoybe+G!O)AaStX"
+        b"ChXWu#FJQbiZ~7RIx|_iIX1bMy$ADAMJ;1EL`|#|xaE*%s@%Mh7?jrJmSj<ufDMp_s}kKUOO7D@{{*=fihluQ<>m%Q|Fv@)QQ=Bu;bGxATc5~(g|vXc"
+        b"XMs+v(xLKbWU{lMoxewXFW8=DveKcnF#(NZPf<hHgF@9pt(nc0vUh`gn_j&Fs}$0>$dW026Rzc86{%E#6IzZ#;~9McPab)kA0o)>H4XyMkrG?~*08r}"
+        b"zj=6*sAf)uih7ewMOz-mr(`FMln;*9!^XyTB*Z7aXRdYHXWe=@gtErOrai<dw*i||v1{zF$k;>g{y<%GOZ|P%)dwCSKXo_SMI_?Mxn+a)=nSq$`~oIn"
+        b"Uz%L0UeI6c2yc!@KseUr-j$^VCgnsmu`+67hFY&t4X4o1R+L~~&Ga3PpXA`cTWH6u4JyDa&O66DSN+fRwavVo*j-x&T*RwJj~8BMx@}^x4~5pwyw-?w"
+        b"a?eGRcgv`+W;)Jd>bn|x5RF;NX|!`m5HS7BjJYzCm)qrUVM}O~w_CYo8nQcp9oqGv`M5d|60ZY%HjX&myqRIl@Nky{sOngiO#S%ia$qfiHaa)e!g{4`"
+        b"C=P%Yhoo#jK9YbMFGPzThmf(Xz%pWyPqGQjnmNFh1g9;=^<1!+)*m<PXUu7{cOjascNRg-gmnzRRmY!EqljnUV2Kf=Y!t|>9iSI3?YTw2wnM&rfUfLQ"
+        b"OTLrPDU_EsGIB!{w+B=x7L*j^7MV2He94Sd%iJR`@KPRUj;ymWJvYFTE9A(2Qri_-%k(Lo0VeuV@x`;i5mNE#oV&n}hO*P(<i+E(@(!j*G1x0|WDe(D"
+        b"tDVo)!#}1HCHQDrbQ?Wv0$bC&73Qu2A*>aRjW$9oR1TQVDqpIOZfPiw81eb*t~MVXMPqP^LxzLaw9(>$WhAk+82lX9zDw!f#1fG^8t{E_rtAsb?RoJx"
+        b"4zu&en3Jq=Y>r#uc^qQD@mO$#R>nufR%;i^b<7O*>gs0N=e#Ra8cz}C9Q%6`7#fZ6I8?gSmC2{o6-2407xAsMvynk+gNUERMU^F%0p_?m$d+n~-Xv4u"
+        b"?6^|S62PO2HfL_Tk|>sqrwebs6cV$1m0Z+AUx$+w7~Or*s~;`Fg+uxibZc^QmG_+1$|U;UBEMXdz7fclwOBe^VTA_3&5D%Z#NPu%(D;*k;xHLH@~~wl"
+        b"mBOTz7rL#n`Z}I3S5RrnJ@|UdQ?y!)rymhKy^@z{vavO~?V{No$Pq;TJ4aNX0eW_dsJMN5eFY#K*)3TI6#EI~)KAe%<U=pKV+jS$btccz&2uz;jz+BW"
+        b"4E4%Bl+5Xxe?g;+qeJ0Q2bv*vBrt=6C2wk%SZpUyZdL8?z)Wtv6|!du^d{Ra@xj1SN;-3nz%0OlCd5BfuGQ*G{{ej$&y4"
     ),
 }  # fmt: skip
 
@@ -2677,25 +2704,11 @@ class History:
         """Make one change. An error is fine: another change may have come first."""
         pick, scene = self.random.choice, self.scene
         person, path = pick([scene.ana, scene.ben]), f"/messages/{pick(self.messages or [1])}"
-        match self.random.choices(
-            [
-                "post",
-                "edit",
-                "delete",
-                "react",
-                "unreact",
-                "open",
-                "rename",
-                "close",
-                "leave",
-                "join",
-                "role",
-                "name",
-                "rule",
-                "mute",
-            ],
-            [20, 8, 5, 8, 4, 2, 2, 1, 2, 3, 1, 1, 3, 3],
-        )[0]:
+        weights = {
+            "post": 20, "edit": 8, "delete": 5, "react": 8, "unreact": 4, "pin": 4, "unpin": 2, "clear": 1,
+            "open": 2, "rename": 2, "close": 1, "leave": 2, "join": 3, "role": 1, "name": 1, "rule": 3, "mute": 3,
+        }  # fmt: skip
+        match self.random.choices([*weights], [*weights.values()])[0]:
             case "post":
                 reply = await person.call(
                     "POST", "/messages", {"channel_id": pick(self.channels), "content": pick(["@ben hi", "@everyone"])}
@@ -2710,6 +2723,12 @@ class History:
                 await person.call("PUT", f"{path}/reactions/{pick('ab👍')}")
             case "unreact":
                 await person.call("DELETE", f"{path}/reactions/{pick('ab👍')}")
+            case "pin":
+                await scene.ana.call("PUT", f"{path}/pin")
+            case "unpin":
+                await scene.ana.call("DELETE", f"{path}/pin")
+            case "clear":
+                await scene.ana.call("DELETE", f"/channels/{pick(self.channels)}/messages")
             case "open":
                 body = {"name": f"c{self.random.random()}", "kind": pick(["text", "voice"]), "topic": pick(["", "t"])}
                 self.channels.append((await scene.ana.ok("POST", f"{scene.server}/channels", body))["channel_id"])
@@ -3483,10 +3502,11 @@ KEPT_OF_A_USER = {  # columns and rows that remain of a deleted account, with th
     "bans.banned_by": "the bans belong to the server", "bans.user_id": "harmless", "reads.user_id": "harmless",
     "links.user_id": "expires in minutes, and is of no use for a deleted account",
     "files.uploader_id": "the files of deleted messages are deleted in steps, the others belong to their messages",
+    "moderation.user_id": "the log shows it for 90 days", "moderation.target_id": "the log shows it for 90 days",
 }  # fmt: skip
 COLUMN_VALUES = {  # valid values of columns that have a CHECK
     "status": "busy", "role": "member", "servers.kind": "server", "kind": "text", "deleted": 0, "extras": 1, "stale": 0,
-    "posting": "staff", "everyone": 1,
+    "posting": "staff", "everyone": 1, "purges.channel_id": None,
 }  # fmt: skip
 
 
@@ -3524,7 +3544,9 @@ def remains_of(db: sqlite3.Connection, table: str, key: str) -> set[str]:
 
 @pytest.mark.portable
 def test_a_deleted_message_keeps_only_what_is_listed(filled_tables: sqlite3.Connection) -> None:
-    assert remains_of(filled_tables, "messages", "message_id") >= {"content", "reactions.message_id", "mentions.message_id"}
+    assert remains_of(filled_tables, "messages", "message_id") >= {
+        "content", "reactions.message_id", "mentions.message_id", "pins.message_id",
+    }  # fmt: skip
     chatrtc.delete_message(filled_tables, 1, 1)
     remains = remains_of(filled_tables, "messages", "message_id")
     extra = remains - set(KEPT_OF_A_MESSAGE)
@@ -3540,6 +3562,257 @@ def test_a_deleted_account_keeps_only_what_is_listed(filled_tables: sqlite3.Conn
     extra = remains - set(KEPT_OF_A_USER)
     assert not extra, f"clear {extra} in close_account(), or add it to KEPT_OF_A_USER with the reason"
     assert remains == set(KEPT_OF_A_USER), "KEPT_OF_A_USER lists something that is cleared"
+
+
+# ---- Transcript -----------------------------------------------------------------------------------------------------
+# A channel as one HTML file, made while it is sent.
+
+
+class TranscriptParser(HTMLParser):
+    """Collects the elements of a transcript, and the text of each message."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: set[tuple[str, str]] = set()  # (tag, attribute)
+        self.open: list[str] = []
+        self.messages: dict[int, dict[str, str]] = {}  # by id: the text in each kind of element
+        self.pictures: list[dict[str, str | None]] = []
+        self.text: dict[str, str] = {}
+        self.current: dict[str, str] = self.text
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes |= {(tag, name) for name, _ in attrs}
+        values = dict(attrs)
+        if tag == "p":
+            self.current = self.messages[int((values["id"] or "")[1:])] = {}
+        if tag == "img":
+            self.pictures.append(values)
+        if tag not in ("meta", "img", "hr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag == "p":
+            self.current = self.text
+
+    def handle_data(self, data: str) -> None:
+        self.current[self.open[-1] if self.open else ""] = self.current.get(self.open[-1] if self.open else "", "") + data
+
+
+async def get_transcript(person: Person, channel_id: int, query: str = "") -> TranscriptParser:
+    """Return the transcript of a channel, whose tags are all closed, and all known."""
+    reply = await person.call("GET", f"/channels/{channel_id}/transcript{query}")
+    assert reply.status == 200, reply
+    page = TranscriptParser(reply.body.decode())
+    assert page.open == []
+    assert set(page.tags) <= {
+        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "small", "a", "b", "time", "img", "hr",
+    }  # fmt: skip
+    assert {name for tag, name in page.attributes if tag not in ("meta", "html")} <= {"id", "href", "src", "alt"}
+    assert reply.body.endswith(b"</body></html>\n")
+    return page
+
+
+@pytest.mark.portable
+async def test_a_transcript_shows_replies_reactions_edits_and_pins(scene: Scene) -> None:
+    ana, ben, channel = scene.ana, scene.ben, scene.place.channel_id
+    first = await ana.post(channel, "the first\nline")
+    answer = await ben.post(channel, "an answer", reply_to=first["message_id"])
+    await ben.ok("PATCH", f"/messages/{answer['message_id']}", {"content": "a better answer"})
+    gone = await ben.post(channel, "deleted since")
+    late = await ana.post(channel, "too late", reply_to=gone["message_id"])
+    await ana.ok("DELETE", f"/messages/{gone['message_id']}")
+    for person in (ana, ben, scene.cy):
+        await person.ok("PUT", f"/messages/{first['message_id']}/reactions/👍")
+    await scene.cy.ok("DELETE", f"{scene.server}/members/{scene.cy.user_id}")
+    await ana.ok("PUT", f"/messages/{first['message_id']}/pin")
+    await ben.ok("PATCH", "/users/me", {"name": "Ben Ray"})
+    page = await get_transcript(ana, channel)
+    assert (page.text["h1"], page.text["h2"]) == ("class", "general")
+    assert list(page.messages)[1:] == [first["message_id"], answer["message_id"], late["message_id"]]
+    at = first["created_at"][:16].replace("T", " ")
+    texts = [page.messages[one["message_id"]] for one in (first, answer, late)]
+    assert texts[0] == {"b": "ana", "p": " \nthe first\nline", "time": f"{at} (pinned)", "small": "👍 ana, Ben Ray, cy"}
+    assert texts[1]["a"] == "ana: the first line"
+    assert (texts[1]["b"], texts[1]["p"]) == ("Ben Ray", " \na better answer")
+    assert texts[1]["time"].endswith(" (edited)")
+    assert texts[2]["a"] == "a deleted message"
+    assert ("a", "href") in page.attributes
+    assert "deleted since" not in str(page.messages)
+
+
+@pytest.mark.portable
+async def test_no_text_is_markup_in_a_transcript(scene: Scene) -> None:
+    hostile = [
+        "<script>alert('&')</script>", '"><img src=x onerror=alert(1)>', "</p></body><h1>", "<!--", "]]>", "</style><style>",
+        "&lt;b&gt; {0} {name} %s %(x)s", "\U0001f600\nnext\tline",
+    ]  # fmt: skip
+    ana = scene.ana
+    await ana.ok("PATCH", scene.server, {"name": hostile[1]})
+    channel = await ana.channel(scene.place.server_id, hostile[2])
+    await scene.ben.ok("PATCH", "/users/me", {"name": hostile[0]})
+    posted = [await scene.ben.post(channel, text) for text in hostile]
+    answers = [await ana.post(channel, "yes", reply_to=one["message_id"]) for one in posted]
+    await ana.call("PUT", f"/messages/{posted[0]['message_id']}/reactions/" + quote('"><script>', safe=""))
+    page = await get_transcript(ana, channel)
+    assert (page.text["title"], page.text["h1"], page.text["h2"]) == (hostile[1], hostile[1], hostile[2])
+    for text, one, answer in zip(hostile, posted, answers, strict=True):
+        assert page.messages[one["message_id"]]["p"] == f" \n{text}"
+        assert page.messages[one["message_id"]]["b"] == hostile[0]
+        assert page.messages[answer["message_id"]]["a"] == f"{hostile[0]}: {' '.join(text.split())}"
+    assert page.messages[posted[0]["message_id"]]["small"] == f'"><script> {"ana"}'
+
+
+@pytest.mark.portable
+async def test_a_transcript_can_hide_all_names(scene: Scene) -> None:
+    channel, people = scene.place.channel_id, [scene.ana, scene.ben, scene.cy]
+    asian = await scene.world.person("小明")
+    await asian.ok("POST", f"/invites/{await scene.ana.invite(scene.place.server_id)}")
+    for person, name in zip(people, ("Anastasia", "Benedikt", "Cyrano"), strict=True):
+        await person.ok("PATCH", "/users/me", {"name": name})
+    first = await scene.ben.post(channel, "@ana, @BEN! `@cy` ben@ana.example @小明你好 @ana.@nobody @dee " + "x" * 45 + " @ana")
+    answer = await scene.cy.post(channel, "yes", reply_to=first["message_id"])
+    await scene.ana.ok("PUT", f"/messages/{first['message_id']}/reactions/👍")
+    await scene.cy.ok("DELETE", f"{scene.server}/members/{scene.cy.user_id}")
+    shown = await get_transcript(scene.ana, channel)
+    assert "Anastasia" in str(shown.messages) and "@ana" in str(shown.messages)
+    page = await get_transcript(scene.ana, channel, "?names=hidden")
+    numbers = {
+        person.name: page.messages[one]["b"]
+        for person, one in ((scene.ben, first["message_id"]), (scene.cy, answer["message_id"]))
+    }
+    numbers["ana"] = page.messages[first["message_id"]]["small"].removeprefix("👍 ")
+    assert sorted({*numbers.values()}) == sorted(numbers.values()), "different people have different numbers"
+    assert all(re.fullmatch(r"Person [1-5]", number) for number in numbers.values())
+    text = page.messages[first["message_id"]]["p"]
+    assert text.startswith(f" \n@{numbers['ana']}, @{numbers['ben']}! `@{numbers['cy']}` ben@{numbers['ana']}.example @Person ")
+    assert "你好 @" + numbers["ana"] + ".@nobody @Person" in text, "an account of another server, too"
+    everything = json.dumps([page.messages, page.text], ensure_ascii=False)
+    for name in ("ana", "ben", "@cy", "dee", "小明", "Anastasia", "Benedikt", "Cyrano"):
+        assert name not in everything.replace("ben@Person", ""), name
+    assert page.messages[answer["message_id"]]["a"] == f"{numbers['ben']}: {text[2:102]}", "cut after the names are hidden"
+    assert (await scene.ana.call("GET", f"/channels/{channel}/transcript?names=maybe")).code == "BAD_REQUEST"
+
+
+@pytest.mark.portable
+async def test_a_transcript_is_a_download(scene: Scene) -> None:
+    channel = await scene.ana.channel(scene.place.server_id, 'Über "uns"/a.b')
+    reply = await scene.ana.call("GET", f"/channels/{channel}/transcript")
+    assert reply.headers["Content-Type"] == "text/html; charset=utf-8"
+    name = "filename*=UTF-8''%C3%9Cber%20%27uns%27_a.b.html"
+    assert reply.headers["Content-Disposition"].startswith("attachment;") and reply.headers["Content-Disposition"].endswith(
+        name
+    )
+    assert reply.headers["Content-Security-Policy"] == "sandbox; " + chatrtc.TRANSCRIPT_POLICY
+    assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    parts = (await scene.world.chat.get_transcript(author_id=scene.ana.user_id, channel_id=channel)).parts
+    assert b"".join([part async for part in parts]) == reply.body
+    with pytest.raises(chatrtc.ChatError, match="FORBIDDEN"):
+        await scene.world.chat.get_transcript(author_id=scene.ben.user_id, channel_id=channel)
+
+
+async def begin_transcript(scene: Scene) -> tuple[aiohttp.ClientResponse, bytes]:
+    """Request the transcript of a long channel, and read its beginning only."""
+    await insert_many(scene, 100_000)
+    headers = {"Authorization": f"Bearer {scene.ana.token}"}
+    session = aiohttp.ClientSession(headers=headers, read_bufsize=1 << 12)
+    scene.world.sockets.append(session)  # type: ignore[arg-type]  # closed at the end
+    response = await session.get(f"{scene.world.url}/channels/{scene.place.channel_id}/transcript")
+    assert response.status == 200
+    return response, await response.content.readany()
+
+
+@pytest.mark.portable
+async def test_a_transcript_ends_where_its_reader_loses_access(scene: Scene) -> None:
+    await scene.ana.ok("PATCH", f"{scene.server}/members/{scene.ben.user_id}", {"role": "owner"})
+    response, beginning = await begin_transcript(scene)
+    await scene.ben.ok("PATCH", f"{scene.server}/members/{scene.ana.user_id}", {"role": "member"})
+    assert beginning.startswith(b"<!doctype html>")
+    with pytest.raises(aiohttp.ClientError):
+        await response.content.read()
+    await scene.ben.ok("PATCH", f"{scene.server}/members/{scene.ana.user_id}", {"role": "admin"})
+    page = await get_transcript(scene.ana, scene.place.channel_id)
+    assert len(page.messages) == 100_001
+
+
+@pytest.mark.portable
+async def test_a_transcript_ends_with_its_client(scene: Scene) -> None:
+    hub = scene.world.chat.hub
+    response, _ = await begin_transcript(scene)
+    assert hub.downloads._running
+    response.close()
+    await until(lambda: not hub.downloads._running)
+    assert len((await get_transcript(scene.ana, scene.place.channel_id)).messages) == 100_001
+
+
+@pytest.mark.portable
+async def test_a_transcript_has_what_was_there_at_its_beginning(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatrtc, "TRANSCRIPT_STEP", 3)
+    monkeypatch.setattr(chatrtc, "TRANSCRIPT_PART", 500)
+    posted = [(await scene.post())["message_id"] for _ in range(20)]
+    found = await scene.world.chat.get_transcript(author_id=scene.ana.user_id, channel_id=scene.place.channel_id)
+    pages = b""
+    async for part in found.parts:
+        pages += part
+        await scene.ben.post(scene.place.channel_id, "later")  # else, as fast as it reads, there would be more
+    assert list(TranscriptParser(pages.decode()).messages)[1:] == posted
+
+
+@pytest.mark.soak
+async def test_a_transcript_of_a_million_messages_needs_little_memory(launch: Launch, tmp_path: Path) -> None:
+    """Its reader gets all of them; meanwhile, the memory of the server grows by less than 64 MiB and nobody else waits."""
+    server = await launch(tmp_path / "chat.db", "--no-rate-limit")
+    world = server.world()
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    other = await ana.channel(place.server_id, "other")
+    await server.stop_well()
+    with contextlib.closing(chatrtc.prepare(tmp_path / "chat.db")) as db:
+        row = "INSERT INTO messages (server_id, channel_id, author_id, content, created_at, seq) VALUES (?, ?, ?, ?, ?, ?)"
+        text, last = "message {} of the lesson, about the causes of the revolution", chatrtc.load_seq(db, place.server_id)
+        many = ((*place, ana.user_id, text.format(n), "2026-01-01T00:00:00Z", last + n) for n in range(1, 1_000_001))
+        db.execute("BEGIN")
+        db.executemany(row, many)
+        db.execute("UPDATE servers SET seq = seq + 1000000")
+        db.commit()
+        chatrtc.index_all(db)
+    server = await launch(tmp_path / "chat.db", "--no-rate-limit")
+    ana.world = ben.world = server.world()
+    status = Path(f"/proc/{server.process.pid}/status")
+
+    def memory(field: str) -> int:
+        return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text())[1]) // 1024  # type: ignore[index]
+
+    for _ in range(50):
+        await ben.post(other)
+    before, times, size, tail, began = memory("VmRSS"), list[float](), 0, b"", time.monotonic()
+
+    async def post() -> None:
+        while True:
+            start = time.monotonic()
+            await ben.post(other)
+            times.append(time.monotonic() - start)
+            await asyncio.sleep(0.02)
+
+    posting = asyncio.create_task(post())
+    url = f"{server.url}/channels/{place.channel_id}/transcript?names=hidden"
+    async with ana.world.session.get(
+        url, headers={"Authorization": f"Bearer {ana.token}"}, timeout=aiohttp.ClientTimeout()
+    ) as page:
+        async for part in page.content.iter_any():
+            size, tail = size + len(part), (tail + part)[-200:]
+    posting.cancel()
+    p99 = sorted(times)[len(times) * 99 // 100] * 1000
+    grown = memory("VmHWM") - before
+    print(f"{size >> 20} MiB in {time.monotonic() - began:.0f} s, memory +{grown} MiB; {len(times)} posts, p99 {p99:.1f} ms")
+    assert b"1000000 messages." in tail
+    assert grown < 64
+    assert p99 < bound(0.05) * 1000
+    await server.stop_well()
 
 
 # ---- Presence -------------------------------------------------------------------------------------------------------
@@ -4249,6 +4522,7 @@ PERMISSIONS = {
     "delete_server": Permission("server", "owner"),
     "list_members": Permission("server", "member"),
     "list_bans": Permission("server", "admin"),
+    "list_log": Permission("server", "admin"),
     "create_invite": Permission("server", "admin"),
     "list_invites": Permission("server", "admin"),
     "list_channels": Permission("server", "member"),
@@ -4275,6 +4549,9 @@ PERMISSIONS = {
     "revoke_invite": Permission("invite", "admin"),
     "edit_channel": Permission("channel", "admin"),
     "delete_channel": Permission("channel", "admin"),
+    "clear_channel": Permission("channel", "admin"),
+    "get_transcript": Permission("channel", "admin"),
+    "list_pins": Permission("channel", "member"),
     "list_messages": Permission("channel", "member"),
     "post_message": Permission("channel", "member"),
     "upload_file": Permission("channel", "member"),
@@ -4291,6 +4568,8 @@ PERMISSIONS = {
     "get_message": Permission("message", "member"),
     "edit_message": Permission("message", "member", "nobody"),
     "remove_message": Permission("message", "member", "admin"),
+    "pin_message": Permission("message", "admin"),
+    "unpin_message": Permission("message", "admin"),
     "add_reaction": Permission("message", "member"),
     "remove_reaction": Permission("message", "member"),
 }
@@ -4491,13 +4770,15 @@ EVENTS_WITHOUT_SEQ = {  # events of which a client that missed them needs nothin
 OPERATIONS_WITHOUT_LIMIT = {  # operations for which the general limit of requests and events is enough, with the reason
     "set_status": "a change of one row", "logout": "ends with its token", "mark_read": "a change of one row",
     "delete_server": "the owner", "set_role": "the owner", "ban": "admins", "unban": "admins",
-    "edit_channel": "admins", "delete_channel": "admins", "remove_member": "coming back is limited",
     "mute": "admins", "unmute": "admins",
+    "edit_channel": "admins", "delete_channel": "admins", "clear_channel": "admins",
+    "remove_member": "coming back is limited",
     "remove_message": "posting is limited",
     "read_file": "changes nothing", "create_file_link": "changes nothing",
     "change_password": "limits itself", "register": "limits itself", "register_guest": "limits itself",
     "login": "limits itself", "use_link": "limits itself",
-    "search_messages": "changes nothing", "check_health": "changes nothing", "get_configuration": "changes nothing",
+    "get_transcript": "changes nothing", "search_messages": "changes nothing", "check_health": "changes nothing",
+    "get_configuration": "changes nothing",
     "authenticate": "changes nothing", "heartbeat": "changes nothing", "join_server": "presence", "leave_server": "presence",
     "voice_join": "presence", "voice_leave": "presence",
 }  # fmt: skip
@@ -4509,9 +4790,10 @@ OPERATIONS_WITHOUT_SEQ = {  # writing operations that take no sequence number, w
     "revoke_invite": "invites are listed on request", "create_link": "a sign-in code", "use_link": "a sign-in code",
     "unban": "bans are listed on request", "logout": "tokens", "change_password": "tokens", "login": "tokens",
     "authenticate": "tokens", "check_health": "changes nothing", "get_configuration": "changes nothing",
-    "heartbeat": "changes nothing", "search_messages": "changes nothing", "join_server": "presence",
     "upload_file": "the message to which it is attached does", "read_file": "changes nothing",
     "create_file_link": "changes nothing",
+    "heartbeat": "changes nothing", "search_messages": "changes nothing", "get_transcript": "changes nothing",
+    "join_server": "presence",
     "leave_server": "presence", "typing_start": "presence", "typing_stop": "presence", "voice_join": "presence",
     "voice_leave": "presence", "voice_signal": "presence", "raise_hand": "presence", "lower_hand": "presence",
 }  # fmt: skip
@@ -4582,6 +4864,8 @@ async def test_a_durable_operation_takes_a_number_that_its_event_carries(world: 
             await call_route(world, setup.token, chatrtc.OPERATIONS["add_reaction"], setup.args)
         if op.name == "unmute":
             await call_route(world, setup.token, chatrtc.OPERATIONS["mute"], setup.args)
+        if op.name == "unpin_message":
+            await call_route(world, setup.token, chatrtc.OPERATIONS["pin_message"], setup.args)
         before = last(newest)
         emitted.clear()
         reply = await call_route(world, setup.token, op, setup.args)
@@ -5877,7 +6161,7 @@ async def test_a_guest_signs_in_again_by_a_link(scene: Scene) -> None:
     )
     await store.write(lambda db: chatrtc.Result(db.execute("UPDATE links SET expires_at = ?", (time.time() - 1,)).rowcount))
     assert (await world.call("POST", "/auth/link", {"code": late["code"]})).code == "NOT_FOUND"
-    await store.write(lambda db: chatrtc.Result(chatrtc.delete_expired_tokens(db, time.time())))
+    await store.write(lambda db: chatrtc.Result(chatrtc.delete_expired(db, time.time())))
     assert store.read_inline(lambda db: db.execute("SELECT count(*) FROM links").fetchone()) == (0,)
     last = await scene.ana.ok("POST", path)
     await zoe.ok("POST", "/auth/password", {"new_password": "correct horse"})
@@ -6660,6 +6944,400 @@ async def test_the_mentions_of_everyone_are_counted_by_their_index(scene: Scene)
     values = {"user_id": scene.ben.user_id, "channel_id": scene.place.channel_id} | chatrtc.READ_LIMITS
     plan = scene.world.chat.hub.store.read_inline(lambda db: db.execute(f"EXPLAIN QUERY PLAN {query}", values).fetchall())
     assert any("messages_everyone" in row[3] for row in plan) and not any("SCAN x" in row[3] for row in plan), plan
+
+
+def ids_of(page: Any) -> list[int]:
+    return [message["message_id"] for message in page["messages"]]
+
+
+@pytest.mark.portable
+async def test_pins_are_listed_latest_first(scene: Scene) -> None:
+    ana, pins = scene.ana, f"/channels/{scene.place.channel_id}/pins"
+    first, second, third = [await scene.post() for _ in range(3)]
+    assert await scene.ben.ok("GET", pins) == {"messages": [], "has_more": False}
+    await ana.ok("PATCH", f"/messages/{second['message_id']}", {"content": "better"})
+    edited = await scene.ben_socket.receive("message:edit")
+    for message in (second, third, first):
+        await ana.ok("PUT", f"/messages/{message['message_id']}/pin")
+    assert await scene.ben_socket.receive("message:edit") == edited | {"pinned": True, "seq": edited["seq"] + 1}, "not an edit"
+    page = await scene.ben.ok("GET", pins)
+    assert ids_of(page) == [first["message_id"], third["message_id"], second["message_id"]]
+    assert page["messages"] == [await scene.ben.ok("GET", f"/messages/{message_id}") for message_id in ids_of(page)]
+    again = await ana.call("PUT", f"/messages/{second['message_id']}/pin")
+    assert (again.status, again.headers.get("Idempotent-Replayed")) == (204, "true")
+    assert ids_of(await ana.ok("GET", pins)) == ids_of(page), "pinning again changes nothing"
+    for _ in range(2):
+        await ana.ok("DELETE", f"/messages/{third['message_id']}/pin")
+    assert "pinned" not in await ana.ok("GET", f"/messages/{third['message_id']}")
+    await ana.ok("PUT", f"/messages/{third['message_id']}/pin")
+    assert ids_of(await ana.ok("GET", pins)) == [third["message_id"], first["message_id"], second["message_id"]]
+    await scene.ben_socket.receive("message:edit", message_id=third["message_id"], pinned=True)
+    await scene.ben_socket.receive("message:edit", message_id=third["message_id"])
+    await scene.ben_socket.receive("message:edit", message_id=third["message_id"], pinned=True)
+    await scene.ben_socket.receive_none("message:edit")
+
+
+@pytest.mark.portable
+async def test_a_channel_has_fifty_pins(scene: Scene) -> None:
+    posted = [(await scene.post())["message_id"] for _ in range(52)]
+    for message_id in posted[:50]:
+        await scene.ana.ok("PUT", f"/messages/{message_id}/pin")
+    refused = await scene.ana.call("PUT", f"/messages/{posted[50]}/pin")
+    assert (refused.code, refused.body["reason"]) == ("CONFLICT", "TOO_MANY")
+    assert (await scene.ana.call("PUT", f"/messages/{posted[0]}/pin")).status == 204, "it is pinned already"
+    await scene.ana.ok("DELETE", f"/messages/{posted[7]}")  # its pin goes with it
+    assert (await scene.ana.call("PUT", f"/messages/{posted[7]}/pin")).body["reason"] == "NO_MESSAGE"
+    assert (await scene.ana.call("PUT", f"/messages/{posted[50]}/pin")).status == 204
+    assert (await scene.ana.call("PUT", f"/messages/{posted[51]}/pin")).code == "CONFLICT"
+    page = await scene.ana.ok("GET", f"/channels/{scene.place.channel_id}/pins")
+    assert ids_of(page) == [posted[50], *(one for one in reversed(posted[:50]) if one != posted[7])]
+    other = await scene.ana.channel(scene.place.server_id, "other")
+    elsewhere = await scene.ana.post(other)
+    assert (await scene.ana.call("PUT", f"/messages/{elsewhere['message_id']}/pin")).status == 204
+
+
+@pytest.mark.portable
+async def test_long_pins_come_in_pages(scene: Scene) -> None:
+    posted = [(await scene.ana.post(scene.place.channel_id, "\U0001f600" * 4000))["message_id"] for _ in range(40)]
+    for message_id in posted:
+        await scene.ana.ok("PUT", f"/messages/{message_id}/pin")
+    found: list[int] = []
+    more, path = True, f"/channels/{scene.place.channel_id}/pins"
+    while more:
+        reply = await scene.ana.call("GET", path + (f"?before={found[-1]}" if found else ""))
+        assert int(reply.headers["Content-Length"]) < ANSWER_MAX
+        found, more = found + ids_of(reply.body), reply.body["has_more"]
+    assert found == posted[::-1]
+    await scene.ana.ok("DELETE", f"/messages/{found[3]}/pin")
+    assert ids_of(await scene.ana.ok("GET", f"{path}?before={found[3]}")) == [], "it is not pinned"
+
+
+@pytest.mark.portable
+async def test_a_channel_is_cleared_in_steps(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatrtc, "PURGE_STEP", 30)
+    world = await make_world()
+    scene = await Scene.make(world)
+    other = await scene.ana.channel(scene.place.server_id, "other")
+    replicas = [Replica(scene.cy, scene.place.server_id) for _ in range(2)]
+    await asyncio.gather(*(replica.connect() for replica in replicas))
+
+    def fill(db: sqlite3.Connection) -> chatrtc.Result[None]:
+        for number in range(400):
+            author = chatrtc.Principal(*[(scene.ana.user_id, "ana"), (scene.ben.user_id, "ben")][number % 2])
+            args = chatrtc.NewMessage(other if number % 4 == 3 else scene.place.channel_id, "spam")
+            chatrtc.insert_message(db, scene.place.server_id, author, args, "2026-01-01T00:00:00Z")
+        return chatrtc.Result(None)
+
+    await world.chat.hub.store.write(fill, slow=True)
+    await replicas[1].disconnect()
+    clear = f"/channels/{scene.place.channel_id}/messages"
+    assert (await scene.ana.call("DELETE", clear)).status == 202
+    page = await scene.ana.ok("GET", f"{clear}?limit=100")
+    left = 301 - 30  # the first step runs at once, the newest messages first
+    assert len(await channel_history(scene.ana, scene.place.channel_id)) <= left
+    assert page["messages"][0]["content"] == "spam" or len(page["messages"]) < 100
+    kept = await scene.post()
+    await world.chat.stop()  # while messages are being deleted
+    await world.chat.start()
+    again = await scene.post()
+    await until(lambda: not world.chat.hub.store.read_inline(chatrtc.load_pending_purge))
+    assert ids_of(await scene.ben.ok("GET", clear)) == [kept["message_id"], again["message_id"]]
+    assert len(await channel_history(scene.ana, other)) == 100
+    await replicas[1].connect()
+    await replicas[0].receive()
+    await replicas[0].catch_up()  # the events before the restart are not emitted again
+    expected = await server_state(scene.cy, scene.place.server_id)
+    assert [replica.state() for replica in replicas] == [expected, expected]
+    for _ in range(2):  # clearing twice is clearing once
+        assert (await scene.ana.call("DELETE", clear)).status == 202
+    await until(lambda: not world.chat.hub.store.read_inline(chatrtc.load_pending_purge))
+    assert ids_of(await scene.ben.ok("GET", clear)) == []
+    assert (await scene.ana.call("DELETE", f"/channels/{other}/messages")).status == 202
+    await scene.ana.ok("DELETE", f"/channels/{other}")  # while it is being cleared
+    await until(lambda: not world.chat.hub.store.read_inline(chatrtc.load_pending_purge))
+    assert await server_state(scene.cy, scene.place.server_id)
+
+
+async def insert_many(scene: Scene, count: int, author: Person | None = None, at: str = "2026-01-01T00:00:00Z") -> None:
+    """Insert messages into the channel without events, in steps."""
+    user_id, place = (author or scene.ana).user_id, scene.place
+    row = "INSERT INTO messages (server_id, channel_id, author_id, content, created_at, seq) VALUES (?, ?, ?, ?, ?, ?)"
+
+    def insert(db: sqlite3.Connection, number: int) -> chatrtc.Result[None]:
+        last = chatrtc.load_seq(db, place.server_id)
+        texts = (f"message {last + n} of the lesson, about the causes of the revolution" for n in range(1, number + 1))
+        db.executemany(row, ((*place, user_id, text, at, last + n) for n, text in enumerate(texts, 1)))
+        db.execute("UPDATE servers SET seq = seq + ? WHERE server_id = ?", (number, place.server_id))
+        return chatrtc.Result(None)
+
+    store = scene.world.chat.hub.store
+    while count:
+        step = min(count, 10_000)
+        await store.write(functools.partial(insert, number=step), slow=True)
+        count -= step
+
+
+@pytest.mark.soak
+async def test_clearing_a_million_messages_delays_nobody(scene: Scene) -> None:
+    store = scene.world.chat.hub.store
+    await insert_many(scene, 1_000_000)
+    other = await scene.ana.channel(scene.place.server_id, "other")
+
+    async def post_times(number: int) -> list[float]:
+        times = []
+        for _ in range(number):
+            began = time.monotonic()
+            await scene.ben.post(other)
+            times.append(time.monotonic() - began)
+            await asyncio.sleep(0.4)  # longer than maintenance waits: the deletion goes on
+        return sorted(times)
+
+    await until(
+        lambda: store.read_inline(chatrtc.load_index_progress)[0] == store.read_inline(chatrtc.load_index_progress)[1], 300
+    )
+    before = await post_times(50)
+    assert (await scene.ana.call("DELETE", f"/channels/{scene.place.channel_id}/messages")).status == 202
+    during = await post_times(300)
+    assert store.read_inline(chatrtc.load_pending_purge), "it is still being cleared"
+    p50, p99 = during[150] * 1000, during[-4] * 1000
+    print(f"posts: at most {before[-1] * 1000:.1f} ms before; p50 {p50:.1f} ms, p99 {p99:.1f} ms meanwhile")
+    assert during[-4] < bound(0.05)
+
+
+LOG_KEYS = {"entry_id", "at", "user_id", "username", "action"}
+
+
+@pytest.mark.portable
+async def test_the_log_has_each_action_of_admins_once(scene: Scene) -> None:
+    ana, ben, cy, server, channel = scene.ana, scene.ben, scene.cy, scene.server, scene.place.channel_id
+    invite = await ana.ok("POST", f"{server}/invites", {})
+    zoe = await guest(scene, invite["code"], "Zoe Ray")
+    other = await ana.channel(scene.place.server_id, "other")
+    theirs, more = [f"/messages/{(await ben.post(channel))['message_id']}" for _ in range(2)]
+    own = await scene.post()
+
+    async def entries() -> list[Any]:
+        return list((await ana.ok("GET", f"{server}/log?limit=100"))["entries"])
+
+    before = await entries()
+    assert [(entry["action"], entry.get("detail")) for entry in before] == [
+        ("channel_create", "name: other"), ("invite", None), ("invite", None)
+    ]  # fmt: skip
+    steps: list[tuple[str, str, str, Any, Person | None, str | None]] = [
+        ("pin", "PUT", f"{theirs}/pin", None, ben, "general"),
+        ("unpin", "DELETE", f"{theirs}/pin", None, ben, "general"),
+        ("delete_message", "DELETE", more, None, ben, "general"),
+        ("clear", "DELETE", f"/channels/{channel}/messages", None, None, "general"),
+        ("invite", "POST", f"{server}/invites", {"max_uses": 5}, None, "max_uses: 5"),
+        ("revoke_invite", "DELETE", f"/invites/{invite['code']}", None, None, f"code: {invite['code']}"),
+        ("link", "POST", f"{server}/members/{zoe.user_id}/link", None, zoe, None),
+        ("remove_guests", "DELETE", f"{server}/guests", None, None, None),
+        ("mute", "PUT", f"{server}/members/{ben.user_id}/mute", {"seconds": 60}, ben, "seconds: 60"),
+        ("unmute", "DELETE", f"{server}/members/{ben.user_id}/mute", None, ben, None),
+        ("role", "PATCH", f"{server}/members/{ben.user_id}", {"role": "admin"}, ben, "role: admin"),
+        ("remove", "DELETE", f"{server}/members/{ben.user_id}", None, ben, None),
+        ("ban", "PUT", f"{server}/bans/{cy.user_id}", {"delete_messages": True}, cy, "delete_messages: True"),
+        ("unban", "DELETE", f"{server}/bans/{cy.user_id}", None, cy, None),
+        ("channel_create", "POST", f"{server}/channels", {"name": "<b>"}, None, "name: <b>"),
+        ("rules", "PATCH", f"/channels/{other}", {"name": "quiet"}, None, "other, name: quiet"),
+        (
+            "rules",
+            "PATCH",
+            f"/channels/{other}",
+            {"slow_seconds": 9, "posting": "staff"},
+            None,
+            "quiet, posting: staff, slow_seconds: 9",
+        ),
+        ("rules", "PATCH", f"/channels/{other}", {"keep_days": None}, None, "quiet, keep_days: None"),
+        ("channel_delete", "DELETE", f"/channels/{other}", None, None, "quiet"),
+        ("rename", "PATCH", server, {"name": "lesson"}, None, "name: lesson"),
+    ]
+    for action, method, path, body, target, detail in steps:
+        await ana.ok(method, path, body)
+        entry, *rest = await entries()
+        about = {} if target is None else {"target_id": target.user_id, "target_username": target.name}
+        about |= {"target_name": "Zoe Ray"} if target is zoe else {}
+        expected = (
+            {"user_id": ana.user_id, "username": "ana", "action": action} | about | ({"detail": detail} if detail else {})
+        )
+        assert {key: value for key, value in entry.items() if key not in ("entry_id", "at")} == expected
+        assert rest == before, action
+        before = [entry, *rest]
+        if method in ("PUT", "DELETE") and action not in (
+            "ban",
+            "clear",
+            "mute",
+        ):  # nothing is left to do: an error, or no change
+            await ana.call(method, path, body)
+            assert await entries() == before, f"{action} again"
+    await ana.ok("PUT", f"{server}/bans/{cy.user_id}")
+    before = await entries()
+    await ana.ok("PUT", f"{server}/bans/{cy.user_id}")  # changes nothing
+    assert await entries() == before
+    logged = {op.logged for op in chatrtc.OPERATIONS.values() if op.logged}
+    assert logged == {step[0] for step in steps}, "add a step for the action"
+    assert own["message_id"] > 0
+
+
+@pytest.mark.portable
+async def test_the_log_leaves_out_what_members_do_themselves(scene: Scene) -> None:
+    ana, server = scene.ana, scene.server
+    before = await ana.ok("GET", f"{server}/log")
+    own = [await person.post(scene.place.channel_id) for person in (ana, scene.ben)]
+    await ana.ok("DELETE", f"/messages/{own[0]['message_id']}")
+    await scene.ben.ok("DELETE", f"/messages/{own[1]['message_id']}")
+    await scene.cy.ok("DELETE", f"{server}/members/{scene.cy.user_id}")
+    assert (await scene.ben.call("DELETE", f"{server}/members/{ana.user_id}")).code == "FORBIDDEN"
+    assert (await ana.call("PATCH", f"{server}/members/{ana.user_id}", {"role": "member"})).body["reason"] == "OWNER_STAYS"
+    assert await ana.ok("GET", f"{server}/log") == before
+    await ana.ok("DELETE", f"/messages/{(await scene.ben.post(scene.place.channel_id))['message_id']}")
+    assert len((await ana.ok("GET", f"{server}/log"))["entries"]) == len(before["entries"]) + 1
+
+
+@pytest.mark.portable
+async def test_the_log_comes_in_pages_and_keeps_deleted_accounts(scene: Scene) -> None:
+    ana, server = scene.ana, scene.server
+    await ana.ok("PATCH", f"{server}/members/{scene.ben.user_id}", {"role": "admin"})
+    await scene.ben.ok("PUT", f"{server}/bans/{scene.cy.user_id}")
+    for number in range(7):
+        await ana.ok("PATCH", server, {"name": f"name {number}"})
+    whole = (await ana.ok("GET", f"{server}/log"))["entries"]
+    assert [entry["entry_id"] for entry in whole] == sorted((entry["entry_id"] for entry in whole), reverse=True)
+    found: list[Any] = []
+    more = True
+    while more:
+        page = await ana.ok("GET", f"{server}/log?limit=4" + (f"&before={found[-1]['entry_id']}" if found else ""))
+        assert 0 < len(page["entries"]) <= 4
+        found, more = found + page["entries"], page["has_more"]
+    assert found == whole
+    await scene.world.chat.hub.store.write(lambda db: chatrtc.delete_user(db, "ben"))
+    await scene.world.chat.hub.store.write(lambda db: chatrtc.delete_user(db, "cy"))
+    assert (await ana.ok("GET", f"{server}/log"))["entries"] == whole, "deleted accounts keep their names"
+    other = await ana.ok("POST", "/servers", {"name": "another"})
+    assert await ana.ok("GET", f"/servers/{other['server_id']}/log") == {"entries": [], "has_more": False}
+    assert (await ana.call("GET", f"{server}/log?limit=101")).code == "BAD_REQUEST"
+
+
+@pytest.mark.portable
+async def test_the_log_is_kept_for_90_days(make_world: MakeWorld) -> None:
+    world = await make_world()
+    scene = await Scene.make(world)
+    for name in ("old", "new"):
+        await scene.ana.ok("PATCH", scene.server, {"name": name})
+    older = "UPDATE moderation SET at = ? WHERE detail = ?"
+
+    def age(db: sqlite3.Connection) -> chatrtc.Result[None]:
+        for days, name in ((91, "old"), (89, "new")):
+            db.execute(older, (time.time() - days * 86400, f"name: {name}"))
+        return chatrtc.Result(None)
+
+    await world.chat.hub.store.write(age)
+    assert len((await scene.ana.ok("GET", f"{scene.server}/log"))["entries"]) == 3
+    await world.chat.stop()
+    await world.chat.start()  # maintenance begins
+
+    async def names() -> bool:
+        return [one.get("detail") for one in (await scene.ana.ok("GET", f"{scene.server}/log"))["entries"]] == [
+            "name: new",
+            None,
+        ]
+
+    await eventually(names, "the old entry is deleted")
+
+
+class Old(NamedTuple):
+    """Messages of two channels, some of which are older than a limit."""
+
+    scene: Scene
+    other: int  # a channel
+    old: list[int]
+    new: list[int]
+
+
+async def make_old(scene: Scene, days: float, number: int = 40) -> Old:
+    """Insert messages into two channels, which are otherwise empty: old ones and newer ones in each."""
+    await scene.ana.ok("DELETE", f"/channels/{scene.place.channel_id}/messages")
+    await scene.ben_socket.receive("message:deleted")
+    other = await scene.ana.channel(scene.place.server_id, "other")
+
+    def insert(db: sqlite3.Connection, age: float) -> chatrtc.Result[list[int]]:
+        author, at = chatrtc.Principal(scene.ana.user_id, "ana"), chatrtc.utc(time.time() - age * 86400)
+        channels = [scene.place.channel_id, other]
+        many = [chatrtc.NewMessage(channels[n % 2], f"number {n}") for n in range(number)]
+        return chatrtc.Result([chatrtc.insert_message(db, scene.place.server_id, author, one, at).message_id for one in many])
+
+    store = scene.world.chat.hub.store
+    old, new = [(await store.write(functools.partial(insert, age=days + more))).value for more in (0.01, -0.01)]
+    return Old(scene, other, old, new)
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Look for old messages in each round of maintenance, delete few at a time, and record the rounds."""
+    recorded: list[int] = []
+    expire = chatrtc.expire_messages
+
+    async def expire_and_record(hub: chatrtc.Hub) -> None:
+        await expire(hub)
+        recorded.append(len(recorded))
+
+    for name, value in (("EXPIRY_INTERVAL", 1), ("MAINTENANCE_INTERVAL", 0.05), ("PURGE_STEP", 7)):
+        monkeypatch.setattr(chatrtc, name, value)
+    monkeypatch.setattr(chatrtc, "expire_messages", expire_and_record)
+    return recorded
+
+
+@pytest.mark.portable
+@pytest.mark.usefixtures("rounds")
+async def test_old_messages_are_deleted_as_if_by_hand(make_world: MakeWorld) -> None:
+    scene = await Scene.make(await make_world(keep_days=30))
+    replicas = [Replica(scene.cy, scene.place.server_id) for _ in range(2)]
+    await asyncio.gather(*(replica.connect() for replica in replicas))
+    await replicas[1].disconnect()
+    held = await make_old(scene, 30)
+    deleted = [await scene.ben_socket.receive("message:deleted") for _ in held.old]
+    assert sorted(one["message_id"] for one in deleted) == held.old
+    assert [one["seq"] for one in deleted] == list(range(deleted[0]["seq"], deleted[0]["seq"] + len(deleted)))
+    left = [ids_of({"messages": await channel_history(scene.ana, one)}) for one in (scene.place.channel_id, held.other)]
+    assert sorted(left[0] + left[1]) == held.new
+    await replicas[1].connect()
+    await replicas[0].receive()
+    expected = await server_state(scene.cy, scene.place.server_id)
+    assert [replica.state() for replica in replicas] == [expected, expected]
+    await scene.ben_socket.receive_none("message:deleted")
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    "setting, limit, deleted",
+    [(0, 9, [0]), (30, 9, [0]), (9, 30, [0, 1]), (9, None, [0, 1]), (0, None, []), (30, None, []), (30, 20, [])],
+)
+async def test_the_smaller_limit_of_channel_and_server_counts(
+    make_world: MakeWorld, rounds: list[int], setting: int, limit: int | None, deleted: list[int]
+) -> None:
+    """The messages of the first channel, which has a limit of its own, and of the second one are ten days old."""
+    scene = await Scene.make(await make_world(keep_days=setting))
+    await scene.ana.ok("PATCH", f"/channels/{scene.place.channel_id}", {"keep_days": limit})
+    held = await make_old(scene, 10)
+    await until(lambda: not scene.world.chat.hub.store.is_busy())
+    seen = len(rounds)
+    await until(lambda: len(rounds) > seen + 1)
+    for number, channel_id in enumerate((scene.place.channel_id, held.other)):
+        left = set(ids_of({"messages": await channel_history(scene.ana, channel_id)}))
+        assert set(held.new[number::2]) - left == (set(held.new[number::2]) if number in deleted else set())
+        assert set(held.old[number::2]) & left == (set() if number in deleted else set(held.old[number::2]))
+
+
+@pytest.mark.portable
+async def test_old_messages_are_not_deleted_while_people_write(make_world: MakeWorld, rounds: list[int]) -> None:
+    scene = await Scene.make(await make_world(keep_days=30))
+    held = await make_old(scene, 30)
+    seen = len(rounds)
+    while len(rounds) < seen + 5:
+        await scene.post()
+    await scene.ben_socket.receive_none("message:deleted")
+    for _ in held.old:
+        await scene.ben_socket.receive("message:deleted")
 
 
 # ---- Engine.IO and Socket.IO ----------------------------------------------------------------------------------------
@@ -9447,6 +10125,7 @@ async def test_a_restore_needs_no_database_to_replace(filled: dict[str, bytes], 
         "UPDATE messages SET deleted = 1 WHERE message_id = 7",
         "UPDATE messages SET author_id = 99 WHERE message_id = 7",
         "UPDATE messages SET server_id = 99 WHERE message_id = 7",
+        "INSERT INTO pins (channel_id, message_id) VALUES (99, 7)",
     ],
 )
 async def test_check_finds_what_sqlite_accepts(
@@ -9543,7 +10222,7 @@ async def test_an_exported_page_shows_replies_reactions_and_edits(
     await cyd.ok("DELETE", f"/servers/{place.server_id}/members/{cyd.user_id}")
     page = await run_ok("export", "--format", "html", *database)
     assert '<small>In reply to <a href="#m1">ana: &lt;i&gt;first&lt;/i&gt; line</a></small>' in page
-    assert "(edited)</small>\nbetter &lt;b&gt;</p>" in page
+    assert "(edited)</time>\nbetter &lt;b&gt;</p>" in page
     assert page.count("(edited)") == 1
     assert "<small>&lt;3 ana, ben, cyd</small>" in page, "reactions of former members are shown"
     assert not re.search(r"<(i|script|3)\b", page)
@@ -9605,11 +10284,13 @@ async def test_an_export_contains_the_files(world: World, tmp_path: Path, databa
 
     page = await run_ok(*export, "--format", "html")
     address = "out/1-a%20100%25%20_b_%20%26%20%C3%BC.png"
-    assert f'<a href="{address}"><img src="{address}" width=3 height=4 alt="a 100% _b_ &amp; ü.png" loading=lazy>' in page
+    picture = base64.b64encode(contents["a 100% <b> & ü.png"]).decode()
+    picture = f'<img alt="a 100% _b_ &amp; ü.png" src="data:image/png;base64,{picture}">'
+    assert f'{picture}<small><a href="{address}">a 100% _b_ &amp; ü.png (600' in page
     assert '<a href="out/2-two.txt">two.txt (11 bytes)</a>' in page
     without = await run_ok("export", "--format", "html", *database)
     assert "two.txt (11 bytes)" in without
-    assert "<img" not in without
+    assert picture in without and "<a href" not in without
     expect_error(await run_command(*export[:3], "--files", str(victim), *database), "is a file")
     expect_error(await run_command(*export[:3], "--files", str(tmp_path / "missing" / "out"), *database), "No such file")
 
@@ -18270,7 +18951,7 @@ async def test_all_operations_match_their_descriptions(world: World) -> None:
         reply = await who.call(op.method, op.path.format(**(at | ids)) + query, **options)
         described = openapi["paths"][op.path][op.method.lower()]["responses"]
         assert str(reply.status) in described, reply
-        if reply.status != 204 and op.result is not chatrtc.FileContent:
+        if reply.status not in (202, 204) and op.result not in (chatrtc.FileContent, chatrtc.Document):
             check_schema(openapi, described[str(reply.status)]["content"]["application/json"]["schema"], reply.body)
         tried.add(name)
         return reply.body
@@ -18311,15 +18992,19 @@ async def test_all_operations_match_their_descriptions(world: World) -> None:
     await rest("create_file_link")
     await rest("post_message", {"channel_id": place.channel_id, "content": "", "files": [file["file_id"]]})
     await rest("add_reaction")
-    for name in ("get_message", "list_messages", "list_changes", "get_read", "list_channels", "list_members", "list_bans"):
+    await rest("pin_message")
+    lists = ("list_messages", "list_pins", "list_changes", "list_channels", "list_members", "list_bans")
+    for name in ("get_message", "get_read", "get_transcript", *lists):
         await rest(name)
     for name in ("get_profile", "list_servers", "get_server", "check_health", "get_configuration"):
         await rest(name)
     await rest("search_messages", query="?q=hello")
     await rest("mark_read", {"message_id": message["message_id"]})
+    await rest("unpin_message")
     await rest("remove_reaction")
     await rest("edit_message", {"content": "hello again"})
     await rest("remove_message")
+    await rest("clear_channel")
     await emit(talker, "user:status", {"status": "invisible"})
     await rest("update_profile", {"status": "away", "name": "Ana Lima"})
     await rest("list_reads")
@@ -18347,6 +19032,7 @@ async def test_all_operations_match_their_descriptions(world: World) -> None:
     await rest("ban", user_id=cy.user_id)
     await rest("unban", user_id=cy.user_id)
     await rest("set_role", {"role": "admin"})
+    await rest("list_log")
     await listener.client.emit("typing_start", {"channel_id": 999})
     await listener.receive("error")
     await emit(talker, "leave_server", {"server_id": place.server_id})
