@@ -4102,7 +4102,7 @@ LIMITS = {
         10,
         20,
         "user",
-        "messages, files, edits, reactions, bans, profiles, new servers, conversations, channels, invites, names",
+        "messages, files, edits, reactions, raised hands, bans, profiles, new servers, conversations, channels, invites, names",
     ),
     "signal": Limit(20, 300, "user", "WebRTC signals (`voice:signal`)"),
     "event": Limit(8, 120, "user", "Socket.IO events, except `voice:signal`, and except typing events of a user who is typing"),
@@ -4409,6 +4409,12 @@ def authorize_participant(ctx: OperationContext, user_id: int) -> None:
     check_conversation(ctx, [*load_member_ids(ctx.db, ctx.server_id), user_id], must_share=True)
 
 
+def is_repeated(ctx: OperationContext, args: Args) -> bool:
+    """Return whether this is a repeated post. It is never refused, because nothing is posted: it is answered with the first."""
+    nonce = getattr(args, "nonce", None)
+    return bool(nonce and load_message_by_nonce(ctx.db, ctx.user.user_id, ctx.channel_id, nonce))
+
+
 def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     """Resolve the target and check the caller's access. Raises UNAUTHORIZED, NOT_FOUND or FORBIDDEN."""
     if access is Access.ANYONE:
@@ -4440,7 +4446,7 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
             return
     if not is_permitted(access, ctx):
         raise chat_error("ROLE_TOO_LOW", who=access.value)
-    if ctx.conversation and access in (Access.WRITER, Access.AUTHOR, Access.RENAMER):
+    if ctx.conversation and access in (Access.WRITER, Access.AUTHOR, Access.RENAMER) and not is_repeated(ctx, args):
         check_conversation(ctx, load_member_ids(ctx.db, ctx.server_id))
     if access in (Access.INVITER, Access.OUTRANKS_GUEST):
         check_settings(access, ctx)
@@ -4467,11 +4473,9 @@ def find_refusal(ctx: OperationContext, speech: Speech) -> ChatError | None:
 
 
 def check_speech(ctx: OperationContext, args: Args, speech: Speech) -> None:
-    """Raise the refusal of this way to say something, if there is one. A repeated post is never refused: nothing is posted."""
-    if (refusal := find_refusal(ctx, speech)) is not None:
-        nonce = getattr(args, "nonce", None)
-        if nonce is None or load_message_by_nonce(ctx.db, ctx.user.user_id, ctx.channel_id, nonce) is None:
-            raise refusal
+    """Raise FORBIDDEN or RATE_LIMITED if the caller, a member, may not say something in this way."""
+    if (refusal := find_refusal(ctx, speech)) is not None and not is_repeated(ctx, args):
+        raise refusal
 
 
 # ---- Operations ----------------------------------------------------------------------------------------------------

@@ -5428,6 +5428,12 @@ async def test_a_repeated_post_is_not_refused(scene: Scene) -> None:
     assert (await scene.ben.call("POST", "/messages", body | {"nonce": "other"})).body["reason"] == "MUTED"
     await scene.ana_socket.receive("message:new", message_id=first["message_id"])
     await scene.ana_socket.receive_none("message:new")
+    talk = await scene.ben.ok("POST", "/conversations", {"user_ids": [scene.cy.user_id]})
+    body["channel_id"] = talk["channels"][0]["channel_id"]
+    first = await scene.ben.ok("POST", "/messages", body)
+    await scene.cy.ok("DELETE", f"/servers/{talk['server_id']}/members/{scene.cy.user_id}")
+    assert await scene.ben.ok("POST", "/messages", body) == first
+    assert (await scene.ben.call("POST", "/messages", body | {"nonce": "other"})).body["reason"] == "LEFT"
 
 
 BAD_RULES: list[tuple[dict[str, Any], str]] = [
