@@ -18499,7 +18499,16 @@ async def test_messages_wait_for_slow_mode(api: World, proxy: Proxy, tab: Any) -
     await jonas.sees("elsewhere")
     await jonas.open_channel("general")
     await jonas.sees("two")
-    assert [one["content"] for one in await channel_history(maya_api, channel_id)] == ["one", "two"]
+    await maya_api.ok("PATCH", f"/channels/{channel_id}", {"slow_seconds": 0})
+    await expect(jonas.locator("#rule")).to_be_hidden()
+    await proxy.cut(jonas)
+    await maya_api.ok("PATCH", f"/channels/{channel_id}", {"slow_seconds": 3600})
+    await jonas.write("three")
+    await proxy.start(jonas)
+    await expect(jonas.row("three").locator(".fate")).to_contain_text("this will be sent as soon as it may")
+    await maya_api.ok("PATCH", f"/channels/{channel_id}", {"slow_seconds": 0})
+    await jonas.sees("three")
+    assert [one["content"] for one in await channel_history(maya_api, channel_id)] == ["one", "two", "three"]
 
 
 async def test_a_teacher_mutes_and_lifts_the_mute(two: Any) -> None:
