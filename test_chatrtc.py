@@ -15402,6 +15402,11 @@ class Tab:
         await row.hover()
         await row.locator(f'[data-do="{name}"]').click()
 
+    async def choose_for(self, text: str, entry: str) -> None:
+        """Click an entry in the menu of a message."""
+        await self.tool(text, "messageMenu")
+        await self.page.click(f"#menu >> text={entry}")
+
     async def texts(self) -> list[str]:
         return await self.page.locator("#log .row .said").all_inner_texts()
 
@@ -16892,7 +16897,7 @@ async def test_unread_counts_agree_on_two_devices(two: Any, tab: Any) -> None:
     await phone.open_channel("general")
     for one in (jonas, phone):
         await expect(one.locator(BADGE % channel_id)).to_be_hidden()
-    await phone.tool("second", "unread")
+    await phone.choose_for("second", "Mark unread from here")
     for one in (jonas, phone):
         await expect(one.page).to_have_title(re.compile(r"^\(2\)"))
     await expect(phone.locator("#log .fresh + .row")).to_contain_text("second")
@@ -18787,6 +18792,390 @@ async def test_a_lesson_is_led_in_both_browsers(api: World, device: Any) -> None
     await jonas.sees("@everyone", "#log .row.named .at")
 
 
+async def test_messages_are_pinned(api: World, tab: Any) -> None:
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    posts = [(await maya_api.post(channel_id, f"message {number};"))["message_id"] for number in range(120)]
+    await maya_api.ok("PUT", f"/messages/{posts[5]}/pin")
+    maya, jonas = await tab(maya_api), await tab(jonas_api)
+    for one in (maya, jonas):
+        await expect(one.locator("#pins")).to_contain_text("message 5;")
+    await jonas.write("Exam on Friday;")
+    await maya.sees("Exam on Friday;")
+    await maya.choose_for("Exam on Friday;", "Pin")
+    for one in (maya, jonas):
+        await expect(one.locator("#pins")).to_contain_text("Exam on Friday;")
+        await expect(one.row("Exam on Friday;").locator(".pinned")).to_have_text("(pinned)")
+        await expect(one.locator("#log .note")).to_have_text("A message of Jonas was pinned. Show")
+    await jonas.tool("Exam on Friday;", "messageMenu")
+    await expect(jonas.locator("#menu button")).to_have_text(["Copy link", "Mark unread from here"])
+    await jonas.keyboard.press("Escape")
+    await maya_api.ok("PUT", f"/messages/{posts[0]}/pin")
+    await expect(jonas.locator("#show-pins")).to_have_text("3")
+    await expect(jonas.locator("#pins b")).to_have_text("Maya")
+    await jonas.click('#pins [data-do="openPin"]')
+    await expect(jonas.row("message 0;")).to_be_focused()
+    await jonas.click("#show-pins")
+    await expect(jonas.locator("#pinned p")).to_have_text(["message 0;", "Exam on Friday;", "message 5;"])
+    await expect(jonas.locator('#pinned [data-do="unpin"]')).to_have_count(0)
+    await jonas.click("#pinned .hit >> text=Exam on")
+    await expect(jonas.row("Exam on Friday;")).to_be_focused()
+    await jonas.tool("Exam on Friday;", "edit")
+    await jonas.write("Exam on Monday;")
+    await expect(jonas.locator("#pinned p").nth(1)).to_have_text("Exam on Monday;")
+    await jonas.reload()
+    await expect(jonas.locator("#pins")).to_contain_text("message 0;")
+    await expect(jonas.locator("#log .note")).to_have_count(0)
+    await maya.click("#show-pins")
+    await maya.get_by_label("Unpin the message of Maya").first.click()
+    for one in (maya, jonas):
+        await expect(one.locator("#show-pins")).to_have_text("2")
+        await expect(one.locator("#log .note").last).to_have_text("A message of Maya was unpinned.")
+    await maya.tool("Exam on Monday;", "remove")
+    await maya.confirm()
+    await expect(jonas.locator("#pins")).to_contain_text("message 5;")
+    await maya.get_by_label("Unpin the message of Maya").click()
+    await expect(jonas.locator("#pins")).to_be_hidden()
+    await expect(maya.locator("#pinned")).to_have_text("No message is pinned here.")
+
+
+async def test_pins_changed_without_a_connection_appear_after_it(api: World, proxy: Proxy, tab: Any) -> None:
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    posts = [(await maya_api.post(channel_id, f"message {number};"))["message_id"] for number in range(3)]
+    await maya_api.ok("PUT", f"/messages/{posts[0]}/pin")
+    jonas = await tab(jonas_api, at=proxy.url)
+    jonas.ignored = NETWORK_ERRORS
+    await expect(jonas.locator("#pins")).to_contain_text("message 0;")
+    await proxy.cut(jonas)
+    await maya_api.ok("PUT", f"/messages/{posts[2]}/pin")
+    await maya_api.ok("PUT", f"/messages/{posts[1]}/pin")
+    await maya_api.ok("PATCH", f"/messages/{posts[2]}", {"content": "message 2, edited;"})
+    await maya_api.ok("DELETE", f"/messages/{posts[0]}")
+    await proxy.start(jonas)
+    await expect(jonas.locator("#show-pins")).to_have_text("2")
+    await expect(jonas.locator("#pins")).to_contain_text("message 1;")
+    await jonas.click("#show-pins")
+    await expect(jonas.locator("#pinned p")).to_have_text(["message 1;", "message 2, edited;"])
+    await expect(jonas.locator("#log .note")).to_have_count(0)  # it was away
+
+
+COPIED = "navigator.clipboard.readText()"
+
+
+async def test_a_message_has_a_link(api: World, tab: Any) -> None:
+    (maya_api, jonas_api), (server_id, channel_id) = await create_class(api, "Maya", "Jonas")
+    for number in range(150):
+        await maya_api.post(channel_id, f"message {number};")
+    homework = await maya_api.channel(server_id, "homework")
+    first = (await maya_api.ok("GET", f"/channels/{channel_id}/messages?after=0&limit=1"))["messages"][0]["message_id"]
+    maya = await tab(maya_api, permissions=["clipboard-read", "clipboard-write"])
+    await maya.goto(f"{api.url}/#/channel/{channel_id}/message/{first}")
+    await expect(maya.row("message 0;")).to_be_focused()
+    await expect(maya.row("message 0;")).to_be_in_viewport()
+    await maya.choose_for("message 0;", "Copy link")
+    link = await maya.evaluate(COPIED)
+    assert link == f"{api.url}/#/channel/{channel_id}/message/{first}"
+    await maya.open_channel("homework")
+    await maya.write(f"see {link}")
+    jonas = await tab(jonas_api)
+    await jonas.open_channel("homework")
+    await jonas.click("#log .said a")
+    await expect(jonas.locator("#room-name")).to_have_text("general")
+    await expect(jonas.row("message 0;")).to_be_focused()
+    assert len(jonas.page.context.pages) == 1
+    for place, message_id in ((homework, first), (channel_id, 10**30)):
+        await jonas.goto(f"{api.url}/#/channel/{place}/message/{message_id}")
+        await expect(jonas.locator("#toasts")).to_have_text("This message was deleted, or is not in this channel.")
+        await expect(jonas.locator("#toasts")).to_be_empty()
+    await maya_api.ok("DELETE", f"/messages/{first}")
+    await jonas.goto(f"{api.url}/#/channel/{channel_id}/message/{first}")
+    await expect(jonas.locator("#toasts")).to_have_text("This message was deleted, or is not in this channel.")
+    await expect(jonas.row("message 1;")).to_be_visible()
+    await jonas.goto(f"{api.url}/#/channel/999/message/{first}")
+    await expect(jonas.locator("#notice")).to_contain_text("Message not found")
+    await expect(jonas.locator("#notice")).to_contain_text("you are not a member of its server")
+
+
+async def test_quiet_lines_tell_what_happens(two: Any, tab: Any, api: World) -> None:
+    maya, jonas, (server_id, channel_id) = two
+    notes = maya.locator("#log .note")
+    await maya.api.channel(server_id, "homework")
+    await maya.write("before")
+    zoe, lea = await api.people("Zoë", "Léa")
+    code = await maya.api.invite(server_id)
+    for person in (zoe, lea):
+        await person.ok("POST", f"/invites/{code}")
+    await expect(notes).to_have_text("Zoë, Léa joined.")
+    await zoe.post(channel_id, "hello")
+    await maya.sees("hello")
+    assert await maya.evaluate(
+        "[...document.querySelectorAll('#log > .row, #log > .note')].map((one) => one.className.split(' ')[0])"
+    ) == ["row", "note", "row"]
+    member = f"/servers/{server_id}/members"
+    await maya.api.ok("PATCH", f"{member}/{lea.user_id}", {"role": "admin"})
+    await expect(notes.last).to_have_text("Léa is now an admin.")
+    await maya.api.ok("PATCH", f"{member}/{lea.user_id}", {"role": "member"})
+    await expect(notes.last).to_have_text("Léa is no longer an admin.")
+    await maya.api.ok("PUT", f"{member}/{zoe.user_id}/mute", {"seconds": 300})
+    await expect(notes.last).to_have_text(re.compile(r"^Zoë is muted until \d\d:\d\d\.$"))
+    await maya.api.ok("PUT", f"{member}/{zoe.user_id}/mute", {})
+    await expect(notes.last).to_have_text("Zoë is muted.")
+    await maya.api.ok("DELETE", f"{member}/{zoe.user_id}/mute")
+    await expect(notes.last).to_have_text("Zoë is no longer muted.")
+    await zoe.ok("DELETE", f"{member}/{zoe.user_id}")
+    await expect(notes.last).to_have_text("Zoë left.")
+    await expect(jonas.locator("#log .note").last).to_have_text("Zoë left.")
+    await maya.open_channel("homework")
+    await expect(notes.last).to_have_text("Zoë left.")  # the server has no other place for it
+    await expect(notes).to_have_count(7)
+    for number in range(60):
+        await maya.api.ok("PATCH", f"{member}/{lea.user_id}", {"role": "member" if number % 2 else "admin"})
+    await expect(notes).to_have_count(50)
+    await maya.reload()
+    await expect(maya.locator("#log")).to_have_attribute("aria-busy", "false")
+    await expect(notes).to_have_count(0)
+
+
+async def test_the_moderation_log(two: Any, api: World) -> None:
+    maya, jonas, (server_id, channel_id) = two
+    await expect(jonas.locator("#log")).to_be_visible()
+    await jonas.click("#server")
+    await expect(jonas.locator("#menu")).not_to_contain_text("Moderation log")
+    zoe = (await api.people("Zoë"))[0]
+    code = await maya.api.invite(server_id)
+    await zoe.ok("POST", f"/invites/{code}")
+    member = f"/servers/{server_id}/members/{zoe.user_id}"
+    post = await zoe.post(channel_id, "hello")
+    ok = maya.api.ok
+    await ok("PATCH", member, {"role": "admin"})
+    await ok("PATCH", member, {"role": "member"})
+    await ok("PUT", f"{member}/mute", {"seconds": 300})
+    await ok("PUT", f"{member}/mute", {})
+    await ok("DELETE", f"{member}/mute")
+    await ok("PATCH", f"/channels/{channel_id}", {"posting": "staff", "slow_seconds": 30, "keep_days": 7})
+    await ok("PATCH", f"/channels/{channel_id}", {"slow_seconds": 0, "keep_days": None, "topic": "Ponds"})
+    await ok("PATCH", f"/servers/{server_id}", {"name": "Biology 4B"})
+    homework = await maya.api.channel(server_id, "homework")
+    await ok("DELETE", f"/channels/{homework}")
+    await ok("PUT", f"/messages/{post['message_id']}/pin")
+    await ok("DELETE", f"/messages/{post['message_id']}/pin")
+    await ok("DELETE", f"/messages/{post['message_id']}")
+    await ok("DELETE", f"/channels/{channel_id}/messages")
+    await ok("DELETE", f"/invites/{code}")
+    await ok("DELETE", member)
+    await ok("PUT", f"/servers/{server_id}/bans/{zoe.user_id}")
+    await ok("DELETE", f"/servers/{server_id}/bans/{zoe.user_id}")
+    await maya.choose("#server", "Moderation log")
+    entries = maya.locator("#people-list li p")
+    expected = [
+        "Maya lifted the ban of Zoë", "Maya banned Zoë", "Maya removed Zoë", "Maya revoked an invite",
+        "Maya deleted all messages of general", "Maya deleted a message of Zoë in general",
+        "Maya unpinned a message of Zoë in general", "Maya pinned a message of Zoë in general",
+        "Maya deleted the channel homework", "Maya created the channel homework",
+        "Maya renamed the server to Biology 4B",
+        "Maya changed general: Topic: Ponds · Slow mode: Off · Keep messages: Always",
+        "Maya changed general: Who can write: Only teachers · Slow mode: 30 seconds · Keep messages: 7 days",
+        "Maya lifted the mute of Zoë", "Maya muted Zoë until lifted", "Maya muted Zoë for 5 minutes",
+        "Maya made Zoë a member", "Maya made Zoë an admin", "Maya created an invite", "Maya created an invite",
+    ]  # fmt: skip
+    await expect(entries).to_have_text(expected)
+    await expect(maya.locator("#people-list time").first).to_have_text(re.compile(r"\d\d:\d\d"))
+    await maya.shot("moderation-log")
+    await maya.click('#people-list [data-do="close"]')
+    for _ in range(20):
+        await ok("PATCH", f"/channels/{channel_id}", {"slow_seconds": 5})
+        await ok("PATCH", f"/channels/{channel_id}", {"slow_seconds": 0})
+    await maya.choose("#server", "Moderation log")
+    await expect(entries).to_have_count(50)
+    await maya.click("#people-list >> text=Show more")
+    await expect(entries).to_have_count(40 + len(expected))
+    await expect(maya.locator("#people-list .button")).to_have_count(0)
+
+
+async def test_a_transcript_is_saved(two: Any) -> None:
+    maya, jonas, _ = two
+    await jonas.write("Is <b>this</b> on the exam?")
+    await maya.sees("on the exam?")
+    await jonas.click("#server")
+    await jonas.keyboard.press("Escape")
+    await expect(jonas.locator("#room-menu")).to_be_hidden()
+    texts = []
+    for names in ("real", "hidden"):
+        await maya.choose("#room-menu", "Save a transcript")
+        await maya.select_option("#ask select", names)
+        async with maya.page.expect_download() as download:
+            await maya.confirm()
+        file = await download.value
+        assert re.fullmatch(r"general \d{4}-\d\d-\d\d\.html", file.suggested_filename)
+        texts.append(Path(await file.path()).read_text("utf-8"))
+        await expect(maya.locator("#steps li")).to_have_text(re.compile(r"^Save a transcript *Saved: \d+ kB$"))
+        await maya.click("#steps >> text=Close")
+    assert "Is &lt;b&gt;this&lt;/b&gt; on the exam?" in texts[0]
+    assert ["Jonas" in text for text in texts] == [True, False]
+    maya.ignored = "503|ERR_FAILED"
+    await maya.reject("**/transcript?*", 503, "UNAVAILABLE", reason="DATABASE_DOWN")
+    await maya.choose("#room-menu", "Save a transcript")
+    await maya.confirm()
+    await expect(maya.locator("#steps li.failed")).to_contain_text("The database does not answer")
+    await maya.click("#steps >> text=Close")
+    await maya.unroute("**/transcript?*")
+    await maya.page.route("**/transcript?*", lambda route: route.fulfill(body="<p>cut"))
+    await maya.choose("#room-menu", "Save a transcript")
+    await maya.confirm()
+    await expect(maya.locator("#steps li.failed")).to_contain_text("The server does not answer.")
+
+
+async def test_a_channel_is_cleared(two: Any) -> None:
+    maya, jonas, (_, channel_id) = two
+    for number in range(120):
+        await jonas.api.post(channel_id, f"message {number};")
+    await maya.sees("message 119;")
+    await maya.choose("#room-menu", "Delete all messages")
+    await expect(maya.locator("#ask")).to_contain_text("deleted for everybody: 2 people. This cannot be undone.")
+    await maya.confirm()
+    for one in (maya, jonas):
+        await expect(one.locator("#log .row")).to_have_count(0)
+        await expect(one.locator("#log .start")).to_be_visible()
+    await jonas.write("a new beginning")
+    await maya.sees("a new beginning")
+
+
+async def test_a_lesson_is_ended(api: World, tab: Any) -> None:
+    """The steps are done in order. If the transcript fails or is cancelled, nothing is deleted."""
+    (maya_api, jonas_api), (server_id, channel_id) = await create_class(api, "Maya", "Jonas")
+    code = await maya_api.invite(server_id)
+    assert (await maya_api.call("POST", "/auth/guest", {"username": "Léa", "code": code})).status == 201
+    await jonas_api.post(channel_id, "the last question")
+    maya, jonas = await tab(maya_api), await tab(jonas_api)
+    steps = maya.locator("#steps li")
+
+    async def end_lesson(*also: str) -> None:
+        await maya.choose("#room-menu", "End the lesson")
+        for name in also:
+            await maya.check(f'#ask input[name="{name}"]')
+
+    await end_lesson("clear")
+    await maya.uncheck('#ask input[name="transcript"]')
+    await maya.uncheck('#ask input[name="clear"]')
+    await maya.confirm()
+    await expect(maya.locator("#ask .wrong")).to_have_text("Choose at least one step.")
+    await maya.keyboard.press("Escape")
+    maya.ignored = "503"
+    await maya.reject("**/transcript?*", 503, "UNAVAILABLE")
+    await end_lesson("clear", "guests")
+    await maya.confirm()
+    await expect(steps).to_have_text(
+        [re.compile("^Save a transcript *Not today"), re.compile("Not done$"), re.compile("^Remove all guests *Not done$")]
+    )
+    await maya.shot("lesson-not-ended")
+    await maya.click("#steps >> text=Close")
+    await maya.unroute("**/transcript?*")
+    held = asyncio.Event()
+
+    async def hold(_: Any) -> None:
+        await held.wait()
+
+    await maya.page.route("**/transcript?*", hold)
+    await end_lesson("clear")
+    await maya.confirm()
+    await expect(steps.first).to_contain_text("Under way…")
+    await maya.mouse.click(5, 5)  # beside the dialog: it stays
+    await maya.click("#steps >> text=Cancel")
+    await expect(steps).to_have_text([re.compile("Cancelled$"), re.compile("Not done$")])
+    held.set()
+    await maya.click("#steps >> text=Close")
+    await maya.unroute("**/transcript?*")
+    await jonas.sees("the last question")
+    await end_lesson("clear", "guests")
+    await maya.shot("end-of-lesson")
+    async with maya.page.expect_download() as download:
+        await maya.confirm()
+    assert "the last question" in Path(await (await download.value).path()).read_text("utf-8")
+    await expect(steps).to_have_text(
+        [re.compile("Saved: "), re.compile("The messages are being deleted.$"), re.compile("1 guest removed$")]
+    )
+    await maya.shot("lesson-ended")
+    await expect(maya.locator("#steps [role=status]")).to_contain_text("1 guest removed")
+    await maya.click("#steps >> text=Close")
+    await expect(jonas.locator("#log .row")).to_have_count(0)
+    await expect(jonas.locator("#log .note").last).to_have_text("Léa left.")
+
+
+@pytest.mark.skipif(AXE is None, reason="needs axe-core: npm install axe-core")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 360])
+async def test_axe_finds_nothing_in_moderation(api: World, tab: Any, scheme: str, width: int) -> None:
+    look = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "reduced_motion": "reduce"}
+    people, (server_id, channel_id) = await create_class(api, "Maya", "Jonas")
+    await fill_channel(people[0], people[1], server_id, channel_id)
+    first, *more = (await people[0].ok("GET", f"/channels/{channel_id}/messages"))["messages"]
+    await people[0].ok("PUT", f"/messages/{first['message_id']}/pin")
+    maya = await tab(people[0], **look)
+    await expect(maya.locator("#show-pins")).to_have_text("1")
+
+    async def check(view: str) -> None:
+        assert await maya.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+        await check_accessibility(maya, view)
+        await maya.shot(f"{view}-{width}-{scheme}")
+
+    for message in more[:2]:
+        await people[0].ok("PUT", f"/messages/{message['message_id']}/pin")
+    await expect(maya.locator("#show-pins")).to_have_text("3")
+    await people[0].ok("PUT", f"/servers/{server_id}/members/{people[1].user_id}/mute", {"seconds": 300})
+    await expect(maya.locator("#log .note")).to_have_count(3)
+    await check("pins")
+    await maya.click("#show-pins")
+    await expect(maya.locator("#pinned .hit")).to_have_count(3)
+    await check("pin-list")
+    await maya.click('[data-do="closeSide"]')
+    await maya.tool("Do we need our own tubes?", "messageMenu")
+    await check("message-menu")
+    await maya.keyboard.press("Escape")
+    await maya.click("#room-menu")
+    await check("teacher-menu")
+    await maya.click("#menu >> text=End the lesson")
+    await check("end-the-lesson")
+    async with maya.page.expect_download():
+        await maya.confirm()
+    await expect(maya.locator("#steps li")).to_contain_text("Saved: ")
+    await check("steps")
+    await maya.click("#steps >> text=Close")
+    if width < 1100:
+        await maya.click("#open-nav")
+    await maya.choose("#server", "Moderation log")
+    await expect(maya.locator("#people-list time")).not_to_have_count(0)
+    await check("log")
+
+
+async def test_pins_links_and_the_log_with_the_keyboard_alone(api: World, tab: Any) -> None:
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    await maya_api.post(channel_id, "bonjour")
+    maya = await tab(locale="fr-FR")
+    press = maya.keyboard.press
+    async with maya.page.expect_response("**/pins"):
+        await maya.enter(maya_api)
+    await maya.focus("#log")
+    await press("ArrowUp")
+    await expect(maya.row("bonjour")).to_be_focused()
+    await reach(maya, '.row [data-do="messageMenu"]')
+    for key in ("Enter", "ArrowDown", "ArrowDown", "Enter"):
+        await press(key)
+    await expect(maya.locator("#pins")).to_contain_text("Épinglé en dernier :")
+    await expect(maya.locator("#log .note")).to_have_text("Un message de Maya a été épinglé. Afficher")
+    await reach(maya, "#show-pins", "Shift+Tab")
+    await press("Enter")
+    await reach(maya, '#pinned [data-do="unpin"]')
+    await press("Enter")
+    await expect(maya.locator("#pinned")).to_contain_text("est épinglé ici.")
+    await expect(maya.locator('#side [data-do="closeSide"]')).to_be_focused()
+    await reach(maya, "#server", "Shift+Tab")
+    await press("Enter")
+    await maya.focus("#menu >> text=Journal de modération")
+    await press("Enter")
+    await expect(maya.locator("#people-list li p").first).to_have_text("Maya a désépinglé un message de Maya dans general")
+    await press("Escape")
+    await expect(maya.locator("#people-list")).to_be_hidden()
+
+
 async def test_language_and_theme_can_be_chosen(api: World, tab: Any) -> None:
     (maya_api,), _ = await create_class(api, "Maya")
     maya = await tab(maya_api, locale="fr-FR", color_scheme="dark")
@@ -18813,7 +19202,7 @@ def test_each_reason_has_a_text_in_both_languages() -> None:
         reason: tuple("".join(re.findall(r'"((?:[^"\\]|\\.)*)"', text)) for text in texts)
         for reason, *texts in PAGE_TEXTS.findall(table)
     }
-    assert set(words) == {*chatrtc.REASONS, *chatrtc.ERRORS, "OFFLINE", "CODE_UNKNOWN", "FILE_LOST"}
+    assert set(words) == {*chatrtc.REASONS, *chatrtc.ERRORS, "OFFLINE", "CODE_UNKNOWN", "FILE_LOST", "NO_STEP"}
     for reason, (english, french) in words.items():
         assert english != french, reason
         assert english[-1] == french[-1] == ".", reason
@@ -19134,7 +19523,7 @@ PAGE = (HERE / "chatrtc.html").read_text("utf-8")
 SCRIPT = PAGE.split('<script type="module">')[1].split("</script>")[0]
 PAGE_SECTIONS = (
     "Connection", "State", "Text (Markdown)", "Render", "Sync", "Timeline", "Files", "Composer", "Sign-in", "Dialogs",
-    "Viewer", "Conversations", "Administration", "Raised hands", "Voice", "Start",
+    "Viewer", "Conversations", "Administration", "Raised hands", "Moderation", "Voice", "Start",
 )  # fmt: skip
 JS_SKIPPED = re.compile(r"""\s+|//.*|/\*(?s:.*?)\*/|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""")
 JS_REGEX = re.compile(r"/(?:\\.|\[(?:\\.|[^]\\])*\]|[^/\\\[\n])+/\w*")
