@@ -270,7 +270,7 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "ONE_OBJECT": ("BAD_REQUEST", "An event takes one object as its argument"),
     "NO_ROUTE": ("NOT_FOUND", "Unknown route"),
     "NO_ACCOUNT": ("NOT_FOUND", "There is no account named {name}"),
-    "NO_AUTHOR": ("UNAUTHORIZED", "author_id is missing: the user who performs the action"),
+    "NO_AUTHOR": ("UNAUTHORIZED", "as_user is missing: the user who performs the action"),
 }
 
 
@@ -7572,7 +7572,7 @@ async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result
 
 async def run_operation(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result[Any]:
     """Run an operation within its rate limit, and log it if it is in LOGGED. Raises ChatError, TimeoutError."""
-    if op.limit in LIMITS:
+    if op.limit in LIMITS and caller.source is not None:  # the embedding program has no limits
         limit = LIMITS[op.limit]
         key_owner = caller.address if limit.by == "address" else caller.user.user_id
         if limit.failures:
@@ -8289,7 +8289,7 @@ class ChatRTC:
         chat.attach(app, prefix="/chat")
 
     The keywords are the settings of `serve`. Every operation, except those of sockets only, is a method with the arguments of
-    its route: `await chat.post_message(author_id=1, channel_id=1, content="hello")`. `author_id` is the user who performs it.
+    its route: `await chat.post_message(as_user=1, channel_id=1, content="hello")`. `as_user` is the user who performs it.
     It returns the result and raises ChatError.
     """
 
@@ -8344,10 +8344,11 @@ class ChatRTC:
             raise AttributeError(name)
         return functools.partial(self._call, op)
 
-    async def _call(self, op: Operation, *, author_id: int | None = None, **args: Any) -> Any:
-        user = self.hub.store.read_inline(load_principal, author_id, b"") if author_id is not None else None
-        if user is None and (author_id is not None or op.access is not Access.ANYONE):
-            raise chat_error("NO_AUTHOR" if author_id is None else "NO_USER")
+    async def _call(self, op: Operation, *, as_user: int | None = None, author_id: int | None = None, **args: Any) -> Any:
+        user_id = author_id if as_user is None else as_user  # `author_id` is the older name
+        user = self.hub.store.read_inline(load_principal, user_id, b"") if user_id is not None else None
+        if user is None and (user_id is not None or op.access is not Access.ANYONE):
+            raise chat_error("NO_AUTHOR" if user_id is None else "NO_USER")
         data = args.pop("data", b"") if op.raw_body else b""
         caller = Caller(user or NOBODY, "program", None, Body(data, len(data) if isinstance(data, bytes) else None))
         return (await run_operation(self.hub, op, caller, read_args(op.args, args))).value

@@ -9233,6 +9233,18 @@ async def test_a_chat_can_be_mounted_under_a_prefix(tmp_path: Path) -> None:
 
 
 @pytest.mark.portable
+async def test_the_program_has_no_rate_limits(make_world: MakeWorld) -> None:
+    world = await make_world(no_rate_limit=False)
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    for number in range(100):
+        name = {"as_user" if number % 2 else "author_id": ana.user_id}
+        await world.chat.post_message(**name, channel_id=place.channel_id, content=f"{number}")
+    replies = [await ana.call("POST", "/messages", {"channel_id": place.channel_id, "content": "by route"}) for _ in range(40)]
+    assert "RATE_LIMITED" in {reply.code for reply in replies}, "the same calls are limited by their route"
+
+
+@pytest.mark.portable
 async def test_a_method_does_the_same_as_its_route(world: World, caplog: pytest.LogCaptureFixture) -> None:
     chat, published = world.chat, asyncio.Queue[Any]()
 
