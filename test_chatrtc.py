@@ -15269,7 +15269,9 @@ expect.set_options(timeout=PATIENCE * 1000)
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream"),
-    *("--use-fake-ui-for-media-stream", "--disable-features=WebRtcHideLocalIpsWithMdns"),
+    "--use-fake-ui-for-media-stream",
+    # Also a part of the window that no test shows, which costs each tab as much as the page itself.
+    "--disable-features=WebRtcHideLocalIpsWithMdns,PreloadTopChromeWebUI,MediaRouter,OptimizationHints,LensOverlay",
     "--host-resolver-rules=MAP chat.test 127.0.0.1",  # to the browser a network address, which is no secure context
 ]
 
