@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import bisect
 import contextlib
 import datetime
 import functools
@@ -6313,7 +6314,7 @@ async def test_lists_take_one_query_each(scene: Scene) -> None:
     few = count(1)
     for number in range(5):
         await scene.dee.ok("POST", "/servers", {"name": f"s{number}"})
-    assert few == count(6) == 2
+    assert few == count(6) == 3
 
 
 @pytest.mark.portable
@@ -13399,7 +13400,7 @@ async def test_uploads_that_are_never_attached_are_limited_and_removed(
     assert stored_files(tmp_path / "chat.db") == (101, 101, 10_004)
     assert (await post_file(ben, place.channel_id, b"mine")).status == 201, "the limit is for each account"
     monkeypatch.setattr(chatrtc, "UNATTACHED_SECONDS", -1)
-    monkeypatch.setattr(chatrtc, "FILE_PURGE_INTERVAL", 1)
+    monkeypatch.setattr(chatrtc, "EXPIRY_INTERVAL", 1)
     await until(lambda: stored_files(tmp_path / "chat.db") == (1, 1, 4))
     assert (await ana.call("GET", f"/files/{kept}")).body == b"kept"
 
@@ -13824,7 +13825,7 @@ async def test_an_invisible_user_is_invisible_on_all_servers(split: Split) -> No
     await split.ben_socket.close()
     await third.close()
     fourth = await ben.socket(server_id)
-    await until(lambda: ana.world.chat.hub.presence.has(server_id, ben.user_id, foreign_sid(ana.world)))
+    await until(lambda: any(map(chatrtc.is_foreign, sids_of(ana.world))))
     ack = await split.ana_socket.ok("join_server", {"server_id": server_id})
     assert ack["connected_users"] == [ana.user_id]
     await split.ana_socket.receive_none("user:connected", "user:disconnected")
@@ -13838,9 +13839,13 @@ async def test_an_invisible_user_is_invisible_on_all_servers(split: Split) -> No
 
 def foreign_sid(world: World) -> str:
     """Return the name under which a server keeps the users of the only other one."""
-    sids = {sid for users in world.chat.hub.presence._online.values() for sids in users.values() for sid in sids}
-    (sid,) = filter(chatrtc.is_foreign, sids)
+    (sid,) = filter(chatrtc.is_foreign, sids_of(world))
     return sid
+
+
+def sids_of(world: World) -> set[str]:
+    """Return the names of all sockets and other servers by which users are connected."""
+    return {sid for users in world.chat.hub.presence._online.values() for sids in users.values() for sid in sids}
 
 
 async def test_any_server_stores_and_sends_files(split: Split, make_world: MakeWorld, redis_server: Redis) -> None:
@@ -15757,7 +15762,7 @@ async def test_two_people_talk_in_private(two: Any, tab: Any) -> None:
     await jonas.confirm()
     await expect(jonas.locator("#room-name")).to_have_text("general")
     await expect(maya.locator("#closed")).to_have_text("Jonas has left: you can read, but not write.")
-    await expect(maya.locator("#compose")).to_be_hidden()
+    await expect(maya.locator("#compose")).to_have_class("locked")  # it shows the draft
     await maya.click('#servers [aria-label="Biology 3B"]')
     await maya.click("#show-people")
     await maya.choose(".person >> text=Jonas", "Send private message")
@@ -17542,14 +17547,17 @@ WRAPS = [
 ]  # fmt: skip
 ODD = """[...document.querySelectorAll(`#app :is(script, style, iframe, object, base, meta, form:not([id]), video,
     math, details, body, template), #log :is(img, input), [onerror], [onload], [onfocus], [onclick], [onmouseover],
-    [ontoggle], a:not([href^=http], [href^="mailto:"], .skip)`)].map((node) => node.outerHTML)"""
+    [ontoggle], a:not([href^=http], [href^="mailto:"], .skip, #viewer-save)`)].map((node) => node.outerHTML)"""
 PAYLOADS = [wrap % vector for vector, wrap in itertools.product(VECTORS, WRAPS)]
 
 
-async def test_no_hostile_text_is_executed(two: Any) -> None:
+@trials(43, 300)
+async def test_no_hostile_text_is_executed(two: Any, tries: int) -> None:
     maya, jonas, (server_id, channel_id) = two
     assert len(PAYLOADS) == 300
-    for number, payload in enumerate(PAYLOADS):
+    payloads = PAYLOADS if tries == 300 else PAYLOADS[::7]
+    assert len(payloads) == tries
+    for number, payload in enumerate(payloads):
         name = " ".join(payload.split())[:100]
         await maya.api.call("PATCH", f"/servers/{server_id}", {"name": name})
         await maya.api.call("PATCH", f"/channels/{channel_id}", {"name": name, "topic": payload})
@@ -17569,7 +17577,7 @@ async def test_no_hostile_text_is_executed(two: Any) -> None:
             await jonas.write(f"{payload} again {number};")
             await expect(maya.row(f"again {number};").locator(".quote")).to_be_visible()
     await maya.reload()
-    await expect(maya.row(f"no. {len(PAYLOADS) - 1};")).to_have_count(1)
+    await expect(maya.row(f"no. {tries - 1};")).to_have_count(1)
     for one in (maya, jonas):
         assert await one.evaluate("window.__xss") is None
         assert await one.evaluate(ODD) == []
@@ -18120,6 +18128,15 @@ AXE_RUN = """axe.run(document, {runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag2
     .then((found) => found.violations.map((one) => [one.id, one.help, one.nodes.map((node) => node.html)]))"""
 
 
+def views(*widths: int) -> pytest.MarkDecorator:
+    """Run a test at these widths in light and dark; without the soak, only the widest in light and the narrowest in dark."""
+    often = {("light", max(widths)), ("dark", min(widths))}
+    every = [(scheme, width) for scheme in ("light", "dark") for width in widths]
+    return pytest.mark.parametrize(
+        "scheme, width", [pytest.param(*one, marks=() if one in often else pytest.mark.soak) for one in every]
+    )
+
+
 async def check_accessibility(tab: Tab, view: str) -> None:
     await eventually(
         lambda: tab.evaluate("document.getAnimations().every((one) => one.playState === 'finished')"), "the animations to end"
@@ -18130,8 +18147,7 @@ async def check_accessibility(tab: Tab, view: str) -> None:
 
 
 @pytest.mark.skipif(AXE is None, reason="needs axe-core: npm install axe-core")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390, 360])
+@views(1280, 390, 360)
 async def test_axe_finds_nothing(api: World, tab: Any, scheme: str, width: int) -> None:
     look = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "reduced_motion": "reduce"}
     (maya_api, jonas_api), (server_id, channel_id) = await create_class(api, "Maya", "Jonas")
@@ -18189,7 +18205,7 @@ async def test_axe_finds_nothing(api: World, tab: Any, scheme: str, width: int) 
 
 
 @pytest.mark.skipif(AXE is None, reason="needs axe-core: npm install axe-core")
-@pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 360)])
+@views(1280, 360)
 async def test_axe_finds_nothing_in_conversations(api: World, tab: Any, scheme: str, width: int) -> None:
     people, _ = await create_class(api, "Maya", "Jonas", "Zoe", "Ada")
     look = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "reduced_motion": "reduce"}
@@ -18259,8 +18275,7 @@ async def fill_channel(maya: Person, jonas: Person, server_id: int, channel_id: 
 
 
 @pytest.mark.skipif(AXE is None, reason="needs axe-core: npm install axe-core")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1920, 1280, 390, 360])
+@views(1920, 1280, 390, 360)
 async def test_axe_finds_nothing_about_files(api: World, tab: Any, scheme: str, width: int) -> None:
     look = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "reduced_motion": "reduce"}
     (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
@@ -18714,8 +18729,7 @@ async def test_messages_are_kept_for_some_days(two: Any) -> None:
 
 
 @pytest.mark.skipif(AXE is None, reason="needs axe-core: npm install axe-core")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 360])
+@views(1280, 360)
 async def test_axe_finds_nothing_in_a_lesson(api: World, tab: Any, scheme: str, width: int) -> None:
     look = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "reduced_motion": "reduce"}
     people, (server_id, channel_id) = await create_class(api, "Maya", "Jonas", "Zoë")
@@ -19589,7 +19603,8 @@ def test_the_page_has_its_sections() -> None:
     """Each with a paragraph, in lines of at most 110 columns with one statement in each."""
     assert tuple(re.findall(r"^/\* ── (.+?) ─+\n   [A-Z]", SCRIPT, re.M)) == PAGE_SECTIONS
     assert [line for line in PAGE.splitlines() if len(line) > 110] == []
-    tokens = [(token, SCRIPT[:at].count("\n")) for token, at in js_tokens(SCRIPT)]
+    ends = [found.start() for found in re.finditer("\n", SCRIPT)]
+    tokens = [(token, bisect.bisect_left(ends, at)) for token, at in js_tokens(SCRIPT)]
     lines = SCRIPT.split("\n")
     crowded = [
         lines[line]
