@@ -11086,7 +11086,7 @@ async def write_and_kill(process: Process, writers: Writers, seconds: float) -> 
     await asyncio.gather(*posting)
 
 
-@trials(10, 200)
+@trials(5, 200)
 async def test_acknowledged_posts_survive_a_kill(launch: Launch, tmp_path: Path, tries: int) -> None:
     database, dice, starts = tmp_path / "chat.db", random.Random(1), []
     process = await launch(database)
@@ -11212,7 +11212,7 @@ async def change_messages(world: World, people: list[Person], place: Place, dice
     await asyncio.gather(*map(work, people))
 
 
-@trials(40, 1000)
+@trials(20, 1000)
 async def test_a_cut_leaves_no_gap(launch: Launch, tmp_path: Path, tries: int) -> None:
     dice = random.Random(4)
     process = await launch(tmp_path / "chat.db")
@@ -11786,7 +11786,7 @@ class Crowd(RuleBasedStateMachine):
             await self.stop()
 
 
-@trials(8, 300)
+@trials(4, 300)
 def test_presence_has_no_ghosts(monkeypatch: pytest.MonkeyPatch, tries: int) -> None:
     quick_pings(monkeypatch)
     checks = settings(
@@ -13490,7 +13490,7 @@ async def start_uploaders(process: Process) -> Uploaders:
         return Uploaders(await world.place(*people), people)
 
 
-@trials(5, 100)
+@trials(3, 100)
 async def test_acknowledged_files_survive_a_kill(launch: Launch, tmp_path: Path, tries: int) -> None:
     database, dice, starts = tmp_path / "chat.db", random.Random(1), []
     process = await launch(database)
@@ -13533,7 +13533,7 @@ async def test_acknowledged_files_survive_a_power_cut(launch: Launch, tmp_path: 
     print(f"{len(uploaders.answered)} files answered, {served} served, {dropped} writes undone")
 
 
-@trials(3, 20)
+@trials(1, 20)
 async def test_a_backup_during_uploads_has_whole_files(
     launch: Launch, tmp_path: Path, database: DatabaseOption, tries: int
 ) -> None:
@@ -14505,7 +14505,7 @@ async def cause_fault(kind: str, group: Group, seconds: float, dice: random.Rand
 STORM_FAULTS = ("Redis killed", "Redis frozen", "Redis emptied", "a server killed")
 
 
-@trials(8, 80)
+@trials(5, 80)
 async def test_a_storm_leaves_every_copy_equal_to_the_history(group: Group, tries: int) -> None:
     """Twenty clients on three servers; six of them write, and one more is banned in each round."""
     dice = random.Random(11)
