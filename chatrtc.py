@@ -1133,7 +1133,7 @@ class File(Payload):
 
 
 class FileLink(Payload):
-    url: str  # relative to the address of the chat
+    url: str  # a path on the host of the request
     expires_at: str
 
 
@@ -1649,6 +1649,7 @@ SQLITE_MAGIC = b"SQLite format 3\0"
 BACKUP_MODE = b"\1"  # header[18:19] of a backup; a database in use is in WAL mode (2), from the beginning
 TURN_SECONDS = 10.0  # for which a command, or a server that starts or stops, waits for its turn
 TURN_POLL_SECONDS = 0.0002
+READER_CACHE_KIB = 16 * 1024  # cache of a connection that reads
 # A commit copies the -wal into the database once it has so many pages. With 4,000 (16 MiB), pages that change often are copied
 # less often, but that takes 50 ms or more. Slow jobs write so much that this would often happen: they copy it after 1 MiB.
 CHECKPOINT_PAGES, SLOW_CHECKPOINT_PAGES = 4000, 250
@@ -1695,7 +1696,7 @@ def sync_folder(folder: Path) -> None:
             os.close(file)
 
 
-def connect_reader(path: Path, *, immutable: bool = False, cache_kib: int = 16384) -> sqlite3.Connection:
+def connect_reader(path: Path, *, immutable: bool = False, cache_kib: int = READER_CACHE_KIB) -> sqlite3.Connection:
     """Open a read-only connection. With `immutable`, nothing else may write meanwhile, and not even a -shm is created."""
     uri = f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' if immutable else ''}"
     db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, cached_statements=256)
@@ -2323,7 +2324,7 @@ class Store:
         try:
             db = await asyncio.to_thread(self._open_writer, set_up)
             self._writer = await aiosqlite.Connection(lambda: db, 64)
-            for cache_kib in (PARTS_CACHE_KIB, *[16384] * SLOW_READERS):
+            for cache_kib in (PARTS_CACHE_KIB, *[READER_CACHE_KIB] * SLOW_READERS):
                 connect = functools.partial(connect_reader, self.path, cache_kib=cache_kib)
                 self._readers.append(await aiosqlite.Connection(connect, 64))
             self._idle = self._readers[1:]
@@ -6332,7 +6333,7 @@ def socket_server(**options: Any) -> SocketServer:
 LOGIN_SECONDS = 10  # time limit for a socket to authenticate
 OWN_MARK_SECONDS = 0.05  # delay of the `channel:read` for a user's own post
 MAX_CACHED_TOKENS = 10_000
-HAND_SECONDS = 10  # after which the raised hand of a user who has gone is lowered
+HAND_SECONDS = 10  # from the end of a user's last socket until their raised hand is lowered
 LISTENER_EVENTS = 4096  # maximum number of events that wait for one listener of the program
 UPLOADS, UPLOADS_PER_USER = 64, 3  # at a time; each takes up to 0.5 MiB of memory
 DOWNLOADS, DOWNLOADS_PER_USER = 128, 8  # at a time; each takes up to 0.2 MiB of memory
@@ -7361,7 +7362,7 @@ async def get_transcript(hub: Hub, caller: Caller, args: TranscriptArgs) -> Resu
         while (part := await hub.store.read(job)) is not None:
             yield part.encode()
 
-    name, channel = hub.store.read_inline(hub.authorized(Access.ADMIN, caller.user, args, load))
+    name, channel = hub.query(caller, args, load, Access.ADMIN)
     transcript = Transcript([(name, [channel])], args.names == "hidden")
     return Result(Document(clean_file_name(re.sub(r"[/\\]", "_", f"{channel.name}.html")), parts()))
 
