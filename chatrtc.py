@@ -1596,6 +1596,10 @@ MIGRATIONS = (
     CREATE TABLE secret_check (digest BLOB NOT NULL) STRICT;
     """,
     """
+    ALTER TABLE users ADD COLUMN source TEXT NOT NULL DEFAULT 'person' CHECK (source IN ('person', 'host', 'bot'));
+    ALTER TABLE users ADD COLUMN external_id TEXT;
+    ALTER TABLE users ADD COLUMN guest INTEGER AS (password IS NULL AND source = 'person' AND deleted = 0);
+    CREATE UNIQUE INDEX users_external ON users (external_id) WHERE external_id IS NOT NULL;
     ALTER TABLE servers ADD COLUMN kind TEXT NOT NULL DEFAULT 'server' CHECK (kind IN ('server', 'direct'));
     ALTER TABLE servers ADD COLUMN pair TEXT;
     ALTER TABLE servers ADD COLUMN started_by INTEGER REFERENCES users;
@@ -2650,13 +2654,13 @@ SERVER_FIELDS = """SELECT s.server_id, CASE WHEN s.name <> '' THEN s.name ELSE (
 SERVER_ROWS = SERVER_FIELDS + """, o.user_id, m.role, s.pair IS NOT NULL FROM members m
     JOIN servers s ON s.server_id = m.server_id LEFT JOIN members o ON o.server_id = s.server_id AND o.role = 'owner'
     WHERE m.user_id = :user_id"""  # fmt: skip
-PARTICIPANT_ROWS = """SELECT s.server_id, u.user_id, u.username, u.password IS NULL, u.name FROM members m
+PARTICIPANT_ROWS = """SELECT s.server_id, u.user_id, u.username, u.guest, u.name FROM members m
     JOIN servers s ON s.server_id = m.server_id AND s.kind = 'direct' JOIN members p ON p.server_id = m.server_id
     JOIN users u ON u.user_id = p.user_id WHERE m.user_id = :user_id"""
 SERVER_IDS = "SELECT m.server_id FROM members m WHERE m.user_id = :user_id"
 MEMBER_ROWS = """SELECT m.user_id, u.username, m.role,
         CASE WHEN u.status = 'invisible' AND u.user_id <> :viewer THEN 'online' ELSE u.status END, m.joined_at,
-        u.password IS NULL AND u.deleted = 0, CASE WHEN (SELECT role FROM members v WHERE v.server_id = m.server_id
+        u.guest, CASE WHEN (SELECT role FROM members v WHERE v.server_id = m.server_id
         AND v.user_id = :viewer) <> 'member' THEN m.invited_by END,
         CASE WHEN m.muted_until > strftime('%Y-%m-%dT%H:%M:%SZ', 'now') THEN m.muted_until END, u.name
     FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = :server_id """
@@ -2761,7 +2765,7 @@ load_accounts: Query[list[tuple[int, str, str]]] = rows_as(
 )
 load_profile = row_as(
     lambda user_id, username, status, at, guest, name: Profile(user_id, username, status, at, bool(guest), name=name),
-    "SELECT user_id, username, status, created_at, password IS NULL AND deleted = 0, name FROM users WHERE user_id = ?",
+    "SELECT user_id, username, status, created_at, guest, name FROM users WHERE user_id = ?",
 )
 load_names = rows_by_key(  # id -> name that is shown
     "SELECT u.user_id, coalesce(u.name, u.username) FROM json_each(?) k JOIN users u ON u.user_id = k.value"
@@ -2861,7 +2865,7 @@ outranks_everywhere: Query[int] = first_value(
 load_guests_below = rows_as(
     int,
     """SELECT m.user_id FROM members m JOIN users u ON u.user_id = m.user_id
-       WHERE m.server_id = ? AND u.password IS NULL AND (m.role = 'member' OR (m.role = 'admin' AND ? = 'owner'))
+       WHERE m.server_id = ? AND u.guest AND (m.role = 'member' OR (m.role = 'admin' AND ? = 'owner'))
        ORDER BY m.user_id LIMIT ?""",
 )
 load_bans = rows_as(
@@ -3041,8 +3045,7 @@ def insert_sign_in_code(db: sqlite3.Connection, user_id: int, code: str, expires
 
 def load_guest_by_code(db: sqlite3.Connection, code: str, now: float) -> Principal:
     """Return the guest of a valid sign-in code. Raises NOT_FOUND."""
-    valid = """JOIN links l ON u.user_id = l.user_id
-               WHERE l.digest = ? AND l.expires_at > ? AND u.password IS NULL AND u.deleted = 0"""
+    valid = "JOIN links l ON u.user_id = l.user_id WHERE l.digest = ? AND l.expires_at > ? AND u.guest"
     row = db.execute(PRINCIPAL_ROWS + valid, (hashlib.sha256(code.encode()).digest(), now)).fetchone()
     if row is None:
         raise chat_error("LINK_UNKNOWN", field="code")

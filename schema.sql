@@ -6,18 +6,23 @@
 
 PRAGMA application_id = 1129468995;  -- "CRTC": marks the file as a database of ChatRTC
 
--- Accounts. A deleted account keeps its row and its name, so that its messages keep their author.
+-- Accounts. A deleted account keeps its row and its name, so that its messages keep their author. `source` says who made it:
+-- a person, the host (the program that embeds the chat) or, for a bot, an admin.
 CREATE TABLE users (
     user_id      INTEGER PRIMARY KEY AUTOINCREMENT,
     username     TEXT NOT NULL,                    -- as the user typed it
     username_key TEXT NOT NULL UNIQUE,             -- normalized (NFKC, case folding): no two names are equal in this form
-    password     TEXT,                             -- scrypt$n$r$p$salt$hash; NULL: no password (a guest, or deleted)
+    password     TEXT,                             -- scrypt$n$r$p$salt$hash; NULL: no password (or deleted)
     status       TEXT NOT NULL DEFAULT 'online' CHECK (status IN ('online', 'away', 'busy', 'invisible')),
     created_at   TEXT NOT NULL,
     generation   INTEGER NOT NULL DEFAULT 0,       -- tokens of an earlier generation are revoked
     deleted      INTEGER NOT NULL DEFAULT 0 CHECK (deleted IN (0, 1)),
-    name         TEXT                              -- display name; NULL: the username is shown
+    name         TEXT,                             -- display name; NULL: the username is shown
+    source       TEXT NOT NULL DEFAULT 'person' CHECK (source IN ('person', 'host', 'bot')),
+    external_id  TEXT,                             -- the host's own id for an account of the host
+    guest        INTEGER AS (password IS NULL AND source = 'person' AND deleted = 0)
 ) STRICT;
+CREATE UNIQUE INDEX users_external ON users (external_id) WHERE external_id IS NOT NULL;
 
 -- Tokens that were revoked by a logout. Rows are deleted once the token has expired.
 CREATE TABLE revoked_tokens (

@@ -2223,24 +2223,25 @@ RELEASED = {
         b"cmWR=;9bBV>AZuQ=1t}jo>l|!S@`Eh5jov)gU%NnKbzr5B)TU>n+7w(VtjE?UmPtCRCs;qZ^uObiU"
     ),
     4: (
-        b"c-qBTZFAZ<5dJHgegQgsXgb$UJ6CRo61QbapvOyJJ~6@;pkgeaEs}7*{#GxxWm|Ggle_zn;NaD2_t|GxyULgO@Z-%8;W!Sdk2z)0ng(cquC89b{q6Oe"
-        b"w{Ktljz)8Dxb)C+_<rJ{Q%aH)b>*iJ9Z#3uM{kb4%*Qvw`49Bj`+<h5<!n5KWjEe**_WabJ`%L_zAw>q20yFGr1*Y)Am{Qsw3?3pTzP#I<21cvNg!YM"
-        b"QOYqtr4`w0@5694S)vY$LK=|{8h!FcpHWu}kEf`cz3QV5zQbqnxjCislSa2RrJIm+dc8jK6M{Jj)|gj~-I0hS5}@4WnguWVC?FvL1r0Kpd4(kE!on-D"
-        b"eSuOBEtd1~Xjwr&A-C)R_Hp<fi7*6oM^cX7PiF7U5cCnbk7+_u;Rz_16ozD)`{>(v`DwOVqWSFG_`0$YgyvQST0ON4wJpqUOjGh#BbfdkM-d6r^+SS3"
-        b"a@>Hm56VflJtTCXQQ)GO0wbrG6qN+iFMv=1!0vO&rWn(tU~VEn*qrmd=iUcz?oCJDLMK%%<|+$d!L|1tv52gF7Kx}R8qTIgl*CRw^z9QURJ)EBx%Ig^"
-        b"rAMy;OV-M$q@<}ZG}C9AZqcgvq9b7COAe#qakd|9eeF#=&@&n?M#F2bU#l#(<r1(yN?2H-TNWAlMy38;qymG3BaOs^vQ<XtCxfzJqoybe+G!O)AaStX"
-        b"ChXWu#FJQbiZ~7RIx|_iIX1bMy$ADAMJ;1EL`|#|xaE*%s@%Mh7?jrJmSj<ufDMp_s}kKUOO7D@{{*=fihluQ<>m%Q|Fv@)QQ=Bu;bGxATc5~(g|vXc"
-        b"XMs+v(xLKbWU{lMoxewXFW8=DveKcnF#(NZPf<hHgF@9pt(nc0vUh`gn_j&Fs}$0>$dW026Rzc86{%E#6IzZ#;~9McPab)kA0o)>H4XyMkrG?~*08r}"
-        b"zj=6*sAf)uih7ewMOz-mr(`FMln;*9!^XyTB*Z7aXRdYHXWe=@gtErOrai<dw*i||v1{zF$k;>g{y<%GOZ|P%)dwCSKXo_SMI_?Mxn+a)=nSq$`~oIn"
-        b"Uz%L0UeI6c2yc!@KseUr-j$^VCgnsmu`+67hFY&t4X4o1R+L~~&Ga3PpXA`cTWH6u4JyDa&O66DSN+fRwavVo*j-x&T*RwJj~8BMx@}^x4~5pwyw-?w"
-        b"a?eGRcgv`+W;)Jd>bn|x5RF;NX|!`m5HS7BjJYzCm)qrUVM}O~w_CYo8nQcp9oqGv`M5d|60ZY%HjX&myqRIl@Nky{sOngiO#S%ia$qfiHaa)e!g{4`"
-        b"C=P%Yhoo#jK9YbMFGPzThmf(Xz%pWyPqGQjnmNFh1g9;=^<1!+)*m<PXUu7{cOjascNRg-gmnzRRmY!EqljnUV2Kf=Y!t|>9iSI3?YTw2wnM&rfUfLQ"
-        b"OTLrPDU_EsGIB!{w+B=x7L*j^7MV2He94Sd%iJR`@KPRUj;ymWJvYFTE9A(2Qri_-%k(Lo0VeuV@x`;i5mNE#oV&n}hO*P(<i+E(@(!j*G1x0|WDe(D"
-        b"tDVo)!#}1HCHQDrbQ?Wv0$bC&73Qu2A*>aRjW$9oR1TQVDqpIOZfPiw81eb*t~MVXMPqP^LxzLaw9(>$WhAk+82lX9zDw!f#1fG^8t{E_rtAsb?RoJx"
-        b"4zu&en3Jq=Y>r#uc^qQD@mO$#R>nufR%;i^b<7O*>gs0N=e#Ra8cz}C9Q%6`7#fZ6I8?gSmC2{o6-2407xAsMvynk+gNUERMU^F%0p_?m$d+n~-Xv4u"
-        b"?6^|S62PO2HfL_Tk|>sqrwebs6cV$1m0Z+AUx$+w7~Or*s~;`Fg+uxibZc^QmG_+1$|U;UBEMXdz7fclwOBe^VTA_3&5D%Z#NPu%(D;*k;xHLH@~~wl"
-        b"mBOTz7rL#n`Z}I3S5RrnJ@|UdQ?y!)rymhKy^@z{vavO~?V{No$Pq;TJ4aNX0eW_dsJMN5eFY#K*)3TI6#EI~)KAe%<U=pKV+jS$btccz&2uz;jz+BW"
-        b"4E4%Bl+5Xxe?g;+qeJ0Q2bv*vBrt=6C2wk%SZpUyZdL8?z)Wtv6|!du^d{Ra@xj1SN;-3nz%0OlCd5BfuGQ*G{{ej$&y4"
+        b"c-qBTTXWht6#grkz5pE_n$EV<&X%2_#BG@p=z{6xi4nE{6=QjAk%ayAdvvp9BRi(a?mi?Y_~=}}b5p*|haYc-2q#HI1I#IlS2RQebanOe?QgH&ynXxX"
+        b"cQl%NL*GOG@cqO?$Bd*I>dL1e9Z!Alqc=xi=Hr{;{0I8%{XoN|KO0Zs*o`;!`;s)q2ZDU>yN{+b_*qUS#rLZ{IhEg`<#hb#((9uHXW1P~L;1RoGLHE%"
+        b"tI%G1ABM|`k2)-lXiPe2^vN52MqN!jo}#XK)khtChfm_UK4$Vs<6D~1bwoP7ULOT1!JLFE%&W?7Nla4dpxop$4PNw7NFo9Z8fc7q1tsdj!7Cv?_Y#=O"
+        b"j%h&ZOidsNEG|q{#L`s#3QXIvj7w7)m&TEME*u_-uqh$iBguHK>u`a(xx>c`C2}~uHo6Q7x#C-6zyQ7Ip&nZJ^YO^f(V`*<ysy3Q3N$MtAI+u)MwUuF"
+        b"^zD;3_exp{CA94o7^dWw?IBPce#ZijA>9gF-cM%lZ7d3_6Pl7tgcKM|3TGOX`{>))|1?|rXg>QkzOD!YJ#Q7_)u)!2cj3JrTp9VR5mmts$1#br)kA~_"
+        b"a##yjKSU?f?jfQ*jl((sDre*Xl%x`V`USu)1h)qYc?qUzk;18P!upiUo_il4@Y9jE(6DF*6N||zV6ljb%13}x9wi~kAW2GfK}hk@XF!vcQYtNRDik&R"
+        b"Y}IRlsUzUTOYTO?Vj~YkUwab|_>6{&(eT>qpOskGap|x=N?BB`6*@BVjjDlnu?h?h4^$QirK^n4PX_hT1x-;Owb3eo0OD}9N!g(ph(~eg7;_rwb9S<H"
+        b"bKm4v_8!bf6*Yr!h?+Pl{Fb}iu&T$6^g-!Nu8E1VbQqL6<*rI}H!M8>_5Ty(vrzmCPF7~Far|E!w-yzyR2Cj4K1b^l*{?h;ToABOCswJcJlZp+7qqkY"
+        b"fbRv`Geav4${G{UYI_PAx*im)bc3JG6|;APT#Tcgs}$0HktI{wCQQqnRiskIoiKat8+-HxIC*3{-^Y;GD;$QvBO|Uswn4V7zumk^e5OtXidu+a(H4iv"
+        b"G2Kcf<%gQl!-d9nAjC($V|C}W&3g2xAu@xBi+hAK?s9An#jYh^fw70){eil+Nd3J7k-FVNe(JHji%87VQ_BJE(HVRm@e7cI1F3SQdcl0LCA>KvA>mk;"
+        b"`?@SGd{RzS+gDa?G+yg9vf&g4+6oiQtC_yV$&)k=yn%7dIiP}@MZc?gS6BaYer+=^2X@z$0T<z_(c*<?RCjF*?(Nt)nV${f92O}t<lQnFsO6Tkga&m3"
+        b"J&-1_FVc8hM?paK6SEd<LodbUZ$Tss%A1W8nMLdl+z#V<*xau6ge0pFpR5+Ahc`Qn#vk?N0IE7xB~yQVbUARAKo^{wYT<dMZ72@lEe=W9etje%wO)u3"
+        b"J&7P=S>el=#X)|v;LIFAONz4=_ZB%}ac%LqOAmvbHnIy+bH26+Y9y=@_^l>>1C1h{eG4U4kjyGz-Eh=#&o%lr3Hk8>x^izVxg^0;FfR$Razhli2UsW+"
+        b"lo;e1*)Z35F-odqO?NS>oz-NW3+cH6j$9!J_LI8q3R|X6sR!8Jmy9po1rCskPiNc(b~Kco1|u(Cr<HZEMT*5<fx{S_Ppxh|SDSxArI+B*vgkHi*yL;t"
+        b"?^ZsqD-c3kG1zD&#6e|%ZLG4TYUqYWvc-t!ubbN3I*P&Im_!VRtzo0dL&r+u8Zr1OIr}c7e-lSU?r6w&MNiogy4~^OZycHaW9>=KI5x+vusn%y(AXAg"
+        b"LM!7VVyn3e<~n8;dUbWP^{c%rR2+{n<{Sq*5?UOs@YJxZV^;>BW>)~^JiSQZgq;fvk{d+)C@!iTu?#WC)kU^cQ?wAnqITlSI7`7FU9>)N*Of$ZY&>0f"
+        b"b6-%*@>B9q4}Bd@mY{U^Men?|gcmO9PcW^?%~jrWIxCZydyD+4+w`qKwyed{*a|AN1L{$c5u64)a1jjt<et>13=?_OGLuSS(##9q&RBgN&;2D-n(_?3"
+        b"+VBi57vt$i1fO2X%QQLITGMth><;7#BLAHus?PvDJH}MpzP-KzCmh%<S%nk_DdjZC&`T7+EWBkY1<Z9O&(Y0uG<}Xntn&=@$~KhL>Dqt6pp4^vVNnN$"
+        b"A$B0JgM%h-&MvXoR(QEpwZ8*3x${=Yoh2}vY&IkS1xqPen{xzq0S+)B!M<{>c7F69PN5>1"
     ),
 }  # fmt: skip
 
@@ -3497,7 +3498,8 @@ KEPT_OF_A_MESSAGE = {  # columns and rows that remain of a deleted message, with
 KEPT_OF_A_USER = {  # columns and rows that remain of a deleted account, with the reason
     "user_id": "ids are never reused", "username": "its messages show it", "username_key": "nobody else can take the name",
     "name": "its messages show it", "status": "it is not sent any more", "created_at": "it is not sent any more",
-    "generation": "its tokens stay invalid", "deleted": "says that it is deleted",
+    "generation": "its tokens stay invalid", "deleted": "says that it is deleted", "source": "it is not sent any more",
+    "external_id": "the host's user does not come back as a new account",
     "messages.author_id": "a deleted message keeps its author", "purges.author_id": "the rest of its messages is deleted later",
     "former_members.user_id": "its name is still shown", "invites.created_by": "the invites belong to the server",
     "servers.started_by": "the conversation belongs to its participants",
@@ -3508,7 +3510,7 @@ KEPT_OF_A_USER = {  # columns and rows that remain of a deleted account, with th
 }  # fmt: skip
 COLUMN_VALUES = {  # valid values of columns that have a CHECK
     "status": "busy", "role": "member", "servers.kind": "server", "kind": "text", "deleted": 0, "extras": 1, "stale": 0,
-    "posting": "staff", "everyone": 1, "purges.channel_id": None,
+    "posting": "staff", "everyone": 1, "purges.channel_id": None, "source": "host",
 }  # fmt: skip
 
 
@@ -3517,7 +3519,7 @@ def filled_tables(tmp_path: Path) -> Iterator[sqlite3.Connection]:
     """Return a database with one row in each table and a value in each column; all refer to user, server and message 1."""
     with contextlib.closing(chatrtc.prepare(tmp_path / "filled.db")) as db:
         for table in tables_of(db):
-            columns = db.execute(f"PRAGMA table_xinfo({table})").fetchall()
+            columns = db.execute(f"PRAGMA table_info({table})").fetchall()
             by_type = {"INTEGER": 1, "REAL": 1.0, "TEXT": "x", "BLOB": b"x"}
             values = [
                 COLUMN_VALUES.get(f"{table}.{name}", COLUMN_VALUES.get(name, by_type[kind])) for _, name, kind, *_ in columns
