@@ -129,6 +129,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = None
     token_ttl: Annotated[int, Meta(ge=1, le=10**9, description="Token lifetime in seconds.")] = 30 * 86400
     cors_origin: Annotated[tuple[str, ...], Meta(description="Also allow pages from this origin (repeatable).")] = ()
+    frame_ancestor: Annotated[
+        tuple[str, ...], Meta(description="Let pages of this origin, or 'self', show the chat in a frame (repeatable).")
+    ] = ()
     registration: Annotated[
         Literal["open", "invite", "closed"], Meta(description="Who may register: anyone, people with an invite, or nobody.")
     ] = "open"
@@ -206,6 +209,12 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "WRONG_OLD_PASSWORD": ("FORBIDDEN", "The old password is wrong"),
     "TOKEN_INVALID": ("UNAUTHORIZED", "Invalid token"),
     "SIGN_IN_FIRST": ("UNAUTHORIZED", "Authenticate first"),
+    "OTHER_SITE": ("FORBIDDEN", "Only this site's own pages can sign in with its login"),
+    "NO_HOST_LOGIN": ("NOT_FOUND", "This chat does not use the login of the site that contains it"),
+    "HOST_SIGN_IN": ("UNAUTHORIZED", "Sign in on the site that contains this chat"),
+    "HOST_FAILED": ("UNAVAILABLE", "The program that contains this chat failed; try again in a moment"),
+    "ACCOUNT_DELETED": ("UNAUTHORIZED", "This account was deleted"),
+    "NO_PASSWORD": ("FORBIDDEN", "This account cannot have a password"),
     "REGISTRATION_CLOSED": ("FORBIDDEN", "Only the administrator of this server can create accounts"),
     "INVITE_NEEDED": ("FORBIDDEN", "An invite is required to create an account"),
     "GUESTS_OFF": ("FORBIDDEN", "This server does not accept guests"),
@@ -226,7 +235,7 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "NO_CHANNEL": ("NOT_FOUND", "Channel not found"),
     "NO_MESSAGE": ("NOT_FOUND", "Message not found"),
     "LINK_UNKNOWN": ("NOT_FOUND", "This sign-in code is wrong, used or expired; ask for a new one"),
-    "NOT_A_GUEST": ("FORBIDDEN", "This member has a password; sign-in codes are for guests"),
+    "NOT_A_GUEST": ("FORBIDDEN", "This member is not a guest; sign-in codes are for guests"),
     "LINK_ELSEWHERE": ("FORBIDDEN", "This guest is also a member of a server where you are not allowed to do this"),
     "INVITE_UNKNOWN": ("NOT_FOUND", "Invite not found"),
     "INVITE_EXPIRED": ("NOT_FOUND", "This invite has expired"),
@@ -752,6 +761,7 @@ Token = Annotated[str, Meta(max_length=4096)]
 PeerId = Annotated[str, Meta(min_length=1, max_length=64)]
 Pixels = Annotated[int, Meta(ge=1, le=100_000)]
 Role = Literal["owner", "admin", "member"]
+Source = Literal["person", "host", "bot"]  # who made an account
 Status = Literal["online", "away", "busy", "invisible"]
 ChannelKind = Literal["text", "voice"]
 Posting = Literal["everyone", "staff"]
@@ -792,6 +802,34 @@ class NewUser(NewIdentity, kw_only=True):
 
 class NewGuest(NewIdentity, kw_only=True):
     code: Code
+
+
+class HostUser(Args):
+    """A user of the embedding program. Without an `external_id`, the username identifies it."""
+
+    username: Annotated[str, Meta(min_length=1, max_length=256, pattern=NAME)]  # if it is not valid, one is derived
+    name: DisplayName | None = None  # None: as it is
+    external_id: Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00]+$")] | int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            self.name = clean_name(self.name)
+        if self.external_id is None and not (is_username(self.username) and name_key(self.username) != EVERYONE):
+            self.external_id = self.username  # the account has another username
+        if self.external_id is not None:
+            self.external_id = str(self.external_id)
+
+
+class UserArgs(Args):
+    user_id: Id
+
+
+class NewToken(UserArgs):
+    ttl: Annotated[int, Meta(ge=1, le=10**9)] | None = None
+
+
+class DeleteUser(UserArgs):
+    messages: bool = False
 
 
 class NewPassword(Args):
@@ -1387,7 +1425,7 @@ EVENTS = {
     "channel:deleted": EventKind(ChannelDeleted, "server", "A channel was deleted."),
     "server:updated": EventKind(ServerRenamed, "server", "The server was renamed."),
     "server:deleted": EventKind(ServerDeleted, "server", "The server was deleted."),
-    "server:joined": EventKind(Server, "user", "Somebody started a conversation with you, or added you to one."),
+    "server:joined": EventKind(Server, "user", "Somebody started a conversation with you, or made you a member."),
     "voice:join": EventKind(VoicePeer, "server", "Somebody joined a voice channel."),
     "voice:leave": EventKind(VoicePeer, "server", "Somebody left a voice channel."),
     "hand:raised": EventKind(HandRaised, "server", "Somebody raised a hand."),
@@ -1424,7 +1462,7 @@ class Evict(NamedTuple):  # the user's sockets leave the server's rooms, and sta
     user_id: int
 
 
-class Revoke(NamedTuple):  # the user's tokens, or only the one with this digest, become invalid; their sockets are closed
+class Revoke(NamedTuple):  # sockets are closed: those of the user, or only those of the token with this digest
     user_id: int
     digest: bytes | None = None
 
@@ -2778,6 +2816,7 @@ load_password_hash: Query[str | None] = first_value("SELECT password FROM users 
 load_address_seen_at: Query[float | None] = first_value("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?")
 update_status = statement("UPDATE users SET status = ?2 WHERE user_id = ?1")
 update_display_name = statement("UPDATE users SET name = ?2 WHERE user_id = ?1")
+update_external_id = statement("UPDATE users SET external_id = coalesce(external_id, ?2) WHERE user_id = ?1")
 close_account = statement(
     "DELETE FROM known_addresses WHERE user_id = ?",
     "UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?",
@@ -2812,6 +2851,7 @@ detach_channel = server_change("channels", "UPDATE channels SET server_id = NULL
 
 # Members and bans.
 load_member_ids = rows_as(int, "SELECT user_id FROM members WHERE server_id = ? ORDER BY user_id")
+load_owner: Query[int | None] = first_value("SELECT user_id FROM members WHERE server_id = ? AND role = 'owner'")
 load_role: Query[Role | None] = first_value("SELECT role FROM members WHERE server_id = ? AND user_id = ?")
 update_role = server_change(  # nobody could lift the mute of an owner
     "members",
@@ -2921,10 +2961,41 @@ def load_principal(db: sqlite3.Connection, user_id: int, digest: bytes) -> Princ
     return Principal(*row[:5]) if row else None
 
 
+def require_user(db: sqlite3.Connection, user_id: int) -> Principal:
+    """Return the account. Raises NOT_FOUND if it does not exist or is deleted."""
+    if (user := load_principal(db, user_id, b"")) is None:
+        raise chat_error("NO_USER", field="user_id")
+    return user
+
+
+def load_host_user(db: sqlite3.Connection, args: HostUser) -> tuple[Principal, bool] | None:
+    """Return the account of a user of the embedding program, and whether it is as `args` say. None: there is none yet. With an
+    `external_id`, an account of a person is never returned. Raises UNAUTHORIZED if the account is deleted."""
+    row = db.execute(
+        """SELECT user_id, username, status, generation, name, deleted, ?1 IS NULL OR external_id IS NOT NULL FROM users
+           WHERE external_id = ?1 OR (username_key = ?2 AND (
+               ?1 IS NULL OR (source = 'host' AND external_id IS NULL AND deleted = 0)))
+           ORDER BY external_id IS NULL LIMIT 1""",
+        (args.external_id, name_key(args.username)),
+    ).fetchone()
+    if row is None:
+        return None
+    user, (deleted, is_known) = Principal(*row[:5]), row[5:]
+    if deleted:
+        raise chat_error("ACCOUNT_DELETED")
+    return user, bool(is_known) and args.name in (None, user.name or user.username)
+
+
 def load_account(db: sqlite3.Connection, username: str) -> tuple[Principal, str | None] | None:
     """Return the account with that username, in any spelling, and its password hash."""
     row = db.execute(PRINCIPAL_ROWS + "WHERE username_key = ? AND deleted = 0", (name_key(username),)).fetchone()
     return (Principal(*row[:5]), row[5]) if row else None
+
+
+def is_free_username(db: sqlite3.Connection, username: str) -> bool:
+    """Return whether a new account can have this username."""
+    found = db.execute("SELECT 1 FROM users WHERE username_key = ?", (name_key(username),)).fetchone()
+    return found is None and is_username(username) and name_key(username) != EVERYONE
 
 
 def find_free_username(db: sqlite3.Connection, name: str) -> str:
@@ -2932,19 +3003,20 @@ def find_free_username(db: sqlite3.Connection, name: str) -> str:
     handle = handle_of(name)
 
     def is_free(number: int) -> bool:
-        username = numbered(handle, number)
-        found = db.execute("SELECT 1 FROM users WHERE username_key = ?", (name_key(username),)).fetchone()
-        return found is None and is_username(username) and name_key(username) != EVERYONE
+        return is_free_username(db, numbered(handle, number))
 
     top = next(2**power for power in itertools.count() if is_free(2**power))
     return numbered(handle, bisect.bisect_left(range(top), True, top // 2 + 1, top, key=is_free))
 
 
-def insert_user(db: sqlite3.Connection, username: str, password: str | None, now: str, name: str | None = None) -> int:
-    """Insert an account and return its id. `password`: its hash, None for a guest. Raises CONFLICT if the username is taken."""
-    query = """INSERT INTO users (username, username_key, password, created_at, name) VALUES (?, ?, ?, ?, ?)
-               ON CONFLICT (username_key) DO NOTHING RETURNING user_id"""
-    values = (username, name_key(username), password, now, None if name == username else name)
+def insert_user(
+    db: sqlite3.Connection, username: str, password: str | None, now: str, name: str | None = None, source: Source = "person",
+    external_id: object = None,
+) -> int:  # fmt: skip
+    """Insert an account and return its id. `password`: its hash or None. Raises CONFLICT if the username is taken."""
+    query = """INSERT INTO users (username, username_key, password, created_at, name, source, external_id)
+               VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (username_key) DO NOTHING RETURNING user_id"""
+    values = (username, name_key(username), password, now, None if name == username else name, source, external_id)
     row = db.execute(query, values).fetchone() if name_key(username) != EVERYONE else None
     if row is None:
         raise chat_error("USERNAME_TAKEN", field="username")
@@ -4042,8 +4114,10 @@ class TokenSigner:
         self._secret = secret
         self._ttl = ttl
 
-    def issue(self, user_id: int, username: str, generation: int, now: float, name: str | None = None) -> AuthResponse:
-        expires = int(now) + self._ttl
+    def issue(
+        self, user_id: int, username: str, generation: int, now: float, name: str | None = None, ttl: int | None = None
+    ) -> AuthResponse:
+        expires = int(now) + (ttl or self._ttl)
         claims: dict[str, Any] = {"sub": str(user_id), "iat": int(now), "exp": expires, "iss": ISSUER, "aud": ISSUER}
         claims |= {"jti": secrets.token_hex(8), "gen": generation}
         token = jwt.encode(claims, self._secret, algorithm=ALGORITHM)
@@ -4119,6 +4193,8 @@ LIMITS = {
     "login_account": Limit(5 / 60, 50, "account", "wrong passwords from addresses where the account has never signed in", True),
     # Allows for 1,000 pupils, two thirds of whom mistype. Accounts that have signed in from the address are exempt.
     "login_address": Limit(1, 600, "address", "wrong passwords for accounts that have never signed in there", True),
+    # Allows for 4,000 pupils who open the page at the same time. Each page then calls it every five minutes.
+    "session": Limit(20, 4000, "address", "sign-ins with the login of the site that contains the chat"),
     # Codes have 50 bits, too many to guess. This bounds the work that guessing causes, and lets one pupil in four mistype.
     "invite": Limit(1, 100, "address", "unknown invite codes and sign-in codes", True),
 }
@@ -4404,8 +4480,7 @@ def authorize_participant(ctx: OperationContext, user_id: int) -> None:
     ctx.target_role = load_role(ctx.db, ctx.server_id, user_id)
     if ctx.target_role or is_self:
         return
-    if load_principal(ctx.db, user_id, b"") is None:
-        raise chat_error("NO_USER")
+    require_user(ctx.db, user_id)
     if has_left:
         raise chat_error("LEFT")
     if ctx.conversation != "group":
@@ -4587,6 +4662,12 @@ def update_in_servers(db: sqlite3.Connection, user_id: int) -> list[Effect]:
     return [member_event(db, "member:updated", one, user_id, next_seq(db, one, "members")) for one in servers]
 
 
+def rename_user(db: sqlite3.Connection, user_id: int, name: str | None) -> list[Effect]:
+    """Set an account's display name, and return the effects."""
+    update_display_name(db, user_id, name)
+    return [Rename(user_id, name), *update_in_servers(db, user_id)]
+
+
 @write("PATCH /users/me", Access.USER, limit="post", emits=["member:updated", *STATUS_EVENTS])
 def update_profile(ctx: OperationContext, args: EditProfile) -> Result[Profile]:
     """Change your status or display name; a `name` of `null` removes it."""
@@ -4594,8 +4675,7 @@ def update_profile(ctx: OperationContext, args: EditProfile) -> Result[Profile]:
     name = ctx.user.name if args.name is UNSET else None if args.name == ctx.user.username else args.name
     if name != ctx.user.name:
         ctx.user = ctx.user._replace(name=name)
-        update_display_name(ctx.db, user_id, name)
-        effects += [Rename(user_id, name), *update_in_servers(ctx.db, user_id)]
+        effects += rename_user(ctx.db, user_id, name)
     if args.status is not UNSET:
         update_status(ctx.db, user_id, args.status)
         identity = Identity(user_id, ctx.user.username, name=name)
@@ -4646,13 +4726,15 @@ def get_server(ctx: OperationContext, args: ServerArgs) -> Result[Server]:
     return Result(load_servers(ctx.db, ctx.user.user_id, ctx.server_id)[0])
 
 
+def server_joined(db: sqlite3.Connection, server_id: int, user_id: int) -> Emit:
+    return Emit("server:joined", user_id, load_servers(db, user_id, server_id)[0])
+
+
 def join_conversation(ctx: OperationContext, user_id: int) -> list[Effect]:
     """Make a user a participant of the conversation, and return the effects."""
     seq = insert_member(ctx.db, ctx.server_id, user_id, "member", ctx.now)
-    effects: list[Effect] = [member_event(ctx.db, "member:joined", ctx.server_id, user_id, seq)]
-    if user_id != ctx.user.user_id:
-        effects.append(Emit("server:joined", user_id, load_servers(ctx.db, user_id, ctx.server_id)[0]))
-    return effects
+    told = [server_joined(ctx.db, ctx.server_id, user_id)] if user_id != ctx.user.user_id else []
+    return [member_event(ctx.db, "member:joined", ctx.server_id, user_id, seq), *told]
 
 
 @write(
@@ -4671,8 +4753,8 @@ def start_conversation(ctx: OperationContext, args: NewConversation) -> Result[S
     for one in people:
         insert_member(ctx.db, server_id, one, "member", ctx.now)
     insert_channel(ctx.db, server_id, "general", "text", "")
-    servers = {one: load_servers(ctx.db, one, server_id)[0] for one in people}
-    return Result(servers[user_id], [Emit("server:joined", one, servers[one]) for one in people if one != user_id])
+    own = load_servers(ctx.db, user_id, server_id)[0]
+    return Result(own, [server_joined(ctx.db, server_id, one) for one in people if one != user_id])
 
 
 @write("PUT /servers/{server_id}/members/{user_id}", Access.PARTICIPANT, emits=["member:joined", "server:joined"], limit="post")
@@ -4725,6 +4807,22 @@ def set_role(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
     event = functools.partial(member_event, ctx.db, "member:updated", ctx.server_id)
     events = [event(user_id, change(user_id, role)) for user_id, role in changed.items()]
     return Result(load_member(ctx, args.user_id), [*events, *(StopSpeech(ctx.server_id, user_id) for user_id in changed)])
+
+
+def add_member(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
+    """Make an account a member with that role, or change the role of a member. The context is that of the server's owner."""
+    ctx.target_role, effects = load_role(ctx.db, ctx.server_id, args.user_id), list[Effect]()
+    is_new = ctx.target_role is None
+    if is_banned(ctx.db, ctx.server_id, args.user_id):
+        raise chat_error("BANNED")
+    if is_new:
+        seq = insert_member(ctx.db, ctx.server_id, args.user_id, "member", ctx.now)
+        effects.append(member_event(ctx.db, "member:joined", ctx.server_id, args.user_id, seq))
+    if args.role != (ctx.target_role or "member"):
+        effects += set_role(ctx, args).effects
+    if is_new:
+        effects.append(server_joined(ctx.db, ctx.server_id, args.user_id))
+    return Result(load_member(ctx, args.user_id), effects)
 
 
 def set_mute(ctx: OperationContext, user_id: int, until: str | None) -> list[Effect]:
@@ -5635,6 +5733,11 @@ def parse_origin(text: str) -> tuple[str, str, int] | None:
     return host and (scheme, host[0], host[1] or PORTS[scheme])
 
 
+def origin_of(url: str) -> str:
+    """Return the scheme, host name and port of a URL."""
+    return "/".join(url.split("/")[:3])
+
+
 def request_scheme(request: web.BaseRequest, options: EngineOptions) -> str:
     """Return http or https, or an empty string: a proxy that is not trusted may have received https and sent http."""
     scheme = forwarded(request, options, "Proto").lower().replace("ws", "http")
@@ -5653,17 +5756,24 @@ def is_loopback(name: str) -> bool:
     return name == "localhost" or name.endswith(".localhost") or (address is not None and address.is_loopback)
 
 
-def is_origin_allowed(request: web.BaseRequest, options: EngineOptions) -> bool:
-    """Return whether the page that sent the request, if any, has our own origin or an allowed one."""
-    text = request.headers.get("Origin")
-    if text is None or "*" in options.origins:
+def is_origin_allowed(request: web.BaseRequest, options: EngineOptions, origins: Collection[str] | None = None) -> bool:
+    """Return whether the page that sent the request, if any, has our own origin or an allowed one (default: of the options)."""
+    text, origins = request.headers.get("Origin"), options.origins if origins is None else origins
+    if text is None or "*" in origins:
         return True
     origin, host = parse_origin(text[:HOST_MAX]), request_host(request, options)
     if origin is None:
         return False
     scheme = request_scheme(request, options) or origin[0]
     own = host and (scheme, host[0], host[1] or PORTS[scheme])
-    return origin == own or origin in map(parse_origin, options.origins)
+    return origin == own or origin in map(parse_origin, origins)
+
+
+def is_own_page(request: web.BaseRequest, options: EngineOptions, public_url: str | None) -> bool:
+    """Return whether a page of our own origin sent the request. A request without the headers that say so is refused: it may be
+    from a page of another site, with the user's cookies."""
+    site = request.headers.get("Sec-Fetch-Site", "same-origin" if "Origin" in request.headers else "")
+    return site == "same-origin" and is_origin_allowed(request, options, [origin_of(public_url)] if public_url else [])
 
 
 def check_request(request: web.BaseRequest, options: EngineOptions) -> None:
@@ -6336,6 +6446,7 @@ def socket_server(**options: Any) -> SocketServer:
 LOGIN_SECONDS = 10  # time limit for a socket to authenticate
 OWN_MARK_SECONDS = 0.05  # delay of the `channel:read` for a user's own post
 MAX_CACHED_TOKENS = 10_000
+HOST_SECONDS = 5.0  # time limit for a coroutine of the embedding program
 HAND_SECONDS = 10  # from the end of a user's last socket until their raised hand is lowered
 LISTENER_EVENTS = 4096  # maximum number of events that wait for one listener of the program
 UPLOADS, UPLOADS_PER_USER = 64, 3  # at a time; each takes up to 0.5 MiB of memory
@@ -6389,6 +6500,10 @@ class Caller(NamedTuple):
         return self.source is not None and not is_connected(self.source)
 
 
+# Returns the user of the embedding program who sent a request, as arguments of `upsert_user`.
+Identify = Callable[[web.Request], Awaitable[dict[str, Any] | None]]
+
+
 class Hub:
     """The parts of one ChatRTC instance. Each async operation receives it."""
 
@@ -6416,6 +6531,7 @@ class Hub:
         self.redis: Literal["up", "down"] | UnsetType = UNSET  # whether the processes hear each other, with --redis
         self.foreign = False  # whether what is applied now happened in another process
         self.erase_after = 0.0  # see `erase_texts`
+        self.identify: Identify | None = None
         self._own_marks: dict[int, MarkOwnPost] = {}  # channel -> a read mark to emit soon
         self._token_cache: dict[str, Principal] = {}  # valid token -> its user
         self._effect_handlers: dict[type[Effect], Callable[..., None]] = {
@@ -6475,6 +6591,22 @@ class Hub:
 
     def forget_tokens(self, user_id: int) -> None:
         self._token_cache = {token: user for token, user in self._token_cache.items() if user.user_id != user_id}
+
+    async def ask_program(self, what: str, work: Coroutine[Any, Any, T]) -> T:
+        """Await a coroutine of the embedding program. Raises UNAVAILABLE, and logs why, if it fails or takes too long."""
+        task = self.sio.eio.spawn(work)
+        try:
+            await asyncio.wait([task], timeout=HOST_SECONDS)
+        finally:
+            task.cancel()
+        outcome: Any = TimeoutError(f"cancelled, or no result within {HOST_SECONDS} seconds")
+        if task.done() and not task.cancelled():
+            outcome = await result_or_exception(task)
+        if isinstance(outcome, Exception):
+            self.sio.eio.client_log.record_bug(f"{what} failed", outcome)
+            raise chat_error("HOST_FAILED")
+        result: T = outcome
+        return result
 
     # Effects and events
 
@@ -7131,11 +7263,12 @@ class Bus:
 # ---- Async operations ----------------------------------------------------------------------------------------------
 # Operations that need more than one transaction: passwords, which take time to hash, and sockets, which are kept in memory.
 
+SESSION_SECONDS = 600  # lifetime of a token for a user of the embedding program, whose page renews it while they are signed in
 SIGNAL_BYTES = 16 * 1024  # a WebRTC offer for audio has 2 to 6 KiB
 
 
-def issue_token(hub: Hub, user: Principal) -> Result[AuthResponse]:
-    return Result(hub.signer.issue(user.user_id, user.username, user.generation, time.time(), user.name))
+def issue_token(hub: Hub, user: Principal, ttl: int | None = None) -> Result[AuthResponse]:
+    return Result(hub.signer.issue(user.user_id, user.username, user.generation, time.time(), user.name, ttl))
 
 
 def sign_in(hub: Hub, caller: Caller, user: Principal) -> Result[AuthResponse]:
@@ -7213,6 +7346,47 @@ async def is_password(hub: Hub, caller: Caller, user: Principal, password: str, 
     return right
 
 
+def store_host_user(db: sqlite3.Connection, args: HostUser, clock: float) -> Result[Principal]:
+    """Create the account of a user of the embedding program, or give it the `external_id` and the name that `args` have."""
+    if (found := load_host_user(db, args)) is None:
+        username = args.username
+        if not is_free_username(db, username):
+            username = find_free_username(db, username if is_username(username) else args.name or username)
+        user_id = insert_user(db, username, None, utc(clock), args.name, "host", args.external_id)
+        return Result(require_user(db, user_id))
+    user = found[0]
+    update_external_id(db, user.user_id, args.external_id)
+    name = user.name if args.name is None else None if args.name == user.username else args.name
+    return Result(user._replace(name=name), rename_user(db, user.user_id, name) if name != user.name else [])
+
+
+async def find_or_store_host_user(hub: Hub, args: HostUser) -> Principal:
+    """Return the account of a user of the embedding program, created or changed only if necessary: also with a full disk."""
+    user, is_current = hub.store.read_inline(load_host_user, args) or (NOBODY, False)
+    if not is_current:
+        user = (await hub.store.write(lambda db: store_host_user(db, args, time.time()))).value
+    return user
+
+
+@operation("async", "POST /auth/session", Access.ANYONE, limit="session")
+async def create_session(hub: Hub, caller: Caller, args: NoArgs) -> Result[AuthResponse]:
+    """Sign in with the login of the site that contains the chat. Only its own pages can; the token is valid for 10 minutes."""
+    identify, request = hub.identify, caller.source
+    if identify is None:
+        raise chat_error("NO_HOST_LOGIN")
+    if not isinstance(request, web.Request) or not is_own_page(request, hub.sio.eio.options, hub.settings.public_url):
+        raise chat_error("OTHER_SITE")
+
+    async def find_user() -> HostUser | None:
+        found = await identify(request)
+        return None if found is None else read_args(HostUser, found)
+
+    fields = await hub.ask_program("identify", find_user())
+    if fields is None:
+        raise chat_error("HOST_SIGN_IN")
+    return issue_token(hub, await find_or_store_host_user(hub, fields), min(hub.settings.token_ttl, SESSION_SECONDS))
+
+
 @operation("async", "POST /auth/link", Access.ANYONE)
 async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthResponse]:
     """Sign in as a guest with a single-use code from an admin."""
@@ -7265,6 +7439,8 @@ async def change_password(hub: Hub, caller: Caller, args: NewPassword) -> Result
     stored, old = hub.store.read_inline(load_password_hash, user.user_id), args.old_password
     if stored is not None and old is None:
         raise chat_error("FIELD_MISSING", field="old_password", what="old_password")
+    if stored is None and not hub.store.read_inline(load_profile, user.user_id).guest:
+        raise chat_error("NO_PASSWORD")
     if stored is not None and not await is_password(hub, caller, user, old or "", stored):
         raise chat_error("WRONG_OLD_PASSWORD", field="old_password")
     async with hub.password_hasher.turn(caller.address):
@@ -8031,9 +8207,8 @@ def remove_and_transfer(db: sqlite3.Connection, server_id: int, user_id: int) ->
     return [RemoveRoom(server_id)]
 
 
-def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -> Result[int]:
+def delete_account(db: sqlite3.Connection, user_id: int, messages: bool) -> Result[int]:
     """Delete an account, with `messages` its messages too. Otherwise they stay, under its name."""
-    user_id = require_account(db, username).user_id
     effects = [effect for server_id in load_server_ids(db, user_id) for effect in remove_and_transfer(db, server_id, user_id)]
     close_account(db, user_id)
     for server_id in load_abandoned_conversations(db, user_id):
@@ -8042,6 +8217,11 @@ def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -
     if messages:
         effects += start_purge(db, None, user_id)
     return Result(user_id, [*effects, Revoke(user_id)])
+
+
+def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -> Result[int]:
+    """Delete the account with that username."""
+    return delete_account(db, require_account(db, username).user_id, messages)
 
 
 def add_server(db: sqlite3.Connection, name: str, owner: str) -> Result[int]:
@@ -8056,11 +8236,6 @@ ADMIN_JOBS: dict[str, Callable[..., Result[Any]]] = {
 }
 
 
-def origin_of(url: str) -> str:
-    """Return the scheme, host name and port of a URL."""
-    return "/".join(url.split("/")[:3])
-
-
 def check_addresses(settings: Settings) -> None:
     """Raise StartError if an origin, a proxy, the public URL or the URL of Redis is invalid."""
     redis = REDIS_URL.fullmatch("redis://localhost" if settings.redis is None else settings.redis)
@@ -8069,6 +8244,11 @@ def check_addresses(settings: Settings) -> None:
     for origin in settings.cors_origin:
         if origin != "*" and parse_origin(origin) is None:
             raise StartError(f"--cors-origin {origin}: must be http:// or https:// and a host name, without a path")
+    for origin in settings.frame_ancestor:
+        if origin not in ("*", "self") and parse_origin(origin) is None:
+            raise StartError(
+                f"--frame-ancestor {origin}: must be 'self', or http:// or https:// and a host name, without a path"
+            )
     for proxy in settings.trusted_proxy:
         try:
             parse_network(proxy)
@@ -8238,9 +8418,12 @@ class StaticFile:
         return WatchedResponse(body=body, headers=self.headers | headers)
 
 
-def page_file() -> StaticFile:
+def page_file(settings: Settings, has_host_login: bool) -> StaticFile:
     """Return the chat page. Its Content-Security-Policy allows only its own scripts and style, by hash."""
     page = asset("chatrtc.html")
+    if has_host_login:
+        page = page.replace(b"<html ", b'<html data-session="host" ', 1)
+    ancestors = " ".join("'self'" if one == "self" else one for one in settings.frame_ancestor) or "'none'"
 
     def sources(tag: bytes) -> str:
         texts = re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.DOTALL)
@@ -8248,7 +8431,8 @@ def page_file() -> StaticFile:
 
     policy = (
         f"default-src 'none'; script-src {sources(b'script')}; style-src {sources(b'style')}; connect-src 'self'; "
-        "img-src 'self' data: blob:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src 'self' data: blob:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
+        f"frame-ancestors {ancestors}"
     )
     return StaticFile(page, {"Content-Security-Policy": policy, "Content-Type": "text/html; charset=utf-8"})
 
@@ -8295,21 +8479,36 @@ class ChatRTC:
     The keywords are the settings of `serve`. Every operation, except those of sockets only, is a method with the arguments of
     its route: `await chat.post_message(as_user=1, channel_id=1, content="hello")`. `as_user` is the user who performs it.
     It returns the result and raises ChatError.
+
+    `identify` lets the application's own login in: a coroutine function that takes a request and returns the user who sent it,
+    as a dict of arguments for `upsert_user`, or None. Without `page`, there is no chat page.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        self.settings = read_settings(settings)
+    def __init__(
+        self,
+        *,
+        identify: Identify | None = None,
+        page: bool = True,
+        frame_ancestors: Sequence[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        if identify is not None and not callable(identify):
+            raise TypeError("identify must be a coroutine function")
+        self.settings = read_settings(settings if frame_ancestors is None else settings | {"frame_ancestor": frame_ancestors})
         self.sio = socket_server(**engine_options(self.settings))
         self.hub = Hub(self.settings, self.sio)
+        self.hub.identify, self._page = identify, page
         self._running = contextlib.AsyncExitStack()  # what `stop` undoes
         add_socket_handlers(self.hub)
 
-    def attach(self, app: web.Application, prefix: str = "") -> None:
-        """Mount REST, Socket.IO and the page under `prefix`. The app's start-up and clean-up open and close the chat."""
+    def attach(self, app: web.Application, prefix: str = "", *, page: bool = True) -> None:
+        """Mount REST, Socket.IO and the page under `prefix`. The chat is open in all cleanup contexts, `on_startup` functions
+        and tasks that the application adds after this call, and is closed after them."""
+        page = page and self._page
         prefix = prefix.strip("/")
         mounted = web.Application() if prefix else app
         routes = [
-            web.get("/", page_file().__call__),
+            *([web.get("/", page_file(self.settings, self.hub.identify is not None).__call__)] if page else []),
             web.get("/openapi.json", StaticFile(msgspec.json.encode(openapi()), JSON).__call__),
             web.get("/asyncapi.json", StaticFile(msgspec.json.encode(asyncapi()), JSON).__call__),
             web.get("/invites/{code}.svg", functools.partial(send_invite_code, self.hub)),
@@ -8319,12 +8518,12 @@ class ChatRTC:
                 for op in OPERATIONS.values()
                 if op.method and op.path
             ),
-            *([web.get("", add_slash)] if prefix else []),
+            *([web.get("", add_slash)] if prefix and page else []),
         ]
         mounted.router.add_routes(routes)
         mounted.middlewares.append(error_middleware(self.sio.eio, {route.handler for route in routes}))
         self.sio.attach(mounted)
-        mounted.cleanup_ctx.append(self._run)
+        app.cleanup_ctx.append(self._run)  # those of a sub-application begin only after all those of the application
         mounted.on_shutdown.append(lambda app: self.sio.eio.drain())
         if prefix:
             app.add_subapp("/" + prefix, mounted)
@@ -8340,6 +8539,55 @@ class ChatRTC:
             return listener
 
         return register
+
+    # Users of the embedding program.
+
+    async def upsert_user(
+        self, *, username: str, name: str | None = None, external_id: str | int | None = None
+    ) -> Profile:  # fmt: skip
+        """Return the account of a user of your application. It is created, or gets the display name, if necessary.
+
+        It is the account with this `external_id`, your own id of the user. If somebody else has the username, a new account
+        gets a number. Without an `external_id` it is the account with this username, whoever created it. Raises BAD_REQUEST,
+        and UNAUTHORIZED if the account is deleted.
+        """
+        args = read_args(HostUser, {"username": username, "name": name, "external_id": external_id})
+        user = await find_or_store_host_user(self.hub, args)
+        return self.hub.store.read_inline(load_profile, user.user_id)
+
+    async def create_token(self, *, user_id: int, ttl: int | None = None) -> AuthResponse:
+        """Return a token for an account, valid for `ttl` seconds (default: the setting `token_ttl`). Raises NOT_FOUND."""
+        args = read_args(NewToken, {"user_id": user_id, "ttl": ttl})
+        return issue_token(self.hub, self.hub.store.read_inline(require_user, args.user_id), args.ttl).value
+
+    async def add_member(self, *, server_id: int, user_id: int, role: Role = "member") -> Member:
+        """Make an account a member of a server, or give a member another role; `owner` transfers ownership. Raises NOT_FOUND,
+        FORBIDDEN if the user is banned."""
+        args, hub = read_args(RoleArgs, {"server_id": server_id, "user_id": user_id, "role": role}), self.hub
+
+        def job(db: sqlite3.Connection) -> Result[Member]:
+            require_user(db, args.user_id)
+            if (owner := load_owner(db, args.server_id)) is None:  # none, or a conversation
+                raise chat_error("NO_SERVER", field="server_id")
+            caller, now = require_user(db, owner), time.time()
+            return add_member(OperationContext(db, caller, now, hub.presence, hub.pages, hub.settings, args.server_id), args)
+
+        member: Member = (await hub.store.write(job)).value
+        return member
+
+    async def delete_user(self, *, user_id: int, messages: bool = False) -> None:
+        """Delete an account, with `messages` its messages too. Its servers pass to other members. Raises NOT_FOUND."""
+        args = read_args(DeleteUser, {"user_id": user_id, "messages": messages})
+
+        def job(db: sqlite3.Connection) -> Result[int]:
+            return delete_account(db, require_user(db, args.user_id).user_id, args.messages)
+
+        await self.hub.store.write(job, slow=True, frees_space=True)
+
+    async def disconnect(self, *, user_id: int) -> None:
+        """Close all sockets of an account, on all processes. Its tokens stay valid. Raises NOT_FOUND."""
+        args = read_args(UserArgs, {"user_id": user_id})
+        await self.hub.store.write(lambda db: Result(None, [Revoke(require_user(db, args.user_id).user_id)]), frees_space=True)
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         """Return an operation as a method."""

@@ -1014,6 +1014,7 @@ def test_an_invalid_setting_is_rejected(tmp_path: Path) -> None:
             "https://x/", "x.example", "ftp://x", "https://x/path", "https://x?", "https://a b", "null", "",
             "https://x:65536", "https://bücher.example", "https://u@x",
         )),
+        {"frame_ancestor": ["https://x/"]}, {"frame_ancestors": ["x.example"]},
         *({"trusted_proxy": [proxy]} for proxy in ("", "proxy", "10.0.0.0/33", "10.0.0.1:80", "::1/200")),
         *({"public_url": url} for url in (
             "", "chat.example", "ftp://x", "https://x?a=b", "https://x/#a", "https://x y", "https://u@x", "https://x:70000/a",
@@ -4542,6 +4543,7 @@ PERMISSIONS = {
     "ban": Permission("member", "nobody", "admin", NOT_FOUND_ELSEWHERE),
     "create_link": Permission("member", "nobody", "admin", NOT_FOUND_ELSEWHERE),
     "use_link": Permission("", "open"),
+    "create_session": Permission("", "open", exceptions={(caller, ""): "NOT_FOUND" for caller in CALLERS}),  # no `identify`
     "remove_guests": Permission("server", "admin"),
     "mute": Permission("member", "nobody", "admin", NOT_FOUND_ELSEWHERE),
     "unmute": Permission("member", "nobody", "admin", NOT_FOUND_ELSEWHERE),
@@ -4792,6 +4794,7 @@ OPERATIONS_WITHOUT_SEQ = {  # writing operations that take no sequence number, w
     "create_server": "its first number is 1", "delete_server": "the sequence ends with its server",
     "set_status": "presence", "mark_read": "read marks are of one user", "create_invite": "invites are listed on request",
     "revoke_invite": "invites are listed on request", "create_link": "a sign-in code", "use_link": "a sign-in code",
+    "create_session": "only a new name is a change",
     "unban": "bans are listed on request", "logout": "tokens", "change_password": "tokens", "login": "tokens",
     "authenticate": "tokens", "check_health": "changes nothing", "get_configuration": "changes nothing",
     "upload_file": "the message to which it is attached does", "read_file": "changes nothing",
@@ -9130,24 +9133,41 @@ async def test_a_standalone_server_ignores_the_host_header_for_its_address(
 
 
 FAILING_HOST = """
-import sys
+import asyncio, sys
 from aiohttp import web
 import chatrtc
 
 async def fail(app):
     raise RuntimeError("the host's own error")
 
+async def fail_in_context(app):
+    await chat.upsert_user(username="maya")
+    await fail(app)
+    yield
+
 app = web.Application()
-chatrtc.ChatRTC(database=sys.argv[1]).attach(app, prefix=sys.argv[2])
-app.on_startup.append(fail)
+chat = chatrtc.ChatRTC(database=sys.argv[1])
+chat.attach(app, prefix=sys.argv[2])
+match sys.argv[3]:
+    case "startup": app.on_startup.append(fail)
+    case "context": app.cleanup_ctx.append(fail_in_context)
+    case "second": chatrtc.ChatRTC(database=sys.argv[1]).attach(app, prefix="/second")
 web.run_app(app, port=0)
 """
 
 
-@pytest.mark.parametrize("prefix", ["", "/chat"])
-async def test_an_application_that_cannot_start_exits(tmp_path: Path, prefix: str) -> None:
+@pytest.mark.parametrize(
+    ("prefix", "step", "error"),
+    [
+        ("", "startup", "RuntimeError: the host's own error"),
+        ("/chat", "context", "RuntimeError: the host's own error"),
+        ("/chat", "second", "is in use by another ChatRTC"),
+    ],
+)
+async def test_an_application_that_cannot_start_exits(tmp_path: Path, prefix: str, step: str, error: str) -> None:
+    """The process ends with the error of the host or of the second chat, and the chat that was open is closed."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", FAILING_HOST, str(tmp_path / "chat.db"), prefix, cwd=HERE, stderr=asyncio.subprocess.PIPE
+        sys.executable, "-c", FAILING_HOST, str(tmp_path / "chat.db"), prefix, step, cwd=HERE, stderr=asyncio.subprocess.PIPE
     )
     try:
         async with asyncio.timeout(3 * PATIENCE):
@@ -9156,7 +9176,8 @@ async def test_an_application_that_cannot_start_exits(tmp_path: Path, prefix: st
         if process.returncode is None:
             process.kill()
     assert process.returncode == 1
-    assert errors.decode().rstrip().endswith("RuntimeError: the host's own error")
+    assert error in errors.decode().rstrip().splitlines()[-1]
+    assert not (tmp_path / "chat.db-wal").exists()
     lock = chatrtc.FileLock(tmp_path / "chat.db")
     assert lock.acquire()
     lock.close()
@@ -9248,6 +9269,319 @@ async def test_the_program_has_no_rate_limits(make_world: MakeWorld) -> None:
     assert "RATE_LIMITED" in {reply.code for reply in replies}, "the same calls are limited by their route"
 
 
+async def fails(call: Awaitable[Any], code: str, reason: str | None = None) -> None:
+    """Check that a call of the program raises this error."""
+    with pytest.raises(chatrtc.ChatError) as error:
+        await call
+    assert (error.value.code, error.value.reason) == (code, reason or error.value.reason), error.value
+
+
+@pytest.mark.portable
+async def test_users_of_the_program_have_accounts(world: World) -> None:
+    """An account is found by `external_id`. It is never that of a person, and a person never gets it."""
+    chat, maya = world.chat, await world.person("maya")
+    seven = {"username": "maya", "external_id": "7"}
+    hers, *others = await asyncio.gather(*(chat.upsert_user(**seven) for _ in range(8)))
+    assert [others, hers.username, hers.guest] == [[hers] * 7, "maya2", False]
+    assert hers.user_id != maya.user_id
+    assert await chat.upsert_user(username="may", external_id=7) == hers, "the account keeps its username"
+    eight = await chat.upsert_user(username="maya", name="Maya Jones", external_id=8)
+    assert (eight.username, eight.name) == ("maya3", "Maya Jones")
+    assert (await world.call("POST", "/auth/register", {"username": "maya2", "password": "correct horse"})).code == "CONFLICT"
+    assert (await world.sign_in("maya2")).code == "UNAUTHORIZED"
+    tom = await chat.upsert_user(username="tom")
+    assert tom == await chat.upsert_user(username="TOM", external_id="9"), "it gets the external_id"
+    assert tom == await chat.upsert_user(username="renamed", external_id="9") == await chat.upsert_user(username="tom")
+    assert (await chat.upsert_user(username="tom", external_id="10")).username == "tom2"
+    assert (await chat.upsert_user(username="maya")).user_id == maya.user_id, "whoever created it"
+    await maya.ok("POST", "/auth/password", {"old_password": "correct horse", "new_password": "battery staple"})
+    for text, username in {
+        "Maya Jones": "Maya.Jones", "Maya Jones!": "Maya.Jones2", "maya@a.example": "maya.a.example", "x": "x2",
+        "everyone": "everyone2", "😀": "user", "m" * 256: "m" * 30, "مريم٣": "مريم٣", "_ann_": "_ann_",
+    }.items():  # fmt: skip
+        made = await chat.upsert_user(username=text)
+        assert made.username == username, text
+        assert await chat.upsert_user(username=text) == made, "the same username is the same user"
+    assert (await chat.upsert_user(username="?", name="Li Wei", external_id="11")).username == "Li.Wei"
+    assert [(await chat.upsert_user(username="مريم٣", external_id=number)).username for number in (12, 13)] == [
+        "مريم٣",
+        "مريم3",
+    ]
+    for wrong in (
+        {"username": ""}, {"username": " "}, {"username": 7}, {"username": "m" * 257}, {"username": "a\0b"},
+        {"username": "\ud800"}, {"name": ""}, {"name": " "}, {"name": "n" * 65}, {"name": "a\u202eb"}, {"name": ["x"]},
+        {"external_id": ""}, {"external_id": "\0"}, {"external_id": True}, {"external_id": 1.5}, {"external_id": "x" * 257},
+    ):  # fmt: skip
+        with pytest.raises(chatrtc.ChatError) as error:
+            await chat.upsert_user(**({"username": "ok"} | wrong))
+        assert error.value.code in ("BAD_REQUEST", "TOO_LARGE"), wrong
+    with pytest.raises(TypeError):
+        await chat.upsert_user(username="ok", nickname="x")
+    await chat.delete_user(user_id=hers.user_id)
+    await fails(chat.upsert_user(**seven), "UNAUTHORIZED", "ACCOUNT_DELETED")
+    await fails(chat.upsert_user(username="maya2"), "UNAUTHORIZED", "ACCOUNT_DELETED")
+
+
+@pytest.mark.portable
+async def test_a_user_of_the_program_is_no_guest(scene: Scene) -> None:
+    chat, server_id = scene.world.chat, scene.place.server_id
+    fay = await chat.upsert_user(username="fay", name="Fay Rey", external_id="1")
+    member = await chat.add_member(server_id=server_id, user_id=fay.user_id)
+    assert (member.username, member.name, member.guest, member.role) == ("fay", "Fay Rey", False, "member")
+    joined = await scene.ben_socket.receive("member:joined")
+    assert (joined["user_id"], joined["name"], joined.get("guest")) == (fay.user_id, "Fay Rey", None)
+    person = Person(scene.world, "fay", fay.user_id, (await chat.create_token(user_id=fay.user_id)).token)
+    await person.ok("POST", "/servers", {"name": "mine"})
+    path = f"{scene.server}/members/{fay.user_id}"
+    assert (await scene.ana.call("POST", f"{path}/link")).body["reason"] == "NOT_A_GUEST"
+    assert (await scene.ana.ok("DELETE", f"{scene.server}/guests"))["removed"] == 0
+    refused = await person.call("POST", "/auth/password", {"new_password": "battery staple"})
+    assert (refused.code, refused.body["reason"]) == ("FORBIDDEN", "NO_PASSWORD")
+    socket = await person.socket(server_id)
+    for name, shown in {"Fay Ray": "Fay Ray", None: "Fay Ray", "fay": None}.items():
+        changed = await chat.upsert_user(username="fay", name=name, external_id="1")
+        assert changed.name == shown
+        if name is not None:
+            updated = await scene.ben_socket.receive("member:updated")
+            assert (updated["user_id"], updated.get("name")) == (fay.user_id, shown)
+        assert (await person.ok("GET", "/users/me")).get("name") == shown
+    await scene.ben_socket.receive_none("member:updated")
+    await socket.ok("ping")
+
+
+@pytest.mark.portable
+async def test_the_program_adds_members(scene: Scene) -> None:
+    chat, server_id, dee = scene.world.chat, scene.place.server_id, scene.dee
+    member = await chat.add_member(server_id=server_id, user_id=dee.user_id, role="admin")
+    assert (member.user_id, member.role, member.connected) == (dee.user_id, "admin", False)
+    joined = await scene.ben_socket.receive("member:joined")
+    updated = await scene.ben_socket.receive("member:updated")
+    assert (joined["seq"] + 1, joined["user_id"], updated["role"]) == (updated["seq"], dee.user_id, "admin")
+    assert await scene.dee_socket.receive("server:joined") == await dee.ok("GET", scene.server)
+    assert await chat.add_member(server_id=server_id, user_id=dee.user_id, role="admin") == member
+    await scene.ben_socket.receive_none("member:joined", "member:updated")
+    assert (await chat.add_member(server_id=server_id, user_id=dee.user_id)).role == "member", "the default is a role"
+    assert (await scene.ben_socket.receive("member:updated"))["role"] == "member"
+    assert (await chat.add_member(server_id=server_id, user_id=dee.user_id, role="owner")).role == "owner"
+    assert {one["user_id"]: one["role"] for one in (await dee.ok("GET", f"{scene.server}/members"))["members"]} == {
+        scene.ana.user_id: "admin", scene.ben.user_id: "member", scene.cy.user_id: "member", dee.user_id: "owner",
+    }  # fmt: skip
+    await dee.ok("PUT", f"{scene.server}/bans/{scene.cy.user_id}")
+    pair = await dee.ok("POST", "/conversations", {"user_ids": [scene.ben.user_id]})
+    for code, reason, place, user_id, role in (
+        ("FORBIDDEN", "BANNED", server_id, scene.cy.user_id, "member"),
+        ("FORBIDDEN", "OWNER_STAYS", server_id, dee.user_id, "admin"),
+        ("NOT_FOUND", "NO_USER", server_id, 999, "member"),
+        ("NOT_FOUND", "NO_SERVER", 999, dee.user_id, "member"),
+        ("NOT_FOUND", "NO_SERVER", pair["server_id"], scene.ana.user_id, "member"),
+        ("BAD_REQUEST", "FIELD_CHOICE", server_id, scene.ben.user_id, "king"),
+        ("BAD_REQUEST", "FIELD_TYPE", server_id, "ben", "member"),
+    ):
+        await fails(chat.add_member(server_id=place, user_id=user_id, role=role), code, reason)
+
+
+@pytest.mark.portable
+async def test_the_program_makes_tokens_disconnects_and_deletes_users(scene: Scene) -> None:
+    chat, ben, began = scene.world.chat, scene.ben, int(time.time())
+    short, default = await chat.create_token(user_id=ben.user_id, ttl=60), await chat.create_token(user_id=ben.user_id)
+    assert (short.user_id, short.username) == (ben.user_id, "ben")
+    for account, ttl in ((short, 60), (default, chat.settings.token_ttl)):
+        assert chatrtc.utc(began + ttl) <= account.expires_at <= chatrtc.utc(time.time() + ttl)
+    other = await Person(scene.world, "ben", ben.user_id, short.token).socket(scene.place.server_id)
+    await chat.disconnect(user_id=ben.user_id)
+    for socket in (scene.ben_socket, other):
+        await asyncio.wait_for(socket.closed.wait(), PATIENCE)
+    await scene.ana_socket.receive("user:disconnected", user_id=ben.user_id)
+    assert scene.ana_socket.client.connected
+    for token in (ben.token, short.token):  # the tokens stay
+        await scene.world.call("GET", "/users/me", token=token)
+        await (await scene.world.socket(token)).ok("join_server", {"server_id": scene.place.server_id})
+    kept, gone = await scene.cy.post(scene.place.channel_id), await ben.post(scene.place.channel_id)
+    await chat.delete_user(user_id=ben.user_id, messages=True)
+    assert (await scene.ana_socket.receive("member:left"))["user_id"] == ben.user_id
+    assert (await scene.ana_socket.receive("message:deleted"))["message_id"] == gone["message_id"]
+    assert (await ben.call("GET", "/users/me")).code == "UNAUTHORIZED"
+    await chat.delete_user(user_id=scene.cy.user_id)
+    assert await scene.ana.ok("GET", f"/messages/{kept['message_id']}") == kept
+    for user_id in (ben.user_id, 999):
+        for call in (chat.create_token, chat.delete_user, chat.disconnect):
+            await fails(call(user_id=user_id), "NOT_FOUND", "NO_USER")
+    for wrong in ({"ttl": 0}, {"ttl": 10**10}, {"ttl": "60"}, {"user_id": "ana"}):
+        await fails(chat.create_token(**({"user_id": scene.ana.user_id} | wrong)), "BAD_REQUEST")
+    await fails(chat.delete_user(user_id=scene.ana.user_id, messages=1), "BAD_REQUEST")
+
+
+async def test_the_program_disconnects_on_all_processes(split: Split) -> None:
+    await split.ana.world.chat.disconnect(user_id=split.ben.user_id)
+    await asyncio.wait_for(split.ben_socket.closed.wait(), PATIENCE)
+    await split.ana_socket.receive("user:disconnected", user_id=split.ben.user_id)
+    await split.ben.ok("GET", "/users/me")
+
+
+OWN_PAGE = {"Sec-Fetch-Site": "same-origin"}
+
+
+async def identify_by_cookie(request: web.Request) -> Any:
+    """Return the user of the host's own cookie, or do what the cookie says."""
+    match request.cookies.get("login", ""):
+        case "":
+            return None
+        case "raise":
+            raise Boom
+        case "hang":
+            await asyncio.Event().wait()
+        case "cancelled":
+            task = asyncio.create_task(asyncio.sleep(0))
+            task.cancel()
+            await task
+        case "return":
+            return "maya"
+        case name:
+            return json.loads(name) if name.startswith("{") else {"username": name, "external_id": name}
+
+
+@pytest.mark.portable
+async def test_a_session_needs_the_hosts_login_and_its_own_page(
+    make_world: MakeWorld, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cookie alone is not enough: browsers may send it with a request of a page of another site."""
+    world = await make_world(
+        identify=identify_by_cookie, cors_origin=["https://friend.example"], public_url="https://us.example/"
+    )
+    own, cookie = world.url, {"Cookie": "login=maya"}
+    for headers, code, reason in (
+        (OWN_PAGE, "", ""),
+        ({"Origin": own}, "", ""),
+        ({"Origin": own} | OWN_PAGE, "", ""),
+        ({"Origin": own.replace("http", "https")}, "", ""),  # a proxy that is not trusted may receive https
+        ({"Origin": "https://us.example"} | OWN_PAGE, "", ""),
+        ({}, "FORBIDDEN", "OTHER_SITE"),
+        *(({"Sec-Fetch-Site": site}, "FORBIDDEN", "OTHER_SITE") for site in ("cross-site", "same-site", "none", "")),
+        *(({"Sec-Fetch-Site": site, "Origin": own}, "FORBIDDEN", "OTHER_SITE") for site in ("cross-site", "same-site", "none")),
+        *(({"Origin": "https://friend.example"} | fetched, "FORBIDDEN", "OTHER_SITE") for fetched in ({}, OWN_PAGE)),
+        *(({"Origin": origin}, "FORBIDDEN", "ORIGIN") for origin in ("https://evil.example", "null")),
+        ({"Origin": f"http://127.0.0.1:{free_port()}"} | OWN_PAGE, "FORBIDDEN", "ORIGIN"),
+    ):
+        reply = await world.call("POST", "/auth/session", headers=headers | cookie)
+        assert (reply.code, reply.body.get("reason", "")) == (code, reason), headers
+        assert "Access-Control-Allow-Credentials" not in reply.headers
+    assert (await world.call("POST", "/auth/session", headers=OWN_PAGE)).body["reason"] == "HOST_SIGN_IN"
+    account = (await world.call("POST", "/auth/session", headers=OWN_PAGE | cookie)).body
+    assert account["expires_at"] <= chatrtc.utc(time.time() + 600), "the page renews it while the user is signed in"
+    maya = Person(world, "maya", account["user_id"], account["token"])
+    assert (await maya.ok("GET", "/users/me"))["user_id"] == account["user_id"]
+    socket = await maya.socket()
+    again = (await world.call("POST", "/auth/session", headers=OWN_PAGE | cookie)).body
+    assert (again["user_id"], again["username"]) == (account["user_id"], "maya")
+    await socket.ok("authenticate", {"token": again["token"]})  # the same socket goes on with the next token
+    assert (await world.call("POST", "/auth/session", {"username": "x"}, headers=OWN_PAGE | cookie)).code == "BAD_REQUEST"
+    async with world.session.get(world.url + "/") as page:
+        assert '<html data-session="host" lang=' in await page.text()
+    assert [record.getMessage() for record in caplog.records] == []
+    await fails(world.chat.create_session(), "FORBIDDEN", "OTHER_SITE")
+    await world.chat.delete_user(user_id=maya.user_id)
+    reply = await world.call("POST", "/auth/session", headers=OWN_PAGE | cookie)
+    assert (reply.code, reply.body["reason"]) == ("UNAUTHORIZED", "ACCOUNT_DELETED")
+    monkeypatch.setitem(chatrtc.LIMITS, "session", chatrtc.LIMITS["session"]._replace(burst=2))
+    limits = {"token_ttl": 60, "no_rate_limit": False}
+    brief = await make_world(identify=identify_by_cookie, database=world.chat.settings.database + "2", **limits)
+    replies = [await brief.call("POST", "/auth/session", headers=OWN_PAGE | cookie) for _ in range(3)]
+    assert [reply.status for reply in replies] == [200, 200, 429]
+    assert replies[0].body["expires_at"] <= chatrtc.utc(time.time() + 60)
+
+
+async def test_a_failure_of_identify_is_answered_and_logged_once(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(chatrtc, "HOST_SECONDS", 0.2)
+    world = await make_world(identify=identify_by_cookie)
+    wrong = ({}, {"username": ""}, {"username": "x", "nickname": "y"}, {"username": "ok", "name": 7})
+    for cookie in ("raise", "hang", "cancelled", "return", *map(json.dumps, wrong)):
+        caplog.clear()
+        for _ in range(2):
+            reply = await world.call("POST", "/auth/session", headers=OWN_PAGE, cookies={"login": cookie})
+            assert (reply.status, reply.body["reason"]) == (503, "HOST_FAILED"), cookie
+        assert len(caplog.records) <= 1, "failures at the same place are counted"
+        assert all(record.exc_info for record in caplog.records)
+        lines = [record.getMessage() for record in caplog.records]
+        assert lines == [] or lines[0].startswith("identify failed"), lines
+    caplog.clear()
+    answers = await asyncio.gather(
+        *(world.call("POST", "/auth/session", headers=OWN_PAGE, cookies={"login": one}) for one in ("hang", "maya", "hang"))
+    )
+    assert [answer.status for answer in answers] == [503, 200, 503]
+    silent = await make_world(database=world.chat.settings.database + "2")
+    reply = await silent.call("POST", "/auth/session", headers=OWN_PAGE, cookies={"login": "maya"})
+    assert (reply.code, reply.body["reason"]) == ("NOT_FOUND", "NO_HOST_LOGIN")
+    async with silent.session.get(silent.url + "/") as page:
+        assert "data-session=" not in (await page.text()).partition("<head>")[0]
+    with pytest.raises(TypeError, match="identify"):
+        chatrtc.ChatRTC(identify="maya")
+    caplog.clear()
+
+
+@pytest.mark.portable
+async def test_only_pages_of_the_named_origins_show_the_chat_in_a_frame(tmp_path: Path) -> None:
+    def policy(**settings: Any) -> str:
+        chat = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"), **settings)
+        return chatrtc.page_file(chat.settings, False).headers["Content-Security-Policy"].rpartition("; frame-ancestors ")[2]
+
+    assert policy() == "'none'"
+    assert policy(frame_ancestors=["https://shop.example", "self"]) == "https://shop.example 'self'"
+    assert policy(frame_ancestor=["*"]) == "*"
+    for wrong in (["https://x/"], ["x.example"], ["'self'"], ["https://x; script-src *"], ["null"], [""], "https://x", [7]):
+        with pytest.raises(chatrtc.StartError, match=r"frame.ancestor"):
+            policy(frame_ancestors=wrong)
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("prefix", ["", "/chat"])
+async def test_the_chat_is_open_while_the_application_runs(tmp_path: Path, prefix: str) -> None:
+    app, chat, steps = web.Application(), chatrtc.ChatRTC(database=str(tmp_path / "chat.db")), list[str]()
+    chat.attach(app, prefix=prefix)
+
+    async def use(step: str) -> None:
+        user = await chat.upsert_user(username="clerk")
+        server = await chat.create_server(as_user=user.user_id, name=step)
+        steps.append(server.name)
+
+    async def context(app: web.Application) -> AsyncIterator[None]:
+        await use("context begins")
+        yield
+        await use("context ends")
+
+    async def work(app: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(use("task"))
+        yield
+        await task
+
+    app.cleanup_ctx.extend([context, work])
+    app.on_startup.append(lambda app: use("startup"))
+    app.on_shutdown.append(lambda app: use("shutdown"))
+    async with running(app) as url, aiohttp.ClientSession() as session:
+        await until(lambda: len(steps) == 3)
+        async with session.get(f"{url}{prefix}/healthz") as response:
+            assert response.status == 200
+    assert steps == ["context begins", *sorted(steps[1:3]), "shutdown", "context ends"]
+    await fails(chat.upsert_user(username="clerk"), "UNAVAILABLE")
+
+
+@pytest.mark.portable
+async def test_a_chat_without_its_page(tmp_path: Path) -> None:
+    for number, (page, prefix) in enumerate(((False, "/chat"), (True, "/chat"), (False, ""))):
+        app, chat = web.Application(), chatrtc.ChatRTC(database=str(tmp_path / f"{number}.db"), page=page)
+        chat.attach(app, prefix, page=number != 1)
+        async with running(app) as url, World(url + prefix, aiohttp.ClientSession(), chat) as world:
+            for path in ("/", ""):
+                reply = await world.call("GET", URL(url + prefix + path))
+                assert (reply.status, reply.code) == (404, "NOT_FOUND")
+            ana = await world.person("ana")
+            socket = await Socket().connect(url, ana.token, path=f"{prefix}/socket.io".strip("/"))
+            await socket.ok("join_server", {"server_id": (await world.place(ana)).server_id})
+            await socket.close()
+            assert (await world.call("GET", "/openapi.json")).status == 200
+
+
 @pytest.mark.portable
 async def test_a_method_does_the_same_as_its_route(world: World, caplog: pytest.LogCaptureFixture) -> None:
     chat, published = world.chat, asyncio.Queue[Any]()
@@ -9311,25 +9645,28 @@ async def test_routes_of_the_host_application_are_unchanged(tmp_path: Path) -> N
 
 @pytest.mark.portable
 async def test_two_chats_in_one_application(tmp_path: Path) -> None:
+    """Even three: one of them has no prefix."""
     app = web.Application()
-    chats = {name: chatrtc.ChatRTC(database=str(tmp_path / f"{name}.db")) for name in ("one", "two")}
+    chats = {name: chatrtc.ChatRTC(database=str(tmp_path / f"{name}.db")) for name in ("", "one", "two")}
     for name, chat in chats.items():
-        chat.attach(app, prefix=f"/{name}")
+        chat.attach(app, prefix=name)
     async with running(app) as url, aiohttp.ClientSession() as session:
         received = {}
         for name, chat in chats.items():
-            world = World(f"{url}/{name}", session, chat)
+            world = World(f"{url}/{name}".rstrip("/"), session, chat)
             ana = await world.person("ana")
             place = await world.place(ana)
             assert (ana.user_id, place) == (1, Place(1, 1))
-            received[name] = await Socket().connect(url, ana.token, path=f"{name}/socket.io")
+            received[name] = await Socket().connect(url, ana.token, path=f"{name}/socket.io".strip("/"))
             await received[name].ok("join_server", {"server_id": 1})
         stranger = await World(f"{url}/two", session).call("GET", "/users/me", token=ana.token)
         assert stranger.status == 200
-        assert (await World(f"{url}/one", session).call("GET", "/users/me", token=ana.token)).status == 401
+        for other in (f"{url}/one", url):
+            assert (await World(other, session).call("GET", "/users/me", token=ana.token)).status == 401
         await chats["one"].post_message(channel_id=1, author_id=1, content="in one")
         await received["one"].receive("message:new", content="in one")
-        await received["two"].receive_none("message:new")
+        for name in ("two", ""):
+            await received[name].receive_none("message:new")
         for socket in received.values():
             await socket.close()
 
@@ -19367,8 +19704,9 @@ async def test_the_descriptions_are_served_and_complete(world: World) -> None:
     assert {code for code in openapi["components"]["schemas"]["Error"]["properties"]["code"]["enum"]} == set(chatrtc.ERRORS)
 
 
-async def test_all_operations_match_their_descriptions(world: World) -> None:
+async def test_all_operations_match_their_descriptions(make_world: MakeWorld) -> None:
     """Run every operation once, by REST or as an event: all answers, acks and events have the described shape."""
+    world = await make_world(identify=identify_by_cookie)
     openapi, asyncapi = chatrtc.openapi(), chatrtc.asyncapi()
     ana, ben, cy = await world.people("ana", "ben", "cy")
     place = await world.place(ana, ben)
@@ -19476,6 +19814,8 @@ async def test_all_operations_match_their_descriptions(world: World) -> None:
     await rest("delete_server")
     await rest("register", {"username": "dee", "password": "correct horse"})
     await rest("login", {"username": "dee", "password": "correct horse"})
+    world.session.headers.update(OWN_PAGE | {"Cookie": "login=maya"})
+    await rest("create_session")
     await rest("change_password", {"old_password": "correct horse", "new_password": "another horse"}, who=cy)
     await rest("logout")
     assert tried == set(chatrtc.OPERATIONS), "call the operation once in this test"
