@@ -8485,13 +8485,9 @@ class ChatRTC:
     """
 
     def __init__(
-        self,
-        *,
-        identify: Identify | None = None,
-        page: bool = True,
-        frame_ancestors: Sequence[str] | None = None,
+        self, *, identify: Identify | None = None, page: bool = True, frame_ancestors: Sequence[str] | None = None,
         **settings: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if identify is not None and not callable(identify):
             raise TypeError("identify must be a coroutine function")
         self.settings = read_settings(settings if frame_ancestors is None else settings | {"frame_ancestor": frame_ancestors})
@@ -8542,9 +8538,7 @@ class ChatRTC:
 
     # Users of the embedding program.
 
-    async def upsert_user(
-        self, *, username: str, name: str | None = None, external_id: str | int | None = None
-    ) -> Profile:  # fmt: skip
+    async def upsert_user(self, *, username: str, name: str | None = None, external_id: str | int | None = None) -> Profile:
         """Return the account of a user of your application. It is created, or gets the display name, if necessary.
 
         It is the account with this `external_id`, your own id of the user. If somebody else has the username, a new account
@@ -8561,8 +8555,8 @@ class ChatRTC:
         return issue_token(self.hub, self.hub.store.read_inline(require_user, args.user_id), args.ttl).value
 
     async def add_member(self, *, server_id: int, user_id: int, role: Role = "member") -> Member:
-        """Make an account a member of a server, or give a member another role; `owner` transfers ownership. Raises NOT_FOUND,
-        FORBIDDEN if the user is banned."""
+        """Make an account a member of a server, or give a member this role; `owner` transfers ownership. Raises NOT_FOUND,
+        and FORBIDDEN if the user is banned, or for another role of the owner."""
         args, hub = read_args(RoleArgs, {"server_id": server_id, "user_id": user_id, "role": role}), self.hub
 
         def job(db: sqlite3.Connection) -> Result[Member]:
