@@ -2338,7 +2338,7 @@ def test_a_migrated_database_equals_a_new_one(tmp_path: Path, version: int, monk
     schema = chatrtc.asset("schema.sql").decode()
     for number, (before, after) in enumerate(
         {  # changes of schema.sql alone that this comparison must notice
-            "    name         TEXT ": "    name         TEXT, forgotten INTEGER",
+            "    external_id  TEXT,": "    external_id  TEXT, forgotten INTEGER,",
             "role IN ('owner', 'admin', 'member')": "role IN ('owner', 'admin', 'member', 'bot')",
             "CREATE TABLE search": "CREATE INDEX forgotten ON users (name); CREATE TABLE search",
             "CREATE UNIQUE INDEX messages_nonce": "CREATE INDEX messages_nonce",
