@@ -410,7 +410,7 @@ async def make_world(tmp_path: Path) -> AsyncIterator[MakeWorld]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(**settings: Any) -> World:
-            given = {"database": str(tmp_path / "chat.db"), "no_rate_limit": True} | settings
+            given: dict[str, Any] = {"database": str(tmp_path / "chat.db"), "no_rate_limit": True} | settings
             chat = chatrtc.ChatRTC(**given)
             app = web.Application()
             chat.attach(app)
@@ -9316,7 +9316,7 @@ async def test_users_of_the_program_have_accounts(world: World) -> None:
             await chat.upsert_user(**({"username": "ok"} | wrong))
         assert error.value.code in ("BAD_REQUEST", "TOO_LARGE"), wrong
     with pytest.raises(TypeError):
-        await chat.upsert_user(username="ok", nickname="x")
+        await chat.upsert_user(**{"username": "ok", "nickname": "x"})
     await chat.delete_user(user_id=hers.user_id)
     await fails(chat.upsert_user(**seven), "UNAUTHORIZED", "ACCOUNT_DELETED")
     await fails(chat.upsert_user(username="maya2"), "UNAUTHORIZED", "ACCOUNT_DELETED")
@@ -9368,7 +9368,7 @@ async def test_the_program_adds_members(scene: Scene) -> None:
     }  # fmt: skip
     await dee.ok("PUT", f"{scene.server}/bans/{scene.cy.user_id}")
     pair = await dee.ok("POST", "/conversations", {"user_ids": [scene.ben.user_id]})
-    for code, reason, place, user_id, role in (
+    wrong: list[tuple[str, str, Any, Any, Any]] = [
         ("FORBIDDEN", "BANNED", server_id, scene.cy.user_id, "member"),
         ("FORBIDDEN", "OWNER_STAYS", server_id, dee.user_id, "admin"),
         ("NOT_FOUND", "NO_USER", server_id, 999, "member"),
@@ -9376,7 +9376,8 @@ async def test_the_program_adds_members(scene: Scene) -> None:
         ("NOT_FOUND", "NO_SERVER", pair["server_id"], scene.ana.user_id, "member"),
         ("BAD_REQUEST", "FIELD_CHOICE", server_id, scene.ben.user_id, "king"),
         ("BAD_REQUEST", "FIELD_TYPE", server_id, "ben", "member"),
-    ):
+    ]
+    for code, reason, place, user_id, role in wrong:
         await fails(chat.add_member(server_id=place, user_id=user_id, role=role), code, reason)
 
 
@@ -9406,9 +9407,10 @@ async def test_the_program_makes_tokens_disconnects_and_deletes_users(scene: Sce
     for user_id in (ben.user_id, 999):
         for call in (chat.create_token, chat.delete_user, chat.disconnect):
             await fails(call(user_id=user_id), "NOT_FOUND", "NO_USER")
-    for wrong in ({"ttl": 0}, {"ttl": 10**10}, {"ttl": "60"}, {"user_id": "ana"}):
+    wrongs: tuple[dict[str, Any], ...] = ({"ttl": 0}, {"ttl": 10**10}, {"ttl": "60"}, {"user_id": "ana"})
+    for wrong in wrongs:
         await fails(chat.create_token(**({"user_id": scene.ana.user_id} | wrong)), "BAD_REQUEST")
-    await fails(chat.delete_user(user_id=scene.ana.user_id, messages=1), "BAD_REQUEST")
+    await fails(chat.delete_user(user_id=scene.ana.user_id, messages=1), "BAD_REQUEST")  # type: ignore[arg-type]
 
 
 async def test_the_program_disconnects_on_all_processes(split: Split) -> None:
@@ -9495,7 +9497,12 @@ async def test_a_failure_of_identify_is_answered_and_logged_once(
 ) -> None:
     monkeypatch.setattr(chatrtc, "HOST_SECONDS", 0.2)
     world = await make_world(identify=identify_by_cookie)
-    wrong = ({}, {"username": ""}, {"username": "x", "nickname": "y"}, {"username": "ok", "name": 7})
+    wrong: tuple[dict[str, Any], ...] = (
+        {},
+        {"username": ""},
+        {"username": "x", "nickname": "y"},
+        {"username": "ok", "name": 7},
+    )
     for cookie in ("raise", "hang", "cancelled", "return", *map(json.dumps, wrong)):
         caplog.clear()
         for _ in range(2):
@@ -9516,7 +9523,7 @@ async def test_a_failure_of_identify_is_answered_and_logged_once(
     async with silent.session.get(silent.url + "/") as page:
         assert "data-session=" not in (await page.text()).partition("<head>")[0]
     with pytest.raises(TypeError, match="identify"):
-        chatrtc.ChatRTC(identify="maya")
+        chatrtc.ChatRTC(identify="maya")  # type: ignore[arg-type]
     caplog.clear()
 
 
