@@ -197,6 +197,7 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "FIELD_BIG": ("BAD_REQUEST", "{what} must be at most {n}"),
     "FIELD_RANGE": ("BAD_REQUEST", "{what} contains a number that is out of range"),
     "FIELD_CHOICE": ("BAD_REQUEST", "{what} cannot be {n}"),
+    "FIELD_MANY": ("BAD_REQUEST", "{what} must have at most {n} entries"),
     "FIELD_TYPE": ("BAD_REQUEST", "{what}: {n}"),
     "ONE_CURSOR": ("BAD_REQUEST", "Only one of before, after and around can be given"),
     "NOT_TEXT": ("BAD_REQUEST", "The text contains an unpaired surrogate"),
@@ -219,6 +220,7 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "INVITE_NEEDED": ("FORBIDDEN", "An invite is required to create an account"),
     "GUESTS_OFF": ("FORBIDDEN", "This server does not accept guests"),
     "NOT_FOR_GUESTS": ("FORBIDDEN", "Guests cannot do this; set a password first"),
+    "NOT_FOR_BOTS": ("FORBIDDEN", "Bots cannot do this"),
     "CREATE_SERVERS_OFF": ("FORBIDDEN", "Only the administrator of this server can create servers"),
     "NO_TOKEN": ("BAD_REQUEST", "There is no token to revoke: the call came from the embedding program"),
     "NOT_MEMBER": ("FORBIDDEN", "You are not a member of this server"),
@@ -234,6 +236,10 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "NO_SERVER": ("NOT_FOUND", "Server not found"),
     "NO_CHANNEL": ("NOT_FOUND", "Channel not found"),
     "NO_MESSAGE": ("NOT_FOUND", "Message not found"),
+    "NO_BOT": ("NOT_FOUND", "Bot not found"),
+    "NO_HOOK": ("NOT_FOUND", "Hook not found"),
+    "HOOK_UNKNOWN": ("NOT_FOUND", "This hook does not exist (any more)"),
+    "HOOK_BODY": ("BAD_REQUEST", "A hook takes JSON, or a form with the field payload"),
     "LINK_UNKNOWN": ("NOT_FOUND", "This sign-in code is wrong, used or expired; ask for a new one"),
     "NOT_A_GUEST": ("FORBIDDEN", "This member is not a guest; sign-in codes are for guests"),
     "LINK_ELSEWHERE": ("FORBIDDEN", "This guest is also a member of a server where you are not allowed to do this"),
@@ -585,6 +591,109 @@ def new_code() -> str:
     return clean_code("".join(secrets.choice(CODE_LETTERS) for _ in range(10)))
 
 
+# Slack's message format, in which many programs send notifications. It is converted to Markdown. No pattern here backtracks.
+SlackText = str | int | float | bool | None
+SLACK_SYNTAX = re.compile(
+    r"(?P<code>```.*?```|`[^`\n]+`)|<(?P<target>[^<>|\s]+)(?:\|(?P<label>[^<>]*))?>"
+    r"|(?<![\w*~])(?P<mark>[*~])(?=\S)(?P<inner>(?:(?!(?P=mark))[^\n])+)(?<=\S)(?P=mark)(?![\w*~])",
+    re.DOTALL,
+)
+NOT_IN_LABEL = str.maketrans("[]\n", "() ")
+
+
+class SlackField(Struct):
+    title: SlackText = None
+    value: SlackText = None
+
+
+class SlackObject(Struct):  # a text, or another element of a block
+    type: str = ""
+    text: Any = None
+
+
+class SlackBlock(Struct):
+    type: str = ""
+    text: SlackObject | str | None = None
+    fields: list[SlackObject] | None = None
+    elements: list[SlackObject] | None = None
+
+
+class SlackAttachment(Struct):
+    pretext: SlackText = None
+    title: SlackText = None
+    title_link: SlackText = None
+    text: SlackText = None
+    fields: list[SlackField] | None = None
+    blocks: list[SlackBlock] | None = None
+    fallback: SlackText = None  # shown if there is nothing else
+
+
+def plain_text(text: SlackText) -> str:
+    """Return a text of a program without control characters and Slack's escapes."""
+    lines = "" if text is None else str(text).replace("\r\n", "\n").replace("\r", "\n")
+    return lines.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&").strip()
+
+
+def bold(text: str) -> str:
+    return f"**{text}**" if text else ""
+
+
+def markdown_link(url: str, label: str) -> str:
+    """Return a link in Markdown, or the label and the URL as they are if Markdown cannot link them."""
+    label, encoded = label.translate(NOT_IN_LABEL), url.replace("(", "%28").replace(")", "%29")
+    if not url or not label or label == url:
+        return label or url.removeprefix("mailto:")
+    if len(label) <= 300 and re.match(r"(?i:https?://|mailto:)", url) and url_end(encoded, 0) == len(encoded):
+        return f"[{label}]({encoded})"
+    return f"{label} {url}"
+
+
+def convert_slack_syntax(found: re.Match[str]) -> str:
+    """Return the Markdown of a link, a mention, or a bold or struck text. Code is the same in both."""
+    target, label = found["target"] or "", found["label"] or ""
+    if found["mark"]:
+        return found["mark"] * 2 + SLACK_SYNTAX.sub(convert_slack_syntax, found["inner"]) + found["mark"] * 2
+    if target in ("!channel", "!here", "!everyone"):
+        return f"@{EVERYONE}"
+    if target.startswith(("@", "#", "!")):  # a person, a channel, a group or, after `!date`, a time
+        sign, name = "#" if target[0] == "#" else "@", label or target[1:].rpartition("^")[2]
+        return name if target.startswith("!date") else sign + name.removeprefix(sign)
+    return markdown_link(target, label) if ":" in target else found[0]
+
+
+def slack_markdown(text: SlackText) -> str:
+    """Return the Markdown of a text with Slack's syntax."""
+    return plain_text(SLACK_SYNTAX.sub(convert_slack_syntax, "" if text is None else str(text)))
+
+
+def block_texts(blocks: list[SlackBlock] | None) -> Iterator[str]:
+    """Yield the texts of headers, sections and other blocks. Buttons and pictures are left out."""
+    for block in blocks or ():
+        for one in (block.text, *(block.fields or ()), *(block.elements or ())):
+            text = one.text if isinstance(one, SlackObject) else one
+            if isinstance(text, str):
+                is_slack = isinstance(one, SlackObject) and one.type == "mrkdwn"
+                made = slack_markdown(text) if is_slack else plain_text(text)
+                yield bold(made) if block.type == "header" else made
+
+
+def attachment_texts(one: SlackAttachment) -> Iterator[str]:
+    yield slack_markdown(one.pretext)
+    yield bold(markdown_link(plain_text(one.title_link), plain_text(one.title)) if one.title else "")
+    yield slack_markdown(one.text)
+    for field in one.fields or ():
+        yield ": ".join(filter(None, (bold(plain_text(field.title)), slack_markdown(field.value))))
+    yield from block_texts(one.blocks)
+
+
+def read_slack(text: SlackText, blocks: list[SlackBlock] | None, attachments: list[SlackAttachment] | None) -> str:
+    """Return a message in Slack's format as Markdown. Blocks replace the text, as in Slack."""
+    parts = ["\n".join(filter(None, block_texts(blocks))) or slack_markdown(text)]
+    for one in attachments or ():
+        parts.append("\n".join(filter(None, attachment_texts(one))) or slack_markdown(one.fallback))
+    return "\n".join(filter(None, parts))
+
+
 # Search ignores accents of Latin, Greek, Cyrillic, Hebrew and Arabic letters, and invisible characters.
 ACCENTS = re.compile(
     "[\u00ad\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670"
@@ -736,10 +845,10 @@ def field_error(reason: str, field: str) -> ValueError:
     return ValueError(f"{reason} - at `$.{field}`")
 
 
-def clean_name(name: str) -> str:
+def clean_name(name: str, field: str = "name") -> str:
     """Return a display name without surrounding spaces. Raises the field error NAME_FORM."""
     if not re.match(NAME, name.strip()) or has_stacked_marks(name):
-        raise field_error("NAME_FORM", "name")
+        raise field_error("NAME_FORM", field)
     return name.strip()
 
 
@@ -911,6 +1020,26 @@ class HandArgs(ServerArgs):
     user_id: Id | None = None  # default: your own hand
 
 
+class NewBot(ServerArgs):
+    username: Username
+    name: DisplayName | None = None
+
+    def __post_init__(self) -> None:
+        self.name = NewIdentity(self.username, self.name).name
+
+
+class NewHook(ServerArgs):
+    channel_id: Id
+    name: DisplayName
+
+    def __post_init__(self) -> None:
+        self.name = clean_name(self.name)
+
+
+class HookArgs(ServerArgs):
+    hook_id: Id
+
+
 class NewInvite(ServerArgs):
     max_uses: Annotated[int, Meta(ge=1, le=10**6)] | None = None
     expires_in: Annotated[int, Meta(ge=1, le=10**9)] | None = None
@@ -964,6 +1093,21 @@ class NewMessage(ChannelArgs):
     def __post_init__(self) -> None:
         if not self.content and not self.files:
             raise field_error("FIELD_EMPTY", "content")
+
+
+class HookPost(Args, forbid_unknown_fields=False):
+    """A post by a hook: `content`, or a message in Slack's format, of which the other fields are ignored."""
+
+    secret: Code
+    content: str = ""
+    username: Annotated[str, Meta(max_length=64)] | None = None  # the author's name of this message
+    text: SlackText = None
+    attachments: Annotated[list[SlackAttachment], Meta(max_length=50)] | None = None
+    blocks: Annotated[list[SlackBlock], Meta(max_length=50)] | None = None
+    nonce: Nonce | None = None  # by REST, the header Idempotency-Key
+
+    def __post_init__(self) -> None:
+        self.username = clean_name(self.username, "username") if self.username else None
 
 
 class PageArgs(ChannelArgs):
@@ -1049,6 +1193,7 @@ class Profile(Identity):
     status: Status
     created_at: str
     guest: bool = False
+    bot: bool = False
 
 
 class Channel(Payload):
@@ -1068,6 +1213,7 @@ class Channel(Payload):
 
 class Account(Identity):
     guest: bool = False
+    bot: bool = False
 
 
 class Server(Payload):
@@ -1098,6 +1244,7 @@ class Member(ServerUser):
     guest: bool = False
     invited_by: str | None = None  # the code of the invite; only admins see it
     muted_until: str | None = None
+    bot: bool = False
 
 
 class Members(Payload):
@@ -1130,6 +1277,24 @@ class LogEntry(Named):
 class ModerationLog(Payload):
     entries: list[LogEntry]
     has_more: bool
+
+
+class Hook(Payload):
+    hook_id: int
+    channel_id: int
+    name: str
+    user_id: int  # its bot
+    created_at: str
+
+
+class Hooks(Payload):
+    hooks: list[Hook]
+
+
+class HookAddress(Payload):
+    hook_id: int
+    url: str  # contains the secret, which is not shown again
+    user_id: int
 
 
 class Link(Payload):
@@ -1197,6 +1362,11 @@ class Message(Payload):
     files: list[File] = []
     everyone: bool = False  # whether it mentions all members
     pinned: bool = False
+    bot: bool = False  # whether its author is a bot
+
+
+class HookMessage(Message, kw_only=True):
+    ok: bool  # always true: programs that post to Slack look for it
 
 
 class Messages(Payload):
@@ -1287,6 +1457,7 @@ VALIDATION_REASONS = {  # msgspec's error -> our reason; `what` is the field, `n
     r"Expected `str` of length >= (?P<n>\d+)": "FIELD_SHORT",
     r"Expected `str` of length <= (?P<n>\d+)": "FIELD_LONG",
     r"Expected `str` matching regex .*": "FIELD_FORM",
+    r"Expected `array` of length <= (?P<n>\d+)": "FIELD_MANY",
     r"Expected `int` >= (?P<n>\d+)": "FIELD_SMALL",
     r"Expected `int` <= (?P<n>\d+)": "FIELD_BIG",
     r"Invalid enum value (?P<n>.*)": "FIELD_CHOICE",
@@ -1351,6 +1522,7 @@ class MemberChanged(ServerUser):
     seq: int
     guest: bool = False
     muted_until: str | None = None
+    bot: bool = False
 
 
 class MemberUpdated(MemberChanged, kw_only=True):
@@ -1664,6 +1836,13 @@ MIGRATIONS = (
     ALTER TABLE reads ADD COLUMN posted_at REAL;
     ALTER TABLE messages ADD COLUMN everyone INTEGER NOT NULL DEFAULT 0 CHECK (everyone IN (0, 1));
     CREATE INDEX messages_everyone ON messages (channel_id, message_id, author_id) WHERE everyone = 1;
+    ALTER TABLE messages ADD COLUMN author_name TEXT;
+    CREATE TABLE hooks (
+        hook_id INTEGER PRIMARY KEY AUTOINCREMENT, server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
+        channel_id INTEGER NOT NULL REFERENCES channels ON DELETE CASCADE, name TEXT NOT NULL,
+        user_id INTEGER NOT NULL UNIQUE REFERENCES users, secret BLOB NOT NULL UNIQUE, created_at TEXT NOT NULL) STRICT;
+    CREATE INDEX hooks_by_server ON hooks (server_id);
+    CREATE INDEX hooks_by_channel ON hooks (channel_id);
     ALTER TABLE purges RENAME TO old_purges;
     CREATE TABLE purges (
         purge_id INTEGER PRIMARY KEY, server_id INTEGER REFERENCES servers ON DELETE CASCADE,
@@ -2681,7 +2860,8 @@ class Store:
 
 INVITE_ROWS = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
 CHANNEL_ROWS = "SELECT server_id, channel_id, name, kind, topic, posting, slow_seconds, keep_days FROM channels "
-PRINCIPAL_ROWS = "SELECT u.user_id, u.username, u.status, u.generation, u.name, u.password FROM users u "
+PRINCIPAL_ROWS = "SELECT u.user_id, u.username, u.status, u.generation, u.name, u.source = 'bot', u.password FROM users u "
+HOOK_ROWS = "SELECT hook_id, channel_id, name, user_id, created_at FROM hooks "
 # A conversation without a name is named after the other people: those in it and, in one of two, the one who left.
 SERVER_FIELDS = """SELECT s.server_id, CASE WHEN s.name <> '' THEN s.name ELSE (SELECT substr(coalesce(
         group_concat(coalesce(u.name, u.username), ', ') FILTER (WHERE u.user_id <> :user_id),
@@ -2692,7 +2872,7 @@ SERVER_FIELDS = """SELECT s.server_id, CASE WHEN s.name <> '' THEN s.name ELSE (
 SERVER_ROWS = SERVER_FIELDS + """, o.user_id, m.role, s.pair IS NOT NULL FROM members m
     JOIN servers s ON s.server_id = m.server_id LEFT JOIN members o ON o.server_id = s.server_id AND o.role = 'owner'
     WHERE m.user_id = :user_id"""  # fmt: skip
-PARTICIPANT_ROWS = """SELECT s.server_id, u.user_id, u.username, u.guest, u.name FROM members m
+PARTICIPANT_ROWS = """SELECT s.server_id, u.user_id, u.username, u.guest, u.source = 'bot', u.name FROM members m
     JOIN servers s ON s.server_id = m.server_id AND s.kind = 'direct' JOIN members p ON p.server_id = m.server_id
     JOIN users u ON u.user_id = p.user_id WHERE m.user_id = :user_id"""
 SERVER_IDS = "SELECT m.server_id FROM members m WHERE m.user_id = :user_id"
@@ -2700,7 +2880,7 @@ MEMBER_ROWS = """SELECT m.user_id, u.username, m.role,
         CASE WHEN u.status = 'invisible' AND u.user_id <> :viewer THEN 'online' ELSE u.status END, m.joined_at,
         u.guest, CASE WHEN (SELECT role FROM members v WHERE v.server_id = m.server_id
         AND v.user_id = :viewer) <> 'member' THEN m.invited_by END,
-        CASE WHEN m.muted_until > strftime('%Y-%m-%dT%H:%M:%SZ', 'now') THEN m.muted_until END, u.name
+        CASE WHEN m.muted_until > strftime('%Y-%m-%dT%H:%M:%SZ', 'now') THEN m.muted_until END, u.source = 'bot', u.name
     FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = :server_id """
 TARGET_ROWS = """SELECT t.server_id, m.role, u.name,
     (SELECT CASE kind WHEN 'direct' THEN coalesce(pair, 'group') END FROM servers WHERE server_id = t.server_id),
@@ -2731,6 +2911,7 @@ MAX_STARTED_GROUPS = 100  # per account
 MAX_PARTICIPANTS = 51  # per conversation
 MAX_CHANNELS = 500  # per server
 MAX_INVITES = 200  # per server
+MAX_BOTS = 50  # per server, those of hooks included
 MAX_KNOWN_ADDRESSES = 20  # per account
 GUESTS_PER_STEP = 50  # guests removed in one transaction
 
@@ -2743,6 +2924,7 @@ class Principal(NamedTuple):
     status: Status = "online"
     generation: int = 0
     name: str | None = None
+    bot: bool = False
     digest: bytes = b""
     expires: float = math.inf
 
@@ -2802,8 +2984,10 @@ load_accounts: Query[list[tuple[int, str, str]]] = rows_as(
     lambda *row: row, "SELECT user_id, username, created_at FROM users WHERE deleted = 0 ORDER BY user_id"
 )
 load_profile = row_as(
-    lambda user_id, username, status, at, guest, name: Profile(user_id, username, status, at, bool(guest), name=name),
-    "SELECT user_id, username, status, created_at, guest, name FROM users WHERE user_id = ?",
+    lambda user_id, username, status, at, guest, bot, name: Profile(
+        user_id, username, status, at, bool(guest), bool(bot), name=name
+    ),
+    "SELECT user_id, username, status, created_at, guest, source = 'bot', name FROM users WHERE user_id = ?",
 )
 load_names = rows_by_key(  # id -> name that is shown
     "SELECT u.user_id, coalesce(u.name, u.username) FROM json_each(?) k JOIN users u ON u.user_id = k.value"
@@ -2819,6 +3003,7 @@ update_display_name = statement("UPDATE users SET name = ?2 WHERE user_id = ?1")
 update_external_id = statement("UPDATE users SET external_id = coalesce(external_id, ?2) WHERE user_id = ?1")
 close_account = statement(
     "DELETE FROM known_addresses WHERE user_id = ?",
+    "DELETE FROM hooks WHERE user_id = ?",
     "UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?",
 )
 insert_revoked_token = statement("INSERT OR IGNORE INTO revoked_tokens VALUES (?, ?)")
@@ -2890,9 +3075,10 @@ load_abandoned_conversations = rows_as(
            SELECT 1 FROM former_members o JOIN users u ON u.user_id = o.user_id
            WHERE o.server_id = f.server_id AND u.deleted = 0)""",
 )
-# The member who becomes the owner if the owner's account is deleted: the first admin, else the first member.
+# The member who becomes the owner if the owner's account is deleted: the first admin, else the first member, but no bot.
 load_next_owner: Query[int | None] = first_value(
-    "SELECT user_id FROM members WHERE server_id = ? ORDER BY role = 'admin' DESC, joined_at, user_id LIMIT 1"
+    """SELECT m.user_id FROM members m JOIN users u ON u.user_id = m.user_id AND u.source <> 'bot' WHERE m.server_id = ?
+       ORDER BY m.role = 'admin' DESC, m.joined_at, m.user_id LIMIT 1"""
 )
 # 1 if a user (?1) has a higher role than another user (?2) in each of the other user's servers, conversations left out, else 0.
 outranks_everywhere: Query[int] = first_value(
@@ -2916,6 +3102,18 @@ load_bans = rows_as(
 is_banned: Query[int | None] = first_value("SELECT 1 FROM bans WHERE server_id = ? AND user_id = ?")
 insert_ban = statement("INSERT OR IGNORE INTO bans VALUES (?, ?, ?, ?)")
 delete_ban = statement("DELETE FROM bans WHERE server_id = ? AND user_id = ?")
+
+# Bots and hooks.
+load_bot_ids = rows_as(
+    int, "SELECT m.user_id FROM members m JOIN users u ON u.user_id = m.user_id AND u.source = 'bot' WHERE m.server_id = ?"
+)
+load_hooks = rows_as(Hook, HOOK_ROWS + "WHERE server_id = ? ORDER BY hook_id")
+find_hook = rows_as(Hook, HOOK_ROWS + "WHERE server_id = ? AND hook_id = ?")
+load_hook_bots = rows_as(int, "SELECT user_id FROM hooks WHERE channel_id = ? ORDER BY hook_id")
+insert_hook: Query[int] = first_value(
+    """INSERT INTO hooks (server_id, channel_id, name, user_id, secret, created_at) VALUES (?, ?, ?, ?, ?, ?)
+       RETURNING hook_id"""
+)
 
 # The moderation log.
 insert_log_entry = statement(
@@ -2954,11 +3152,25 @@ count_rows: Query[tuple[int, int, int]] = row_as(  # users, servers, messages
 probe_write = statement("UPDATE search SET indexed_id = indexed_id + 1", "UPDATE search SET indexed_id = indexed_id - 1")
 
 
+def principal_from_row(row: Sequence[Any]) -> Principal:
+    return Principal(*row[:5])._replace(bot=bool(row[5]))
+
+
 def load_principal(db: sqlite3.Connection, user_id: int, digest: bytes) -> Principal | None:
     """Return the account, or None if it is deleted or the token with that digest is revoked."""
     valid = "WHERE user_id = ? AND deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)"
     row = db.execute(PRINCIPAL_ROWS + valid, (user_id, digest)).fetchone()
-    return Principal(*row[:5]) if row else None
+    return principal_from_row(row) if row else None
+
+
+def load_hook_by_secret(db: sqlite3.Connection, secret: str) -> tuple[Hook, Principal]:
+    """Return the hook that has this secret, and its bot. Raises NOT_FOUND."""
+    digest = hashlib.sha256(secret.encode()).digest()
+    row = db.execute(HOOK_ROWS + "WHERE secret = ?", (digest,)).fetchone()
+    bot = load_principal(db, row[3], b"") if row else None
+    if bot is None:
+        raise chat_error("HOOK_UNKNOWN", field="secret")
+    return Hook(*row), bot
 
 
 def require_user(db: sqlite3.Connection, user_id: int) -> Principal:
@@ -2989,7 +3201,7 @@ def load_host_user(db: sqlite3.Connection, args: HostUser) -> tuple[Principal, b
 def load_account(db: sqlite3.Connection, username: str) -> tuple[Principal, str | None] | None:
     """Return the account with that username, in any spelling, and its password hash."""
     row = db.execute(PRINCIPAL_ROWS + "WHERE username_key = ? AND deleted = 0", (name_key(username),)).fetchone()
-    return (Principal(*row[:5]), row[5]) if row else None
+    return (principal_from_row(row), row[6]) if row else None
 
 
 def is_free_username(db: sqlite3.Connection, username: str) -> bool:
@@ -3071,8 +3283,8 @@ def load_servers(db: sqlite3.Connection, user_id: int, server_id: int | None = N
     }
     for row in db.execute(CHANNEL_ROWS + "WHERE server_id IN (" + SERVER_IDS + only + ") ORDER BY channel_id", values):
         servers[row[0]].channels.append(Channel(*row))
-    for one, user_id, username, guest, name in db.execute(PARTICIPANT_ROWS + only + " ORDER BY u.user_id", values):
-        servers[one].participants.append(Account(user_id, username, bool(guest), name=name))
+    for one, user_id, username, guest, bot, name in db.execute(PARTICIPANT_ROWS + only + " ORDER BY u.user_id", values):
+        servers[one].participants.append(Account(user_id, username, bool(guest), bool(bot), name=name))
     return list(servers.values())
 
 
@@ -3092,8 +3304,8 @@ def load_members(
     values = {"viewer": viewer, "server_id": server_id, "user_id": user_id}
     rows = db.execute(MEMBER_ROWS + only + "ORDER BY m.user_id", values)
     return [
-        Member(server_id, user_id, username, role, status, at, user_id in connected, bool(guest), code, muted_until, name=name)
-        for user_id, username, role, status, at, guest, code, muted_until, name in rows
+        Member(server_id, one, username, role, status, at, one in connected, bool(guest), code, until, bool(bot), name=name)
+        for one, username, role, status, at, guest, code, until, bot, name in rows
     ]
 
 
@@ -3121,7 +3333,7 @@ def load_guest_by_code(db: sqlite3.Connection, code: str, now: float) -> Princip
     row = db.execute(PRINCIPAL_ROWS + valid, (hashlib.sha256(code.encode()).digest(), now)).fetchone()
     if row is None:
         raise chat_error("LINK_UNKNOWN", field="code")
-    return Principal(*row[:5])
+    return principal_from_row(row)
 
 
 def delete_sign_in_code(db: sqlite3.Connection, code: str, now: float) -> Principal:
@@ -3193,6 +3405,9 @@ INTEGRITY_CHECKS = {  # what each query finds
     "a deleted message with text": "SELECT message_id FROM messages WHERE deleted = 1 AND content <> ''",
     "a file whose message is deleted or in another channel":
         "SELECT file_id FROM files f JOIN messages m USING (message_id) WHERE m.deleted = 1 OR m.channel_id <> f.channel_id",
+    "a hook whose bot is not a member, or whose channel is in another server": """SELECT hook_id FROM hooks h WHERE NOT EXISTS (
+        SELECT 1 FROM members m JOIN channels c USING (server_id)
+        WHERE m.server_id = h.server_id AND m.user_id = h.user_id AND c.channel_id = h.channel_id)""",
     "a wrong total size of all files":
         "SELECT bytes FROM stored WHERE bytes <> (SELECT coalesce(sum(length(data)), 0) FROM pieces)",
 }  # fmt: skip
@@ -3345,11 +3560,12 @@ MESSAGE_FIELDS = """
         m.nonce, CASE WHEN m.extras THEN
             (SELECT json_group_array(json_array(r.emoji, r.user_id)) FROM reactions r WHERE r.message_id = m.message_id) END,
         CASE WHEN m.extras THEN
-            (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted, u.name,
+            (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted,
+        coalesce(m.author_name, u.name),
         CASE WHEN m.extras THEN
             (SELECT json_group_array(json_array(file_id, name, type, size, width, height, alt)) FROM (
                 SELECT * FROM files WHERE message_id = m.message_id ORDER BY place)) END, m.everyone,
-        CASE WHEN m.extras THEN EXISTS (SELECT 1 FROM pins p WHERE p.message_id = m.message_id) END
+        CASE WHEN m.extras THEN EXISTS (SELECT 1 FROM pins p WHERE p.message_id = m.message_id) END, u.source = 'bot'
 """
 MESSAGE_ROWS = MESSAGE_FIELDS + "FROM messages m JOIN users u ON u.user_id = m.author_id "
 IN_CHANNEL = "JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id "  # leaves out deleted channels
@@ -3422,6 +3638,7 @@ has_stale_texts: Query[int] = first_value("SELECT stale FROM search")
 load_deleted_channel: Query[Any] = first_value("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1")
 load_pending_purge: Query[int | None] = first_value("SELECT 1 FROM purges LIMIT 1")
 delete_pin = statement("DELETE FROM pins WHERE message_id = ?")
+update_author_name = statement("UPDATE messages SET author_name = ?2 WHERE message_id = ?1")
 # The channels that have expired messages, and the time before which these were posted. The values are the time now, in Unix
 # seconds, and the number of days for which channels keep their messages at most.
 load_expired_channels: Query[list[tuple[int, str]]] = rows_as(
@@ -3434,7 +3651,7 @@ load_expired_channels: Query[list[tuple[int, str]]] = rows_as(
 
 def message_from_row(row: Sequence[Any]) -> Message:
     message = Message(*row[:10])
-    message.author_name, message.everyone = row[13], bool(row[15])
+    message.author_name, message.everyone, message.bot = row[13], bool(row[15]), bool(row[17])
     if row[10] is not None:
         emojis: dict[str, list[int]] = {}
         for emoji, user_id in json.loads(row[10]):
@@ -3497,7 +3714,7 @@ def insert_message(
         insert_mention(db, message_id, user_id, args.channel_id)
     return Message(
         args.channel_id, message_id, args.content, author.user_id, author.username, now, seq,
-        reply_to=args.reply_to, nonce=args.nonce, mentions=mentions, author_name=author.name, everyone=everyone,
+        reply_to=args.reply_to, nonce=args.nonce, mentions=mentions, author_name=author.name, everyone=everyone, bot=author.bot,
     )  # fmt: skip
 
 
@@ -3543,7 +3760,8 @@ def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> i
     """Delete a message and return the change's `seq`. Its row stays, without the text, for clients that catch up."""
     unindex(db, "message_id = ?", message_id)
     seq = next_seq(db, server_id)
-    db.execute("UPDATE messages SET content = '', everyone = 0, deleted = 1, seq = ? WHERE message_id = ?", (seq, message_id))
+    cleared = "UPDATE messages SET content = '', author_name = NULL, everyone = 0, deleted = 1, seq = ? WHERE message_id = ?"
+    db.execute(cleared, (seq, message_id))
     db.execute("DELETE FROM reactions WHERE message_id = ?", (message_id,))
     db.execute("DELETE FROM mentions WHERE message_id = ?", (message_id,))
     remove_files_of_message(db, message_id)
@@ -3855,12 +4073,15 @@ class Transcript:
             self.handles = load_user_ids(self._db, {key for handle in handles for key in handle_keys(handle)})
         else:
             people = {user_id for message in messages for one in message.reactions for user_id in one.user_ids}
-            self.names = load_names(self._db, people | {message.author_id for message in shown})
+            self.names = load_names(self._db, people)
 
     def _name(self, user_id: int) -> str:
         if self.hidden:
             return f"Person {self.numbers.setdefault(user_id, len(self.numbers) + 1)}"
         return html.escape(self.names[user_id])
+
+    def _author(self, message: Message) -> str:
+        return self._name(message.author_id) if self.hidden else html.escape(message.author_name or message.author_username)
 
     def _text(self, message: Message) -> str:
         """Return the text of a message, without the usernames that it mentions if names are hidden."""
@@ -3878,11 +4099,11 @@ class Transcript:
         if message.reply_to is not None:
             original, quote = self.originals.get(message.reply_to), "a deleted message"
             if original is not None:
-                quote = f"{self._name(original.author_id)}: {html.escape(' '.join(self._text(original)[:100].split()))}"
+                quote = f"{self._author(original)}: {html.escape(' '.join(self._text(original)[:100].split()))}"
             yield f'<small>In reply to <a href="#m{message.reply_to}">{quote}</a></small>'
-        marks = " (pinned)" * message.pinned + " (edited)" * (message.edited_at is not None)
+        marks = " (bot)" * message.bot + " (pinned)" * message.pinned + " (edited)" * (message.edited_at is not None)
         time = message.created_at[:16].replace("T", " ")
-        yield f"<b>{self._name(message.author_id)}</b> <time>{time}{marks}</time>\n{html.escape(self._text(message))}"
+        yield f"<b>{self._author(message)}</b> <time>{time}{marks}</time>\n{html.escape(self._text(message))}"
         for file in message.files:
             yield from self._write_file(file)
         for reaction in message.reactions:
@@ -4050,6 +4271,7 @@ HASHING_QUEUE = 256  # jobs that may wait for a hasher
 HASHING_QUEUE_PER_ADDRESS = 64  # about 2 seconds of work
 LINK_SECONDS = 3600  # lifetime of the link to a file
 ADDRESS_SECONDS = 86400  # time between two records of the same known address
+LAST_SECOND = 253_402_300_799  # 9999-12-31T23:59:59Z: what expires then does not expire
 
 
 def hash_password(password: str, salt: bytes = b"", n: int = SCRYPT_N, r: int = SCRYPT_R, p: int = SCRYPT_P) -> str:
@@ -4117,7 +4339,7 @@ class TokenSigner:
     def issue(
         self, user_id: int, username: str, generation: int, now: float, name: str | None = None, ttl: int | None = None
     ) -> AuthResponse:
-        expires = int(now) + (ttl or self._ttl)
+        expires = min(int(now) + (ttl or self._ttl), LAST_SECOND)
         claims: dict[str, Any] = {"sub": str(user_id), "iat": int(now), "exp": expires, "iss": ISSUER, "aud": ISSUER}
         claims |= {"jti": secrets.token_hex(8), "gen": generation}
         token = jwt.encode(claims, self._secret, algorithm=ALGORITHM)
@@ -4170,7 +4392,7 @@ class TokenSigner:
 class Limit(NamedTuple):
     per_second: float
     burst: float
-    by: Literal["user", "address", "account", "account and address"]
+    by: Literal["user", "address", "account", "account and address", "hook"]
     counts: str
     failures: bool = False  # whether only failures are counted
 
@@ -4196,12 +4418,13 @@ LIMITS = {
     # Allows for 4,000 pupils who open the page at the same time. Each page then calls it every five minutes.
     "session": Limit(20, 4000, "address", "sign-ins with the login of the site that contains the chat"),
     # Codes have 50 bits, too many to guess. This bounds the work that guessing causes, and lets one pupil in four mistype.
-    "invite": Limit(1, 100, "address", "unknown invite codes and sign-in codes", True),
+    "invite": Limit(1, 100, "address", "unknown invite codes, sign-in codes and secrets of hooks", True),
+    "hook": Limit(1, 60, "hook", "posts by an incoming hook"),
 }
 SOCKETS_PER_USER = 20
 MAX_BUCKETS = 20_000  # buckets of each limit, about 4 MiB
 SHARED_BUCKET = object()  # key of the bucket shared by new keys while a limit's table is full
-UNKNOWN_CODE_REASONS = {"INVITE_UNKNOWN", "LINK_UNKNOWN"}
+UNKNOWN_CODE_REASONS = {"INVITE_UNKNOWN", "LINK_UNKNOWN", "HOOK_UNKNOWN"}
 LimitKey = tuple[str, object]  # the name of a limit, and the user or address that it counts for
 
 
@@ -4275,7 +4498,10 @@ class Limiter:
                     self.count(*limit, times=-1)
 
 
-LOGGED_REASONS = {"WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code"}
+LOGGED_REASONS = {
+    "WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code",
+    "HOOK_UNKNOWN": "unknown code",
+}  # fmt: skip
 MAX_LOG_SUBJECTS = 30  # subjects with a line of their own in a minute; the others share one
 
 
@@ -4325,9 +4551,11 @@ class RateLimitedLog:
 # operation by which members say something also declares how it `speaks`: a mute or a rule of the channel may refuse it.
 
 RANK: dict[Role | None, int] = {None: 0, "member": 1, "admin": 2, "owner": 3}
-Speech = Literal["post", "edit", "react", "file", "type", "talk"]
-REFUSED: dict[str, tuple[Speech, ...]] = {  # reason -> what it refuses; the last two are for members only, not for staff
-    "MUTED": ("post", "edit", "react", "file", "type", "talk"),
+Speech = Literal["post", "edit", "react", "file", "type", "talk", "hook"]
+# Reason -> what it refuses; the last two are for members only, not for staff. A hook may post in its channel whatever the rules
+# of the channel, because an admin has made it, but a mute of its bot refuses its posts.
+REFUSED: dict[str, tuple[Speech, ...]] = {
+    "MUTED": ("post", "edit", "react", "file", "type", "talk", "hook"),
     "READ_ONLY": ("post", "edit", "file", "type", "talk"),
     "SLOW_MODE": ("post",),
 }
@@ -4354,6 +4582,8 @@ class OperationContext:
     message: Message = NO_MESSAGE
     file: StoredFile | None = None
     target_role: Role | None = None  # of the member that the arguments name
+    target_id: int = 0  # the account for the moderation log, if the arguments name none
+    author_name: str | None = None  # of a post by a hook
 
     @property
     def now(self) -> str:
@@ -4368,6 +4598,7 @@ class Access(enum.Enum):
 
     ANYONE = "anyone, no token needed"
     USER = "any signed-in user"
+    PERSON = "any signed-in user, but no bot"
     CREATOR = "signed-in users, as `--create-servers` allows"
     STARTER = "signed-in users, as `--conversations` allows"
     MEMBER = "members"
@@ -4385,6 +4616,7 @@ class Access(enum.Enum):
     OUTRANKS_MEMBER = "admins and the owner, for members of a lower role"
     OUTRANKS = "admins and the owner, for members of a lower role and former members"
     OUTRANKS_GUEST = "admins and the owner, for guests of a lower role"
+    OUTRANKS_BOT = "admins and the owner, for bots of a lower role"
 
 
 def is_permitted(access: Access, ctx: OperationContext) -> bool:
@@ -4499,11 +4731,13 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     if access is Access.ANYONE:
         return
     exists = resolve_target(ctx, args)
+    if access in (Access.PERSON, Access.CREATOR) and ctx.user.bot:
+        raise chat_error("NOT_FOR_BOTS")
     if access is Access.CREATOR:
         check_settings(access, ctx)
     if isinstance(args, NewConversation):
         authorize_start(ctx, args)
-    if access in (Access.USER, Access.CREATOR, Access.STARTER):
+    if access in (Access.USER, Access.PERSON, Access.CREATOR, Access.STARTER):
         return
     if not exists and isinstance(args, CodeArgs):
         raise chat_error("INVITE_UNKNOWN", field="code")
@@ -4521,6 +4755,8 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
         ctx.target_role, may_have_left = load_role(ctx.db, ctx.server_id, user_id), access is Access.OUTRANKS
         if ctx.target_role is None and not (may_have_left and is_former_member(ctx.db, ctx.server_id, user_id)):
             raise chat_error("NO_USER" if may_have_left else "NO_MEMBER")  # even if an account with this id exists
+        if access is Access.OUTRANKS_BOT and not load_profile(ctx.db, user_id).bot:
+            raise chat_error("NO_BOT")
         if is_self and ctx.role != "owner":
             return
     if not is_permitted(access, ctx):
@@ -4594,7 +4830,7 @@ class Operation:
 
 MAX_DETAIL = 200  # characters of a detail in the moderation log
 SIGN_IN_CODE_SECONDS = 900  # lifetime of a sign-in code
-FOREVER = "9999-12-31T23:59:59Z"  # the end of a mute that lasts until it is lifted
+FOREVER = utc(LAST_SECOND)  # the end of a mute that lasts until it is lifted
 STATUS_EVENTS = ["user:status", "user:connected", "user:disconnected"]
 OPERATIONS: dict[str, Operation] = {}
 Run = TypeVar("Run", bound=Callable[..., Any])
@@ -4633,7 +4869,7 @@ def run_logged(op: Operation, run: Callable[..., Result[T]], ctx: OperationConte
     it in the moderation log, in the same transaction."""
     changes, detail = ctx.db.total_changes, describe_action(ctx, args)
     result = run(ctx, args)
-    target_id = getattr(args, "user_id", None) or ctx.message.author_id or None
+    target_id = getattr(args, "user_id", None) or ctx.target_id or ctx.message.author_id or None
     is_own = op.access in (Access.SELF_OR_OUTRANKS, Access.AUTHOR_OR_ADMIN) and target_id == ctx.user.user_id
     if ctx.role != "member" and not is_own and ctx.db.total_changes != changes:
         insert_log_entry(ctx.db, ctx.server_id, ctx.clock, ctx.user.user_id, op.logged, target_id, detail)
@@ -4650,7 +4886,7 @@ def member_event(db: sqlite3.Connection, event: str, server_id: int, user_id: in
     """Return a `member:` event with the account's names, its mute and, if it is `member:updated`, the role."""
     payload: Callable[..., Payload] = EVENTS[event].payload
     user = load_profile(db, user_id)
-    fields: dict[str, Any] = {"seq": seq, "guest": user.guest, "name": user.name}
+    fields: dict[str, Any] = {"seq": seq, "guest": user.guest, "bot": user.bot, "name": user.name}
     for member in load_members(db, server_id, (), user_id, user_id):  # none, if the member has left
         fields |= {"muted_until": member.muted_until} | ({"role": member.role} if event == "member:updated" else {})
     return Emit(event, server_id, payload(server_id, user_id, user.username, **fields))
@@ -4774,12 +5010,47 @@ def rename_server(ctx: OperationContext, args: RenameServer) -> Result[Server]:
     return Result(load_servers(ctx.db, ctx.user.user_id, ctx.server_id)[0], [Emit("server:updated", ctx.server_id, renamed)])
 
 
+def remove_from_server(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
+    left = member_event(db, "member:left", server_id, user_id, delete_member(db, server_id, user_id))
+    return [left, Evict(server_id, user_id)]
+
+
+def leave_and_close(db: sqlite3.Connection, user_id: int) -> list[Effect]:
+    """Delete an account. The servers that it owned have no owner afterwards."""
+    effects = [effect for server_id in load_server_ids(db, user_id) for effect in remove_from_server(db, server_id, user_id)]
+    close_account(db, user_id)
+    for server_id in load_abandoned_conversations(db, user_id):
+        delete_server_row(db, server_id)
+        effects.append(RemoveRoom(server_id))
+    return [*effects, Revoke(user_id)]
+
+
+def remove_server(db: sqlite3.Connection, server_id: int) -> list[Effect]:
+    """Delete a server and the accounts of its bots."""
+    bots = load_bot_ids(db, server_id)
+    delete_server_row(db, server_id)
+    return [RemoveRoom(server_id), *(effect for user_id in bots for effect in leave_and_close(db, user_id))]
+
+
+def remove_account(db: sqlite3.Connection, user_id: int, messages: bool = False) -> list[Effect]:
+    """Delete an account, with `messages` its messages too. Otherwise they stay, under its name. Each server that it owned
+    passes to its first admin, else its first member, else is deleted."""
+    owned = [one for one in load_server_ids(db, user_id) if load_role(db, one, user_id) == "owner"]
+    effects = leave_and_close(db, user_id)
+    for server_id in owned:
+        if (heir := load_next_owner(db, server_id)) is None:
+            effects += remove_server(db, server_id)
+        else:
+            seq = update_role(db, server_id, heir, "owner")
+            effects.append(member_event(db, "member:updated", server_id, heir, seq))
+    return effects + list(start_purge(db, None, user_id) if messages else ())
+
+
 @write("DELETE /servers/{server_id}", Access.OWNER, emits=["server:deleted"], slow=True)
 def delete_server(ctx: OperationContext, args: ServerArgs) -> Result[None]:
-    """Delete a server and everything in it."""
-    delete_server_row(ctx.db, ctx.server_id)
-    deleted = ServerDeleted(ctx.server_id)
-    return Result(None, [Emit("server:deleted", ctx.server_id, deleted), RemoveRoom(ctx.server_id)])
+    """Delete a server, everything in it, and its bots."""
+    deleted = Emit("server:deleted", ctx.server_id, ServerDeleted(ctx.server_id))
+    return Result(None, [deleted, *remove_server(ctx.db, ctx.server_id)])
 
 
 @read("GET /servers/{server_id}/members", Access.MEMBER, slow=True)
@@ -4801,6 +5072,8 @@ def set_role(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
         raise chat_error("OWNER_STAYS")
     changed = {args.user_id: args.role}
     if args.role == "owner" and ctx.target_role != "owner":
+        if load_profile(ctx.db, args.user_id).bot:
+            raise chat_error("NOT_FOR_BOTS")
         check_owned_servers(ctx.db, args.user_id)
         changed = {ctx.user.user_id: "admin", args.user_id: "owner"}
     change = functools.partial(update_role, ctx.db, ctx.server_id)
@@ -4850,15 +5123,17 @@ def unmute(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     return Result(None, set_mute(ctx, args.user_id, None) if is_muted else [])
 
 
-def remove_from_server(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
-    left = member_event(db, "member:left", server_id, user_id, delete_member(db, server_id, user_id))
-    return [left, Evict(server_id, user_id)]
+def end_membership(ctx: OperationContext, user_id: int) -> list[Effect]:
+    """Remove a member. A bot is for one server: if it leaves that, its account is deleted."""
+    if ctx.conversation is None and load_profile(ctx.db, user_id).bot:
+        return remove_account(ctx.db, user_id)
+    return remove_from_server(ctx.db, ctx.server_id, user_id)
 
 
 @write("DELETE /servers/{server_id}/members/{user_id}", Access.SELF_OR_OUTRANKS, emits=["member:left"], logged="remove")
 def remove_member(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     """Leave a server, or remove a member of a lower role; the member's sockets stop receiving the server's events."""
-    return Result(None, remove_from_server(ctx.db, ctx.server_id, args.user_id))
+    return Result(None, end_membership(ctx, args.user_id))
 
 
 @write("POST /servers/{server_id}/members/{user_id}/link", Access.OUTRANKS_GUEST, status=201, limit="post", logged="link")
@@ -4885,7 +5160,7 @@ def ban(ctx: OperationContext, args: BanArgs) -> Result[None]:
     if args.revoke_invite:
         delete_invite_used_by(ctx.db, ctx.server_id, args.user_id)
     insert_ban(ctx.db, ctx.server_id, args.user_id, ctx.user.user_id, ctx.now)
-    effects = remove_from_server(ctx.db, ctx.server_id, args.user_id) if ctx.target_role else []
+    effects = end_membership(ctx, args.user_id) if ctx.target_role else []
     if args.delete_messages:
         effects += start_purge(ctx.db, ctx.server_id, args.user_id)
     return Result(None, effects)
@@ -4934,7 +5209,7 @@ def use_invite(db: sqlite3.Connection, invite: Invite, user_id: int, now: str) -
     return [member_event(db, "member:joined", invite.server_id, user_id, seq)]
 
 
-@write("POST /invites/{code}", Access.USER, emits=["member:joined"], status=201, replay_status=200, limit="invite")
+@write("POST /invites/{code}", Access.PERSON, emits=["member:joined"], status=201, replay_status=200, limit="invite")
 def accept_invite(ctx: OperationContext, args: CodeArgs) -> Result[Server]:
     """Join a server by invite; 200 if you are already a member."""
     if ctx.role is not None:
@@ -4951,6 +5226,47 @@ def revoke_invite(ctx: OperationContext, args: CodeArgs) -> Result[None]:
     """Delete an invite."""
     delete_invite(ctx.db, args.code)
     return Result(None)
+
+
+def add_bot(ctx: OperationContext, args: NewBot) -> Result[Principal]:
+    """Create the account of a bot, and make it a member."""
+    if len(load_bot_ids(ctx.db, ctx.server_id)) >= MAX_BOTS:
+        raise chat_error("TOO_MANY", n=MAX_BOTS)
+    ctx.target_id = insert_user(ctx.db, args.username, None, ctx.now, args.name, "bot")
+    seq = insert_member(ctx.db, ctx.server_id, ctx.target_id, "member", ctx.now)
+    bot = Principal(ctx.target_id, args.username, name=args.name)
+    return Result(bot, [member_event(ctx.db, "member:joined", ctx.server_id, ctx.target_id, seq)])
+
+
+def add_hook(ctx: OperationContext, args: NewHook, secret: str) -> Result[Hook]:
+    """Create a hook, with a bot of its own."""
+    if ctx.server_id not in [channel.server_id for channel in find_channel(ctx.db, args.channel_id)]:
+        raise chat_error("NO_CHANNEL", field="channel_id")
+    bot = add_bot(ctx, NewBot(ctx.server_id, find_free_username(ctx.db, args.name), args.name))
+    digest, user_id = hashlib.sha256(secret.encode()).digest(), bot.value.user_id
+    hook_id = insert_hook(ctx.db, ctx.server_id, args.channel_id, args.name, user_id, digest, ctx.now)
+    return Result(Hook(hook_id, args.channel_id, args.name, user_id, ctx.now), bot.effects)
+
+
+@write("DELETE /servers/{server_id}/bots/{user_id}", Access.OUTRANKS_BOT, emits=["member:left"], logged="revoke_bot")
+def revoke_bot(ctx: OperationContext, args: MemberArgs) -> Result[None]:
+    """Delete a bot, and the hook whose bot it is; its messages stay."""
+    return Result(None, remove_account(ctx.db, args.user_id))
+
+
+@read("GET /servers/{server_id}/hooks", Access.ADMIN)
+def list_hooks(ctx: OperationContext, args: ServerArgs) -> Result[Hooks]:
+    """List the incoming hooks of a server, without their secrets."""
+    return Result(Hooks(load_hooks(ctx.db, ctx.server_id)))
+
+
+@write("DELETE /servers/{server_id}/hooks/{hook_id}", Access.ADMIN, emits=["member:left"], logged="revoke_hook")
+def revoke_hook(ctx: OperationContext, args: HookArgs) -> Result[None]:
+    """Delete an incoming hook and its bot; its messages stay."""
+    for hook in find_hook(ctx.db, ctx.server_id, args.hook_id):
+        ctx.target_id = hook.user_id
+        return Result(None, remove_account(ctx.db, hook.user_id))
+    raise chat_error("NO_HOOK", field="hook_id")
 
 
 @read("GET /servers/{server_id}/channels", Access.MEMBER)
@@ -4983,11 +5299,13 @@ def edit_channel(ctx: OperationContext, args: EditChannel) -> Result[Channel]:
     return Result(channel, [event, StopSpeech(ctx.server_id, channel_id=ctx.channel_id)])
 
 
-@write("DELETE /channels/{channel_id}", Access.ADMIN, emits=["channel:deleted"], logged="channel_delete")
+@write("DELETE /channels/{channel_id}", Access.ADMIN, emits=["channel:deleted", "member:left"], logged="channel_delete")
 def delete_channel(ctx: OperationContext, args: ChannelArgs) -> Result[None]:
-    """Delete a channel and its messages."""
+    """Delete a channel, its messages and its incoming hooks."""
+    effects = [effect for user_id in load_hook_bots(ctx.db, ctx.channel_id) for effect in remove_account(ctx.db, user_id)]
     deleted = ChannelDeleted(ctx.server_id, ctx.channel_id, detach_channel(ctx.db, ctx.server_id, ctx.channel_id))
-    return Result(None, [Emit("channel:deleted", ctx.server_id, deleted), RemoveRoom(ctx.server_id, ctx.channel_id)])
+    effects += [Emit("channel:deleted", ctx.server_id, deleted), RemoveRoom(ctx.server_id, ctx.channel_id)]
+    return Result(None, effects)
 
 
 @write("DELETE /channels/{channel_id}/messages", Access.ADMIN, emits=["message:deleted"], status=202, slow=True, logged="clear")
@@ -5023,6 +5341,9 @@ def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
     for place, file in enumerate(files):
         attach_file(ctx.db, message.message_id, place, file.file_id)
     message.files = files
+    if ctx.author_name is not None:
+        message.author_name = ctx.author_name
+        update_author_name(ctx.db, message.message_id, ctx.author_name)
     update_last_read(ctx.db, ctx.user.user_id, args.channel_id, message.message_id, ctx.clock)
     effects: list[Effect] = [
         StopTyping(args.channel_id, ctx.user.user_id),
@@ -6524,6 +6845,7 @@ class Hub:
         self.hands: dict[tuple[int, int], Hand] = {}  # (server, user) -> a raised hand
         self._hand_timers: dict[tuple[int, int], asyncio.TimerHandle] = {}  # (server, user) -> lowers the hand
         self.own_url = self.lan_url = ""  # the address it listens on, and its address in the local network; set by `serve`
+        self.mount = ""  # the prefix under which it is attached
         self.connections: dict[str, Connection] = {}
         self.listeners: dict[str, list[PacketQueue]] = {}
         self.listening = False
@@ -6997,7 +7319,7 @@ BUS_QUEUE_LENGTH = 10_000  # messages; of more, the oldest are dropped
 PACKET_BYTES = 1 << 16  # after which no message is added to a packet
 PACKET_BYTES_MAX = 1 << 18  # of a packet that is read
 MAX_PROCESSES = 64
-KEY_PARTS = {"address": 1, "account": 1, "account and address": 2}  # of the limits that count on all processes
+KEY_PARTS = {"address": 1, "account": 1, "account and address": 2, "hook": 1}  # of the limits that count on all processes
 
 decode_bus_packet = msgspec.json.Decoder(BusPacket).decode
 
@@ -7265,9 +7587,12 @@ class Bus:
 
 SESSION_SECONDS = 600  # lifetime of a token for a user of the embedding program, whose page renews it while they are signed in
 SIGNAL_BYTES = 16 * 1024  # a WebRTC offer for audio has 2 to 6 KiB
+PATH = re.compile(r"(/[\w.~!$&'()*+,;=:@%/-]*)?", re.ASCII)
+PUBLIC_URL_MAX = 300
 
 
 def issue_token(hub: Hub, user: Principal, ttl: int | None = None) -> Result[AuthResponse]:
+    """Return a token for a user, valid for `ttl` seconds or as the setting says."""
     return Result(hub.signer.issue(user.user_id, user.username, user.generation, time.time(), user.name, ttl))
 
 
@@ -7447,6 +7772,73 @@ async def change_password(hub: Hub, caller: Caller, args: NewPassword) -> Result
         password = await hub.password_hasher.run(hash_password, args.new_password)
     generation = (await hub.store.write(lambda db: replace_password(db, user.user_id, stored, password))).value
     return sign_in(hub, caller, user._replace(generation=generation))
+
+
+@operation(
+    "async", "POST /servers/{server_id}/bots", Access.ADMIN, emits=["member:joined"], status=201, limit="post", logged="bot"
+)
+async def create_bot(hub: Hub, caller: Caller, args: NewBot) -> Result[AuthResponse]:
+    """Create a bot: an account for a program, with a token that does not expire and is not shown again."""
+    run: Callable[..., Result[Principal]] = functools.partial(run_logged, OPERATIONS["create_bot"], add_bot)
+    bot = (await hub.store.write(hub.authorized(Access.ADMIN, caller.user, args, run))).value
+    return issue_token(hub, bot, LAST_SECOND)
+
+
+def public_address(hub: Hub, request: web.Request | None, route: str) -> str:
+    """Return the URL at which people reach this chat: --public-url, else what a trusted proxy says, else the address that the
+    server listens on. A chat embedded in another application does not know that address and uses the request's Host. `route`:
+    how the path of the request begins after that URL."""
+    options = hub.sio.eio.options
+    if hub.settings.public_url is not None:
+        return hub.settings.public_url.rstrip("/")
+    if request is None:
+        return hub.own_url + hub.mount
+    mount = request.path.rpartition(route)[0]
+    trusted = not hub.own_url or is_trusted(request.remote or "", options)
+    host, scheme = request_host(request, options) if trusted else None, request_scheme(request, options) or "http"
+    if host is None:
+        return (hub.own_url or "http://localhost") + mount
+    prefix = forwarded(request, options, "Prefix").rstrip("/")
+    prefix = prefix if len(prefix) <= PUBLIC_URL_MAX and PATH.fullmatch(prefix) else ""
+    return f"{scheme}://{host[0]}{f':{host[1]}' if host[1] else ''}{prefix}{mount}"
+
+
+@operation(
+    "async", "POST /servers/{server_id}/hooks", Access.ADMIN, emits=["member:joined"], status=201, limit="post", logged="hook"
+)
+async def create_hook(hub: Hub, caller: Caller, args: NewHook) -> Result[HookAddress]:
+    """Create an incoming hook: an address at which programs post in a channel, as a bot of its own. It is not shown again."""
+    secret = secrets.token_urlsafe(24)
+    add: Callable[..., Result[Hook]] = functools.partial(add_hook, secret=secret)
+    run: Callable[..., Result[Hook]] = functools.partial(run_logged, OPERATIONS["create_hook"], add)
+    hook = (await hub.store.write(hub.authorized(Access.ADMIN, caller.user, args, run))).value
+    request = caller.source if isinstance(caller.source, web.Request) else None
+    url = f"{public_address(hub, request, '/servers/')}/hooks/{secret}"
+    return Result(HookAddress(hook.hook_id, url, hook.user_id))
+
+
+@operation(
+    "async", "POST /hooks/{secret}", Access.ANYONE, emits=["message:new", "mention"], status=201, limit="invite", speaks="hook"
+)
+async def post_hook(hub: Hub, caller: Caller, args: HookPost) -> Result[HookMessage]:
+    """Post in the channel of an incoming hook: `content`, or a message in Slack's format. Rules of the channel do not apply."""
+
+    def post(ctx: OperationContext, message: NewMessage) -> Result[Message]:
+        ctx.author_name = args.username
+        return post_message(ctx, message)
+
+    def job(db: sqlite3.Connection) -> Result[Message]:
+        bot = load_hook_by_secret(db, args.secret)[1]  # again: it may have been revoked meanwhile
+        return hub.authorized(Access.WRITER, bot, message, post, caller.speech)(db)
+
+    hook, _ = hub.store.read_inline(load_hook_by_secret, args.secret)
+    if caller.source is not None:
+        hub.limiter.charge("hook", str(hook.hook_id))
+    content = args.content or read_slack(args.text, args.blocks, args.attachments)
+    message = read_args(NewMessage, {"channel_id": hook.channel_id, "content": content, "nonce": args.nonce})
+    result = await hub.store.write(job)
+    posted = HookMessage(**msgspec.structs.asdict(result.value), ok=True)
+    return Result(posted, replayed=result.replayed)
 
 
 @operation("async", "GET /servers/{server_id}/search", Access.MEMBER)
@@ -7718,6 +8110,7 @@ async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[Non
 # into a response or an ack. Routes, events, OpenAPI and AsyncAPI all follow from the table of operations.
 
 BODY_MAX = 256 * 1024
+HOOK_BODY_MAX = 64 * 1024  # decoding and converting it takes at most some 20 ms
 BODY_SECONDS = 10
 UPLOAD_STALL_SECONDS = 20.0  # an upload of which nothing arrives for this time is cut off
 LOGGED = {"ban", "unban", "set_role", "change_password", "delete_server"}  # operations that are logged
@@ -7909,6 +8302,23 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         raise chat_error("NOT_JSON") from None
 
 
+def decode_hook_post(request: web.Request, body: bytes) -> dict[str, Any]:
+    """Return the arguments in a post to a hook: JSON, or a form whose field `payload` is JSON. Raises BAD_REQUEST."""
+    if len(body) > HOOK_BODY_MAX:
+        raise chat_error("BODY_LONG", n=HOOK_BODY_MAX)
+    kind = request.content_type if "Content-Type" in request.headers else "application/json"
+    is_form = kind == "application/x-www-form-urlencoded"
+    if is_form and not body.lstrip().startswith(b"{"):  # curl sends JSON as a form, too
+        try:
+            body = urllib.parse.parse_qs(body.decode(), max_num_fields=100)["payload"][0].encode()
+        except (ValueError, KeyError):
+            raise chat_error("HOOK_BODY") from None
+    elif not is_form and kind != "application/json":
+        raise chat_error("HOOK_BODY")
+    key = request.headers.get("Idempotency-Key")
+    return decode(ANY_OBJECT, body) | ({} if key is None else {"nonce": key})
+
+
 class Route:
     """The HTTP handler of one operation."""
 
@@ -7950,7 +8360,8 @@ class Route:
         body = await read_body(request) if self.op.has_body else b""
         if body and not request.match_info:
             return decode(self.decoder, body)
-        payload = decode(ANY_OBJECT, body) if body else {}
+        is_hook = self.op.args is HookPost
+        payload = decode_hook_post(request, body) if is_hook else decode(ANY_OBJECT, body) if body else {}
         texts = [*request.match_info.items(), *(() if self.op.has_body else request.query.items())]
         given: dict[str, Any] = dict(texts)
         for name in self.integers & given.keys():
@@ -8097,7 +8508,8 @@ def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     }
     if body := {name: field for name, field in fields.items() if name not in places}:
         needed = [name for name in required if name in body]
-        schema = {"type": "object", "properties": body, "additionalProperties": False, "required": needed}
+        strict = op.args.__struct_config__.forbid_unknown_fields
+        schema = {"type": "object", "properties": body, "additionalProperties": not strict, "required": needed}
         route["requestBody"] = json_content(schema, required=bool(needed))
     if op.raw_body:
         route["requestBody"] = {"content": {"*/*": {}}, "required": True}
@@ -8167,9 +8579,7 @@ MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
 SEARCH_LAG = 50_000  # messages that may wait to be indexed: the first search would index them in some 2 seconds
 KEEPALIVE = 20.0
 WATCHDOG_SECONDS = 2.0  # between two notices to systemd
-PATH = re.compile(r"(/[\w.~!$&'()*+,;=:@%/-]*)?", re.ASCII)
 PUBLIC_URL = re.compile(rf"(?i:https?://{HOST.pattern}){PATH.pattern}", re.ASCII)
-PUBLIC_URL_MAX = 300
 REDIS_URL = re.compile(
     rf"(?:rediss?://(?:[^@/?#\s]*@)?{HOST.pattern}(?:/[0-9]{{1,3}})?(?:\?ssl_ca_certs=[^&#\s]+)?"
     r"|unix://(?:[^@/?#\s]*@)?/[^?#\s]+(?:\?db=[0-9]{1,3})?)",
@@ -8191,37 +8601,16 @@ def require_account(db: sqlite3.Connection, username: str) -> Principal:
 
 def set_password(db: sqlite3.Connection, username: str, password: str) -> Result[int]:
     """Set an account's password and revoke its tokens."""
-    user_id = require_account(db, username).user_id
-    return replace_password(db, user_id, load_password_hash(db, user_id), password)
-
-
-def remove_and_transfer(db: sqlite3.Connection, server_id: int, user_id: int) -> list[Effect]:
-    """Remove a member from a server. The owner's server passes to its first admin, else its first member, else is deleted."""
-    owned = load_role(db, server_id, user_id) == "owner"
-    effects = remove_from_server(db, server_id, user_id)
-    if not owned:
-        return effects
-    if (heir := load_next_owner(db, server_id)) is not None:
-        return [*effects, member_event(db, "member:updated", server_id, heir, update_role(db, server_id, heir, "owner"))]
-    delete_server_row(db, server_id)
-    return [RemoveRoom(server_id)]
-
-
-def delete_account(db: sqlite3.Connection, user_id: int, messages: bool) -> Result[int]:
-    """Delete an account, with `messages` its messages too. Otherwise they stay, under its name."""
-    effects = [effect for server_id in load_server_ids(db, user_id) for effect in remove_and_transfer(db, server_id, user_id)]
-    close_account(db, user_id)
-    for server_id in load_abandoned_conversations(db, user_id):
-        delete_server_row(db, server_id)
-        effects.append(RemoveRoom(server_id))
-    if messages:
-        effects += start_purge(db, None, user_id)
-    return Result(user_id, [*effects, Revoke(user_id)])
+    account = require_account(db, username)
+    if account.bot:
+        raise chat_error("NOT_FOR_BOTS")
+    return replace_password(db, account.user_id, load_password_hash(db, account.user_id), password)
 
 
 def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -> Result[int]:
-    """Delete the account with that username."""
-    return delete_account(db, require_account(db, username).user_id, messages)
+    """Delete the account with that username, with `messages` its messages too."""
+    user_id = require_account(db, username).user_id
+    return Result(user_id, remove_account(db, user_id, messages))
 
 
 def add_server(db: sqlite3.Connection, name: str, owner: str) -> Result[int]:
@@ -8310,28 +8699,13 @@ def draw(link: str) -> bytes:
     return picture.getvalue()
 
 
-def public_address(hub: Hub, request: web.Request) -> str:
-    """Return the URL at which people reach this chat: --public-url, else what a trusted proxy says, else the address that the
-    server listens on. A chat embedded in another application does not know that address and uses the request's Host."""
-    options, mount = hub.sio.eio.options, request.path.partition("/invites/")[0]
-    if hub.settings.public_url is not None:
-        return hub.settings.public_url.rstrip("/")
-    trusted = not hub.own_url or is_trusted(request.remote or "", options)
-    host, scheme = request_host(request, options) if trusted else None, request_scheme(request, options) or "http"
-    if host is None:
-        return (hub.own_url or "http://localhost") + mount
-    prefix = forwarded(request, options, "Prefix").rstrip("/")
-    prefix = prefix if len(prefix) <= PUBLIC_URL_MAX and PATH.fullmatch(prefix) else ""
-    return f"{scheme}://{host[0]}{f':{host[1]}' if host[1] else ''}{prefix}{mount}"
-
-
 async def send_invite_code(hub: Hub, request: web.Request) -> web.Response:
     """Send the QR code of an invite's link. Raises ChatError."""
     caller = Caller(NOBODY, client_address(request, hub.sio.eio.options), request)
     args = read_args(CodeArgs, dict(request.match_info))
     invite = (await run_operation(hub, OPERATIONS["get_invite"], caller, args)).value
     async with hub.qr_lock:  # one at a time: each takes 10 ms, in which the event loop's thread waits for the GIL
-        picture = await asyncio.to_thread(draw, f"{public_address(hub, request)}/#/invite/{invite.code}")
+        picture = await asyncio.to_thread(draw, f"{public_address(hub, request, '/invites/')}/#/invite/{invite.code}")
     return WatchedResponse(body=picture, headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
 
@@ -8502,6 +8876,7 @@ class ChatRTC:
         and tasks that the application adds after this call, and is closed after them."""
         page = page and self._page
         prefix = prefix.strip("/")
+        self.hub.mount = f"/{prefix}" if prefix else ""
         mounted = web.Application() if prefix else app
         routes = [
             *([web.get("/", page_file(self.settings, self.hub.identify is not None).__call__)] if page else []),
@@ -8573,8 +8948,8 @@ class ChatRTC:
         """Delete an account, with `messages` its messages too. Its servers pass to other members. Raises NOT_FOUND."""
         args = read_args(DeleteUser, {"user_id": user_id, "messages": messages})
 
-        def job(db: sqlite3.Connection) -> Result[int]:
-            return delete_account(db, require_user(db, args.user_id).user_id, args.messages)
+        def job(db: sqlite3.Connection) -> Result[None]:
+            return Result(None, remove_account(db, require_user(db, args.user_id).user_id, args.messages))
 
         await self.hub.store.write(job, slow=True, frees_space=True)
 

@@ -87,6 +87,19 @@ CREATE TABLE invites (
 ) STRICT;
 CREATE INDEX invites_by_server ON invites (server_id);
 
+-- Incoming hooks: whoever has the secret of a hook posts in its channel, as its bot. A hook is deleted with its bot.
+CREATE TABLE hooks (
+    hook_id    INTEGER PRIMARY KEY AUTOINCREMENT,
+    server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
+    channel_id INTEGER NOT NULL REFERENCES channels ON DELETE CASCADE,
+    name       TEXT NOT NULL,
+    user_id    INTEGER NOT NULL UNIQUE REFERENCES users,  -- the bot
+    secret     BLOB NOT NULL UNIQUE,               -- its SHA-256, so that a leaked database contains no secrets
+    created_at TEXT NOT NULL
+) STRICT;
+CREATE INDEX hooks_by_server ON hooks (server_id);
+CREATE INDEX hooks_by_channel ON hooks (channel_id);
+
 -- Sign-in codes for guests. Each can be used once.
 CREATE TABLE links (
     digest     BLOB PRIMARY KEY,                   -- SHA-256 of the code
@@ -161,7 +174,8 @@ CREATE TABLE messages (
     seq        INTEGER NOT NULL,                   -- sequence number of its last change
     extras     INTEGER NOT NULL DEFAULT 0 CHECK (extras IN (0, 1)),  -- 1: it may have reactions, mentions or a pin
     deleted    INTEGER NOT NULL DEFAULT 0 CHECK (deleted IN (0, 1)),
-    everyone   INTEGER NOT NULL DEFAULT 0 CHECK (everyone IN (0, 1))  -- 1: it mentions all members, by @everyone
+    everyone   INTEGER NOT NULL DEFAULT 0 CHECK (everyone IN (0, 1)), -- 1: it mentions all members, by @everyone
+    author_name TEXT                               -- of a post by a hook: the name that it gave; NULL: that of the author
 ) STRICT;
 CREATE INDEX messages_page ON messages (channel_id, message_id, author_id) WHERE deleted = 0;
 CREATE INDEX messages_everyone ON messages (channel_id, message_id, author_id) WHERE everyone = 1;
