@@ -1101,7 +1101,7 @@ class HookPost(Args, forbid_unknown_fields=False):
     secret: Code
     content: str = ""
     username: Annotated[str, Meta(max_length=64)] | None = None  # the author's name of this message
-    text: SlackText = None
+    text: str | None = None
     attachments: Annotated[list[SlackAttachment], Meta(max_length=50)] | None = None
     blocks: Annotated[list[SlackBlock], Meta(max_length=50)] | None = None
     nonce: Nonce | None = None  # by REST, the header Idempotency-Key

@@ -1158,6 +1158,38 @@ async def test_people_with_the_same_name_get_different_usernames(world: World) -
     assert (reply.code, reply.body["reason"], reply.body["field"]) == ("BAD_REQUEST", "FIELD_MISSING", "username")
 
 
+# Each text in Slack's syntax with the Markdown that it becomes.
+SLACK_CASES = {
+    "": "",
+    "*bold* _italic_ ~struck~ `*code*` 2*3*4 a~b~c": "**bold** _italic_ ~~struck~~ `*code*` 2*3*4 a~b~c",
+    "*a*: **b** * c * *d\ne*": "**a**: **b** * c * *d\ne*",
+    "*~<https://a.example|x>~*": "**~~[x](https://a.example)~~**",
+    "```\n*a* <https://b.example|c> &lt;d&gt;\n``` *e*": "```\n*a* <https://b.example|c> <d>\n``` **e**",
+    "a &lt;b&gt; &amp;amp; < c > <d> <>": "a <b> &amp; < c > <d> <>",
+    "<https://a.example/?x=1&amp;y=2> <https://b.example|b&amp;c>": "https://a.example/?x=1&y=2 [b&c](https://b.example)",
+    "<https://a.example/(x)|[FIRING:1] x\ny>": "[(FIRING:1) x y](https://a.example/%28x%29)",
+    "<https://a.example|> <https://a.example|https://a.example>": "https://a.example https://a.example",
+    "<mailto:a@b.example|write> <mailto:a@b.example> <tel:1|call>": "[write](mailto:a@b.example) a@b.example call tel:1",
+    '<https://a.example/"x|label> <javascript:alert(1)|run>': 'label https://a.example/"x run javascript:alert(1)',
+    "<!channel> <!here|here> <!everyone>": "@everyone @everyone @everyone",
+    "<@U1> <@U1|maya> <#C1|general> <#C1>": "@U1 @maya #general #C1",
+    "<!subteam^S1|@devs> <!subteam^S1> <!date^1^{date}|18 February>": "@devs @S1 18 February",
+    "one\r\ntwo\rthree\n": "one\ntwo\nthree",
+    "[a](https://b.example)": "[a](https://b.example)",
+}
+BACKTRACKING = ["`", "*", "~", "<", "<a|", "```a", "*a ", "*~a", "a*\n", "&amp;", "<https://(", "*a `"]
+
+
+@pytest.mark.portable
+def test_a_text_in_the_syntax_of_slack_becomes_markdown() -> None:
+    for text, markdown in SLACK_CASES.items():
+        assert chatrtc.slack_markdown(text) == markdown, text
+    began = time.process_time()
+    for text in BACKTRACKING:
+        chatrtc.slack_markdown(text * (chatrtc.HOOK_BODY_MAX // len(text)))
+    assert time.process_time() - began < bound(0.05 * len(BACKTRACKING)), "a pattern backtracks"
+
+
 # ---- File types -----------------------------------------------------------------------------------------------------
 # Names, media types and picture sizes, for files of every type and for files that pretend to be another.
 
@@ -3023,7 +3055,7 @@ async def test_only_own_unposted_files_of_the_channel_can_be_posted(scene: Scene
         ([(await uploaded(ana, elsewhere))["file_id"]], "NOT_FOUND", "NO_FILE"),
         ([(await uploaded(scene.ben, channel_id))["file_id"]], "NOT_FOUND", "NO_FILE"),
         ([twice, 10**9], "NOT_FOUND", "NO_FILE"),
-        ([*range(1, 12)], "BAD_REQUEST", "FIELD_TYPE"),
+        ([*range(1, 12)], "BAD_REQUEST", "FIELD_MANY"),
         ([0], "BAD_REQUEST", "FIELD_SMALL"),
         ([], "BAD_REQUEST", "FIELD_EMPTY"),
     ]
@@ -4530,6 +4562,12 @@ PERMISSIONS = {
     "list_log": Permission("server", "admin"),
     "create_invite": Permission("server", "admin"),
     "list_invites": Permission("server", "admin"),
+    "create_bot": Permission("server", "admin"),
+    "revoke_bot": Permission("bot", "admin", exceptions=NOT_FOUND_ELSEWHERE),
+    "list_hooks": Permission("server", "admin"),
+    "create_hook": Permission("server", "admin"),
+    "revoke_hook": Permission("hook", "admin", exceptions=NOT_FOUND_ELSEWHERE),
+    "post_hook": Permission("secret", "open"),
     "list_channels": Permission("server", "member"),
     "create_channel": Permission("server", "admin"),
     "list_changes": Permission("server", "member"),
@@ -4590,7 +4628,7 @@ def expectation(permission: Permission, caller: str, target: str) -> str:
     rank = RANKS.get(caller, 0)
     lowest_role = permission.others_role if permission.others_role and target != "own" else permission.lowest_role
     if target in ("deleted", "missing"):
-        if permission.target_kind != "member":
+        if permission.target_kind not in ("member", "bot", "hook"):
             return "NOT_FOUND"
         return "FORBIDDEN" if not rank else "NOT_FOUND" if rank >= RANKS[lowest_role] else "FORBIDDEN NOT_FOUND"
     if lowest_role in ("open", "user"):
@@ -4623,7 +4661,13 @@ class PermissionMatrix:
         self.outside_voice = await self.chat.create_channel(
             author_id=self.outsider.user_id, server_id=self.outside.server_id, name="talk", kind="voice"
         )
+        self.outside_hook = await self.hook({"author_id": self.outsider.user_id} | self.outside._asdict())
         return self
+
+    async def hook(self, place: dict[str, Any]) -> dict[str, Any]:
+        """Create a hook; return the arguments that name it, its bot and its secret."""
+        hook = await self.chat.create_hook(**place, name=self.name())
+        return {"hook": hook.hook_id, "bot": hook.user_id, "secret": hook.url.rpartition("/")[2]}
 
     async def post(self, author_id: int, channel_id: int, op: chatrtc.Operation) -> Any:
         """Post a message, with a file if the operation is about files."""
@@ -4678,6 +4722,8 @@ class PermissionMatrix:
             "user_ids": [other.user_id if user is owner else owner.user_id],
         }
         target_kind = PERMISSIONS[op.name].target_kind
+        if target_kind in self.outside_hook:
+            ids |= {f"{target_kind}_id": (await self.hook(place | {"channel_id": channel_id}))[target_kind]}
         if target_kind:
             key = {"invite": "code", "member": "user_id"}.get(target_kind, f"{target_kind}_id")
             ids[key] = await self.target_id(op, target_kind, target, ids[key], owner, other, place, channel_id, message)
@@ -4696,12 +4742,12 @@ class PermissionMatrix:
         if target == "own":
             return own
         if target == "missing":
-            return "missing" if target_kind == "invite" else 10**9
+            return "missing" if target_kind in ("invite", "secret") else 10**9
         if target == "other's":
             return other.user_id if target_kind == "member" else getattr(message.files[0] if message.files else message, key)
         if target == "another server's":
             voice = op.name.startswith("voice")
-            return {
+            return self.outside_hook | {
                 "server": self.outside.server_id,
                 "channel": self.outside_voice.channel_id if voice else self.outside.channel_id,
                 "message": self.outside_message.message_id,
@@ -4725,12 +4771,15 @@ class PermissionMatrix:
             case "invite":
                 await chat.revoke_invite(author_id=owner.user_id, code=own)
                 return own
+            case "bot" | "hook" | "secret":
+                await chat.delete_channel(author_id=owner.user_id, channel_id=channel_id)
+                return own
         await chat.hub.store.write(lambda db: chatrtc.delete_user(db, other.name))
         return other.user_id
 
     def arguments(self, op: chatrtc.Operation, ids: dict[str, Any], user: Person) -> dict[str, Any]:
         """Return the required arguments of an operation."""
-        values = ids | {
+        values = ids | {"user_id": ids.get("bot_id", ids["user_id"]), "secret": ids.get("secret_id")} | {
             "name": self.name(), "username": self.name(), "password": "correct horse", "new_password": "battery staple",
             "content": "hello", "emoji": "x", "role": "admin", "status": "away", "q": "hello", "token": user.token,
             "to": "nobody", "data": {"sdp": "x"},
@@ -4778,6 +4827,7 @@ OPERATIONS_WITHOUT_LIMIT = {  # operations for which the general limit of reques
     "delete_server": "the owner", "set_role": "the owner", "ban": "admins", "unban": "admins",
     "mute": "admins", "unmute": "admins",
     "edit_channel": "admins", "delete_channel": "admins", "clear_channel": "admins",
+    "revoke_bot": "admins", "revoke_hook": "admins",
     "remove_member": "coming back is limited",
     "remove_message": "posting is limited",
     "read_file": "changes nothing", "create_file_link": "changes nothing",
@@ -5346,9 +5396,10 @@ def test_every_way_to_speak_is_in_the_table() -> None:
         "type": SAY_LIVE[:1],
         "talk": SAY_LIVE[1:],
         "file": ("file",),
+        "hook": ("hook",),  # see test_a_hook_posts_whatever_the_rules_of_its_channel
     }
     for op in chatrtc.OPERATIONS.values():
-        assert op.speaks is None or (op.event or "file") in tried[op.speaks], f"add the event of {op.name} to WAYS"
+        assert op.speaks is None or (op.event or op.speaks) in tried[op.speaks], f"add the event of {op.name} to WAYS"
     assert {way for ways in chatrtc.REFUSED.values() for way in ways} == {*tried}
 
 
@@ -6453,7 +6504,7 @@ async def test_the_ids_of_a_conversation_are_checked(scene: Scene) -> None:
     many = list(range(1, 53))
     for user_ids, code, reason in (
         ([], "BAD_REQUEST", "PARTICIPANTS"), ([ana.user_id], "BAD_REQUEST", "PARTICIPANTS"),
-        (many, "BAD_REQUEST", "PARTICIPANTS"), ([ben.user_id] * 101, "BAD_REQUEST", "FIELD_TYPE"),
+        (many, "BAD_REQUEST", "PARTICIPANTS"), ([ben.user_id] * 101, "BAD_REQUEST", "FIELD_MANY"),
         ([0], "BAD_REQUEST", "FIELD_SMALL"), (["2"], "BAD_REQUEST", "FIELD_TYPE"), ([None], "BAD_REQUEST", "FIELD_TYPE"),
         ([2**63], "BAD_REQUEST", "FIELD_BIG"), ("2", "BAD_REQUEST", "FIELD_TYPE"),
         ([10**9], "NOT_FOUND", "NO_USER"), ([ben.user_id, 10**9], "NOT_FOUND", "NO_USER"),
@@ -7188,7 +7239,8 @@ async def test_the_log_has_each_action_of_admins_once(scene: Scene) -> None:
     await ana.ok("PUT", f"{server}/bans/{cy.user_id}")  # changes nothing
     assert await entries() == before
     logged = {op.logged for op in chatrtc.OPERATIONS.values() if op.logged}
-    assert logged == {step[0] for step in steps}, "add a step for the action"
+    of_bots = {"bot", "revoke_bot", "hook", "revoke_hook"}  # see test_the_log_has_each_action_on_bots
+    assert logged == {step[0] for step in steps} | of_bots, "add a step for the action"
     assert own["message_id"] > 0
 
 
@@ -8681,7 +8733,8 @@ def mistakes_for(name: str, kind: msgspec.inspect.Type, required: bool) -> Itera
 def mistakes(op: chatrtc.Operation) -> Iterator[Mistake]:
     kind = msgspec.inspect.type_info(op.args)
     assert isinstance(kind, msgspec.inspect.StructType)
-    yield Mistake(op.name, "unknown", "there", 1, "BAD_REQUEST")
+    if kind.forbid_unknown_fields:  # all but posts in Slack's format
+        yield Mistake(op.name, "unknown", "there", 1, "BAD_REQUEST")
     for field in kind.fields:
         if field.required:
             yield Mistake(op.name, field.name, "missing", MISSING, "BAD_REQUEST")
@@ -8720,7 +8773,7 @@ async def test_invalid_arguments_are_rejected_by_their_declaration(scene: Scene,
         "server_id": 1, "channel_id": 1, "message_id": message["message_id"], "user_id": scene.cy.user_id, "code": code,
         "name": "name", "username": "eve", "password": "correct horse", "new_password": "battery staple", "q": "told",
         "content": "hello", "emoji": "x", "role": "member", "status": "away", "token": scene.ana.token, "to": "x",
-        "data": {}, "file_id": 1, "user_ids": [scene.cy.user_id],
+        "data": {}, "file_id": 1, "user_ids": [scene.cy.user_id], "hook_id": 1, "secret": "x",
     }  # fmt: skip
     tried, wrong = 0, []
     for op in chatrtc.OPERATIONS.values():
@@ -19809,6 +19862,13 @@ async def test_all_operations_match_their_descriptions(make_world: MakeWorld) ->
     await rest("use_link", {"code": link["code"]})
     await rest("remove_guests")
     await rest("revoke_invite")
+    bot = await rest("create_bot", {"username": "robot", "name": "A robot"})
+    await rest("revoke_bot", user_id=bot["user_id"])
+    hook = await rest("create_hook", {"channel_id": place.channel_id, "name": "builds"})
+    posted = await rest("post_hook", {"text": "hello @ben", "username": "CI"}, secret=hook["url"].rpartition("/")[2])
+    assert (posted["ok"], posted["bot"], posted["author_name"]) == (True, True, "CI")
+    await rest("list_hooks")
+    await rest("revoke_hook", hook_id=hook["hook_id"])
     await rest("ban", user_id=cy.user_id)
     await rest("unban", user_id=cy.user_id)
     await rest("set_role", {"role": "admin"})
