@@ -5228,26 +5228,6 @@ def revoke_invite(ctx: OperationContext, args: CodeArgs) -> Result[None]:
     return Result(None)
 
 
-def add_bot(ctx: OperationContext, args: NewBot) -> Result[Principal]:
-    """Create the account of a bot, and make it a member."""
-    if len(load_bot_ids(ctx.db, ctx.server_id)) >= MAX_BOTS:
-        raise chat_error("TOO_MANY", n=MAX_BOTS)
-    ctx.target_id = insert_user(ctx.db, args.username, None, ctx.now, args.name, "bot")
-    seq = insert_member(ctx.db, ctx.server_id, ctx.target_id, "member", ctx.now)
-    bot = Principal(ctx.target_id, args.username, name=args.name)
-    return Result(bot, [member_event(ctx.db, "member:joined", ctx.server_id, ctx.target_id, seq)])
-
-
-def add_hook(ctx: OperationContext, args: NewHook, secret: str) -> Result[Hook]:
-    """Create a hook, with a bot of its own."""
-    if ctx.server_id not in [channel.server_id for channel in find_channel(ctx.db, args.channel_id)]:
-        raise chat_error("NO_CHANNEL", field="channel_id")
-    bot = add_bot(ctx, NewBot(ctx.server_id, find_free_username(ctx.db, args.name), args.name))
-    digest, user_id = hashlib.sha256(secret.encode()).digest(), bot.value.user_id
-    hook_id = insert_hook(ctx.db, ctx.server_id, args.channel_id, args.name, user_id, digest, ctx.now)
-    return Result(Hook(hook_id, args.channel_id, args.name, user_id, ctx.now), bot.effects)
-
-
 @write("DELETE /servers/{server_id}/bots/{user_id}", Access.OUTRANKS_BOT, emits=["member:left"], logged="revoke_bot")
 def revoke_bot(ctx: OperationContext, args: MemberArgs) -> Result[None]:
     """Delete a bot, and the hook whose bot it is; its messages stay."""
@@ -7772,6 +7752,26 @@ async def change_password(hub: Hub, caller: Caller, args: NewPassword) -> Result
         password = await hub.password_hasher.run(hash_password, args.new_password)
     generation = (await hub.store.write(lambda db: replace_password(db, user.user_id, stored, password))).value
     return sign_in(hub, caller, user._replace(generation=generation))
+
+
+def add_bot(ctx: OperationContext, args: NewBot) -> Result[Principal]:
+    """Create the account of a bot, and make it a member."""
+    if len(load_bot_ids(ctx.db, ctx.server_id)) >= MAX_BOTS:
+        raise chat_error("TOO_MANY", n=MAX_BOTS)
+    ctx.target_id = insert_user(ctx.db, args.username, None, ctx.now, args.name, "bot")
+    seq = insert_member(ctx.db, ctx.server_id, ctx.target_id, "member", ctx.now)
+    bot = Principal(ctx.target_id, args.username, name=args.name)
+    return Result(bot, [member_event(ctx.db, "member:joined", ctx.server_id, ctx.target_id, seq)])
+
+
+def add_hook(ctx: OperationContext, args: NewHook, secret: str) -> Result[Hook]:
+    """Create a hook, with a bot of its own."""
+    if ctx.server_id not in [channel.server_id for channel in find_channel(ctx.db, args.channel_id)]:
+        raise chat_error("NO_CHANNEL", field="channel_id")
+    bot = add_bot(ctx, NewBot(ctx.server_id, find_free_username(ctx.db, args.name), args.name))
+    digest, user_id = hashlib.sha256(secret.encode()).digest(), bot.value.user_id
+    hook_id = insert_hook(ctx.db, ctx.server_id, args.channel_id, args.name, user_id, digest, ctx.now)
+    return Result(Hook(hook_id, args.channel_id, args.name, user_id, ctx.now), bot.effects)
 
 
 @operation(

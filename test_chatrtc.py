@@ -2256,25 +2256,26 @@ RELEASED = {
         b"cmWR=;9bBV>AZuQ=1t}jo>l|!S@`Eh5jov)gU%NnKbzr5B)TU>n+7w(VtjE?UmPtCRCs;qZ^uObiU"
     ),
     4: (
-        b"c-qBTTXWht6#grkz5pE_n$EV<&X%2_#BG@p=z{6xi4nE{6=QjAk%ayAdvvp9BRi(a?mi?Y_~=}}b5p*|haYc-2q#HI1I#IlS2RQebanOe?QgH&ynXxX"
-        b"cQl%NL*GOG@cqO?$Bd*I>dL1e9Z!Alqc=xi=Hr{;{0I8%{XoN|KO0Zs*o`;!`;s)q2ZDU>yN{+b_*qUS#rLZ{IhEg`<#hb#((9uHXW1P~L;1RoGLHE%"
-        b"tI%G1ABM|`k2)-lXiPe2^vN52MqN!jo}#XK)khtChfm_UK4$Vs<6D~1bwoP7ULOT1!JLFE%&W?7Nla4dpxop$4PNw7NFo9Z8fc7q1tsdj!7Cv?_Y#=O"
-        b"j%h&ZOidsNEG|q{#L`s#3QXIvj7w7)m&TEME*u_-uqh$iBguHK>u`a(xx>c`C2}~uHo6Q7x#C-6zyQ7Ip&nZJ^YO^f(V`*<ysy3Q3N$MtAI+u)MwUuF"
-        b"^zD;3_exp{CA94o7^dWw?IBPce#ZijA>9gF-cM%lZ7d3_6Pl7tgcKM|3TGOX`{>))|1?|rXg>QkzOD!YJ#Q7_)u)!2cj3JrTp9VR5mmts$1#br)kA~_"
-        b"a##yjKSU?f?jfQ*jl((sDre*Xl%x`V`USu)1h)qYc?qUzk;18P!upiUo_il4@Y9jE(6DF*6N||zV6ljb%13}x9wi~kAW2GfK}hk@XF!vcQYtNRDik&R"
-        b"Y}IRlsUzUTOYTO?Vj~YkUwab|_>6{&(eT>qpOskGap|x=N?BB`6*@BVjjDlnu?h?h4^$QirK^n4PX_hT1x-;Owb3eo0OD}9N!g(ph(~eg7;_rwb9S<H"
-        b"bKm4v_8!bf6*Yr!h?+Pl{Fb}iu&T$6^g-!Nu8E1VbQqL6<*rI}H!M8>_5Ty(vrzmCPF7~Far|E!w-yzyR2Cj4K1b^l*{?h;ToABOCswJcJlZp+7qqkY"
-        b"fbRv`Geav4${G{UYI_PAx*im)bc3JG6|;APT#Tcgs}$0HktI{wCQQqnRiskIoiKat8+-HxIC*3{-^Y;GD;$QvBO|Uswn4V7zumk^e5OtXidu+a(H4iv"
-        b"G2Kcf<%gQl!-d9nAjC($V|C}W&3g2xAu@xBi+hAK?s9An#jYh^fw70){eil+Nd3J7k-FVNe(JHji%87VQ_BJE(HVRm@e7cI1F3SQdcl0LCA>KvA>mk;"
-        b"`?@SGd{RzS+gDa?G+yg9vf&g4+6oiQtC_yV$&)k=yn%7dIiP}@MZc?gS6BaYer+=^2X@z$0T<z_(c*<?RCjF*?(Nt)nV${f92O}t<lQnFsO6Tkga&m3"
-        b"J&-1_FVc8hM?paK6SEd<LodbUZ$Tss%A1W8nMLdl+z#V<*xau6ge0pFpR5+Ahc`Qn#vk?N0IE7xB~yQVbUARAKo^{wYT<dMZ72@lEe=W9etje%wO)u3"
-        b"J&7P=S>el=#X)|v;LIFAONz4=_ZB%}ac%LqOAmvbHnIy+bH26+Y9y=@_^l>>1C1h{eG4U4kjyGz-Eh=#&o%lr3Hk8>x^izVxg^0;FfR$Razhli2UsW+"
-        b"lo;e1*)Z35F-odqO?NS>oz-NW3+cH6j$9!J_LI8q3R|X6sR!8Jmy9po1rCskPiNc(b~Kco1|u(Cr<HZEMT*5<fx{S_Ppxh|SDSxArI+B*vgkHi*yL;t"
-        b"?^ZsqD-c3kG1zD&#6e|%ZLG4TYUqYWvc-t!ubbN3I*P&Im_!VRtzo0dL&r+u8Zr1OIr}c7e-lSU?r6w&MNiogy4~^OZycHaW9>=KI5x+vusn%y(AXAg"
-        b"LM!7VVyn3e<~n8;dUbWP^{c%rR2+{n<{Sq*5?UOs@YJxZV^;>BW>)~^JiSQZgq;fvk{d+)C@!iTu?#WC)kU^cQ?wAnqITlSI7`7FU9>)N*Of$ZY&>0f"
-        b"b6-%*@>B9q4}Bd@mY{U^Men?|gcmO9PcW^?%~jrWIxCZydyD+4+w`qKwyed{*a|AN1L{$c5u64)a1jjt<et>13=?_OGLuSS(##9q&RBgN&;2D-n(_?3"
-        b"+VBi57vt$i1fO2X%QQLITGMth><;7#BLAHus?PvDJH}MpzP-KzCmh%<S%nk_DdjZC&`T7+EWBkY1<Z9O&(Y0uG<}Xntn&=@$~KhL>Dqt6pp4^vVNnN$"
-        b"A$B0JgM%h-&MvXoR(QEpwZ8*3x${=Yoh2}vY&IkS1xqPen{xzq0S+)B!M<{>c7F69PN5>1"
+        b"c-qBTTXWMm6#gq3UYam@pv=O+KzAmj1~Q}xn+unxjA|>1h+}zer6v38_vm6-wk6l4UG|}M8cRp#eCIni_49oA;cAF*n#MH5oU&w1BXohz&!4~k<K?T@"
+        b"uV1`Dqj@k~2532aHwn-&Cs~eq@+p>%r_10&Fh`%~<E!EPJNguSN5j=}HlD(^t6;hu$fXHB5VQ=wEzxuaKdZ^4{C>SBr|LVjnvVZk1p}1gJildGBwr6u"
+        b"&M`mcwY8VQ`{8P`L}x6CX+qA>=wmSYgnD}Mc#3+(s{uO0xA-KU*T-BwX>vnzdL5Iqet&?%j9^ZpHRg3?w<IB%1jv}&(BRnsMI<I5pk+;=UbzzWVB@(s"
+        b"-k=1gvSSt!pQ$N0fhDD>YOyp`zXH>CEa%cx#-(xOCl`Rn!foo1?UCf%=sH}Wo&kKkP)81@mxV4D<+<Y9!hj3(tdII=v7C=bOT!lBL6ChJd{d-Z7w4nd"
+        b"w4jltQXhT&7|er;mO=?_dyR$}xnX;76o=o5;A2F$!j^ZF**lwy!s?V}Bo{6P0h1EULgfMaI$nO9t(Is$`#Qd?9RzybD8{Q#9XapfyPsS+`MZ@>;SMJW"
+        b"iSzYc3lHRQEug+@oeaCX7VT*g`3R`MFa(rKCH?dZpj`y8hl+VArdb)nnE>JXWX_%k@4@lYQLxaoXeSd($U0<+@QR8@pp)^EIH_QgJk>=ZB}eZ8P1Z`O"
+        b"tRksYw2)`3?j@%7fRir<M$6*jJUIF?m;@kaG+c~^m%*TsVqM!MU;~t~xSlJtXXG1|18)=M7#tm_Ob|*}>7gGC@}rBIB0p-Ql>>pq(R!1yLpu?VV$(6<"
+        b"G}im<VCflbjFtU6<5797U^sY9>=d{e$O}<^-bf58dyFQ9mnC43>J(fx?`~LjfYtwxlN+x14?tFCUgP9<8+R=-TqP~sy|~HNN3vfbEg%S4qywu`R33~>"
+        b"Q46}+d%!;h+w)?rG$?NkK&$L2YUq4WiqZvsHdn&lUYKJX<y?i3#zm$~X`3+3fK`T44bB~7djY0+cC4Qd2UwNNyCf8q)g{8$vpQw!RMYfbPQcf?F=_O-"
+        b"zLvn}0EuK3ehsbz{Mr_6s<o%YsO~Z7miMh))jcBnfeqL`flR!{Q3Nt_;u<|#&bIZp+bxnb)Tt#8eMljqYvxFg*;XnkKX}OQqIWk|<0IcO-#%@#gZUi^"
+        b"ALE?6fHldZXPvLoM<2cY(<YMn-jPFeg9I5>4^llu5}uuYS4wDl{2olgp;Wn+4xl6465j5Qh;Xb6v@fhnOscVMV`Wvd0=0gt7)~L5)r4SPkMu20AEnge"
+        b"4K&cskpf^A9g63juVNc{T_evByXT64d-1B(;zdxX?y3*&`wZtS)fk;PjJ~2RzhN{~*AbkhH1v&Nur!4UpC()13IeL1m~|ymte3}`w{RqkHk*w+GLP9U"
+        b"zzzde)ZSq12}#!xK3PqPu7S223q1Vk0J1t(DN}!Za5{LD;@`})Ey)4U;t-VG2YwP!>xCGq(ikF^l~^V$3C&%QGjf0}8O}T0G?|6vMbpEssS4(FIlEk1"
+        b"?$_9s@#9O2nj7mBeygdiAWP}tfyEokZN)fe-BS6a8y$b`1hf4Dox3MbbCQrLgjWu-qD7>;J47g6R0J4}Y~pJM6-ugYZTD%az<J`(#eJiIBYMbz{h*zD"
+        b"=Vm}vs)CKa6nyV_?f}90c*fnsj+R8!V&uKAM3i;wV<IkR6gdimO&{y#bG;o%sYD4L9n)~Dg>7Ir2PQw}z62q(t&KLy0NYq)OWn{7jb+gh&tEsSy_l4("
+        b"!ZD2*jylsuFOM8UimU11r?l~1PX8eekKEFT@5(B(BXqmt<=;3iDv~uhIsMq~x6<-7#$jur@VHj`NBCAt7s9pAEcWW`X6xs@?^P0y3FaJ!I}%wEE%$gt"
+        b"`ovYqr^Wf_>XeeuNjn!Aq%`pOQCv1Ud>LVm>!WQYr|3fp5#Amw=PUy}dg%JZUDrzGw()ck%$H)t%<Phz`smAWvI3=h&-%^M65Vrbe}w)`&a(2Z+L@U|"
+        b"CtSvtZ}ztw*)bPOV{5F?0Qgyv6P$%RfCxqb@{@Q}h8{ic7)cd3Y2l@8r?0+@=gSpjnrc_R-tZi)7USs$1fO2W3sKqXTK#v~{$9wTME*-oWS<N4<d{%#"
+        b"gZlCuKsc})vW_SYGs<b0qvt4u?s&^G3Y<HeJVjSe(ex=Av9l+rU$vp4PS5@eT4$W>ON-8+8Da+lQ#okzs&TEwwgTl&+5Q&P<j#8{ca%VHve}Rj6s%tL"
+        b"`C?993j$3@xUXHbHMjl?cgL-%"
     ),
 }  # fmt: skip
 
@@ -4747,14 +4748,17 @@ class PermissionMatrix:
             return other.user_id if target_kind == "member" else getattr(message.files[0] if message.files else message, key)
         if target == "another server's":
             voice = op.name.startswith("voice")
-            return self.outside_hook | {
-                "server": self.outside.server_id,
-                "channel": self.outside_voice.channel_id if voice else self.outside.channel_id,
-                "message": self.outside_message.message_id,
-                "file": self.outside_message.files[0].file_id,
-                "member": self.outsider.user_id,
-                "invite": self.outside_invite.code,
-            }[target_kind]
+            return (
+                self.outside_hook
+                | {
+                    "server": self.outside.server_id,
+                    "channel": self.outside_voice.channel_id if voice else self.outside.channel_id,
+                    "message": self.outside_message.message_id,
+                    "file": self.outside_message.files[0].file_id,
+                    "member": self.outsider.user_id,
+                    "invite": self.outside_invite.code,
+                }[target_kind]
+            )
         match target_kind:  # a deleted one
             case "server":
                 gone = await chat.create_server(author_id=owner.user_id, name="gone")
@@ -7242,6 +7246,500 @@ async def test_the_log_has_each_action_of_admins_once(scene: Scene) -> None:
     of_bots = {"bot", "revoke_bot", "hook", "revoke_hook"}  # see test_the_log_has_each_action_on_bots
     assert logged == {step[0] for step in steps} | of_bots, "add a step for the action"
     assert own["message_id"] > 0
+
+
+class Hook(NamedTuple):
+    """An incoming hook of a scene's channel."""
+
+    world: World
+    hook_id: int
+    user_id: int
+    url: str
+
+    async def call(self, body: Any = None, key: str | None = None, **options: Any) -> Reply:
+        headers = options.pop("headers", {}) | ({"Idempotency-Key": key} if key is not None else {})
+        return await self.world.call("POST", self.url.removeprefix(self.world.url), body, headers=headers, **options)
+
+    async def post(self, content: str = "hello", **fields: Any) -> Any:
+        reply = await self.call({"content": content} | fields)
+        assert reply.status == 201, reply
+        return reply.body
+
+
+async def make_hook(person: Person, place: Place, name: str = "builds") -> Hook:
+    body = {"channel_id": place.channel_id, "name": name}
+    hook = await person.ok("POST", f"/servers/{place.server_id}/hooks", body)
+    assert hook["url"].startswith(f"{person.world.url}/hooks/")
+    return Hook(person.world, hook["hook_id"], hook["user_id"], hook["url"])
+
+
+async def make_bot(person: Person, server_id: int, username: str = "robot", **fields: Any) -> Person:
+    account = await person.ok("POST", f"/servers/{server_id}/bots", {"username": username} | fields)
+    assert account["expires_at"] == "9999-12-31T23:59:59Z"
+    return Person(person.world, username, account["user_id"], account["token"])
+
+
+@pytest.mark.portable
+async def test_a_bot_is_an_account_whose_token_does_not_expire(scene: Scene) -> None:
+    ana, ben, server_id, channel_id = scene.ana, scene.ben, *scene.place
+    await ana.ok("PATCH", f"{scene.server}/members/{ben.user_id}", {"role": "admin"})
+    bot = await make_bot(ben, server_id, name="A robot")
+    joined = await scene.cy.ok("GET", f"{scene.server}/members")
+    event = await scene.ana_socket.receive("member:joined")
+    for member in (event, *(one for one in joined["members"] if one["user_id"] == bot.user_id)):
+        assert (member["username"], member["name"], member["bot"]) == ("robot", "A robot", True)
+    assert [one["user_id"] for one in joined["members"] if "bot" in one] == [bot.user_id]
+    socket = await bot.socket(server_id)
+    message = await socket.ok("message:send", {"channel_id": channel_id, "content": "@ana hello"})
+    notice = await scene.ana_socket.receive("mention")
+    changes = (await ben.ok("GET", f"{scene.server}/changes?after={message['seq'] - 1}"))["messages"]
+    found = [(await ben.ok("GET", f"/channels/{channel_id}/messages"))["messages"][-1], *changes, notice, message]
+    assert [(one["author_username"], one["author_name"], one["bot"]) for one in found] == [("robot", "A robot", True)] * 4
+    assert (await bot.ok("PATCH", "/users/me", {"name": "R2"}))["bot"] is True
+    assert (await scene.ana_socket.receive("member:updated"))["bot"] is True
+    talk = await bot.ok("POST", "/conversations", {"user_ids": [scene.cy.user_id]})
+    assert [one.get("bot") for one in talk["participants"]] == [None, True]
+    # What bots cannot do.
+    elsewhere = await scene.dee.invite((await scene.dee.ok("GET", "/servers"))["servers"][0]["server_id"])
+    for method, path, body, reason in (
+        ("POST", f"/invites/{elsewhere}", None, "NOT_FOR_BOTS"),
+        ("POST", "/servers", {"name": "mine"}, "NOT_FOR_BOTS"),
+        ("POST", "/auth/password", {"new_password": "correct horse"}, "NO_PASSWORD"),
+        ("POST", f"{scene.server}/bots", {"username": "child"}, "ROLE_TOO_LOW"),
+    ):
+        assert (await bot.call(method, path, body)).body["reason"] == reason, path
+    for password in ("", "x", "correct horse"):
+        assert (await scene.world.sign_in("robot", password)).code in ("UNAUTHORIZED", "BAD_REQUEST")
+    with pytest.raises(chatrtc.ChatError, match="FORBIDDEN"):
+        await scene.world.chat.hub.store.write(lambda db: chatrtc.set_password(db, "robot", "hash"))
+    member = f"{scene.server}/members/{bot.user_id}"
+    assert (await ana.call("PATCH", member, {"role": "owner"})).body["reason"] == "NOT_FOR_BOTS"
+    assert (await ana.call("POST", f"{member}/link")).body["reason"] == "NOT_A_GUEST"
+    assert (await ana.ok("DELETE", f"{scene.server}/guests"))["removed"] == 0
+    # A token of an admin's bot; an admin cannot revoke a bot of the same role.
+    await ana.ok("PATCH", member, {"role": "admin"})
+    assert (await bot.ok("GET", f"{scene.server}/log"))["entries"]
+    assert (await ben.call("DELETE", f"{scene.server}/bots/{bot.user_id}")).body["reason"] == "ROLE_TOO_LOW"
+    await ana.ok("PATCH", member, {"role": "member"})
+    await ben.ok("DELETE", f"{scene.server}/bots/{bot.user_id}")
+    await asyncio.wait_for(socket.closed.wait(), PATIENCE)
+    assert (await scene.ana_socket.receive("member:left"))["user_id"] == bot.user_id
+    assert (await bot.call("GET", "/users/me")).code == "UNAUTHORIZED"
+    kept = await ben.ok("GET", f"/messages/{message['message_id']}")
+    assert (kept["author_name"], kept["bot"]) == ("R2", True)
+    for user_id in (bot.user_id, ana.user_id, scene.cy.user_id, scene.dee.user_id):
+        assert (await ben.call("DELETE", f"{scene.server}/bots/{user_id}")).code == "NOT_FOUND", user_id
+
+
+@pytest.mark.portable
+async def test_bots_have_names_of_their_own_and_a_maximum(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    ana, bots = scene.ana, f"{scene.server}/bots"
+    for username, reason in (("BEN", "USERNAME_TAKEN"), ("everyone", "USERNAME_TAKEN"), ("b n", "USERNAME_FORM")):
+        assert (await ana.call("POST", bots, {"username": username})).body["reason"] == reason
+    assert (await ana.call("POST", bots, {"username": "bot", "name": "\u200b"})).body["reason"] == "NAME_FORM"
+    hook = await make_hook(ana, scene.place, "Ben")
+    names = {one["user_id"]: (one["username"], one.get("name")) for one in await members_of(scene)}
+    assert names[hook.user_id] == ("Ben2", "Ben"), "the person keeps the handle"
+    assert (
+        await scene.world.call("POST", "/auth/register", {"username": "ben2", "password": "long enough"})
+    ).code == "CONFLICT"
+    monkeypatch.setattr(chatrtc, "MAX_BOTS", 3)
+    await make_bot(ana, scene.place.server_id)
+    await make_hook(ana, scene.place)
+    for path, body in ((bots, {"username": "more"}), (f"{scene.server}/hooks", {"channel_id": 1, "name": "more"})):
+        reply = await ana.call("POST", path, body)
+        assert (reply.code, reply.body["reason"]) == ("CONFLICT", "TOO_MANY")
+    await ana.ok("DELETE", f"{scene.server}/hooks/{hook.hook_id}")
+    await make_bot(ana, scene.place.server_id, "more")
+
+
+async def members_of(scene: Scene) -> list[Any]:
+    return list((await scene.ana.ok("GET", f"{scene.server}/members"))["members"])
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("way", ["remove", "ban", "leave", "channel", "server", "account", "hook", "bot"])
+async def test_a_bot_ends_with_its_place_in_the_server(scene: Scene, way: str) -> None:
+    """Also a hook and its bot. Their messages stay, and an owner's server does not pass to a bot."""
+    ana, place = scene.ana, scene.place
+    for person in (scene.ben, scene.cy):  # the bots alone remain if Ana goes
+        await person.ok("DELETE", f"{scene.server}/members/{person.user_id}")
+    hook = await make_hook(ana, place)
+    bot = await make_bot(ana, place.server_id)
+    talk = await ana.ok("POST", "/conversations", {"user_ids": [bot.user_id]})
+    socket, message = await bot.socket(talk["server_id"]), await hook.post()
+    assert (await scene.ana_socket.receive("message:new"))["message_id"] == message["message_id"]
+    member, hooks_bot = f"{scene.server}/members/{bot.user_id}", f"{scene.server}/members/{hook.user_id}"
+    match way:
+        case "remove" | "ban":
+            for path in (member, hooks_bot):
+                await ana.ok(*(("DELETE", path) if way == "remove" else ("PUT", path.replace("members", "bans"))))
+        case "leave":
+            await bot.ok("DELETE", member)
+            await ana.ok("DELETE", hooks_bot)
+        case "channel":
+            await ana.ok("DELETE", f"/channels/{place.channel_id}")
+            assert (await bot.ok("GET", "/users/me"))["bot"], "only the bots of its hooks"
+            await ana.ok("DELETE", f"{scene.server}/bots/{bot.user_id}")
+        case "server":
+            await ana.ok("DELETE", scene.server)
+        case "account":
+            await scene.world.chat.hub.store.write(lambda db: chatrtc.delete_user(db, "ana"))
+        case "hook" | "bot":
+            path = f"hooks/{hook.hook_id}" if way == "hook" else f"bots/{hook.user_id}"
+            await ana.ok("DELETE", f"{scene.server}/{path}")
+            assert [one["user_id"] for one in await members_of(scene) if "bot" in one] == [bot.user_id]
+            await ana.ok("DELETE", f"{scene.server}/bots/{bot.user_id}")
+    await asyncio.wait_for(socket.closed.wait(), PATIENCE)
+    assert (await bot.call("GET", "/users/me")).code == "UNAUTHORIZED"
+    reply = await hook.call({"content": "more"})
+    assert (reply.code, reply.body["reason"]) == ("NOT_FOUND", "HOOK_UNKNOWN")
+    store = scene.world.chat.hub.store
+    assert store.read_inline(lambda db: db.execute("SELECT count(*) FROM hooks").fetchone()) == (0,)
+    assert store.read_inline(chatrtc.check_integrity) == []
+    if way not in ("channel", "server", "account"):
+        assert (await ana.ok("GET", f"{scene.server}/hooks"))["hooks"] == []
+        assert (await ana.ok("GET", f"/messages/{message['message_id']}"))["bot"] is True
+
+
+@pytest.mark.portable
+async def test_a_hook_posts_as_its_bot(scene: Scene, tmp_path: Path) -> None:
+    ana, ben = scene.ana, scene.ben
+    hook = await make_hook(ana, scene.place, "Build server")
+    joined = await scene.ben_socket.receive("member:joined")
+    assert (joined["user_id"], joined["username"], joined["name"], joined["bot"]) == (
+        hook.user_id, "Build.server", "Build server", True
+    )  # fmt: skip
+    listed = (await ana.ok("GET", f"{scene.server}/hooks"))["hooks"]
+    assert [set(one) for one in listed] == [{"hook_id", "channel_id", "name", "user_id", "created_at"}]
+    secret = hook.url.rpartition("/")[2]
+    assert len(secret) >= 32
+    for file in tmp_path.glob("chat.db*"):
+        assert secret.encode() not in file.read_bytes(), "the database has its digest only"
+    # A post, with a name of its own, by a retry once, and with a mention.
+    first = await hook.post("green", username=" CI ")
+    expected = {
+        "channel_id": scene.place.channel_id, "content": "green", "author_id": hook.user_id, "author_username": "Build.server",
+        "author_name": "CI", "bot": True,
+    }  # fmt: skip
+    event = await scene.ben_socket.receive("message:new")
+    assert first == event | {"ok": True}
+    assert event | expected == event
+    assert await ben.ok("GET", f"/messages/{first['message_id']}") == event
+    keyed = [await hook.call({"content": "@ben red", "username": "CI"}, key="build-7") for _ in range(2)]
+    assert [reply.headers.get("Idempotent-Replayed") for reply in keyed] == [None, "true"]
+    assert keyed[0].body == keyed[1].body
+    notice = await scene.ben_socket.receive("mention")
+    assert (notice["message_id"], notice["author_name"], notice["nonce"]) == (keyed[0].body["message_id"], "CI", "build-7")
+    assert (await hook.post("no name", username=""))["author_name"] == "Build server"
+    assert "everyone" not in await hook.post("@everyone"), "its bot is a member"
+    edited = await ana.call("PATCH", f"/messages/{first['message_id']}", {"content": "x"})
+    assert edited.code == "FORBIDDEN"
+    await ana.ok("DELETE", f"/messages/{first['message_id']}")
+    assert await scene.world.chat.hub.store.read(
+        lambda db: db.execute("SELECT author_name FROM messages WHERE message_id = ?", (first["message_id"],)).fetchone()
+    ) == (None,)
+    # By the program, which knows no address for it.
+    made = await scene.world.chat.create_hook(as_user=ana.user_id, server_id=1, channel_id=1, name="by program")
+    assert made.url.startswith("/hooks/")
+    posted = await scene.world.chat.post_hook(secret=made.url[7:], text="*bold*")
+    assert (posted.content, posted.author_name) == ("**bold**", "by program")
+    for body, code in (({"channel_id": 99, "name": "x"}, "NOT_FOUND"), ({"channel_id": 2, "name": "x"}, "NOT_FOUND")):
+        assert (await ana.call("POST", f"{scene.server}/hooks", body)).code == code, "no channel of this server"
+
+
+@pytest.mark.portable
+async def test_a_hook_posts_whatever_the_rules_of_its_channel(scene: Scene) -> None:
+    """An admin made it, so it may write in a read-only channel. A mute of its bot silences it."""
+    ana, hook = scene.ana, await make_hook(scene.ana, scene.place)
+    bot = await make_bot(ana, scene.place.server_id)
+    await ana.ok("PATCH", f"/channels/{scene.place.channel_id}", {"posting": "staff", "slow_seconds": 60})
+    assert (await bot.call("POST", "/messages", {"channel_id": 1, "content": "x"})).body["reason"] == "READ_ONLY"
+    assert [(await hook.post(f"{number}"))["content"] for number in range(3)] == ["0", "1", "2"]
+    await ana.ok("PUT", f"{scene.server}/members/{hook.user_id}/mute", {})
+    reply = await hook.call({"content": "x"})
+    assert (reply.code, reply.body["reason"]) == ("FORBIDDEN", "MUTED")
+    await ana.ok("DELETE", f"{scene.server}/members/{hook.user_id}/mute")
+    await hook.post()
+
+
+@pytest.mark.portable
+async def test_a_hook_is_revoked_between_two_posts(scene: Scene) -> None:
+    hook = await make_hook(scene.ana, scene.place)
+    posts = [asyncio.create_task(hook.call({"content": str(number)})) for number in range(60)]
+    await asyncio.wait(posts, return_when=asyncio.FIRST_COMPLETED)
+    await scene.ana.ok("DELETE", f"{scene.server}/hooks/{hook.hook_id}")
+    replies = await asyncio.gather(*posts)
+    assert {(reply.status, (reply.body or {}).get("reason")) for reply in replies} <= {(201, None), (404, "HOOK_UNKNOWN")}
+    stored = await channel_history(scene.ben, scene.place.channel_id)
+    assert len([one for one in stored if "bot" in one]) == sum(reply.status == 201 for reply in replies) > 0
+
+
+WRONG_HOOK_POSTS: list[tuple[Any, str, str]] = [  # body (JSON, or text with its type), code, reason
+    ({}, "BAD_REQUEST", "FIELD_EMPTY"),
+    ({"content": " "}, "BAD_REQUEST", "FIELD_FORM"),
+    ({"text": "", "attachments": [{}], "blocks": None}, "BAD_REQUEST", "FIELD_EMPTY"),
+    ({"content": "x" * 4001}, "TOO_LARGE", "FIELD_LONG"),
+    ({"text": "x" * 4001}, "TOO_LARGE", "FIELD_LONG"),
+    ({"content": 5}, "BAD_REQUEST", "FIELD_TYPE"),
+    ({"text": ["x"]}, "BAD_REQUEST", "FIELD_TYPE"),
+    ({"text": "x", "attachments": [{"text": "x"}] * 51}, "BAD_REQUEST", "FIELD_MANY"),
+    ({"text": "x", "blocks": [{"type": "divider"}] * 51}, "BAD_REQUEST", "FIELD_MANY"),
+    ({"text": "x", "attachments": {"text": "x"}}, "BAD_REQUEST", "FIELD_TYPE"),
+    ({"text": "x", "attachments": [{"text": {}}]}, "BAD_REQUEST", "FIELD_TYPE"),
+    ({"text": "x", "attachments": [None]}, "BAD_REQUEST", "FIELD_TYPE"),
+    ({"text": "x", "username": "\u202e"}, "BAD_REQUEST", "NAME_FORM"),
+    ({"text": "x", "username": "x" * 65}, "TOO_LARGE", "FIELD_LONG"),
+    ({"text": "x", "secret": "y"}, "BAD_REQUEST", "FIELD_TWICE"),
+    ((b"x" * 1_000_000, "application/json"), "TOO_LARGE", "BODY_LONG"),
+    ((b'{"text": "' + b"x" * 70_000 + b'"}', "application/json"), "TOO_LARGE", "BODY_LONG"),
+    ((b"<html><body>hello</body></html>", "text/html"), "BAD_REQUEST", "HOOK_BODY"),
+    ((b'{"text": "x"}', "text/html"), "BAD_REQUEST", "HOOK_BODY"),
+    ((b'{"text": "x"}', "text/plain"), "BAD_REQUEST", "HOOK_BODY"),
+    ((b"<html>", "application/json"), "BAD_REQUEST", "NOT_JSON"),
+    ((b"", "application/json"), "BAD_REQUEST", "NOT_JSON"),
+    ((b"[]", "application/json"), "BAD_REQUEST", "FIELD_TYPE"),
+    ((b"[" * 10_000, "application/json"), "BAD_REQUEST", "NOT_JSON"),
+    ((b'{"text": "\xff"}', "application/json"), "BAD_REQUEST", "NOT_JSON"),
+    ((b'{"text": "\\ud800"}', "application/json"), "BAD_REQUEST", "NOT_TEXT"),
+    ((b"text=hello", "application/x-www-form-urlencoded"), "BAD_REQUEST", "HOOK_BODY"),
+    ((b"payload=", "application/x-www-form-urlencoded"), "BAD_REQUEST", "HOOK_BODY"),
+    ((b"payload=x", "application/x-www-form-urlencoded"), "BAD_REQUEST", "NOT_JSON"),
+    ((b"payload=%ff", "application/x-www-form-urlencoded"), "BAD_REQUEST", "NOT_JSON"),
+    ((b"\xff", "application/x-www-form-urlencoded"), "BAD_REQUEST", "HOOK_BODY"),
+    ((b"a&" * 30_000, "application/x-www-form-urlencoded"), "BAD_REQUEST", "HOOK_BODY"),
+    ((b"--x", "multipart/form-data; boundary=x"), "BAD_REQUEST", "HOOK_BODY"),
+]  # fmt: skip
+
+
+@pytest.mark.portable
+async def test_a_wrong_post_to_a_hook_is_refused(scene: Scene) -> None:
+    hook = await make_hook(scene.ana, scene.place)
+    for body, code, reason in WRONG_HOOK_POSTS:
+        data, kind = body if isinstance(body, tuple) else (json.dumps(body).encode(), "application/json")
+        reply = await hook.call(data=data, headers={"Content-Type": kind})
+        assert (reply.code, reply.body.get("reason")) == (code, reason), body
+    for key, code in (("", "BAD_REQUEST"), ("x" * 65, "TOO_LARGE")):
+        assert (await hook.call({"text": "x"}, key=key)).code == code
+    for method in ("GET", "PUT", "DELETE"):
+        assert (await scene.world.call(method, hook.url.removeprefix(scene.world.url))).code == "NOT_FOUND"
+    one = await scene.world.call("POST", hook.url.removeprefix(scene.world.url), data=b'{"text": "as a form"}')
+    assert one.status == 201, "without a type it is JSON"
+    assert [message["content"] for message in await channel_history(scene.ben, scene.place.channel_id)] == [
+        "before",
+        "as a form",
+    ]
+
+
+async def test_hooks_are_limited_and_guesses_of_their_secrets(make_world: MakeWorld) -> None:
+    """A valid secret is not refused because of others' guesses, nor a hook because of another."""
+    world = await make_world(no_rate_limit=False)
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    hook, other = await make_hook(ana, place), await make_hook(ana, place, "other")
+    guesses = [await world.call("POST", f"/hooks/guess{number}", {"content": "x"}) for number in range(105)]
+    assert [reply.body["reason"] for reply in guesses[:100]] == ["HOOK_UNKNOWN"] * 100
+    assert guesses[-1].code == "RATE_LIMITED"
+    assert (await world.call("GET", "/invites/guess")).code == "RATE_LIMITED", "they are counted together"
+    replies = [await hook.call({"content": str(number)}) for number in range(65)]
+    assert [reply.status for reply in replies[:60]] == [201] * 60
+    assert (replies[-1].code, replies[-1].body["reason"]) == ("RATE_LIMITED", "TOO_OFTEN")
+    assert 1 <= int(replies[-1].headers["Retry-After"]) <= 2
+    await other.post()
+    await world.chat.post_hook(secret=hook.url.rpartition("/")[2], content="by the program")
+
+
+@pytest.mark.portable
+async def test_copies_of_a_server_have_the_posts_of_bots_and_hooks(world: World, tmp_path: Path) -> None:
+    """Replicas, also one that was away; search, transcript, export and backup; and the check of the database."""
+    ana, ben = await world.people("ana", "ben")
+    place = await world.place(ana, ben)
+    online, away = Replica(ben, place.server_id), Replica(ana, place.server_id)
+    await online.connect()
+    await away.connect()
+    await away.disconnect()
+    hook, bot = await make_hook(ana, place, "Build <server>"), await make_bot(ana, place.server_id, name="R2")
+    named, plain = await hook.post("a green <build>", username="CI & co"), await hook.post("a red build")
+    reply = await bot.post(place.channel_id, "answered", reply_to=named["message_id"])
+    await ana.ok("PUT", f"/messages/{named['message_id']}/pin")
+    await bot.ok("PATCH", f"/messages/{reply['message_id']}", {"content": "better"})
+    await ana.ok("DELETE", f"/servers/{place.server_id}/hooks/{hook.hook_id}")
+    await online.receive()
+    await away.connect()
+    state = await server_state(ana, place.server_id)
+    assert online.state() == away.state() == state
+    names = [(one["author_name"], one["bot"]) for one in state["messages"].values()]
+    assert names == [("CI & co", True), ("Build <server>", True), ("R2", True)]
+    found = await ben.ok("GET", f"/servers/{place.server_id}/search?q=green")
+    pins = await ben.ok("GET", f"/channels/{place.channel_id}/pins")
+    assert found["messages"] == pins["messages"] == [state["messages"][named["message_id"]]]
+    page = (await ana.ok("GET", f"/channels/{place.channel_id}/transcript")).decode()
+    for text in ("<b>CI &amp; co</b>", "<b>Build &lt;server&gt;</b>", "<b>R2</b>", "(bot) (pinned)", ">CI &amp; co: a green"):
+        assert text in page, text
+    hidden = (await ana.ok("GET", f"/channels/{place.channel_id}/transcript?names=hidden")).decode()
+    assert "CI &amp; co" not in hidden
+    database = ("--database", str(tmp_path / "chat.db"))
+    records = [json.loads(line) for line in (await run_ok("export", *database)).splitlines()]
+    exported = {one["message_id"]: one for one in records if one.pop("type") == "message"}
+    assert exported == state["messages"]
+    assert [one.get("bot") for one in records if "role" in one] == [None, None, True]
+    assert "CI &amp; co" in await run_ok("export", "--format", "html", *database)
+    assert (await run_ok("check", *database)).startswith("sound: ")
+    with contextlib.closing(sqlite3.connect(tmp_path / "chat.db")) as db:  # the control
+        sha = hashlib.sha256(b"x").digest()
+        db.execute("INSERT INTO hooks VALUES (9, ?, ?, 'x', ?, ?, '')", (*place, hook.user_id, sha))
+        db.commit()
+    assert "a hook whose bot is not a member" in (await run_command("check", *database)).out
+
+
+@pytest.mark.portable
+async def test_the_log_has_each_action_on_bots(scene: Scene) -> None:
+    await scene.ana.ok("PATCH", f"{scene.server}/members/{scene.ben.user_id}", {"role": "admin"})
+    bot = await make_bot(scene.ben, scene.place.server_id)
+    hook = await make_hook(scene.ben, scene.place)
+    await scene.ben.ok("DELETE", f"{scene.server}/bots/{bot.user_id}")
+    await scene.ben.ok("DELETE", f"{scene.server}/hooks/{hook.hook_id}")
+    entries = (await scene.ana.ok("GET", f"{scene.server}/log?limit=4"))["entries"]
+    assert [(one["action"], one["username"], one["target_id"], one.get("detail")) for one in entries] == [
+        ("revoke_hook", "ben", hook.user_id, None), ("revoke_bot", "ben", bot.user_id, None),
+        ("hook", "ben", hook.user_id, "name: builds"), ("bot", "ben", bot.user_id, "username: robot"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "headers", "address"),
+    [
+        ({"public_url": "https://chat.example/x"}, {}, "https://chat.example/x"),
+        ({"trusted_proxy": ["127.0.0.1"]}, {"X-Forwarded-Host": "chat.example", "X-Forwarded-Prefix": "/y"},
+         "http://chat.example/y/servers/chat"),
+    ],
+)  # fmt: skip
+async def test_the_address_of_a_hook_is_public(
+    tmp_path: Path, settings: dict[str, Any], headers: dict[str, str], address: str
+) -> None:
+    """Also if the chat is mounted under a prefix, which may look like a route."""
+    chat, app = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"), **settings), web.Application()
+    chat.attach(app, prefix="/servers/chat")
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    mounted = f"http://127.0.0.1:{runner.addresses[0][1]}/servers/chat"
+    async with World(mounted, aiohttp.ClientSession(), chat) as world:
+        ana = await world.person("ana")
+        place = await world.place(ana)
+        body = {"channel_id": place.channel_id, "name": "builds"}
+        hook = (await ana.call("POST", f"/servers/{place.server_id}/hooks", body, headers=headers)).body
+        assert re.fullmatch(re.escape(f"{address}/hooks/") + r"[\w-]{32}", hook["url"])
+        assert (await world.call("POST", "/hooks/" + hook["url"].rpartition("/")[2], {"content": "x"})).status == 201
+        made = await chat.create_hook(as_user=ana.user_id, **place._asdict(), name="by program")
+        assert made.url.startswith(f"{settings.get('public_url', '/servers/chat')}/hooks/")
+    await runner.cleanup()
+
+
+# What four programs send to Slack with their standard templates, and the message that it becomes.
+ALERT = "Instance web-1 has been down for more than 5 minutes."
+BUILD = "shop » main - #42 Failure after 3 min 5 sec (<https://ci.example/job/shop/job/main/42/|Open>)"
+SLACK_PROGRAMS: dict[str, tuple[dict[str, Any], str, str]] = {  # program -> payload, author's name, text
+    "Grafana": (
+        {
+            "channel": "#alerts", "username": "Grafana", "icon_emoji": ":fire:",
+            "attachments": [
+                {
+                    "title": "[FIRING:1] High CPU (web-1)", "fallback": "[FIRING:1] High CPU (web-1)", "color": "#D63232",
+                    "title_link": "https://grafana.example/alerting/grafana/cpu/view?orgId=1",
+                    "text": "**Firing**\n\nValue: A=93.5\nLabels:\n - alertname = High CPU\n - instance = web-1\n",
+                    "pretext": "<!channel|channel>", "mrkdwn_in": ["pretext"], "ts": 1767225600,
+                    "footer": "Grafana v12.3.0", "footer_icon": "https://grafana.example/fav32.png",
+                }
+            ],
+        },
+        "Grafana",
+        "@everyone\n**[(FIRING:1) High CPU (web-1)](https://grafana.example/alerting/grafana/cpu/view?orgId=1)**\n"
+        "**Firing**\n\nValue: A=93.5\nLabels:\n - alertname = High CPU\n - instance = web-1",
+    ),
+    "Prometheus Alertmanager": (
+        {
+            "channel": "#alerts", "username": "Alertmanager",
+            "attachments": [
+                {
+                    "title": "[FIRING:2] InstanceDown (prod critical)", "callback_id": "", "footer": "", "color": "danger",
+                    "title_link": "https://alerts.example/#/alerts?receiver=team", "text": f"*Alert:* {ALERT} &lt;prod&gt;",
+                    "fallback": "[FIRING:2] InstanceDown | https://alerts.example/#/alerts?receiver=team",
+                    "fields": [{"title": "Severity", "value": "`critical`", "short": True}, {"title": "Count", "value": 2}],
+                    "actions": [{"type": "button", "text": "Silence", "url": "https://alerts.example/#/silences/new"}],
+                    "mrkdwn_in": ["fallback", "pretext", "text"],
+                }
+            ],
+        },
+        "Alertmanager",
+        "**[(FIRING:2) InstanceDown (prod critical)](https://alerts.example/#/alerts?receiver=team)**\n"
+        f"**Alert:** {ALERT} <prod>\n**Severity**: `critical`\n**Count**: 2",
+    ),
+    "Jenkins": (
+        {
+            "channel": "builds", "link_names": "1",
+            "attachments": [
+                {"fallback": BUILD, "color": "danger", "fields": [{"short": False, "value": BUILD}],
+                 "mrkdwn_in": ["pretext", "text", "fields"]},
+            ],
+        },
+        "Alerts",
+        "shop » main - #42 Failure after 3 min 5 sec ([Open](https://ci.example/job/shop/job/main/42/))",
+    ),
+    "Uptime Kuma": (
+        {
+            "text": "Uptime Kuma Alert\n[shop] [🔴 Down] timeout of 48000ms exceeded", "channel": None,
+            "username": "Uptime Kuma", "icon_emoji": None,
+            "attachments": [
+                {
+                    "color": "#e01e5a",
+                    "blocks": [
+                        {"type": "header", "text": {"type": "plain_text", "text": "Uptime Kuma Alert"}},
+                        {"type": "section", "fields": [
+                            {"type": "mrkdwn", "text": "*Message*\n[shop] [🔴 Down] timeout of 48000ms exceeded"},
+                            {"type": "mrkdwn", "text": "*Time (UTC)*\n2026-01-01 00:00:00"},
+                        ]},
+                        {"type": "actions", "elements": [
+                            {"type": "button", "text": {"type": "plain_text", "text": "Visit"}, "value": "Uptime-Kuma",
+                             "url": "https://status.example/dashboard/1"},
+                        ]},
+                    ],
+                }
+            ],
+        },
+        "Uptime Kuma",
+        "Uptime Kuma Alert\n[shop] [🔴 Down] timeout of 48000ms exceeded\n**Uptime Kuma Alert**\n"
+        "**Message**\n[shop] [🔴 Down] timeout of 48000ms exceeded\n**Time (UTC)**\n2026-01-01 00:00:00",
+    ),
+}  # fmt: skip
+
+
+async def test_programs_that_post_to_slack_post_to_a_hook(tmp_path: Path) -> None:
+    """With curl, to a server in a process of its own. Jenkins sends a form. A bot hears it all, also after a restart."""
+    curl, database = find_program("curl"), tmp_path / "chat.db"
+    process = await Process.start(database)
+    async with process.world() as world:
+        ana = await world.person("ana")
+        place = await world.place(ana)
+        hook, bot = await make_hook(ana, place, "Alerts"), await make_bot(ana, place.server_id)
+        secret = hook.url.rpartition("/")[2]
+    assert (await process.stop())[0] == 0
+    process = await Process.start(database)
+    async with process.world() as world:
+        socket = await Person(world, bot.name, bot.user_id, bot.token).socket(place.server_id)
+        for program, (payload, name, text) in SLACK_PROGRAMS.items():
+            body = json.dumps(payload)
+            form = ("--data-urlencode", f"payload={body}")
+            sent = form if program == "Jenkins" else ("--header", "Content-Type: application/json", "--data-raw", body)
+            command = [curl, "--silent", "--show-error", "--fail-with-body", *sent, f"{world.url}/hooks/{secret}"]
+            run = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+            answer = json.loads((await run.communicate())[0])
+            assert run.returncode == 0, answer
+            assert answer["ok"] is True, "they look for it"
+            event = await socket.receive("message:new")
+            assert answer == event | {"ok": True}, program
+            assert (event["author_name"], event["content"]) == (name, text), program
+    assert (await process.stop())[0] == 0
 
 
 @pytest.mark.portable
@@ -11076,6 +11574,23 @@ async def test_the_portable_tests_pass_without_what_windows_lacks(windows: dict[
 def trials(few: int, many: int) -> pytest.MarkDecorator:
     """Run a test with `tries` trials: `few` in every run, `many` in the soak."""
     return pytest.mark.parametrize("tries", [few, pytest.param(many, marks=pytest.mark.soak)])
+
+
+@pytest.mark.portable
+@trials(200, 10_000)
+async def test_posts_of_a_hook_arrive_in_order(scene: Scene, tries: int) -> None:
+    hook, replica = await make_hook(scene.ana, scene.place), Replica(scene.cy, scene.place.server_id)
+    await replica.connect()
+    for number in range(tries):
+        await hook.post(f"event {number}")
+    await scene.ben_socket.receive("message:new", content=f"event {tries - 1}")
+    texts = [f"event {number}" for number in range(tries)]
+    received = [payload for name, payload in scene.ben_socket.received if name == "message:new"][1:]
+    assert [one["content"] for one in received] == texts
+    assert [one["seq"] for one in received] == list(range(received[0]["seq"], received[0]["seq"] + tries))
+    await replica.receive()
+    assert [one["content"] for one in replica.messages.values()] == ["before", *texts]
+    assert replica.requests == 0, "nothing was missing"
 
 
 GONE = (aiohttp.ClientError, OSError, TimeoutError)  # what a request raises if its server dies
