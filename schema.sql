@@ -87,19 +87,6 @@ CREATE TABLE invites (
 ) STRICT;
 CREATE INDEX invites_by_server ON invites (server_id);
 
--- Incoming hooks: whoever has the secret of a hook posts in its channel, as its bot. A hook is deleted with its bot.
-CREATE TABLE hooks (
-    hook_id    INTEGER PRIMARY KEY AUTOINCREMENT,
-    server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
-    channel_id INTEGER NOT NULL REFERENCES channels ON DELETE CASCADE,
-    name       TEXT NOT NULL,
-    user_id    INTEGER NOT NULL UNIQUE REFERENCES users,  -- the bot
-    secret     BLOB NOT NULL UNIQUE,               -- its SHA-256, so that a leaked database contains no secrets
-    created_at TEXT NOT NULL
-) STRICT;
-CREATE INDEX hooks_by_server ON hooks (server_id);
-CREATE INDEX hooks_by_channel ON hooks (channel_id);
-
 -- Sign-in codes for guests. Each can be used once.
 CREATE TABLE links (
     digest     BLOB PRIMARY KEY,                   -- SHA-256 of the code
@@ -159,6 +146,19 @@ CREATE TABLE channels (
     keep_days  INTEGER,                            -- older messages are deleted; NULL: as --keep-days says
     UNIQUE (server_id, name_key)
 ) STRICT;
+
+-- Incoming hooks: whoever has the secret of a hook posts in its channel, as its bot. A hook is deleted with its bot.
+CREATE TABLE hooks (
+    hook_id    INTEGER PRIMARY KEY AUTOINCREMENT,
+    server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
+    channel_id INTEGER NOT NULL REFERENCES channels ON DELETE CASCADE,
+    name       TEXT NOT NULL,
+    user_id    INTEGER NOT NULL UNIQUE REFERENCES users,  -- the bot
+    secret     BLOB NOT NULL UNIQUE,               -- its SHA-256, so that a leaked database contains no secrets
+    created_at TEXT NOT NULL
+) STRICT;
+CREATE INDEX hooks_by_server ON hooks (server_id);
+CREATE INDEX hooks_by_channel ON hooks (channel_id);
 
 -- A deleted message keeps its row, without its text: clients that were away need its seq, and its nonce must not post it again.
 CREATE TABLE messages (
