@@ -7499,7 +7499,7 @@ WRONG_HOOK_POSTS: list[tuple[Any, str, str]] = [  # body (JSON, or text with its
     ((b"<html>", "application/json"), "BAD_REQUEST", "NOT_JSON"),
     ((b"", "application/json"), "BAD_REQUEST", "NOT_JSON"),
     ((b"[]", "application/json"), "BAD_REQUEST", "FIELD_TYPE"),
-    ((b"[" * 10_000, "application/json"), "BAD_REQUEST", "NOT_JSON"),
+    ((b'{"a":' * 10_000, "application/json"), "BAD_REQUEST", "NOT_JSON"),
     ((b'{"text": "\xff"}', "application/json"), "BAD_REQUEST", "NOT_JSON"),
     ((b'{"text": "\\ud800"}', "application/json"), "BAD_REQUEST", "NOT_TEXT"),
     ((b"text=hello", "application/x-www-form-urlencoded"), "BAD_REQUEST", "HOOK_BODY"),
@@ -7739,7 +7739,7 @@ async def test_programs_that_post_to_slack_post_to_a_hook(tmp_path: Path) -> Non
             assert answer["ok"] is True, "they look for it"
             event = await socket.receive("message:new")
             assert answer == event | {"ok": True}, program
-            assert (event["author_name"], event["content"]) == (name, text), program
+            assert (event.get("author_name", "Alerts"), event["content"]) == (name, text), program
     assert (await process.stop())[0] == 0
 
 
