@@ -4748,17 +4748,15 @@ class PermissionMatrix:
             return other.user_id if target_kind == "member" else getattr(message.files[0] if message.files else message, key)
         if target == "another server's":
             voice = op.name.startswith("voice")
-            return (
-                self.outside_hook
-                | {
-                    "server": self.outside.server_id,
-                    "channel": self.outside_voice.channel_id if voice else self.outside.channel_id,
-                    "message": self.outside_message.message_id,
-                    "file": self.outside_message.files[0].file_id,
-                    "member": self.outsider.user_id,
-                    "invite": self.outside_invite.code,
-                }[target_kind]
-            )
+            outside = {
+                "server": self.outside.server_id,
+                "channel": self.outside_voice.channel_id if voice else self.outside.channel_id,
+                "message": self.outside_message.message_id,
+                "file": self.outside_message.files[0].file_id,
+                "member": self.outsider.user_id,
+                "invite": self.outside_invite.code,
+            }
+            return (outside | self.outside_hook)[target_kind]
         match target_kind:  # a deleted one
             case "server":
                 gone = await chat.create_server(author_id=owner.user_id, name="gone")
@@ -7501,7 +7499,7 @@ WRONG_HOOK_POSTS: list[tuple[Any, str, str]] = [  # body (JSON, or text with its
     ((b"[]", "application/json"), "BAD_REQUEST", "FIELD_TYPE"),
     ((b'{"a":' * 10_000, "application/json"), "BAD_REQUEST", "NOT_JSON"),
     ((b'{"text": "\xff"}', "application/json"), "BAD_REQUEST", "NOT_JSON"),
-    ((b'{"text": "\\ud800"}', "application/json"), "BAD_REQUEST", "NOT_TEXT"),
+    ((b'{"text": "\\ud800"}', "application/json"), "BAD_REQUEST", "NOT_JSON"),
     ((b"text=hello", "application/x-www-form-urlencoded"), "BAD_REQUEST", "HOOK_BODY"),
     ((b"payload=", "application/x-www-form-urlencoded"), "BAD_REQUEST", "HOOK_BODY"),
     ((b"payload=x", "application/x-www-form-urlencoded"), "BAD_REQUEST", "NOT_JSON"),
