@@ -7521,12 +7521,11 @@ async def test_a_wrong_post_to_a_hook_is_refused(scene: Scene) -> None:
         assert (await hook.call({"text": "x"}, key=key)).code == code
     for method in ("GET", "PUT", "DELETE"):
         assert (await scene.world.call(method, hook.url.removeprefix(scene.world.url))).code == "NOT_FOUND"
-    one = await scene.world.call("POST", hook.url.removeprefix(scene.world.url), data=b'{"text": "as a form"}')
-    assert one.status == 201, "without a type it is JSON"
-    assert [message["content"] for message in await channel_history(scene.ben, scene.place.channel_id)] == [
-        "before",
-        "as a form",
-    ]
+    untyped = await hook.call(data=b'{"text": "no type"}', skip_auto_headers=["Content-Type"])
+    as_curl = await hook.call(data=b'{"text": "a form"}', headers={"Content-Type": "application/x-www-form-urlencoded"})
+    assert (untyped.status, as_curl.status) == (201, 201)
+    stored = await channel_history(scene.ben, scene.place.channel_id)
+    assert [message["content"] for message in stored] == ["before", "no type", "a form"], "the others changed nothing"
 
 
 async def test_hooks_are_limited_and_guesses_of_their_secrets(make_world: MakeWorld) -> None:
