@@ -8630,14 +8630,11 @@ def check_addresses(settings: Settings) -> None:
     redis = REDIS_URL.fullmatch("redis://localhost" if settings.redis is None else settings.redis)
     if redis is None or int(redis[2] or 0) > PORT_MAX:  # the URL may contain a password, so it is not shown
         raise StartError("--redis: must be redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH; %-encode the password")
-    for origin in settings.cors_origin:
-        if origin != "*" and parse_origin(origin) is None:
-            raise StartError(f"--cors-origin {origin}: must be http:// or https:// and a host name, without a path")
-    for origin in settings.frame_ancestor:
-        if origin not in ("*", "self") and parse_origin(origin) is None:
-            raise StartError(
-                f"--frame-ancestor {origin}: must be 'self', or http:// or https:// and a host name, without a path"
-            )
+    origins = [("cors-origin", origin) for origin in settings.cors_origin if origin != "*"]
+    origins += [("frame-ancestor", origin) for origin in settings.frame_ancestor if origin not in ("*", "self")]
+    for option, origin in origins:
+        if parse_origin(origin) is None:
+            raise StartError(f"--{option} {origin}: must be http:// or https:// and a host name, without a path")
     for proxy in settings.trusted_proxy:
         try:
             parse_network(proxy)
