@@ -86,13 +86,10 @@ import aiohttp
 import aiosqlite
 import click
 import engineio
-import jwt
 import msgspec
-import socketio
 from aiohttp import WSMsgType, web
 from engineio.async_drivers.aiohttp import translate_request
 from msgspec import UNSET, Meta, Struct, UnsetType
-from socketio import packet as wire
 
 __version__ = "1.0.0"
 __all__ = ["ChatError", "ChatRTC", "Settings", "socket_server"]
@@ -108,6 +105,17 @@ def optional_import(name: str) -> Any:
 
 
 fcntl, msvcrt, resource, termios = map(optional_import, ("fcntl", "msvcrt", "resource", "termios"))
+
+# python-socketio and PyJWT import these if they are installed, although only --redis and --tls-self-signed need them. Without
+# them the program starts 0.35 s earlier and takes 15 MiB less. An embedding program may need them, so it imports everything.
+hidden = {"redis", "cryptography"} - set(sys.modules) if Path(sys.argv[0]).stem == "chatrtc" else set[str]()
+sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+import jwt  # noqa: E402
+import socketio  # noqa: E402
+from socketio import packet as wire  # noqa: E402
+
+for name in hidden:
+    del sys.modules[name]
 
 # ---- Settings ------------------------------------------------------------------------------------------------------
 # Each field is an option of `serve`, an environment variable CHATRTC_<NAME>, a keyword argument of ChatRTC() and a row of the
