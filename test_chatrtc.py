@@ -13965,7 +13965,7 @@ class Slow(chatrtc.ChatRTC):
         await asyncio.sleep(3)
 
 chatrtc.ChatRTC = Slow
-chatrtc.main(sys.argv[3:])
+chatrtc.main(sys.argv[4:])
 """
 
 
