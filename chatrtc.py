@@ -29,6 +29,7 @@ has been committed. The sections, to be read in this order:
     Async operations    operations that need more than one transaction, or sockets
     API                 REST and Socket.IO handlers, OpenAPI and AsyncAPI, all derived from the table of operations
     Application         starting, stopping, embedding
+    Methods             the operations as methods of ChatRTC, and the stubs that declare them to type checkers
     Command line        `chatrtc serve` and the other commands
 """
 
@@ -91,8 +92,12 @@ from aiohttp import WSMsgType, web
 from engineio.async_drivers.aiohttp import translate_request
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+if __name__ not in sys.modules:  # hatchling loads this file for `get_build_hook` without the entry that typing looks for
+    sys.path.insert(0, str(Path(__file__).parent))
+    sys.modules[__name__] = importlib.import_module("chatrtc")
+
 __version__ = "1.0.0"
-__all__ = ["ChatError", "ChatRTC", "Settings", "socket_server"]
+__all__ = ["CallerInfo", "ChatError", "ChatRTC", "Settings", "socket_server"]
 
 log = logging.getLogger("chatrtc")
 
@@ -892,6 +897,10 @@ class Args(Struct, forbid_unknown_fields=True):
 class NoArgs(Args): ...
 
 
+class ActingUser(Args):
+    as_user: Id | None = None
+
+
 class Credentials(Args):
     username: Username
     password: Annotated[str, Meta(min_length=1, max_length=256)]
@@ -1625,6 +1634,7 @@ class Emit(NamedTuple):
     event: str
     to: int  # the id of the server, channel or user whose room receives it
     payload: Payload | msgspec.Raw  # Raw: JSON, from the log
+    server_id: int = 0  # if it is in neither `to` nor the payload
 
 
 class AddChannelRoom(NamedTuple):  # the server's sockets enter the room of a new channel
@@ -1716,7 +1726,7 @@ def decode_effects(data: bytes) -> list[Effect]:
     effects: list[Effect] = []
     for name, content in msgspec.json.decode(data, type=list[tuple[str, msgspec.Raw]]):
         if name == "Emit":
-            effects.append(Emit(*msgspec.json.decode(content, type=tuple[str, int, msgspec.Raw])))
+            effects.append(Emit(*msgspec.json.decode(content, type=tuple[str, int, msgspec.Raw, int])))
         else:
             effects.append(msgspec.json.decode(content, type=EFFECTS[name]))
     return effects
@@ -5456,7 +5466,7 @@ def mark_read(ctx: OperationContext, args: MarkReadArgs) -> Result[None]:
     state = move_read_mark(ctx.db, ctx.user.user_id, args)
     if state is None:
         return Result(None)
-    return Result(None, [EmitReadMark(ctx.channel_id), Emit("channel:read", ctx.user.user_id, state)])
+    return Result(None, [EmitReadMark(ctx.channel_id), Emit("channel:read", ctx.user.user_id, state, ctx.server_id)])
 
 
 @write(None, Access.MEMBER, event="hand:raise", emits=["hand:raised"], limit="post", frees_space=True)
@@ -6755,9 +6765,10 @@ def socket_server(**options: Any) -> SocketServer:
 LOGIN_SECONDS = 10  # time limit for a socket to authenticate
 OWN_MARK_SECONDS = 0.05  # delay of the `channel:read` for a user's own post
 MAX_CACHED_TOKENS = 10_000
-HOST_SECONDS = 5.0  # time limit for a coroutine of the embedding program
+HOST_SECONDS = 5.0  # time limit for a coroutine of the embedding program; shorter than CALL_TIMEOUT
 HAND_SECONDS = 10  # from the end of a user's last socket until their raised hand is lowered
 LISTENER_EVENTS = 4096  # maximum number of events that wait for one listener of the program
+LISTENER_END_SECONDS = 1.0  # time limit of a listener for ending when the chat stops
 UPLOADS, UPLOADS_PER_USER = 64, 3  # at a time; each takes up to 0.5 MiB of memory
 DOWNLOADS, DOWNLOADS_PER_USER = 128, 8  # at a time; each takes up to 0.2 MiB of memory
 PART_BYTES = 64 * 1024  # of a file, read and sent at a time
@@ -6786,6 +6797,15 @@ class Body(NamedTuple):
     size: int | None = None
 
 
+class CallerInfo(NamedTuple):
+    """Who makes a call, for functions of the embedding program. Before sign-in, `user_id` is 0 and `username` is empty."""
+
+    user_id: int
+    username: str
+    name: str | None  # the display name, if it differs from the username
+    address: str
+
+
 class Caller(NamedTuple):
     """The user and address of a call, its socket or request (None if the embedding program makes it), its bytes if any, and how
     it speaks."""
@@ -6795,6 +6815,10 @@ class Caller(NamedTuple):
     source: Connection | web.Request | None = None
     body: Body | None = None
     speech: Speech | None = None
+
+    @property
+    def info(self) -> CallerInfo:
+        return CallerInfo(self.user.user_id, self.user.username, self.user.name, self.address)
 
     @property
     def connection(self) -> Connection:
@@ -6811,6 +6835,13 @@ class Caller(NamedTuple):
 
 # Returns the user of the embedding program who sent a request, as arguments of `upsert_user`.
 Identify = Callable[[web.Request], Awaitable[dict[str, Any] | None]]
+HostFunction = Callable[..., Coroutine[Any, Any, Any]]
+
+
+def check_function(function: HostFunction) -> None:
+    """Raise TypeError unless this is a coroutine function."""
+    if not inspect.iscoroutinefunction(function):
+        raise TypeError(f"{function!r} must be a coroutine function (async def)")
 
 
 class Hub:
@@ -6836,6 +6867,8 @@ class Hub:
         self.mount = ""  # the prefix under which it is attached
         self.connections: dict[str, Connection] = {}
         self.listeners: dict[str, list[PacketQueue]] = {}
+        self.before: dict[str, list[HostFunction]] = {}  # operation -> functions of the embedding program
+        self.host_events: dict[str, Operation] = {}  # events of the embedding program
         self.listening = False
         self.say: Callable[[BusMessage], None] = lambda message: None  # tells the other processes; set by `Bus`
         self.redis: Literal["up", "down"] | UnsetType = UNSET  # whether the processes hear each other, with --redis
@@ -6902,8 +6935,9 @@ class Hub:
     def forget_tokens(self, user_id: int) -> None:
         self._token_cache = {token: user for token, user in self._token_cache.items() if user.user_id != user_id}
 
-    async def ask_program(self, what: str, work: Coroutine[Any, Any, T]) -> T:
-        """Await a coroutine of the embedding program. Raises UNAVAILABLE, and logs why, if it fails or takes too long."""
+    async def ask_program(self, what: str, work: Coroutine[Any, Any, T], may_refuse: bool = False) -> T:
+        """Await a coroutine of the embedding program. Raises UNAVAILABLE, and logs why, if it fails or takes too long. If it
+        `may_refuse`, its ChatErrors are for the client."""
         task = self.sio.eio.spawn(work)
         try:
             await asyncio.wait([task], timeout=HOST_SECONDS)
@@ -6912,6 +6946,8 @@ class Hub:
         outcome: Any = TimeoutError(f"cancelled, or no result within {HOST_SECONDS} seconds")
         if task.done() and not task.cancelled():
             outcome = await result_or_exception(task)
+        if isinstance(outcome, ChatError) and may_refuse:
+            raise outcome
         if isinstance(outcome, Exception):
             self.sio.eio.client_log.record_bug(f"{what} failed", outcome)
             raise chat_error("HOST_FAILED")
@@ -6957,22 +6993,27 @@ class Hub:
         for session in list(self.sio.eio.sockets.values()):
             session.end(REASON.TRANSPORT_ERROR, final_packet="")
 
-    def emit(self, event: str, to: int, payload: Payload | msgspec.Raw, *, room: str = "", skip_sid: str | None = None) -> None:
+    def emit(
+        self, event: str, to: int, payload: Payload | msgspec.Raw, server_id: int = 0, *, room: str = "",
+        skip_sid: str | None = None,
+    ) -> None:  # fmt: skip
         """Send an event to its room, and to the program's own listeners."""
         if isinstance(payload, ChannelUser) and event in TOLD_EVENTS and not self.foreign:
             self.say(Change(event, payload.channel_id, payload.user_id, getattr(payload, "peer_id", "-")))
-        self.sio.publish(event, payload, f"{room or EVENTS[event].room}:{to}", skip_sid)
+        room = room or EVENTS[event].room
+        self.sio.publish(event, payload, f"{room}:{to}", skip_sid)
         for queue in self.listeners.get(event, ()) if self.listening and not self.foreign else ():
             if queue.is_full():
                 self.sio.eio.client_log.record(f"A listener of {event} is too slow", "event dropped")
-            queue.put(payload)
+            queue.put((payload, to if room == "server" else server_id))
 
-    def add_listener(self, event: str, call: AsyncCall) -> None:
-        """Call a coroutine function with the payload of each such event. Each listener has its own queue, so that a slow one
-        delays no other. If more than LISTENER_EVENTS wait, the oldest is dropped, and the log says so."""
+    def add_listener(self, event: str, call: HostFunction) -> None:
+        """Call a coroutine function with the payload of each such event and the server's id. Each listener has its own queue,
+        so that a slow one delays no other. If more than LISTENER_EVENTS wait, the oldest is dropped, and the log says so."""
 
-        async def handle(payload: Payload) -> None:
-            await call(msgspec.to_builtins(payload))
+        async def handle(job: tuple[Payload, int]) -> None:
+            payload, server_id = job
+            await call(({"server_id": server_id} if server_id else {}) | msgspec.to_builtins(payload))
 
         queue = PacketQueue(handle, lambda error: log.error("a listener failed", exc_info=error), LISTENER_EVENTS)
         self.listeners.setdefault(event, []).append(queue)
@@ -6984,7 +7025,7 @@ class Hub:
             queue.close()
             if (task := queue.running) is not None:
                 task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+                await asyncio.wait([task], timeout=LISTENER_END_SECONDS)
 
     def connections_of(self, user_id: int) -> list[Connection]:
         return [self.connections[sid] for sid in self.sio.sids_in(f"user:{user_id}") if sid in self.connections]
@@ -7007,7 +7048,7 @@ class Hub:
     def emit_read_mark(self, channel_id: int) -> None:
         if (mark := self._own_marks.pop(channel_id, None)) is not None:
             with self.as_foreign(mark.foreign):
-                self.emit("channel:read", mark.user_id, ReadState(channel_id, mark.message_id, 0, 0))
+                self.emit("channel:read", mark.user_id, ReadState(channel_id, mark.message_id, 0, 0), mark.server_id)
 
     def forget_marks(self, server_id: int, user_id: int | None = None) -> None:
         """Drop the delayed read marks of a user in a server that the user has left, or of all users if it is deleted."""
@@ -7178,7 +7219,7 @@ class Hub:
         notice = ChannelUser(channel_id, user.user_id, user.username, name=user.name)
         is_due = self.typing_tracker.start(server_id, notice, sid, loop.time())
         if is_due and user.user_id not in self.presence.invisible:
-            self.emit("user:typing", channel_id, notice, skip_sid=sid)
+            self.emit("user:typing", channel_id, notice, server_id, skip_sid=sid)
         loop.call_later(TYPING_SECONDS + 0.01, self.end_typing)
 
     def end_typing(self) -> None:
@@ -7189,7 +7230,7 @@ class Hub:
     def stop_typing(self, channel_id: int, user_id: int) -> None:
         typing_user = self.typing_tracker.pop((channel_id, user_id), None)
         if typing_user is not None and user_id not in self.presence.invisible:
-            self.emit("typing_stop", channel_id, typing_user.notice, skip_sid=typing_user.sid)
+            self.emit("typing_stop", channel_id, typing_user.notice, typing_user.server_id, skip_sid=typing_user.sid)
 
     def stop_all_typing(self, connection: Connection, server_id: int | None = None) -> None:
         for channel_id, user_id in self.typing_tracker.of_socket(connection.sid, server_id):
@@ -8151,15 +8192,31 @@ async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result
         return await hub.read_slow(caller, job)
 
 
+async def run_before(hub: Hub, op: Operation, caller: Caller, args: Any) -> Any:
+    """Return the arguments as the embedding program's functions for this operation, called one after the other, leave them."""
+    for function in hub.before[op.name]:
+        changed = await function(caller.info, args)
+        if not isinstance(changed, op.args | None):
+            raise TypeError(f"{function.__qualname__} must return {op.args.__name__} or None")
+        try:
+            args = read_args(op.args, msgspec.to_builtins(args if changed is None else changed))
+        except ChatError as error:
+            raise ValueError(f"{function.__qualname__} made the arguments invalid: {error.detail}") from None
+    return args
+
+
 async def run_operation(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result[Any]:
     """Run an operation within its rate limit, and log it if it is in LOGGED. Raises ChatError, TimeoutError."""
-    if op.limit in LIMITS and caller.source is not None:  # the embedding program has no limits
-        limit = LIMITS[op.limit]
-        key_owner = caller.address if limit.by == "address" else caller.user.user_id
-        if limit.failures:
-            with hub.limiter.charge_unknown_code(op.limit, key_owner):
-                return await dispatch(hub, op, caller, args)
-        hub.limiter.charge(op.limit, key_owner)
+    is_client = caller.source is not None  # the embedding program has no limits
+    limit = LIMITS.get(op.limit or "") if is_client else None
+    name, key_owner = op.limit or "", caller.address if limit and limit.by == "address" else caller.user.user_id
+    if limit and not limit.failures:
+        hub.limiter.charge(name, key_owner)
+    if op.name in hub.before and is_client:
+        args = await hub.ask_program(f"before {op.name}", run_before(hub, op, caller, args), may_refuse=True)
+    if limit and limit.failures:
+        with hub.limiter.charge_unknown_code(name, key_owner):
+            return await dispatch(hub, op, caller, args)
     result = await dispatch(hub, op, caller, args)
     if op.name in LOGGED:
         target = {name: getattr(args, name) for name in ("server_id", "user_id", "role") if hasattr(args, name)}
@@ -8421,11 +8478,39 @@ def error_middleware(engine: Engine, ours: Collection[object]) -> Callable[..., 
 # Socket.IO.
 
 CLIENT_EVENTS = {op.event: op for op in OPERATIONS.values() if op.event is not None}
+EVENT_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")  # of the embedding program
+TAKEN_EVENTS = RESERVED | EVENTS.keys() | CLIENT_EVENTS.keys() | {"message"}
 
 
-async def handle_event(hub: Hub, event: str, sid: str, payload: tuple[Any, ...]) -> Result[Any]:
-    """Run the operation of an event. Raises ChatError, TimeoutError."""
-    op = CLIENT_EVENTS.get(event)
+def host_operation(name: str, function: HostFunction) -> Operation:
+    """Return an event of the embedding program as an operation. Its arguments have the type of the function's second parameter.
+    Raises TypeError."""
+    check_function(function)
+    parameters = list(inspect.signature(function, eval_str=True).parameters.values())
+    if len(parameters) != 2:
+        raise TypeError(f"{function.__qualname__} must have two parameters: the caller and the data")
+    kind: Any = Any if parameters[1].annotation is inspect.Parameter.empty else parameters[1].annotation
+    msgspec.json.schema(kind)  # raises TypeError for a type that msgspec does not know
+
+    async def answer(caller: Caller, args: Any) -> dict[str, Any]:
+        value = await function(caller.info, args)
+        result = msgspec.json.decode(msgspec.json.encode({} if value is None else value))
+        if not isinstance(result, dict):
+            raise TypeError(f"{function.__qualname__} must return a dict or None")
+        return result | {"success": True}
+
+    async def run(hub: Hub, caller: Caller, args: Any) -> Result[dict[str, Any]]:
+        return Result(await hub.ask_program(f"event {name}", answer(caller, args), may_refuse=True))
+
+    return Operation(
+        name=name, run=run, kind="async", event=name, method=None, path=None, access=Access.USER, args=kind,
+        result=type(None), status=200, replay_status=200, frees_space=False, summary=inspect.getdoc(function) or "",
+    )  # fmt: skip
+
+
+async def handle_event(hub: Hub, event: str, sid: str, payload: tuple[Any, ...]) -> dict[str, Any]:
+    """Run the operation of an event and return its ack. Raises ChatError, TimeoutError."""
+    op = CLIENT_EVENTS.get(event) or hub.host_events.get(event)
     if op is None:
         raise chat_error("NO_EVENT")
     connection = hub.connections.get(sid)
@@ -8435,11 +8520,12 @@ async def handle_event(hub: Hub, event: str, sid: str, payload: tuple[Any, ...])
         raise chat_error("SIGN_IN_FIRST")
     if op.limit != "itself":
         hub.limiter.charge("event", connection.user.user_id or sid)
-    if len(payload) > 1 or (not payload and op.args is not NoArgs):
+    if len(payload) > 1 or (not payload and op.args not in (NoArgs, Any)):
         raise chat_error("ONE_OBJECT")
     raw = payload[0] if payload and payload != (None,) else ({} if op.args is NoArgs else None)
     caller = Caller(connection.user, connection.address, connection)
-    return await run_operation(hub, op, caller, read_args(op.args, raw))
+    result = await run_operation(hub, op, caller, read_args(op.args, raw))
+    return {"success": True} | (msgspec.to_builtins(result.value) or {} if op.acks else {})
 
 
 def add_socket_handlers(hub: Hub) -> None:
@@ -8468,11 +8554,9 @@ def add_socket_handlers(hub: Hub) -> None:
     @sio.on("*")  # type: ignore[untyped-decorator]
     async def on_event(event: str, sid: str, *payload: Any) -> dict[str, Any] | ChatError:
         outcome = await result_or_error(handle_event(hub, event, sid, payload))
-        if isinstance(outcome, ChatError):
-            if (connection := hub.connections.get(sid)) is not None:
-                sio.eio.client_log.record_error(connection.address, outcome)
-            return outcome  # the Socket.IO server sends it
-        return {"success": True} | (msgspec.to_builtins(outcome.value) or {} if CLIENT_EVENTS[event].acks else {})
+        if isinstance(outcome, ChatError) and (connection := hub.connections.get(sid)) is not None:
+            sio.eio.client_log.record_error(connection.address, outcome)
+        return outcome  # the Socket.IO server sends it
 
 
 # OpenAPI and AsyncAPI.
@@ -8550,23 +8634,29 @@ def channel_message(name: str) -> dict[str, Any]:
     return {"channel": {"$ref": "#/channels/socket"}, "messages": [{"$ref": f"#/channels/socket/messages/{name}"}]}
 
 
-def asyncapi() -> dict[str, Any]:
+def asyncapi(host_events: Collection[Operation] = ()) -> dict[str, Any]:
     """Return the events as an AsyncAPI 3.0 document: those that a client may emit, with their acks, and those it receives."""
     types = [kind for op in CLIENT_EVENTS.values() for kind in (op.args, op.result)]
     schemas = component_schemas([*types, *(kind.payload for kind in EVENTS.values())])
+    # The embedding program's types have names of their own, which could be equal to ours.
+    host_args, host_schemas = msgspec.json.schema_components(
+        [op.args for op in host_events], ref_template=reference("host.{name}")["$ref"]
+    )
+    schemas |= {f"host.{name}": schema for name, schema in host_schemas.items()}
+    args = [reference(op.args.__name__) for op in CLIENT_EVENTS.values()] + list(host_args)
     payloads = {name: reference(kind.payload.__name__) for name, kind in EVENTS.items()}
     success = {"type": "object", "properties": {"success": {"const": True}}, "required": ["success"]}
     operations: dict[str, Any] = {}
-    for name, op in CLIENT_EVENTS.items():
+    for op, schema in zip([*CLIENT_EVENTS.values(), *host_events], args, strict=True):
         has_value = op.acks and op.result is not type(None)
         ack = {"allOf": [success, reference(op.result.__name__)]} if has_value else success
-        payloads |= {f"{name}.in": reference(op.args.__name__), f"{name}.ack": ack}
-        receive = {"action": "receive", "reply": channel_message(f"{name}.ack")}
-        operations[f"emit {name}"] = describe_operation(op) | channel_message(f"{name}.in") | receive
+        payloads |= {f"{op.event}.in": schema, f"{op.event}.ack": ack}
+        receive = {"action": "receive", "reply": channel_message(f"{op.event}.ack")}
+        operations[f"emit {op.event}"] = describe_operation(op) | channel_message(f"{op.event}.in") | receive
     for name, kind in EVENTS.items():
         to = "To the socket." if kind.room == "socket" else f"To room {kind.room}:{{id}}."
         operations[f"hear {name}"] = channel_message(name) | {"action": "send", "summary": kind.description, "description": to}
-    messages = {key: {"name": key.partition(".")[0], "payload": payload} for key, payload in payloads.items()}
+    messages = {key: {"name": key.rpartition(".")[0] or key, "payload": payload} for key, payload in payloads.items()}
     return {
         "asyncapi": "3.0.0",
         "info": {"title": "ChatRTC", "version": __version__},
@@ -8849,6 +8939,9 @@ class Runner(web.AppRunner):
         return HandlerServer(made.request_handler, request_factory=made.request_factory, loop=made._loop, **self._kwargs)
 
 
+Function = TypeVar("Function", bound=HostFunction)
+
+
 class ChatRTC:
     """A chat server to run or to embed:
 
@@ -8856,12 +8949,16 @@ class ChatRTC:
         chat.attach(app, prefix="/chat")
 
     The keywords are the settings of `serve`. Every operation, except those of sockets only, is a method with the arguments of
-    its route: `await chat.post_message(as_user=1, channel_id=1, content="hello")`. `as_user` is the user who performs it.
-    It returns the result and raises ChatError.
+    its route: `await chat.post_message(as_user=1, channel_id=1, content="hello")`. `as_user` is the user who performs it
+    (`author_id` is the older name). It returns the result and raises ChatError.
 
     `identify` lets the application's own login in: a coroutine function that takes a request and returns the user who sent it,
     as a dict of arguments for `upsert_user`, or None. Without `page`, there is no chat page.
     """
+
+    if typing.TYPE_CHECKING:  # the methods are added below; the stubs of the wheel declare them
+
+        def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]: ...
 
     def __init__(
         self, *, identify: Identify | None = None, page: bool = True, frame_ancestors: Sequence[str] | None = None,
@@ -8886,7 +8983,7 @@ class ChatRTC:
         routes = [
             *([web.get("/", page_file(self.settings, self.hub.identify is not None).__call__)] if page else []),
             web.get("/openapi.json", StaticFile(msgspec.json.encode(openapi()), JSON).__call__),
-            web.get("/asyncapi.json", StaticFile(msgspec.json.encode(asyncapi()), JSON).__call__),
+            web.get("/asyncapi.json", self._send_asyncapi),
             web.get("/invites/{code}.svg", functools.partial(send_invite_code, self.hub)),
             *(
                 # An emoji may contain a brace or a slash.
@@ -8904,15 +9001,43 @@ class ChatRTC:
         if prefix:
             app.add_subapp("/" + prefix, mounted)
 
-    def on(self, event: str) -> Callable[[AsyncCall], AsyncCall]:
-        """Return a decorator that calls a coroutine function with the payload of each such event, in order. Listeners do not
-        wait for each other. If one falls 4,096 events behind, the oldest are dropped."""
-        if event not in EVENTS:
-            raise ValueError(f"There is no event named {event}")
+    def on(self, event: str) -> Callable[[Function], Function]:
+        """Return a decorator that calls a coroutine function with the payload of each such event and its `server_id`, in order.
+        Listeners do not wait for each other. If one falls 4,096 events behind, the oldest are dropped."""
+        if event not in EVENTS or EVENTS[event].room == "socket":
+            raise ValueError(f"There is no event named {event} for listeners")
 
-        def register(listener: AsyncCall) -> AsyncCall:
+        def register(listener: Function) -> Function:
+            check_function(listener)
             self.hub.add_listener(event, listener)
             return listener
+
+        return register
+
+    def before(self, operation: str) -> Callable[[Function], Function]:
+        """Return a decorator that calls a coroutine function before clients perform an operation, with a CallerInfo and the
+        operation's arguments. It may return other arguments of that type, or raise ChatError to refuse. Several functions are
+        called in the order of their registration. The program's own calls are not affected."""
+        if operation not in OPERATIONS:
+            raise ValueError(f"There is no operation named {operation}")
+
+        def register(function: Function) -> Function:
+            check_function(function)
+            self.hub.before.setdefault(operation, []).append(function)
+            return function
+
+        return register
+
+    def event(self, name: str) -> Callable[[Function], Function]:
+        """Return a decorator that calls a coroutine function for an event that clients emit, with a CallerInfo and the data,
+        validated if that parameter is annotated. The ack is `success` and the dict that the function returns."""
+        if name in TAKEN_EVENTS or name in self.hub.host_events or not EVENT_NAME.fullmatch(name):
+            raise ValueError(f"An event cannot be named {name}: the name is taken, or contains a character that is not allowed")
+
+        def register(function: Function) -> Function:
+            self.hub.host_events[name] = host_operation(name, function)
+            self.__dict__.pop("_asyncapi", None)
+            return function
 
         return register
 
@@ -8963,21 +9088,29 @@ class ChatRTC:
         args = read_args(UserArgs, {"user_id": user_id})
         await self.hub.store.write(lambda db: Result(None, [Revoke(require_user(db, args.user_id).user_id)]), frees_space=True)
 
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        """Return an operation as a method."""
-        op = OPERATIONS.get(name)
-        if op is None or (op.path is None and op.kind == "async"):
-            raise AttributeError(name)
-        return functools.partial(self._call, op)
+    @functools.cached_property
+    def _asyncapi(self) -> StaticFile:
+        return StaticFile(msgspec.json.encode(asyncapi(self.hub.host_events.values())), JSON)
 
-    async def _call(self, op: Operation, *, as_user: int | None = None, author_id: int | None = None, **args: Any) -> Any:
-        user_id = author_id if as_user is None else as_user  # `author_id` is the older name
+    async def _send_asyncapi(self, request: web.Request) -> web.Response:
+        return await self._asyncapi(request)
+
+    async def _call(self, op: Operation, args: dict[str, Any]) -> Any:
+        """Perform an operation for the embedding program. Raises ChatError."""
+        user_id = args.pop("as_user", None)
+        if user_id is None or "author_id" not in op.args.__struct_fields__:
+            older = args.pop("author_id", None)
+            user_id = older if user_id is None else user_id
+        user_id = read_args(ActingUser, {"as_user": user_id}).as_user
         user = self.hub.store.read_inline(load_principal, user_id, b"") if user_id is not None else None
         if user is None and (user_id is not None or op.access is not Access.ANYONE):
             raise chat_error("NO_AUTHOR" if user_id is None else "NO_USER")
-        data = args.pop("data", b"") if op.raw_body else b""
+        data = args.pop("data") if op.raw_body else b""
+        if not isinstance(data, bytes | AsyncIterator):
+            raise chat_error("FIELD_TYPE", field="data", what="data", n="Expected bytes or an asynchronous iterator")
         caller = Caller(user or NOBODY, "program", None, Body(data, len(data) if isinstance(data, bytes) else None))
-        return (await run_operation(self.hub, op, caller, read_args(op.args, args))).value
+        given = {name: value for name, value in args.items() if value is not UNSET}
+        return (await run_operation(self.hub, op, caller, read_args(op.args, given))).value
 
     async def _run(self, app: web.Application) -> AsyncIterator[None]:
         await self.start()
@@ -9154,6 +9287,166 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
         notify_systemd("STOPPING=1")
     finally:
         await runner.cleanup()
+
+
+# ---- Methods -------------------------------------------------------------------------------------------------------
+# The operations as methods of ChatRTC, and the stubs by which type checkers know them. Both follow from `OPERATIONS`; the stubs
+# are made when a wheel is built.
+
+
+def make_method(op: Operation) -> Any:
+    """Return an operation as a method of ChatRTC."""
+    hints = {"as_user": int | None, "author_id": int | None, **typing.get_type_hints(op.args)}
+    defaults: dict[str, Any] = {"as_user": None, "author_id": None}
+    for field in msgspec.structs.fields(op.args):
+        if not field.required:
+            defaults[field.name] = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+    if op.raw_body:
+        hints["data"] = bytes | AsyncIterator[bytes]
+    required = hints.keys() - defaults.keys()
+
+    async def run(self: ChatRTC, **args: Any) -> Any:
+        if unknown := args.keys() - hints.keys():
+            raise TypeError(f"ChatRTC.{op.name}() got an unexpected keyword argument {min(unknown)!r}")
+        if missing := required - args.keys():
+            raise TypeError(f"ChatRTC.{op.name}() is missing the keyword argument {min(missing)!r}")
+        return await self._call(op, args)
+
+    method: Any = run
+    method.__name__, method.__qualname__, method.__doc__ = op.name, f"ChatRTC.{op.name}", op.summary
+    method.__annotations__ = hints | {"return": op.result}
+    make, empty = inspect.Parameter, inspect.Parameter.empty
+    keywords = [
+        make(name, make.KEYWORD_ONLY, default=defaults.get(name, empty), annotation=hint) for name, hint in hints.items()
+    ]
+    itself = make("self", make.POSITIONAL_OR_KEYWORD)
+    method.__signature__ = inspect.Signature([itself, *keywords], return_annotation=op.result)
+    return method
+
+
+for callable_op in OPERATIONS.values():
+    if callable_op.path is not None or callable_op.kind != "async":  # the others need a socket
+        setattr(ChatRTC, callable_op.name, make_method(callable_op))
+
+STUBS = '''"""The types of ChatRTC, made from its table of operations."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Literal, NamedTuple, Optional, TypeVar, Union, overload
+
+import aiohttp.web_app, aiohttp.web_request
+from msgspec import UNSET, Struct, UnsetType
+
+__version__: str
+A = TypeVar("A")
+Before = Callable[[CallerInfo, A], Coroutine[Any, Any, A | None]]
+Listener = TypeVar("Listener", bound=Callable[[dict[str, Any]], Coroutine[Any, Any, object]])
+Event = TypeVar("Event", bound=Callable[[CallerInfo, Any], Coroutine[Any, Any, dict[str, Any] | Struct | None]])
+
+def socket_server(**options: Any) -> Any: ...
+
+class StartError(Exception): ...
+
+class ChatError(Exception):
+    code: str
+    detail: str
+    retry_after: float | None
+    status: int
+    reason: str | None
+    field: str | None
+    def __init__(
+        self, code: {codes}, detail: str | None = None, retry_after: float | None = None, status: int | None = None, *,
+        reason: str | None = None, field: str | None = None,
+    ) -> None: ...
+    def body(self) -> dict[str, Any]: ...
+
+class CallerInfo(NamedTuple):
+    user_id: int
+    username: str
+    name: str | None
+    address: str
+
+class FileContent:
+    digest: bytes
+    def parts(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]: ...
+
+class Document(NamedTuple):
+    name: str
+    parts: AsyncIterator[bytes]
+
+{structs}
+
+class ChatRTC:
+    settings: Settings
+    sio: Any
+    def __init__{init}: ...
+    def on(self, event: {events}) -> Callable[[Listener], Listener]: ...
+    def event(self, name: str) -> Callable[[Event], Event]: ...
+    {methods}
+'''
+QUALIFIER = re.compile(r"\b(chatrtc|collections\.abc|msgspec|typing)\.")
+
+
+def literal(names: Iterable[str]) -> str:
+    return f"Literal[{', '.join(map(repr, names))}]"
+
+
+def fields_text(kind: type[Struct]) -> list[str]:
+    """Return the fields of a struct as they are declared."""
+    required = {field.name: field.required for field in msgspec.structs.fields(kind)}
+    hints = {name: inspect.formatannotation(hint) for name, hint in typing.get_type_hints(kind).items()}
+    return [f"{name}: {hints[name]}{'' if required[name] else ' = ...'}" for name in required]
+
+
+def method_stubs() -> Iterator[str]:
+    """Yield the declarations of the methods of ChatRTC that are not in STUBS."""
+    kinds: dict[type[Args], list[str]] = {}
+    for op in OPERATIONS.values():
+        kinds.setdefault(op.args, []).append(op.name)
+    for kind, names in kinds.items():
+        function = f"Before[{kind.__name__}]"
+        yield f"@overload\n    def before(self, operation: {literal(names)}) -> Callable[[{function}], {function}]: ..."
+    for name, method in vars(ChatRTC).items():
+        if not inspect.isfunction(method) or name[0] == "_" or name in ("on", "event", "before"):
+            continue
+        start = f"{'async ' if inspect.iscoroutinefunction(method) else ''}def {name}"
+        end = f'{inspect.signature(method, eval_str=True)}:\n        """{inspect.getdoc(method)}"""'
+        either = "as_user: int | None = None, author_id: int | None = None"
+        if name not in OPERATIONS or OPERATIONS[name].access is Access.ANYONE:
+            yield start + end
+        elif either in end:  # `author_id` is the older name of `as_user`
+            yield f"@overload\n    {start}{end.replace(either, 'as_user: int')}"
+            yield f"@overload\n    {start}{end.replace(either, 'author_id: int')}"
+        else:
+            yield start + end.replace("as_user: int | None = None", "as_user: int")
+
+
+def stubs() -> str:
+    """Return the types of the public names as a stub file."""
+    kinds = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, Args | Payload | Settings)]
+    structs = ["\n    ".join([f"class {kind.__name__}(Struct, kw_only=True):", *fields_text(kind), "pass"]) for kind in kinds]
+    settings = ", ".join(fields_text(Settings)).replace("tuple[str, ...]", "Sequence[str]")
+    init = str(inspect.signature(ChatRTC.__init__, eval_str=True)).replace("**settings: Any", settings)
+    texts = {"structs": "\n\n".join(structs), "init": init, "methods": "\n    ".join(method_stubs())}
+    events = [name for name, kind in EVENTS.items() if kind.room != "socket"]
+    text = STUBS.format(codes=literal(ERRORS), events=literal(events), **texts)
+    return QUALIFIER.sub("", text).replace("NoneType", "None")
+
+
+def get_build_hook() -> type[Any]:
+    """Return the hook by which hatchling adds the stubs to a wheel."""
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface  # only to build a wheel
+
+    class StubsHook(BuildHookInterface[Any]):
+        def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+            self.stubs = Path(self.directory, "chatrtc.pyi")
+            if version == "standard":
+                self.stubs.write_text(sys.modules[__name__].stubs(), "utf-8")
+                build_data["force_include"][str(self.stubs)] = "chatrtc-stubs/__init__.pyi"
+
+        def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+            self.stubs.unlink(missing_ok=True)
+
+    return StubsHook
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------

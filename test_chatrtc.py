@@ -20,6 +20,7 @@ import itertools
 import json
 import mimetypes
 import os
+import pydoc
 import random
 import re
 import shutil
@@ -44,7 +45,7 @@ from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import aiohttp
@@ -3478,7 +3479,7 @@ async def test_the_program_uploads_and_reads_files(scene: Scene) -> None:
     with pytest.raises(Boom):
         await chat.upload_file(**at, name="a.bin", data=broken())
     await until(lambda: stored_now(scene.world) == before)
-    with pytest.raises(chatrtc.ChatError, match="Unknown field"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'data'"):
         await chat.post_message(**at, content="x", data=b"x")
 
 
@@ -9072,7 +9073,9 @@ async def test_a_listener_receives_the_events_of_sockets(world: World) -> None:
     socket = await ana.socket(place.server_id)
     posted = await world.chat.post_message(author_id=ana.user_id, channel_id=place.channel_id, content="by program")
     received = await socket.receive("message:new")
-    assert received == msgspec.to_builtins(posted) == await asyncio.wait_for(published.get(), PATIENCE)
+    heard = await asyncio.wait_for(published.get(), PATIENCE)
+    assert received == msgspec.to_builtins(posted)
+    assert heard == received | {"server_id": place.server_id}
 
 
 @pytest.mark.portable
@@ -9118,6 +9121,33 @@ async def test_a_listener_that_falls_behind_misses_the_oldest_with_a_warning(
     gate.set()
     await until(lambda: received == ["0", "16", "17", "18", "19"])
     assert ["too slow" in record.message for record in caplog.records] == [True], "one line per minute"
+
+
+@pytest.mark.portable
+async def test_a_listener_gets_the_server_of_every_event(scene: Scene) -> None:
+    heard: dict[str, set[Any]] = {}
+
+    def listen(event: str) -> None:
+        @scene.world.chat.on(event)
+        async def note(payload: Any) -> None:
+            heard.setdefault(event, set()).add(payload.get("server_id"))
+
+    for event, kind in chatrtc.EVENTS.items():
+        if kind.room != "socket":
+            listen(event)
+    channel = {"channel_id": scene.place.channel_id}
+    await scene.ben_socket.ok("typing_start", channel)
+    await scene.ben_socket.ok("typing_stop", channel)
+    message = await scene.ana.post(scene.place.channel_id, "hello @ben")
+    await scene.ana.ok("PUT", f"/messages/{message['message_id']}/reactions/x")
+    await scene.ben.ok("PUT", f"/channels/{scene.place.channel_id}/read", {"message_id": message["message_id"]})
+    await scene.ben_socket.ok("user:status", {"status": "busy"})
+    await scene.ana.ok("PATCH", f"/channels/{scene.place.channel_id}", {"name": "renamed"})
+    expected = {"user:typing", "typing_stop", "message:new", "mention", "channel:read", "reaction:add", "user:status"}
+    await until(lambda: expected | {"channel:updated"} <= set(heard))
+    assert all(heard[event] == {scene.place.server_id} for event in expected), heard
+    await scene.ben_socket.ok("user:status", {"status": "invisible"})
+    await until(lambda: heard["user:status"] == {scene.place.server_id, None})  # sent to the user's own sockets only
 
 
 # ---- Async operations -----------------------------------------------------------------------------------------------
@@ -9618,6 +9648,200 @@ async def test_the_sample_of_the_specification_works_unchanged(world: World, tmp
         process.kill()
         await process.wait()
     assert (await listener.receive("user:disconnected"))["user_id"] == ben.user_id
+
+
+# Functions of the embedding program that clients reach: `before` an operation, and events of its own.
+
+
+@pytest.mark.portable
+async def test_before_can_change_and_refuse_what_clients_do(scene: Scene) -> None:
+    chat, callers = scene.world.chat, list[chatrtc.CallerInfo]()
+
+    @chat.before("post_message")
+    async def shout(caller: chatrtc.CallerInfo, args: chatrtc.NewMessage) -> chatrtc.NewMessage:
+        callers.append(caller)
+        if "http" in args.content:
+            raise chatrtc.ChatError("FORBIDDEN", "No links, please")
+        return msgspec.structs.replace(args, content=args.content.upper())
+
+    @chat.before("post_message")
+    async def mark(caller: chatrtc.CallerInfo, args: chatrtc.NewMessage) -> None:
+        args.content += f" by {caller.username}"
+
+    @chat.before("register")
+    async def watch(caller: chatrtc.CallerInfo, args: chatrtc.NewUser) -> None:
+        callers.append(caller)
+
+    post = {"channel_id": scene.place.channel_id, "content": "hello"}
+    posted = [await scene.ben.ok("POST", "/messages", post), await scene.ben_socket.ok("message:send", post)]
+    assert [message["content"] for message in posted] == ["HELLO by ben"] * 2, "both functions, in order"
+    assert (await chat.post_message(as_user=scene.ben.user_id, **post)).content == "hello", "the program's own calls differ"
+    link = post | {"content": "http://example.org"}
+    refused = (await scene.ben.call("POST", "/messages", link)).body
+    assert refused == {"error": "No links, please", "code": "FORBIDDEN"}
+    assert await scene.ben_socket.call("message:send", link) == {"success": False} | refused
+    await scene.world.person("fay")
+    assert callers == [chatrtc.CallerInfo(scene.ben.user_id, "ben", None, "127.0.0.1")] * 4 + [(0, "", None, "127.0.0.1")]
+    assert len(await channel_history(scene.ben, scene.place.channel_id)) == 4  # with the one that Scene posts
+    with pytest.raises(ValueError, match="post_mesage"):
+        chat.before("post_mesage")
+    registers: list[Any] = [chat.before("post_message"), chat.on("message:new"), chat.event("own")]
+    for register in registers:
+        with pytest.raises(TypeError, match="coroutine function"):
+            register(lambda caller, args: None)
+
+
+@pytest.mark.portable
+async def test_events_of_a_socket_stay_in_order_while_before_waits(scene: Scene) -> None:
+    gate, waiting = asyncio.Event(), asyncio.Event()
+
+    @scene.world.chat.before("post_message")
+    async def wait(caller: chatrtc.CallerInfo, args: chatrtc.NewMessage) -> None:
+        if args.content == "1":
+            waiting.set()
+            await gate.wait()
+
+    ids = {"channel_id": scene.place.channel_id}
+    for content in ("1", "2", "3"):
+        await scene.ana_socket.client.emit("message:send", ids | {"content": content})
+    await waiting.wait()
+    await scene.ben_socket.ok("message:send", ids | {"content": "meanwhile"})  # other sockets do not wait
+    gate.set()
+    order = [(await scene.ben_socket.receive("message:new"))["content"] for _ in range(4)]
+    assert order == ["meanwhile", "1", "2", "3"]
+
+
+@pytest.mark.portable
+async def test_a_failing_function_of_the_program_is_answered(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is wrong with it, the call fails with HOST_FAILED, nothing is posted, and the log has a traceback."""
+    chat, end = scene.world.chat, asyncio.Event()
+    monkeypatch.setattr(chatrtc, "HOST_SECONDS", 0.05)
+
+    async def fail(caller: chatrtc.CallerInfo, args: Any) -> Any:
+        raise Boom
+
+    async def wait(caller: chatrtc.CallerInfo, args: Any) -> Any:
+        await end.wait()
+
+    async def ignore_cancellation(caller: chatrtc.CallerInfo, args: Any) -> Any:
+        while not end.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await end.wait()
+
+    async def be_cancelled(caller: chatrtc.CallerInfo, args: Any) -> Any:
+        raise asyncio.CancelledError
+
+    def returning(value: Any) -> Any:
+        async def returns(caller: chatrtc.CallerInfo, args: Any) -> Any:
+            return value
+
+        return returns
+
+    message = {"channel_id": scene.place.channel_id, "content": "hello"}
+    wrong_results = {
+        "post_message": ["hello", message, chatrtc.EditMessage(1, "x"), chatrtc.NewMessage(1, "x" * 4001)],
+        "own": ["hello", [], object(), {"x": "\ud800"}, {"x": {1: object()}}],
+    }
+    for name, wrong in wrong_results.items():
+        for number, function in enumerate([fail, wait, ignore_cancellation, be_cancelled, *map(returning, wrong)]):
+            caplog.clear()
+            chat.sio.eio.client_log = chatrtc.RateLimitedLog()
+            if name == "own":
+                chat.event(f"own:{number}")(function)
+                ack = await scene.ben_socket.client.call(f"own:{number}", {}, timeout=PATIENCE)
+            else:
+                chat.hub.before[name] = [function]
+                ack = await scene.ben_socket.call("message:send", message)
+                assert {"success": False} | (await scene.ben.call("POST", "/messages", message)).body == ack
+            assert (ack["success"], ack["code"], ack["reason"]) == (False, "UNAVAILABLE", "HOST_FAILED"), (function, ack)
+            assert any(record.exc_info and " failed (" in record.message for record in caplog.records), function
+    caplog.clear()
+    end.set()
+    assert len(await channel_history(scene.ben, scene.place.channel_id)) == 1  # the one that Scene posts
+    del chat.hub.before["post_message"]
+    await scene.ben_socket.ok("message:send", message)
+
+
+class QuizAnswer(msgspec.Struct):
+    """An answer of a pupil, the argument of an event of the embedding program."""
+
+    question: Annotated[int, msgspec.Meta(ge=1)]
+    choice: str = "a"
+
+
+@pytest.mark.portable
+async def test_the_program_has_events_of_its_own(scene: Scene) -> None:
+    chat = scene.world.chat
+
+    @chat.event("quiz:answer")
+    async def answer(caller: chatrtc.CallerInfo, data: QuizAnswer) -> dict[str, Any]:
+        """Answer a question."""
+        if data.choice == "late":
+            raise chatrtc.ChatError("CONFLICT", "This question is closed")
+        return {"right": data.choice == "b", "user_id": caller.user_id, "success": False}
+
+    @chat.event("quiz.next")
+    async def following(caller: chatrtc.CallerInfo, data) -> None:  # type: ignore[no-untyped-def]
+        assert data is None
+
+    async def emit(socket: Socket, event: str, *payload: Any) -> Any:
+        return await socket.client.call(event, payload or None, timeout=PATIENCE)
+
+    right = {"question": 1, "choice": "b"}
+    assert await emit(scene.ben_socket, "quiz:answer", right) == {"success": True, "right": True, "user_id": scene.ben.user_id}
+    assert await emit(scene.ben_socket, "quiz.next") == {"success": True}
+    wrong = {
+        "FIELD_SMALL": [right | {"question": 0}], "FIELD_MISSING": [{}], "FIELD_TYPE": ["b"], "ONE_OBJECT": [right, right],
+        None: [right | {"choice": "late"}],
+    }  # fmt: skip
+    for reason, payload in wrong.items():
+        ack = await emit(scene.ben_socket, "quiz:answer", *payload)
+        assert (ack["success"], ack.get("reason")) == (False, reason), ack
+    assert ack["error"] == "This question is closed"
+    await scene.ben_socket.client.emit("quiz:answer", {})
+    assert (await scene.ben_socket.receive("error"))["reason"] == "FIELD_MISSING"
+    stranger = await scene.world.socket()
+    assert (await emit(stranger, "quiz:answer", right))["reason"] == "SIGN_IN_FIRST"
+
+    described = (await scene.world.call("GET", "/asyncapi.json")).body
+    assert described["operations"]["emit quiz:answer"]["summary"] == "Answer a question."
+    messages = described["channels"]["socket"]["messages"]
+    assert (messages["quiz:answer.in"]["name"], messages["quiz.next.in"]["name"]) == ("quiz:answer", "quiz.next")
+    check_schema(described, messages["quiz:answer.in"]["payload"], right)
+    with pytest.raises(jsonschema.ValidationError):
+        check_schema(described, messages["quiz:answer.in"]["payload"], {"question": 0})
+    chat.event("quiz:later")(following)
+    assert "emit quiz:later" in (await scene.world.call("GET", "/asyncapi.json")).body["operations"]
+
+    taken = ["message:send", "message:new", "authenticate", "connect", "disconnect", "message", "error", "*"]
+    for name in (*taken, "quiz:answer", "", "with space", "x" * 65):
+        with pytest.raises(ValueError, match="named"):
+            chat.event(name)
+    with pytest.raises(ValueError, match="voice:signal"):
+        chat.on("voice:signal")
+
+    async def one(caller: Any) -> None: ...
+
+    async def unknown(caller: Any, data: Boom) -> None: ...
+
+    for function in (one, unknown):
+        with pytest.raises(TypeError):
+            chat.event("quiz:wrong")(function)
+
+
+async def test_events_of_the_program_are_limited(make_world: MakeWorld) -> None:
+    world = await make_world(no_rate_limit=False)
+
+    @world.chat.event("quiz:next")
+    async def following(caller: chatrtc.CallerInfo, data: Any) -> None: ...
+
+    socket = await (await world.person("ana")).socket()
+    burst = int(chatrtc.LIMITS["event"].burst)
+    acks = [await socket.client.call("quiz:next", timeout=PATIENCE) for _ in range(2 * burst)]
+    assert acks[:burst] == [{"success": True}] * burst
+    assert acks[-1]["code"] == "RATE_LIMITED"
 
 
 # ---- Application ----------------------------------------------------------------------------------------------------
@@ -10216,7 +10440,7 @@ async def test_a_method_does_the_same_as_its_route(world: World, caplog: pytest.
         assert received["content"] == content
         assert received["message_id"] == message.message_id
         async with asyncio.timeout(PATIENCE):
-            assert await published.get() == received
+            assert await published.get() == received | {"server_id": place.server_id}
     assert [record.getMessage() for record in caplog.records] == ["a listener failed"]
     caplog.clear()
     page = await chat.list_messages(channel_id=place.channel_id, author_id=ana.user_id)
@@ -10454,6 +10678,63 @@ async def test_lan_mode_prints_the_address_and_a_qr_code(tmp_path: Path) -> None
         assert config["create_servers"] == "accounts"
     finally:
         assert (await process.stop())[0] == 0
+
+
+# ---- Methods --------------------------------------------------------------------------------------------------------
+@pytest.mark.portable
+def test_each_operation_is_a_documented_method() -> None:
+    manual = pydoc.plain(pydoc.render_doc(chatrtc.ChatRTC))
+    for op in chatrtc.OPERATIONS.values():
+        if op.path is None and op.kind == "async":
+            assert op.name not in dir(chatrtc.ChatRTC), "it needs a socket"
+            continue
+        method = getattr(chatrtc.ChatRTC, op.name)
+        signature = inspect.signature(method)
+        assert inspect.iscoroutinefunction(method)
+        assert (method.__qualname__, method.__doc__) == (f"ChatRTC.{op.name}", op.summary)
+        assert (signature.return_annotation, method.__annotations__["return"]) == (op.result, op.result)
+        names = {"as_user", "author_id", *(field.name for field in fields_of(op)), *(["data"] if op.raw_body else [])}
+        assert set(signature.parameters) == names | {"self"}
+        required = {one.name for one in signature.parameters.values() if one.default is one.empty} - {"self", "data"}
+        assert required == {field.name for field in fields_of(op) if field.required}
+        assert f" {op.name}(self, *, as_user: int | None = None, " in manual
+
+
+@pytest.mark.portable
+async def test_a_wrong_call_of_a_method_says_what_is_wrong(scene: Scene) -> None:
+    chat, user_id, ids = scene.world.chat, scene.ana.user_id, {"channel_id": scene.place.channel_id}
+    for arguments, text in (
+        ({"content": "hello", "contents": 3}, "post_message.*unexpected keyword argument 'contents'"),
+        ({"content": "hello", "data": b""}, "post_message.*unexpected keyword argument 'data'"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            await chat.post_message(as_user=user_id, **ids, **arguments)
+    with pytest.raises(TypeError, match=r"post_message.*missing.*channel_id"):
+        await chat.post_message(as_user=user_id, content="hello")
+    with pytest.raises(TypeError, match=r"post_message.*positional"):
+        await chat.post_message(1, "hello")
+    for field, call in (
+        ("channel_id", chat.post_message(as_user=user_id, channel_id="1", content="hello")),
+        ("content", chat.post_message(as_user=user_id, content=3, **ids)),
+        ("as_user", chat.post_message(as_user="ana", content="hello", **ids)),
+        ("as_user", chat.post_message(author_id=10**30, content="hello", **ids)),
+        ("data", chat.upload_file(as_user=user_id, data="hello", **ids)),
+    ):
+        with pytest.raises(chatrtc.ChatError) as error:
+            await call
+        assert (error.value.code, error.value.field) == ("BAD_REQUEST", field), error.value
+    profile = await chat.update_profile(as_user=user_id, name=msgspec.UNSET, status="busy")
+    assert (profile.name, profile.status) == (None, "busy")
+
+
+@pytest.mark.portable
+async def test_a_program_can_search_by_author(scene: Scene) -> None:
+    for person in (scene.ana, scene.ben):
+        await person.post(scene.place.channel_id, "a word")
+    search = functools.partial(scene.world.chat.search_messages, server_id=scene.place.server_id, q="word")
+    assert len((await search(author_id=scene.ana.user_id)).messages) == 2, "alone, it is the older name of `as_user`"
+    (found,) = (await search(as_user=scene.ana.user_id, author_id=scene.ben.user_id)).messages
+    assert found.author_id == scene.ben.user_id
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -20426,18 +20707,167 @@ async def run(*args: str | Path, cwd: Path) -> str:
     return out.decode()
 
 
+# Two programs that use the installed types. In the second, each line that a type checker must report has a comment.
+
+TYPED = """
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from chatrtc import CallerInfo, ChatError, ChatRTC, NewMessage, Settings, socket_server
+
+
+class Answer(msgspec.Struct):
+    question: int
+
+
+app = web.Application()
+
+
+async def identify(request: web.Request) -> dict[str, Any] | None:
+    return {"username": request.cookies["login"]}
+
+
+chat = ChatRTC(identify=identify, database="chat.db", registration="closed", cors_origin=["https://shop.example"])
+chat.attach(app, prefix="/chat")
+settings: Settings = chat.settings
+server = socket_server(ping_interval=20)
+
+
+@chat.on("message:new")
+async def listen(message: dict[str, Any]) -> None:
+    await chat.sio.emit("quiz:question", {"number": 1}, room=f"server:{message['server_id']}")
+
+
+@chat.before("post_message")
+async def check(caller: CallerInfo, args: NewMessage) -> NewMessage | None:
+    if "http" in args.content and caller.user_id != 1:
+        raise ChatError("FORBIDDEN", "No links, please")
+    return msgspec.structs.replace(args, content=args.content.strip())
+
+
+@chat.event("quiz:answer")
+async def answer(caller: CallerInfo, data: Answer) -> dict[str, bool]:
+    return {"right": data.question == 1}
+
+
+async def main() -> None:
+    message = await chat.post_message(as_user=1, channel_id=1, content="hello", files=[1])
+    number: int = message.message_id
+    await chat.edit_message(author_id=1, message_id=number, content="hello again")
+    await chat.search_messages(as_user=1, author_id=2, server_id=1, q="hello")
+    await chat.update_profile(as_user=1, name=None, status="away")
+    await chat.upload_file(as_user=1, channel_id=1, data=b"hello")
+    parts: list[bytes] = [part async for part in (await chat.read_file(as_user=1, file_id=1)).parts()]
+    account = await chat.register(username="ana", password=str(len(parts)))
+    maya = await chat.upsert_user(username="maya", external_id=42)
+    await chat.add_member(server_id=1, user_id=maya.user_id, role="admin")
+    print(account.token, await check(CallerInfo(1, "ana", None, ""), NewMessage(channel_id=1)))
+    print(await answer(CallerInfo(1, "ana", None, ""), Answer(1)))
+"""
+
+MISTYPED = """
+from typing import Any
+
+from chatrtc import CallerInfo, ChatError, ChatRTC, EditMessage, NewMessage
+
+chat = ChatRTC(database="chat.db")
+ChatRTC(databse="chat.db")  # wrong
+ChatRTC(registration="opened")  # wrong
+ChatRTC(port="3000")  # wrong
+
+
+@chat.on("message:nwe")  # wrong
+async def listen(message: dict[str, Any]) -> None: ...
+
+
+@chat.before("post_mesage")  # wrong
+async def misspelled(caller: CallerInfo, args: NewMessage) -> None: ...
+
+
+@chat.before("post_message")  # wrong
+async def other(caller: CallerInfo, args: EditMessage) -> None: ...
+
+
+@chat.before("post_message")  # wrong
+async def number(caller: CallerInfo, args: NewMessage) -> int:
+    return 1
+
+
+@chat.before("post_message")
+async def check(caller: CallerInfo, args: NewMessage) -> None:
+    print(args.text)  # wrong
+    print(caller.id)  # wrong
+    raise ChatError("FORBIDEN")  # wrong
+
+
+@chat.event("quiz:answer")  # wrong
+async def answer(caller: CallerInfo, data: Any) -> int:
+    return 1
+
+
+@chat.event("quiz:skip")  # wrong
+def skip(caller: CallerInfo, data: Any) -> None: ...
+
+
+async def main() -> None:
+    await chat.post_mesage(as_user=1, channel_id=1)  # wrong
+    await chat.post_message(as_user=1, channel_id=1, contents="hello")  # wrong
+    await chat.post_message(as_user=1, channel_id="1", content="hello")  # wrong
+    await chat.post_message(channel_id=1, content="hello")  # wrong
+    await chat.post_message(as_user=1, content="hello")  # wrong
+    await chat.post_message(1, 1, "hello")  # wrong
+    message = await chat.post_message(as_user=1, channel_id=1, content="hello")
+    print(message.author)  # wrong
+    text: str = message.message_id  # wrong
+    await chat.update_profile(as_user=1, status="asleep")  # wrong
+    await chat.upload_file(as_user=1, channel_id=1, data=text)  # wrong
+    await chat.join_server(as_user=1, server_id=1)  # wrong
+    await chat.upsert_user(user="maya")  # wrong
+    await chat.add_member(server_id=1, user_id=1, role="boss")  # wrong
+"""
+
+
+async def checked_lines(*command: str | Path, cwd: Path) -> set[tuple[str, int]]:
+    """Return the files and lines in which a type checker has found errors."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = await asyncio.create_subprocess_exec(*map(str, command), cwd=cwd, env=env, stdout=asyncio.subprocess.PIPE)
+    out = (await process.communicate())[0].decode()
+    assert process.returncode in (0, 1), out
+    return {(name, int(line)) for name, line in re.findall(r"(\w+\.pyi?):(\d+):.* error: ", out.replace(" - error", ": error"))}
+
+
+async def check_types(python: Path, stubs: str, cwd: Path) -> None:
+    """Check that mypy and pyright accept the right program and the stubs, and report each wrong line of the other program."""
+    (cwd / "right.py").write_text(TYPED, "utf-8")
+    (cwd / "wrong.py").write_text(MISTYPED, "utf-8")
+    (cwd / "stubs.pyi").write_text(stubs, "utf-8")
+    files = ("right.py", "wrong.py", "stubs.pyi")
+    expected = {("wrong.py", number) for number, line in enumerate(MISTYPED.split("\n"), 1) if line.endswith("# wrong")}
+    assert len(expected) > 20
+    pyright = shutil.which("pyright", path=f"{HERE / 'node_modules' / '.bin'}{os.pathsep}{os.environ['PATH']}")
+    if pyright is None:
+        skip_or_fail("pyright is not installed: npm install --no-save --no-package-lock 'pyright@^1.1'")
+    mypy = (sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--python-executable", python, *files)
+    assert await checked_lines(*mypy, cwd=cwd) == expected
+    assert await checked_lines(pyright, "--pythonpath", python, *files, cwd=cwd) == expected
+
+
 async def test_the_wheel_serves(tmp_path: Path) -> None:
-    """Installed in its own environment, outside the checkout, it serves by its command and embedded."""
+    """Installed in its own environment, outside the checkout, it has types, and it serves by its command and embedded."""
     await run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, cwd=HERE)
     (wheel,) = tmp_path.glob("chatrtc-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert archive.read("chatrtc.sql") == (HERE / "schema.sql").read_bytes()
-    assert names == {"chatrtc.py", "chatrtc.sql", "chatrtc.html"}
+        stubs = archive.read("chatrtc-stubs/__init__.pyi").decode()
+    assert names == {"chatrtc.py", "chatrtc.sql", "chatrtc.html", "chatrtc-stubs/__init__.pyi"}
+    assert list(tmp_path.iterdir()) == [wheel]
     await run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     there = tmp_path / "venv" / "bin"
     await run(there / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel, cwd=tmp_path)
     assert chatrtc.__version__ in await run(there / "chatrtc", "--version", cwd=tmp_path)
+    await check_types(there / "python", stubs, tmp_path)
     (tmp_path / "embedded.py").write_text(EMBEDDED)
     for prefix, args in {
         "": (there / "chatrtc", "serve", "--port", "0", "--database", "served.db"),
