@@ -1302,16 +1302,11 @@ class Hook(Payload):
     name: str
     user_id: int  # its bot
     created_at: str
+    url: str | UnsetType = UNSET  # its address with the secret, only in the answer that creates it
 
 
 class Hooks(Payload):
     hooks: list[Hook]
-
-
-class HookAddress(Payload):
-    hook_id: int
-    url: str  # contains the secret, which is not shown again
-    user_id: int
 
 
 class Link(Payload):
@@ -3126,7 +3121,6 @@ load_bot_ids = rows_as(
     int, "SELECT m.user_id FROM members m JOIN users u ON u.user_id = m.user_id AND u.source = 'bot' WHERE m.server_id = ?"
 )
 load_hooks = rows_as(Hook, HOOK_ROWS + "WHERE server_id = ? ORDER BY hook_id")
-find_hook = rows_as(Hook, HOOK_ROWS + "WHERE server_id = ? AND hook_id = ?")
 load_hook_bots = rows_as(int, "SELECT user_id FROM hooks WHERE channel_id = ? ORDER BY hook_id")
 insert_hook: Query[int] = first_value(
     """INSERT INTO hooks (server_id, channel_id, name, user_id, secret, created_at) VALUES (?, ?, ?, ?, ?, ?)
@@ -5261,10 +5255,11 @@ def list_hooks(ctx: OperationContext, args: ServerArgs) -> Result[Hooks]:
 @write("DELETE /servers/{server_id}/hooks/{hook_id}", Access.ADMIN, emits=["member:left"], logged="revoke_hook")
 def revoke_hook(ctx: OperationContext, args: HookArgs) -> Result[None]:
     """Delete an incoming hook and its bot; its messages stay."""
-    for hook in find_hook(ctx.db, ctx.server_id, args.hook_id):
-        ctx.target_id = hook.user_id
-        return Result(None, remove_account(ctx.db, hook.user_id))
-    raise chat_error("NO_HOOK", field="hook_id")
+    bots = {hook.hook_id: hook.user_id for hook in load_hooks(ctx.db, ctx.server_id)}
+    if args.hook_id not in bots:
+        raise chat_error("NO_HOOK", field="hook_id")
+    ctx.target_id = bots[args.hook_id]
+    return Result(None, remove_account(ctx.db, ctx.target_id))
 
 
 @read("GET /servers/{server_id}/channels", Access.MEMBER)
@@ -7855,15 +7850,15 @@ def public_address(hub: Hub, request: web.Request | None, route: str) -> str:
 @operation(
     "async", "POST /servers/{server_id}/hooks", Access.ADMIN, emits=["member:joined"], status=201, limit="post", logged="hook"
 )
-async def create_hook(hub: Hub, caller: Caller, args: NewHook) -> Result[HookAddress]:
+async def create_hook(hub: Hub, caller: Caller, args: NewHook) -> Result[Hook]:
     """Create an incoming hook: an address at which programs post in a channel, as a bot of its own. It is not shown again."""
     secret = secrets.token_urlsafe(24)
     add: Callable[..., Result[Hook]] = functools.partial(add_hook, secret=secret)
     run: Callable[..., Result[Hook]] = functools.partial(run_logged, OPERATIONS["create_hook"], add)
     hook = (await hub.store.write(hub.authorized(Access.ADMIN, caller.user, args, run))).value
     request = caller.source if isinstance(caller.source, web.Request) else None
-    url = f"{public_address(hub, request, '/servers/')}/hooks/{secret}"
-    return Result(HookAddress(hook.hook_id, url, hook.user_id))
+    hook.url = f"{public_address(hub, request, '/servers/')}/hooks/{secret}"
+    return Result(hook)
 
 
 @operation(

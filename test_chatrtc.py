@@ -15311,7 +15311,7 @@ async def test_a_voice_channel_is_full_on_all_servers(make_world: MakeWorld, red
 async def test_failed_sign_ins_are_counted_on_all_servers(make_world: MakeWorld, redis_server: Redis) -> None:
     """Only failures are announced: a right password is not counted anywhere."""
     one, two = [await join_redis(make_world, redis_server, name, no_rate_limit=False) for name in ("one", "two")]
-    await one.person("ana")
+    ana = await one.person("ana")
     burst = int(chatrtc.LIMITS["login"].burst)
     for _ in range(burst + 1):
         assert (await one.sign_in("ana")).status == 200
@@ -15326,6 +15326,9 @@ async def test_failed_sign_ins_are_counted_on_all_servers(make_world: MakeWorld,
     assert (await one.call("POST", "/auth/guest", code)).code == "NOT_FOUND"
     await until(lambda: "127.0.0.1" in two.chat.hub.limiter._tables["invite"])
     assert "127.0.0.1" in two.chat.hub.limiter._tables["register"]  # Ana's account
+    hook = await make_hook(ana, await one.place(ana))
+    await hook.post()
+    await until(lambda: str(hook.hook_id) in two.chat.hub.limiter._tables["hook"])
 
 
 HOSTILE_ENTRIES = {
