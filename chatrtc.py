@@ -5094,8 +5094,9 @@ def set_role(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
     return Result(load_member(ctx, args.user_id), [*events, *(StopSpeech(ctx.server_id, user_id) for user_id in changed)])
 
 
-def add_member(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
-    """Make an account a member with that role, or change the role of a member. The context is that of the server's owner."""
+def add_member(ctx: OperationContext, args: RoleArgs, keeps_role: bool = False) -> Result[Member]:
+    """Make an account a member with that role, or change the role of a member unless it `keeps_role`. The context is that of
+    the server's owner."""
     ctx.target_role, effects = load_role(ctx.db, ctx.server_id, args.user_id), list[Effect]()
     is_new = ctx.target_role is None
     if is_banned(ctx.db, ctx.server_id, args.user_id):
@@ -5103,7 +5104,7 @@ def add_member(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
     if is_new:
         seq = insert_member(ctx.db, ctx.server_id, args.user_id, "member", ctx.now)
         effects.append(member_event(ctx.db, "member:joined", ctx.server_id, args.user_id, seq))
-    if args.role != (ctx.target_role or "member"):
+    if args.role != (ctx.target_role or "member") and not keeps_role:
         effects += set_role(ctx, args).effects
     if is_new:
         effects.append(server_joined(ctx.db, ctx.server_id, args.user_id))
@@ -9054,17 +9055,20 @@ class ChatRTC:
         args = read_args(NewToken, {"user_id": user_id, "ttl": ttl})
         return issue_token(self.hub, self.hub.store.read_inline(require_user, args.user_id), args.ttl).value
 
-    async def add_member(self, *, server_id: int, user_id: int, role: Role = "member") -> Member:
-        """Make an account a member of a server, or give a member this role; `owner` transfers ownership. Raises NOT_FOUND,
-        and FORBIDDEN if the user is banned, or for another role of the owner."""
-        args, hub = read_args(RoleArgs, {"server_id": server_id, "user_id": user_id, "role": role}), self.hub
+    async def add_member(self, *, server_id: int, user_id: int, role: Role | None = None) -> Member:
+        """Make an account a member of a server, or give a member this role; `owner` transfers ownership. Without `role`, a
+        new member is a "member" and others keep their role. Raises NOT_FOUND, and FORBIDDEN if the user is banned, or for
+        another role of the owner."""
+        given = {"server_id": server_id, "user_id": user_id, "role": "member" if role is None else role}
+        args, hub = read_args(RoleArgs, given), self.hub
 
         def job(db: sqlite3.Connection) -> Result[Member]:
             require_user(db, args.user_id)
             if (owner := load_owner(db, args.server_id)) is None:  # none, or a conversation
                 raise chat_error("NO_SERVER", field="server_id")
             caller, now = require_user(db, owner), time.time()
-            return add_member(OperationContext(db, caller, now, hub.presence, hub.pages, hub.settings, args.server_id), args)
+            ctx = OperationContext(db, caller, now, hub.presence, hub.pages, hub.settings, args.server_id)
+            return add_member(ctx, args, keeps_role=role is None)
 
         member: Member = (await hub.store.write(job)).value
         return member

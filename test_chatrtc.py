@@ -10189,7 +10189,8 @@ async def test_the_program_adds_members(scene: Scene) -> None:
     assert await scene.dee_socket.receive("server:joined") == await dee.ok("GET", scene.server)
     assert await chat.add_member(server_id=server_id, user_id=dee.user_id, role="admin") == member
     await scene.ben_socket.receive_none("member:joined", "member:updated")
-    assert (await chat.add_member(server_id=server_id, user_id=dee.user_id)).role == "member", "the default is a role"
+    assert await chat.add_member(server_id=server_id, user_id=dee.user_id) == member, "without a role, it stays"
+    assert (await chat.add_member(server_id=server_id, user_id=dee.user_id, role="member")).role == "member"
     assert (await scene.ben_socket.receive("member:updated"))["role"] == "member"
     assert (await chat.add_member(server_id=server_id, user_id=dee.user_id, role="owner")).role == "owner"
     assert {one["user_id"]: one["role"] for one in (await dee.ok("GET", f"{scene.server}/members"))["members"]} == {
