@@ -10524,6 +10524,28 @@ async def test_a_database_serves_one_chat(world: World, tmp_path: Path) -> None:
     assert (await world.call("GET", "/healthz")).status == 200
 
 
+async def test_a_listener_that_does_not_end_delays_a_stop_only_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chatrtc, "LISTENER_END_SECONDS", 0.05)
+    app, chat = web.Application(), chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
+    started, end = asyncio.Event(), asyncio.Event()
+    chat.attach(app)
+
+    @chat.on("message:new")
+    async def listen(payload: Any) -> None:
+        started.set()
+        while not end.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await end.wait()
+
+    async with running(app) as url, World(url, aiohttp.ClientSession(), chat) as world:
+        ana = await world.person("ana")
+        await ana.post((await world.place(ana)).channel_id)
+        await started.wait()
+    end.set()  # the chat has stopped before
+
+
 async def test_a_chat_leaves_no_task_behind(tmp_path: Path) -> None:
     before = asyncio.all_tasks()
     threads = threading.enumerate()
@@ -20632,6 +20654,14 @@ async def test_language_and_theme_can_be_chosen(api: World, tab: Any) -> None:
     await expect(maya.locator("html")).to_have_attribute("lang", "fr")
     await expect(maya.locator("html")).to_have_attribute("data-theme", "dark")
     await expect(maya.locator("#text")).to_have_attribute("placeholder", "Écrire dans general")
+
+    @api.chat.before("post_message")
+    async def refuse(caller: chatrtc.CallerInfo, args: chatrtc.NewMessage) -> None:
+        raise chatrtc.ChatError("FORBIDDEN", "Pas de liens ici.")
+
+    maya.ignored = NETWORK_ERRORS
+    await maya.write("un lien")
+    await expect(maya.row("un lien").locator(".fate")).to_contain_text("Non envoyé. Pas de liens ici.")
     await maya.click('[data-do="settings"]')
     await maya.select_option("#language", "en")
     await maya.select_option("#theme", "light")
