@@ -21349,7 +21349,8 @@ def operation_rows() -> list[tuple[str, str]]:
     paths: dict[str, list[str]] = {}
     for op in chatrtc.OPERATIONS.values():
         also = f", or the event {code(op.event)}" if op.event else ""
-        what = f"{code(op.method)}{also}: {description_of(op)}" if op.method else description_of(op)
+        name = f"{code(op.method)} ({code(op.name)}){also}" if op.method else code(op.name)
+        what = f"{name}: {description_of(op)}"
         paths.setdefault(op.path or op.event or "", []).append(what)
     return [(code(path), "<br>".join(what)) for path, what in paths.items()]
 
