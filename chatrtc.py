@@ -614,24 +614,27 @@ SLACK_SYNTAX = re.compile(
 NOT_IN_LABEL = str.maketrans("[]\n", "() ")
 
 
-class SlackField(Struct):
+class SlackPart(Struct): ...
+
+
+class SlackField(SlackPart):
     title: SlackText = None
     value: SlackText = None
 
 
-class SlackObject(Struct):  # a text, or another element of a block
+class SlackObject(SlackPart):  # a text, or another element of a block
     type: str = ""
     text: Any = None
 
 
-class SlackBlock(Struct):
+class SlackBlock(SlackPart):
     type: str = ""
     text: SlackObject | str | None = None
     fields: list[SlackObject] | None = None
     elements: list[SlackObject] | None = None
 
 
-class SlackAttachment(Struct):
+class SlackAttachment(SlackPart):
     pretext: SlackText = None
     title: SlackText = None
     title_link: SlackText = None
@@ -9421,7 +9424,11 @@ def method_stubs() -> Iterator[str]:
 
 def stubs() -> str:
     """Return the types of the public names as a stub file."""
-    kinds = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, Args | Payload | Settings)]
+    kinds = [
+        kind
+        for kind in globals().values()
+        if isinstance(kind, type) and issubclass(kind, Args | Payload | Settings | SlackPart)
+    ]
     structs = ["\n    ".join([f"class {kind.__name__}(Struct, kw_only=True):", *fields_text(kind), "pass"]) for kind in kinds]
     settings = ", ".join(fields_text(Settings)).replace("tuple[str, ...]", "Sequence[str]")
     init = str(inspect.signature(ChatRTC.__init__, eval_str=True)).replace("**settings: Any", settings)
