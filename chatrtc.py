@@ -3901,6 +3901,28 @@ class PageCache(dict[tuple[int | None, ...], tuple[int, Messages]]):
         return page
 
 
+class ChangesCache(dict[tuple[int, int], tuple[int, msgspec.Raw]]):
+    """A cache of the JSON of a server's changes since a sequence number, without lists, which members see differently. An entry
+    is valid while the server's `seq` is unchanged. After a restart, everybody asks for the same changes."""
+
+    MAX_ENTRIES = 256
+    MAX_BYTES = 131_072  # of an entry, so that all entries together take at most 32 MiB
+
+    def find(self, since: ChangesArgs, seq: int) -> msgspec.Raw | None:
+        cached_seq, changes = self.get((since.server_id, since.after), (-1, None))
+        return changes if cached_seq == seq else None
+
+    def encode(self, since: ChangesArgs, changes: Changes) -> msgspec.Raw:
+        """Return the JSON of changes, and keep it if it is the same for all members."""
+        data = msgspec.json.encode(changes)
+        has_list = changes.members is not UNSET or changes.channels is not UNSET or changes.name is not UNSET
+        if not has_list and not changes.has_more and len(data) <= self.MAX_BYTES:
+            self[since.server_id, since.after] = changes.seq, msgspec.Raw(data)
+        if len(self) > self.MAX_ENTRIES:
+            del self[next(iter(self))]
+        return msgspec.Raw(data)
+
+
 def load_pins(db: sqlite3.Connection, args: PinsArgs) -> Messages:
     """Return the pinned messages of a channel, latest pin first."""
     return take_messages(db.execute(PINNED_ROWS, msgspec.structs.asdict(args)), MAX_PINS)
@@ -4166,11 +4188,14 @@ class Presence:
     def __init__(self) -> None:
         self.invisible: set[int] = set()
         self._online: dict[int, dict[int, set[str]]] = {}  # server -> user -> sockets
+        self._ids: dict[int, list[int]] = {}  # server -> its users, ascending
 
     def join(self, server_id: int, user_id: int, sid: str) -> bool:
         """Add a socket. Return whether it makes the user appear to others."""
         sids = self._online.setdefault(server_id, {}).setdefault(user_id, set())
         is_first = not sids
+        if is_first:
+            bisect.insort(self._ids.setdefault(server_id, []), user_id)
         sids.add(sid)
         return is_first and user_id not in self.invisible
 
@@ -4182,14 +4207,16 @@ class Presence:
             sids.discard(sid)
             return False
         del users[user_id]
+        self._ids[server_id].remove(user_id)
         if not users:
-            del self._online[server_id]
+            del self._online[server_id], self._ids[server_id]
         return user_id not in self.invisible
 
     def visible(self, server_id: int, viewer: int = 0) -> list[int]:
         """Return the ids of the connected users that `viewer` may see, ascending."""
-        users = list(self._online.get(server_id, ()))  # an atomic copy, because reader threads call this too
-        return sorted(user_id for user_id in users if user_id not in self.invisible or user_id == viewer)
+        ids = self._ids.get(server_id, []).copy()  # atomic, because reader threads call this too
+        hidden = (self.invisible & self._online.get(server_id, {}).keys()) - {viewer}
+        return [user_id for user_id in ids if user_id not in hidden] if hidden else ids
 
     def servers(self, user_id: int) -> list[int]:
         return [server_id for server_id, users in self._online.items() if user_id in users]
@@ -5505,6 +5532,7 @@ MAX_STALL_SECONDS = 20.0  # a client that receives none of its waiting bytes for
 WATCHED_BYTES = 1 << 14  # a write of up to this size fits into the kernel's buffer
 PACKET_QUEUE_LENGTH = 64
 RETRY_SECONDS = 10  # `retry_after` for a client that sends too much, or has too many sessions
+LATE, SOON = 1, 2  # urgency of an event: under load, it may be 250 ms or 50 ms late, so that many share one write
 CLOSE_GRACE = 0.7  # time to read the close frame before the connection is aborted
 
 OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = "0123456"
@@ -5632,59 +5660,81 @@ CLOSE_TYPES = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.E
 
 
 class Flusher:
-    """Flushes the connections that have something to send, each once per round. If idle, a round starts at once. After a round
-    of d seconds comes a pause of d (at most 50 ms), so fan-out leaves half of the loop to others, and under load many frames
-    share one system call."""
+    """Flushes the room buffers that have something to send, each client once per round. If idle, a round starts at once. After
+    a round of d seconds comes a pause of `share` times d (at most `longest`), so fan-out leaves part of the loop to others, and
+    under load many frames share one system call."""
 
     CHUNK = 256
 
-    def __init__(self) -> None:
-        self.waiting: list[Callable[[], None]] = []
+    def __init__(self, share: float, longest: float) -> None:
+        self.share, self.longest = share, longest
+        self.waiting: list[RoomBuffer] = []
         self.not_before = 0.0
 
-    def schedule(self, flush: Callable[[], None]) -> None:
+    def schedule(self, buffer: RoomBuffer) -> None:
         if not self.waiting:
-            asyncio.get_running_loop().call_at(self.not_before, self._round)
-        self.waiting.append(flush)
+            asyncio.get_running_loop().call_at(self.not_before, self._begin)
+        self.waiting.append(buffer)
 
-    def _round(self, todo: list[Callable[[], None]] | None = None, spent: float = 0.0) -> None:
-        if todo is None:
-            todo, self.waiting = self.waiting, []
+    def _begin(self) -> None:
+        buffers, self.waiting = self.waiting, []
+        self._round([session for buffer in buffers if buffer.close() for session in buffer.sessions], 0.0, {})
+
+    def _round(self, todo: list[Session], spent: float, merged: Merged) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
-        for flush in todo[: self.CHUNK]:
-            flush()
+        for session in todo[: self.CHUNK]:
+            session.flush(merged)
         now = loop.time()
         spent += now - started
-        self.not_before = now + min(spent, 0.05)
+        self.not_before = now + min(spent * self.share, self.longest)
         if len(todo) > self.CHUNK:
-            loop.call_soon(self._round, todo[self.CHUNK :], spent)
+            loop.call_soon(self._round, todo[self.CHUNK :], spent, merged)
 
 
 class RoomBuffer:
     """Consecutive events for a room, shared by all its clients. An event is appended once, and the joined events are sent to
-    each client by one write per round. 64 messages to 1,000 clients take 0.3 ms; with a list for each client they took 26."""
+    each client by one write per round. 64 messages to 1,000 clients take 0.3 ms; with a list for each client they took 26. A
+    client that enters the room receives the events from then on."""
 
-    __slots__ = ("__weakref__", "data", "parts", "polling", "size")
+    __slots__ = ("__weakref__", "data", "is_open", "parts", "polling", "sessions", "size", "urgency")
 
     def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.size = 0
-        self.data: bytes | None = None  # all parts, once no more can be added
+        self.parts: list[tuple[int, bytes]] = []  # the frames of each event, and its number among the events of all rooms
+        self.size = self.urgency = 0
+        self.is_open = True
+        self.data: bytes | None = None  # all parts, joined, once no more can be added
+        self.sessions: list[Session] = []  # that use a WebSocket
         self.polling: list[Session] = []  # sessions that are sent each event separately
 
-    def add(self, packets: list[Packet], frames: bytes) -> None:
-        self.parts.append(frames)
+    def add(self, number: int, packets: list[Packet], frames: bytes) -> None:
+        self.parts.append((number, frames))
         self.size += len(frames)
         for session in self.polling:
             for packet in packets:
                 session.send(packet)
 
-    def close(self) -> bytes:
-        """Return all parts, joined; no more can be added."""
+    def close(self) -> bool:
+        """Let no more events be added. Return whether they could be."""
+        was_open, self.is_open = self.is_open, False
+        return was_open
+
+    def frames(self, start: int) -> bytes:
+        """Return the parts from that index on, joined."""
+        if start or self.is_open:
+            return b"".join([frames for _, frames in self.parts[start:]])
         if self.data is None:
-            self.data = b"".join(self.parts)
+            self.data = b"".join([frames for _, frames in self.parts])
         return self.data
+
+
+Merged = dict[tuple[tuple[RoomBuffer, int, int], ...], bytes]
+
+
+def merge(pieces: tuple[tuple[RoomBuffer, int, int], ...]) -> bytes:
+    """Return these parts of several buffers (from an index to an index), in the order of their events."""
+    parts = heapq.merge(*(buffer.parts[start:stop] for buffer, start, stop in pieces))
+    return b"".join([frames for _, frames in parts])
 
 
 class PacketQueue:
@@ -5757,7 +5807,7 @@ class Session(asyncio.Transport):
         self.tcp: asyncio.Transport | None = None  # the connection of the WebSocket, from the start of the upgrade
         self.outbox: list[Packet] = []
         self.backlog = 0  # size of the outbox
-        self.room_buffers: list[RoomBuffer] = []
+        self.room_buffers: dict[RoomBuffer, int] = {}  # what waits, and the index of the first part that it has not been sent
         self.poll: web.Request | None = None
         self.wakeup: asyncio.Future[None] | None = None  # what the poll waits for
         self.loop = asyncio.get_running_loop()
@@ -5773,28 +5823,37 @@ class Session(asyncio.Transport):
         if self.closed:
             return
         if self.upgraded:
-            self._write(frame(packet))
+            self._write(self._take_frames() + frame(packet))
         else:
             self.enqueue(packet)
 
     def join_buffer(self, buffer: RoomBuffer) -> None:
-        """Send the events of a buffer, including those that are added to it before the next round."""
-        if not self.upgraded:
-            buffer.polling.append(self)
-            return
-        if not self.room_buffers:
-            self.engine.flusher.schedule(self._write)
+        """Send the events that are added to a buffer from now on."""
+        if self.upgraded:
+            self.room_buffers[buffer] = len(buffer.parts)
+            buffer.sessions.append(self)
         else:
-            self.room_buffers[-1].close()  # later events of that room must come after those of this buffer
-        self.room_buffers.append(buffer)
+            buffer.polling.append(self)
 
-    def _take_frames(self) -> bytes:
-        buffers, self.room_buffers = self.room_buffers, []
-        return b"".join([buffer.close() for buffer in buffers])  # which does not copy a single buffer
+    def _take_frames(self, merged: Merged | None = None) -> bytes:
+        """Return what waits in the room buffers. `merged`: what is joined for one client is kept here for others."""
+        if not self.room_buffers:
+            return b""
+        pieces = tuple([(buffer, start, len(buffer.parts)) for buffer, start in self.room_buffers.items()])
+        self.room_buffers = {buffer: stop for buffer, _, stop in pieces if buffer.is_open}
+        if len(pieces) == 1:
+            return pieces[0][0].frames(pieces[0][1])
+        if merged is None:
+            return merge(pieces)
+        if pieces not in merged:
+            merged[pieces] = merge(pieces)
+        return merged[pieces]
 
-    def _write(self, frames: bytes = b"") -> None:
-        """Write the room buffers, then `frames`."""
-        data = self._take_frames() + frames
+    def flush(self, merged: Merged) -> None:
+        if not self.closed:
+            self._write(self._take_frames(merged))
+
+    def _write(self, data: bytes) -> None:
         if not data or self.tcp is None or self.tcp.is_closing():
             return
         if (waiting := self.tcp.get_write_buffer_size()) > BACKLOG_BYTES:
@@ -5895,9 +5954,9 @@ class Session(asyncio.Transport):
     async def handle_packet(self, packet: Packet) -> None:
         self._charge()
         if isinstance(packet, bytes):
-            await self.engine.receive(self.sid, packet)
+            await self.engine.handlers["message"](self.sid, packet)
         elif packet[:1] == MESSAGE:
-            await self.engine.receive(self.sid, packet[1:])
+            await self.engine.handlers["message"](self.sid, packet[1:])
         elif packet[:1] == PONG:
             self._pong()
         elif packet[:1] == CLOSE:
@@ -5939,6 +5998,7 @@ class Session(asyncio.Transport):
             self._close_websocket()
         else:
             self.outbox = [] if final_packet is None else [*self.outbox, *final_packet]
+        self.room_buffers = {}
         if self.tcp is not None:
             self.loop.call_later(CLOSE_GRACE, abort, self.tcp)
         self.wake()
@@ -6147,7 +6207,9 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.anonymous: OrderedDict[str, Session] = OrderedDict()
         self.anonymous_at: Counter[str] = Counter()
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.flusher, self.slow_clients, self.client_log, self.draining = Flusher(), SlowClients(), RateLimitedLog(), False
+        self.slow_clients, self.client_log, self.draining = SlowClients(), RateLimitedLog(), False
+        self.flushers = {LATE: Flusher(9, 0.25), SOON: Flusher(1, 0.05)}
+        self.numbers = itertools.count()  # of the events for rooms
 
     # Methods that the Socket.IO server and the application call
 
@@ -6163,6 +6225,13 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         sids = self.sockets.keys() if sid is None else self.sockets.keys() & {sid}
         for session in [self.sockets[sid] for sid in sids]:
             session.end(REASON.SERVER_DISCONNECT)
+
+    def add_to_buffer(self, buffer: RoomBuffer, packets: list[Packet], urgency: int) -> None:
+        """Add an event to a room's buffer, which is flushed with that urgency."""
+        buffer.add(next(self.numbers), packets, b"".join(map(frame, packets)))
+        if buffer.urgency < urgency:
+            buffer.urgency = urgency
+            self.flushers[urgency].schedule(buffer)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
@@ -6182,9 +6251,6 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
                 abort(session.tcp)
 
     # Sessions
-
-    async def receive(self, sid: str, message: Packet) -> None:
-        await self._trigger_event("message", sid, message, run_async=False)
 
     def release(self, session: Session, reason: str) -> None:
         """Release everything that is held for a session that has ended, and call the handlers of `disconnect`."""
@@ -6470,16 +6536,20 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
 
     def basic_enter_room(self, sid: str, namespace: str, room: str | None, eio_sid: str | None = None) -> None:
         super().basic_enter_room(sid, namespace, room, eio_sid=eio_sid)
-        self.server.room_buffers.pop((namespace, room), None)  # the next event is for other clients
-        self.rooms_of.setdefault((namespace, sid), set()).add(room)
+        rooms = self.rooms_of.setdefault((namespace, sid), set())
+        buffer, session = self.server.open_buffer(namespace, room), self.server.session(sid, namespace)
+        if buffer is not None and session is not None and room not in rooms:
+            session.join_buffer(buffer)
+        rooms.add(room)
 
     def basic_leave_room(self, sid: str, namespace: str, room: str | None) -> None:
+        if self.server.session(sid, namespace) is not None:
+            self.server.room_buffers.pop((namespace, room), None)  # the next event is for other clients
         super().basic_leave_room(sid, namespace, room)
-        self.server.room_buffers.pop((namespace, room), None)
         self.rooms_of.get((namespace, sid), set()).discard(room)
 
     def basic_disconnect(self, sid: str, namespace: str, **_: Any) -> None:
-        for room in self.rooms_of.pop((namespace, sid), ()):
+        for room in sorted(self.rooms_of.pop((namespace, sid), ()), key=lambda room: room is None):  # None: all its clients
             self.basic_leave_room(sid, namespace, room)
         self.callbacks.pop(sid, None)
         for pending in (self.pending_connect, self.pending_disconnect):
@@ -6508,7 +6578,7 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
 
 # The libraries' private API, as far as it is used.
 PRIVATE_NAMES: dict[type, str] = {
-    engineio.AsyncServer: "_trigger_event _get_socket",
+    engineio.AsyncServer: "_trigger_event _get_socket handlers",
     socketio.AsyncServer: "_engineio_server_class _handle_eio_connect _handle_eio_message _handle_eio_disconnect"
     " _handle_connect _handle_disconnect _handle_ack _handle_event _trigger_event _send_packet"
     " eio environ handlers namespace_handlers not_handled _binary_packet",
@@ -6548,13 +6618,20 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     def session(self, sid: str, namespace: str = "/") -> Session | None:
         return self.eio.sockets.get(self.manager.eio_sid_from_sid(sid, namespace) or "")
 
-    def publish(self, event: str, payload: Any, room: str, skip_sid: str | None = None) -> None:
-        """Send an event to a room at once, in order with everything else that its clients are sent."""
+    def publish(self, event: str, payload: Any, room: str, skip_sid: str | None = None, urgency: int = SOON) -> None:
+        """Send an event to a room, in order with everything else that its clients are sent."""
         assert room, "an event needs a room"
         if room in self.manager.rooms.get("/", ()):
-            self.fan_out(["42" + StrictJson.dumps([event, payload])], "/", room, (skip_sid,))
+            self.fan_out(["42" + StrictJson.dumps([event, payload])], "/", room, (skip_sid,), urgency)
 
-    def fan_out(self, packets: list[Packet], namespace: str, room: Any, skipped: Collection[str | None]) -> None:
+    def open_buffer(self, namespace: str, room: Any) -> RoomBuffer | None:
+        """Return the buffer to which the next event for a room is added, if there is one."""
+        buffer = self.room_buffers.get((namespace, room))
+        return buffer if buffer is not None and buffer.is_open and buffer.size <= ROOM_BUFFER_BYTES else None
+
+    def fan_out(
+        self, packets: list[Packet], namespace: str, room: Any, skipped: Collection[str | None], urgency: int = SOON
+    ) -> None:
         """Send an encoded event to the clients in a room or a list of rooms, except those in `skipped`: directly if the room is
         the sid of one client, otherwise through the room's buffer."""
         if isinstance(room, str) and (eio_sid := self.manager.eio_sid_from_sid(room, namespace)) is not None:
@@ -6563,15 +6640,15 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
                     session.send(packet)
             return
         sockets, is_shared = self.eio.sockets, isinstance(room, str) and not any(skipped)
-        buffer = self.room_buffers.get((namespace, room)) if is_shared else None
-        if buffer is None or buffer.data is not None or buffer.size > ROOM_BUFFER_BYTES:
+        buffer = self.open_buffer(namespace, room) if is_shared else None
+        if buffer is None:
             buffer = RoomBuffer()
             for sid, eio_sid in self.manager.get_participants(namespace, room):
                 if sid not in skipped and (session := sockets.get(eio_sid)) is not None:
                     session.join_buffer(buffer)
             if is_shared:
                 self.room_buffers[namespace, room] = buffer
-        buffer.add(packets, b"".join(map(frame, packets)))
+        self.eio.add_to_buffer(buffer, packets, urgency)
 
     def disconnect_now(self, sid: str) -> None:
         """Disconnect a client. It receives no later event, and does not reconnect by itself."""
@@ -6642,7 +6719,8 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             # Acks bypass the queue: the handler that runs in it may be waiting for this one.
             await self._handle_ack(eio_sid, packet.namespace, packet.id, packet.data)
         else:
-            await queue.wait_for_space()
+            if queue.is_full():
+                await queue.wait_for_space()
             if not session.closed:
                 queue.put(packet)
 
@@ -6715,6 +6793,10 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             drop_frames(result)
         elif id is None or result is self.not_handled:
             return
+        elif isinstance(result, msgspec.Raw) and namespace == "/":
+            if (session := self.eio.sockets.get(eio_sid)) is not None:
+                session.send(f"{MESSAGE}{wire.ACK}{id}[{bytes(result).decode()}]")
+            return
         else:
             values = list(result) if isinstance(result, tuple) else [] if result is None else [result]
             packet = StrictPacket(wire.ACK, values, namespace, id)
@@ -6731,10 +6813,11 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         return StrictPacket(wire.EVENT, ["error", msgspec.to_builtins(notice)], namespace)
 
     async def _trigger(self, event: str, namespace: str, sid: str, args: list[Any]) -> Any:
-        """Call the handler of an event, or that of `*` for a reserved name."""
-        if event not in RESERVED:
+        """Call the handler of an event or, if it has none or a reserved name, that of `*`."""
+        handlers = self.handlers.get(namespace, {})
+        handler = handlers.get("*")
+        if event not in RESERVED and (event in handlers or handler is None):
             return await self._trigger_event(event, namespace, sid, *args)
-        handler = self.handlers.get(namespace, {}).get("*")
         result = handler(event, sid, *args) if handler is not None else self.not_handled
         return await result if inspect.isawaitable(result) else result
 
@@ -6765,6 +6848,7 @@ LOGIN_SECONDS = 10  # time limit for a socket to authenticate
 OWN_MARK_SECONDS = 0.05  # delay of the `channel:read` for a user's own post
 MAX_CACHED_TOKENS = 10_000
 HOST_SECONDS = 5.0  # time limit for a coroutine of the embedding program; shorter than CALL_TIMEOUT
+PRESENCE_EVENTS = ("user:connected", "user:disconnected")  # of which there are many when everybody connects at once
 HAND_SECONDS = 10  # from the end of a user's last socket until their raised hand is lowered
 LISTENER_EVENTS = 4096  # maximum number of events that wait for one listener of the program
 LISTENER_END_SECONDS = 1.0  # time limit of a listener for ending when the chat stops
@@ -6858,7 +6942,7 @@ class Hub:
         self.downloads = FairQueue(DOWNLOADS, DOWNLOADS_PER_USER)
         self.password_hasher = PasswordHasher(bounded=not settings.no_rate_limit)
         self.limiter = Limiter(enabled=not settings.no_rate_limit)
-        self.presence, self.pages = Presence(), PageCache()
+        self.presence, self.pages, self.missed = Presence(), PageCache(), ChangesCache()
         self.typing_tracker, self.voice_peers = TypingTracker(), VoicePeers()
         self.hands: dict[tuple[int, int], Hand] = {}  # (server, user) -> a raised hand
         self._hand_timers: dict[tuple[int, int], asyncio.TimerHandle] = {}  # (server, user) -> lowers the hand
@@ -6985,6 +7069,7 @@ class Hub:
         log.warning("this process was away for too long: its clients reconnect")
         self._token_cache.clear()
         self.pages.clear()
+        self.missed.clear()
         self.hands.clear()
         self.say(Notice("want"))  # the others list the raised hands
         with contextlib.suppress(ChatError):
@@ -6999,8 +7084,8 @@ class Hub:
         """Send an event to its room, and to the program's own listeners."""
         if isinstance(payload, ChannelUser) and event in TOLD_EVENTS and not self.foreign:
             self.say(Change(event, payload.channel_id, payload.user_id, getattr(payload, "peer_id", "-")))
-        room = room or EVENTS[event].room
-        self.sio.publish(event, payload, f"{room}:{to}", skip_sid)
+        room, urgency = room or EVENTS[event].room, LATE if event in PRESENCE_EVENTS else SOON
+        self.sio.publish(event, payload, f"{room}:{to}", skip_sid, urgency)
         for queue in self.listeners.get(event, ()) if self.listening and not self.foreign else ():
             if queue.is_full():
                 self.sio.eio.client_log.record(f"A listener of {event} is too slow", "event dropped")
@@ -7088,6 +7173,7 @@ class Hub:
     def rename(self, user_id: int, name: str | None) -> None:
         self.forget_tokens(user_id)
         self.pages.clear()  # servers that the user has left show the new name too, without a new sequence number
+        self.missed.clear()
         typing, voice, hands = self.typing_tracker.values(), self.voice_peers.values(), self.hands.values()
         named: list[TypingUser | Peer | Hand] = [*typing, *voice, *hands]
         for one in named:
@@ -8027,24 +8113,34 @@ async def heartbeat(hub: Hub, caller: Caller, args: NoArgs) -> Result[None]:
     return Result(None)
 
 
-def missed_changes(ctx: OperationContext, args: JoinServer) -> tuple[int, Changes]:
-    """Return the server's last sequence number and the changes after `args.after`."""
-    since = ChangesArgs(server_id=ctx.server_id, after=args.after or 0)
-    return load_seq(ctx.db, ctx.server_id), load_changes(ctx.db, since, ctx.visible_users(), ctx.user.user_id)
+async def load_missed(hub: Hub, caller: Caller, since: ChangesArgs) -> tuple[int, msgspec.Raw]:
+    """Return the server's last sequence number and the JSON of the changes after `since.after`."""
+
+    def load(ctx: OperationContext, _: Any) -> tuple[int, Changes | msgspec.Raw]:
+        seq = load_seq(ctx.db, since.server_id)
+        found = hub.missed.find(since, seq)  # another caller may have loaded it while this one waited for a reader
+        return seq, found or load_changes(ctx.db, since, ctx.visible_users(), ctx.user.user_id)
+
+    seq, loaded = await hub.query_slow(caller, since, load)
+    return seq, loaded if isinstance(loaded, msgspec.Raw) else hub.missed.encode(since, loaded)
 
 
 @operation("async", None, Access.MEMBER, event="join_server", emits=["user:connected"])
 async def join_server(hub: Hub, caller: Caller, args: JoinServer) -> Result[JoinServerResult]:
     """Subscribe to a server's events and, with `after`, get the changes after that sequence number. None is lost in between."""
+    since = ChangesArgs(server_id=args.server_id, after=args.after or 0)
+
+    def look_up(ctx: OperationContext, _: JoinServer) -> tuple[list[Channel], int, msgspec.Raw | None]:
+        seq = load_seq(ctx.db, ctx.server_id)
+        return load_channels(ctx.db, ctx.server_id), seq, hub.missed.find(since, seq)
+
     await hub.store.settle()
-    channels = hub.query(caller, args, lambda ctx, _: load_channels(ctx.db, ctx.server_id))
+    # Every event published until now is committed, so `seq` includes it; later ones are sent to the socket.
+    channels, seq, found = hub.query(caller, args, look_up)
     hub.join_server(caller.connection, args.server_id, [channel.channel_id for channel in channels])
-    # Every event published before this line is already committed, so the read below includes it.
-    changes: Changes | UnsetType = UNSET
-    if args.after is None:
-        seq = hub.query(caller, args, lambda ctx, _: load_seq(ctx.db, ctx.server_id))
-    else:
-        seq, changes = await hub.query_slow(caller, args, missed_changes)
+    changes: Any = UNSET
+    if args.after is not None:
+        seq, changes = (seq, found) if found is not None else await load_missed(hub, caller, since)
     voice = [peer.notice for peer in hub.voice_peers.in_server(args.server_id)]
     raised = sorted((hand.notice for hand in hub.hands.values()), key=operator.attrgetter("at"))
     hands = [RaisedHand(one.user_id, one.username, one.at, name=one.name) for one in raised if one.server_id == args.server_id]
@@ -8227,15 +8323,17 @@ async def run_operation(hub: Hub, op: Operation, caller: Caller, args: Any) -> R
 
 HttpHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 JSON = {"Content-Type": "application/json"}
+# Multidicts, because aiohttp copies them: from a dict, that would cost a response 5 us more.
+EMPTY_HEADERS, JSON_HEADERS = web.Response(headers=HEADERS).headers, web.Response(headers=HEADERS | JSON).headers
 ANY_OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
 def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """Return a response with `body` as JSON, or without a body if that is None."""
-    more = headers or {}
-    if body is None:
-        return WatchedResponse(status=status, headers=HEADERS | more)
-    return WatchedResponse(body=msgspec.json.encode(body), status=status, headers=HEADERS | JSON | more)
+    content, shared = (None, EMPTY_HEADERS) if body is None else (msgspec.json.encode(body), JSON_HEADERS)
+    response = WatchedResponse(body=content, status=status, headers=shared)
+    response.headers.update(headers or {})
+    return response
 
 
 def error_response(error: ChatError) -> web.Response:
@@ -8507,7 +8605,15 @@ def host_operation(name: str, function: HostFunction) -> Operation:
     )  # fmt: skip
 
 
-async def handle_event(hub: Hub, event: str, sid: str, payload: tuple[Any, ...]) -> dict[str, Any]:
+def encode_ack(value: Payload | dict[str, Any] | None) -> msgspec.Raw:
+    """Return the JSON of a successful ack: encoded once, not converted to a dict first."""
+    if value is None or isinstance(value, dict):
+        return msgspec.Raw(msgspec.json.encode({"success": True} | (value or {})))
+    body = msgspec.json.encode(value)
+    return msgspec.Raw(b'{"success":true' + (b"," if body != b"{}" else b"") + body[1:])
+
+
+async def handle_event(hub: Hub, event: str, sid: str, payload: tuple[Any, ...]) -> msgspec.Raw:
     """Run the operation of an event and return its ack. Raises ChatError, TimeoutError."""
     op = CLIENT_EVENTS.get(event) or hub.host_events.get(event)
     if op is None:
@@ -8524,7 +8630,7 @@ async def handle_event(hub: Hub, event: str, sid: str, payload: tuple[Any, ...])
     raw = payload[0] if payload and payload != (None,) else ({} if op.args is NoArgs else None)
     caller = Caller(connection.user, connection.address, connection)
     result = await run_operation(hub, op, caller, read_args(op.args, raw))
-    return {"success": True} | (msgspec.to_builtins(result.value) or {} if op.acks else {})
+    return encode_ack(result.value if op.acks else None)
 
 
 def add_socket_handlers(hub: Hub) -> None:
@@ -8551,7 +8657,7 @@ def add_socket_handlers(hub: Hub) -> None:
         hub.remove_connection(sid)
 
     @sio.on("*")  # type: ignore[untyped-decorator]
-    async def on_event(event: str, sid: str, *payload: Any) -> dict[str, Any] | ChatError:
+    async def on_event(event: str, sid: str, *payload: Any) -> msgspec.Raw | ChatError:
         outcome = await result_or_error(handle_event(hub, event, sid, payload))
         if isinstance(outcome, ChatError) and (connection := hub.connections.get(sid)) is not None:
             sio.eio.client_log.record_error(connection.address, outcome)

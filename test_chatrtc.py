@@ -4009,6 +4009,59 @@ async def test_joining_twice_is_joining_once(scene: Scene) -> None:
     await scene.ben_socket.receive_none("user:disconnected")
 
 
+async def test_everybody_who_connects_at_once_knows_who_is_there(scene: Scene) -> None:
+    """Members connect, some disconnect again, others post: each socket's list, with the events after it, is always right."""
+    server_id, code = scene.place.server_id, await scene.ana.invite(scene.place.server_id)
+    guests = [await scene.world.call("POST", "/auth/guest", {"code": code, "name": f"Guest {n}"}) for n in range(40)]
+    copies: dict[int, set[int]] = {}
+    sockets: dict[int, Socket] = {}
+
+    async def connect(number: int, token: str) -> None:
+        socket = sockets[number] = await scene.world.socket(token, transports=["websocket"] if number % 8 else ["polling"])
+        ack = await socket.ok("join_server", {"server_id": server_id})
+        socket._read = len(socket.received)
+        copies[number] = set(ack["connected_users"])
+        assert ack["connected_users"] == sorted(copies[number])
+        if number % 5 == 0:
+            await scene.post()
+        if number % 4 == 0:
+            await socket.ok("leave_server", {"server_id": server_id})
+
+    await asyncio.gather(*(connect(number, guest.body["token"]) for number, guest in enumerate(guests)))
+    there = {guest.body["user_id"] for number, guest in enumerate(guests) if number % 4}
+    there |= {scene.ana.user_id, scene.ben.user_id}
+    for number, socket in sockets.items():
+        await socket.call("ping")
+        for event, payload in socket.received[socket._read :] if number % 4 else ():
+            if event == "user:connected":
+                assert payload["user_id"] not in copies[number]
+                copies[number].add(payload["user_id"])
+            elif event == "user:disconnected":
+                copies[number].remove(payload["user_id"])
+        assert number % 4 == 0 or copies[number] == there
+
+
+async def test_many_who_missed_the_same_changes_get_the_same(scene: Scene) -> None:
+    """Changes are loaded once while nothing happens; those with a list are loaded for each member."""
+    hub, server_id = scene.world.chat.hub, scene.place.server_id
+    join = {"server_id": server_id, "after": (await scene.ben_socket.ok("join_server", {"server_id": server_id}))["seq"]}
+    message = await scene.post()
+    acks = [await socket.ok("join_server", join) for socket in (scene.ana_socket, scene.ben_socket)]
+    assert acks[0]["changes"] == acks[1]["changes"]
+    assert [one["message_id"] for one in acks[0]["changes"]["messages"]] == [message["message_id"]]
+    assert list(hub.missed) == [(server_id, join["after"])]
+    await scene.ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": "other"})
+    assert (await scene.ben_socket.ok("join_server", join))["changes"]["messages"][0]["content"] == "other"
+    await scene.ana.ok("DELETE", f"/messages/{message['message_id']}")
+    changes = (await scene.ben_socket.ok("join_server", join))["changes"]
+    assert (changes["messages"], len(changes["deleted"])) == ([], 1)
+    await scene.ana.ok("PATCH", "/users/me", {"name": "Ana B"})
+    assert not hub.missed, "names in messages have changed"
+    seen = [await socket.ok("join_server", join) for socket in (scene.ana_socket, scene.ben_socket)]
+    assert all("members" in ack["changes"] for ack in seen)
+    assert not hub.missed
+
+
 async def connected(person: Person, scene: Scene) -> dict[int, bool]:
     members = (await person.ok("GET", f"{scene.server}/members"))["members"]
     return {member["user_id"]: member["connected"] for member in members}
@@ -8201,7 +8254,8 @@ async def test_broadcasts_acks_and_emits_keep_their_order(bare):
 
 
 async def test_a_room_buffer_keeps_the_order_of_all_packets_of_a_client(bare):
-    """Interleaved rooms, single clients, skipped clients and changing members: each client receives its packets in order."""
+    """Interleaved rooms, urgencies, single clients, skipped clients and changing members: each client receives its packets in
+    order."""
     clients = [await bare.join() for _ in range(3)]
     expected: dict[str, list[str]] = {client.sid: [] for client in clients}
     rooms: dict[str, set[str]] = {"r": set(), "s": set()}
@@ -8222,12 +8276,69 @@ async def test_a_room_buffer_keeps_the_order_of_all_packets_of_a_client(bare):
                 await asyncio.sleep(0)
             case skip:
                 skipped = client.sid if skip == 4 else None
-                bare.sio.publish("e", number, room, skipped)
+                bare.sio.publish("e", number, room, skipped, chance.choice((chatrtc.LATE, chatrtc.SOON)))
                 for sid in rooms[room] - {skipped}:
                     expected[sid].append(f'42["e",{number}]')
     assert min(map(len, expected.values())) > 50
     for client in clients:
         assert [await client.next() for _ in expected[client.sid]] == expected[client.sid]
+
+
+def delay_presence(sio: chatrtc.SocketServer) -> None:
+    """Make the server wait before it flushes presence, as it does under load."""
+    sio.eio.flushers[chatrtc.LATE].not_before = asyncio.get_running_loop().time() + PATIENCE
+
+
+async def test_entering_a_room_does_not_end_its_buffer(bare):
+    """A client that enters receives the events from then on, once, even if it enters twice."""
+    clients = [await bare.join() for _ in range(3)]
+    buffers = set()
+    delay_presence(bare.sio)
+    for number, client in enumerate(clients):
+        for _ in range(2):
+            bare.sio.enter(client.sid, "r")
+        bare.sio.publish("e", number, "r", urgency=chatrtc.LATE)
+        buffers.add(bare.sio.open_buffer("/", "r"))
+        await bare.sio.emit("own", number, to=client.sid)
+    assert len(buffers) == 1
+    bare.sio.publish("e", 3, "r")
+    for number, client in enumerate(clients):
+        expected = [f'42["e",{number}]', f'42["own",{number}]', *[f'42["e",{later}]' for later in range(number + 1, 4)]]
+        assert [await client.next() for _ in expected] == expected
+
+
+async def test_a_client_that_leaves_the_namespace_receives_none_of_the_later_events(bare):
+    leaver, other = await bare.join(), await bare.join()
+    for client in (leaver, other):
+        for room in ("r", "s", "t"):
+            bare.sio.enter(client.sid, room)
+    delay_presence(bare.sio)
+    for room in ("r", "s", "t"):
+        bare.sio.publish("e", 1, room, urgency=chatrtc.LATE)
+    await leaver.send("41")
+    await bare.next_disconnect()
+    for room in ("r", "s", "t"):
+        bare.sio.publish("e", 2, room)
+    await leaver.send("40")
+    assert [await leaver.next() for _ in range(3)] == ['42["e",1]'] * 3
+    assert (await leaver.next()).startswith("40")
+    assert [await other.next() for _ in range(6)] == ['42["e",1]'] * 3 + ['42["e",2]'] * 3
+
+
+async def test_a_late_event_waits_for_no_other_event_and_never_after_one(bare):
+    """At rest it is sent at once; under load it is sent before a later message, in the same write."""
+    ws = await bare.join()
+    bare.sio.enter(ws.sid, "r")
+    for number in range(3):
+        bare.sio.publish("e", number, "r", urgency=chatrtc.LATE)
+        assert await ws.next() == f'42["e",{number}]'
+    delay_presence(bare.sio)
+    bare.sio.publish("e", 3, "r", urgency=chatrtc.LATE)
+    bare.sio.publish("message", 4, "r")
+    assert [await ws.next(), await ws.next()] == ['42["e",3]', '42["message",4]']
+    flusher = chatrtc.Flusher(9, 0.25)
+    flusher._round([], 60.0, {})
+    assert 0.2 < flusher.not_before - asyncio.get_running_loop().time() <= 0.25
 
 
 async def test_a_poll_returns_no_more_packets_than_clients_accept(bare):
