@@ -5220,8 +5220,9 @@ def ban(ctx: OperationContext, args: BanArgs) -> Result[None]:
     """Ban a member or former member; optionally delete their messages, and the invite they used."""
     if args.revoke_invite:
         delete_invite_used_by(ctx.db, ctx.server_id, args.user_id)
-    insert_ban(ctx.db, ctx.server_id, args.user_id, ctx.user.user_id, ctx.now)
     effects = end_membership(ctx, args.user_id) if ctx.target_role else []
+    if is_former_member(ctx.db, ctx.server_id, args.user_id):  # a bot is deleted instead
+        insert_ban(ctx.db, ctx.server_id, args.user_id, ctx.user.user_id, ctx.now)
     if args.delete_messages:
         effects += start_purge(ctx.db, ctx.server_id, args.user_id)
     return Result(None, effects)

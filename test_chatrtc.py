@@ -7486,6 +7486,7 @@ async def test_a_bot_ends_with_its_place_in_the_server(scene: Scene, way: str) -
     assert store.read_inline(chatrtc.check_integrity) == []
     if way not in ("channel", "server", "account"):
         assert (await ana.ok("GET", f"{scene.server}/hooks"))["hooks"] == []
+        assert (await ana.ok("GET", f"{scene.server}/bans"))["bans"] == [], "nobody could lift the ban of a deleted account"
         assert (await ana.ok("GET", f"/messages/{message['message_id']}"))["bot"] is True
 
 
