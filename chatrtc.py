@@ -614,27 +614,24 @@ SLACK_SYNTAX = re.compile(
 NOT_IN_LABEL = str.maketrans("[]\n", "() ")
 
 
-class SlackPart(Struct): ...
-
-
-class SlackField(SlackPart):
+class SlackField(Struct):
     title: SlackText = None
     value: SlackText = None
 
 
-class SlackObject(SlackPart):  # a text, or another element of a block
+class SlackObject(Struct):  # a text, or another element of a block
     type: str = ""
     text: Any = None
 
 
-class SlackBlock(SlackPart):
+class SlackBlock(Struct):
     type: str = ""
     text: SlackObject | str | None = None
     fields: list[SlackObject] | None = None
     elements: list[SlackObject] | None = None
 
 
-class SlackAttachment(SlackPart):
+class SlackAttachment(Struct):
     pretext: SlackText = None
     title: SlackText = None
     title_link: SlackText = None
@@ -9552,11 +9549,8 @@ def method_stubs() -> Iterator[str]:
 
 def stubs() -> str:
     """Return the types of the public names as a stub file."""
-    kinds = [
-        kind
-        for kind in globals().values()
-        if isinstance(kind, type) and issubclass(kind, Args | Payload | Settings | SlackPart)
-    ]
+    ours = [kind for kind in globals().values() if isinstance(kind, type) and kind.__module__ == __name__]
+    kinds = [kind for kind in ours if issubclass(kind, Struct) and not issubclass(kind, BusMessage | BusPacket)]
     structs = ["\n    ".join([f"class {kind.__name__}(Struct, kw_only=True):", *fields_text(kind), "pass"]) for kind in kinds]
     settings = ", ".join(fields_text(Settings)).replace("tuple[str, ...]", "Sequence[str]")
     init = str(inspect.signature(ChatRTC.__init__, eval_str=True)).replace("**settings: Any", settings)

@@ -6,6 +6,7 @@ import ast
 import asyncio
 import base64
 import bisect
+import builtins
 import contextlib
 import datetime
 import functools
@@ -10833,6 +10834,17 @@ def test_each_operation_is_a_documented_method() -> None:
         required = {one.name for one in signature.parameters.values() if one.default is one.empty} - {"self", "data"}
         assert required == {field.name for field in fields_of(op) if field.required}
         assert f" {op.name}(self, *, as_user: int | None = None, " in manual
+
+
+@pytest.mark.portable
+def test_the_stubs_define_every_name_that_they_use() -> None:
+    tree = ast.parse(chatrtc.stubs())
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    defined = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    defined |= {node.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.alias | ast.ClassDef)}
+    assert len(used) > 100
+    assert used - defined - set(dir(builtins)) == set()
+    assert {name for name in chatrtc.__all__ if name != "socket_server"} <= defined
 
 
 @pytest.mark.portable
