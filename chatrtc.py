@@ -9549,8 +9549,8 @@ def method_stubs() -> Iterator[str]:
 
 def stubs() -> str:
     """Return the types of the public names as a stub file."""
-    ours = [kind for kind in globals().values() if isinstance(kind, type) and kind.__module__ == __name__]
-    kinds = [kind for kind in ours if issubclass(kind, Struct) and not issubclass(kind, BusMessage | BusPacket)]
+    names = component_schemas(kind for op in OPERATIONS.values() for kind in (op.args, op.result))
+    kinds = [Settings, *(globals()[name] for name in names)]
     structs = ["\n    ".join([f"class {kind.__name__}(Struct, kw_only=True):", *fields_text(kind), "pass"]) for kind in kinds]
     settings = ", ".join(fields_text(Settings)).replace("tuple[str, ...]", "Sequence[str]")
     init = str(inspect.signature(ChatRTC.__init__, eval_str=True)).replace("**settings: Any", settings)
