@@ -4751,7 +4751,7 @@ def authorize_start(ctx: OperationContext, args: NewConversation) -> None:
         raise chat_error("PARTICIPANTS", field="user_ids", n=MAX_PARTICIPANTS - 1)
     if not all(load_principal(ctx.db, user_id, b"") for user_id in people):
         raise chat_error("NO_USER", field="user_ids")
-    check_conversation(ctx, people, must_share=True)
+    check_conversation(ctx, people, must_share=bool(ctx.user.digest))
     ctx.conversation = f"{people[0]}-{people[1]}" if len(people) == 2 else "group"
     ctx.server_id = find_pair(ctx.db, ctx.conversation) or 0
     ctx.role = load_role(ctx.db, ctx.server_id, ctx.user.user_id)

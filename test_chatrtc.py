@@ -6612,6 +6612,9 @@ async def test_the_ids_of_a_conversation_are_checked(scene: Scene) -> None:
     assert refusal(await ana.call("POST", "/conversations", {"user_ids": [ben.user_id, dee.user_id]}))[1] == "NO_SHARED_SERVER"
     await start(ana, dee)
     await start(ben, dee)
+    by_program = await scene.world.chat.start_conversation(as_user=cy.user_id, user_ids=[dee.user_id])
+    assert (by_program.pair, by_program.name) == (True, "dee"), "the program may bring any two together"
+    await scene.dee_socket.receive("server:joined", server_id=by_program.server_id)
     await cy.ok("DELETE", f"{scene.server}/members/{cy.user_id}")
     assert refusal(await ana.call("POST", "/conversations", {"user_ids": [cy.user_id]}))[1] == "NO_SHARED_SERVER"
     for name in ("", " ", "x" * 101, 5):
@@ -20866,6 +20869,12 @@ async def run(*args: str | Path, cwd: Path) -> str:
     return out.decode()
 
 
+def printed_programs() -> dict[str, str]:
+    """Return the complete programs of docs/embedding.md. Each begins with a comment that is its file name."""
+    text = (HERE / "docs" / "embedding.md").read_text("utf-8")
+    return {name: program for program, name in re.findall(r"```python\n(# (\w+\.py)\n.*?)```", text, re.DOTALL)}
+
+
 # Two programs that use the installed types. In the second, each line that a type checker must report has a comment.
 
 TYPED = """
@@ -21001,7 +21010,11 @@ async def check_types(python: Path, stubs: str, cwd: Path) -> None:
     (cwd / "right.py").write_text(TYPED, "utf-8")
     (cwd / "wrong.py").write_text(MISTYPED, "utf-8")
     (cwd / "stubs.pyi").write_text(stubs, "utf-8")
-    files = ("right.py", "wrong.py", "stubs.pyi")
+    (cwd / "mypy.ini").write_text("[mypy]\n[mypy-socketio.*]\nignore_missing_imports = true\n", "utf-8")
+    printed = ("hello.py", "quiz.py", "shop.py", "bot.py")
+    for name in printed:
+        (cwd / name).write_text(printed_programs()[name], "utf-8")
+    files = ("right.py", "wrong.py", "stubs.pyi", *printed)
     expected = {("wrong.py", number) for number, line in enumerate(MISTYPED.split("\n"), 1) if line.endswith("# wrong")}
     assert len(expected) > 20
     pyright = shutil.which("pyright", path=f"{HERE / 'node_modules' / '.bin'}{os.pathsep}{os.environ['PATH']}")
@@ -21046,6 +21059,199 @@ async def test_the_wheel_serves(tmp_path: Path) -> None:
         async with asyncio.timeout(PATIENCE):
             await process.communicate()
         assert process.returncode == 0
+
+
+# The programs of docs/embedding.md, as they are printed. Only the port is another one.
+
+ON_A_FREE_PORT = """
+import functools, runpy, sys
+from aiohttp import web
+
+web.run_app = functools.partial(web.run_app, host="127.0.0.1", port=0, print=functools.partial(print, flush=True))
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+WITH_THIS_MODULE = dict(os.environ) | {"PYTHONPATH": str(HERE)}
+
+
+@contextlib.asynccontextmanager
+async def printed_program(name: str, folder: Path) -> AsyncIterator[str]:
+    """Run a program of docs/embedding.md that contains a chat; yield its address."""
+    (folder / name).write_text(printed_programs()[name], "utf-8")
+    pipes: dict[str, Any] = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE}
+    command = (sys.executable, "-c", ON_A_FREE_PORT, name)
+    process = await asyncio.create_subprocess_exec(*command, cwd=folder, env=WITH_THIS_MODULE, **pipes)
+    try:
+        yield await printed_address(process)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        _, errors = await asyncio.wait_for(process.communicate(), PATIENCE)
+    assert (process.returncode, errors.decode()) == (0, "")
+
+
+async def test_the_three_lines_of_the_guide(tmp_path: Path) -> None:
+    assert printed_programs()["hello.py"].partition("\n")[2] in (HERE / "README.md").read_text("utf-8")
+    async with printed_program("hello.py", tmp_path) as url, World(f"{url}/chat", aiohttp.ClientSession()) as world:
+        assert b"<title>" in (await world.call("GET", "/")).body
+        ana, ben = await world.people("ana", "ben")
+        place = await world.place(ana, ben)
+        socket = await Socket().connect(url, ben.token, path="chat/socket.io")
+        await socket.ok("join_server", {"server_id": place.server_id})
+        assert await ana.post(place.channel_id) == await socket.receive("message:new")
+        await socket.close()
+
+
+async def test_the_quiz_of_the_guide(tmp_path: Path) -> None:
+    text = (HERE / "docs" / "embedding.md").read_text("utf-8")
+    (script,) = re.findall(r"```js\n(.*?)```", text, re.DOTALL)
+    async with printed_program("quiz.py", tmp_path) as url, World(f"{url}/chat", aiohttp.ClientSession()) as world:
+        async with world.session.post(f"{url}/sign-in/cat") as response:
+            assert response.status == 403
+        async with world.session.post(f"{url}/sign-in/owl") as response:
+            alan = await response.json()
+        (server,) = (await world.call("GET", "/servers", token=alan["token"])).body["servers"]
+        channel = {"channel_id": server["channels"][0]["channel_id"]}
+        assert (await world.call("GET", "/")).status == 404
+        socket = await Socket().connect(url, alan["token"], path="chat/socket.io")
+        world.sockets.append(socket)
+        await socket.ok("join_server", {"server_id": alan["server_id"]})
+        in_browser = f"""
+            import {{ io as connect }} from 'socket.io-client';
+            const io = (options) => connect('{url}', options);
+            const fetch = (path, options) => globalThis.fetch('{url}' + path, options);
+        """
+        process = await run_node(tmp_path, in_browser + script)
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(PATIENCE):
+                assert (await process.stdout.readline()).decode() == "{ success: true, right: true }\n"
+            message = await socket.ok("message:send", channel | {"content": "I think it is Mars"})
+            hint = {"content": "Or is it Jupiter?"}
+            edit = {"message_id": message["message_id"]} | hint
+            for refused in (await socket.call("message:send", channel | hint), await socket.call("message:edit", edit)):
+                assert (refused["code"], refused["error"]) == ("FORBIDDEN", "Do not give the answer away")
+            acks = [
+                await socket.client.call("quiz:answer", data, timeout=PATIENCE)
+                for data in ({"moon": "Io"}, {"planet": "Mars"}, {"planet": "Jupiter"})
+            ]
+            assert [ack.get("code") for ack in acks] == ["BAD_REQUEST", None, "CONFLICT"]
+            assert acks[1] == {"success": True, "right": False}
+            results = await socket.receive("message:new", author_name="Quiz")
+            assert results["content"] == "Ada Lovelace: right\nAlan Turing: wrong"
+            async with asyncio.timeout(PATIENCE):
+                lines = [(await process.stdout.readline()).decode() for _ in range(3)]
+            assert lines == ["I think it is Mars\n", "Ada Lovelace: right\n", "Alan Turing: wrong\n"]
+        finally:
+            process.kill()
+            await process.wait()
+
+
+async def test_the_shop_of_the_guide(tmp_path: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        url = await stack.enter_async_context(printed_program("shop.py", tmp_path))
+
+        async def sign_in(login: str) -> tuple[Person, str, Socket]:
+            """Sign in to the shop, and by its cookie to the chat; return also the address of the frame, and a socket."""
+            session = aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True))
+            world = await stack.enter_async_context(World(f"{url}/chat", session))
+            async with session.get(url) as page:
+                assert 'action="/sign-in"' in await page.text()
+            assert (await world.call("POST", "/auth/session", headers={"Origin": url})).code == "UNAUTHORIZED"
+            async with session.post(f"{url}/sign-in", data={"login": login}) as page:
+                (address,) = re.findall(r'<iframe .*src="(.*?)"', await page.text())
+            account = (await world.call("POST", "/auth/session", headers={"Origin": url})).body
+            assert account["username"] == login
+            socket = await Socket().connect(url, account["token"], path="chat/socket.io")
+            stack.push_async_callback(socket.close)
+            return Person(world, login, account["user_id"], account["token"]), address, socket
+
+        maya, address, maya_socket = await sign_in("maya")
+        desk, everything, desk_socket = await sign_in("desk")
+        omar, _, _ = await sign_in("omar")
+        assert everything == "/chat/"
+        (talk,) = (await maya.ok("GET", "/servers"))["servers"]
+        channel_id = talk["channels"][0]["channel_id"]
+        assert (talk["name"], address) == ("Support", f"/chat/#/channel/{channel_id}")
+        assert [one["name"] for one in (await desk.ok("GET", "/servers"))["servers"]] == ["Maya Jones", "Omar Haddad"]
+        for socket in (maya_socket, desk_socket):
+            await socket.ok("join_server", {"server_id": talk["server_id"]})
+        asked = await maya_socket.ok("message:send", {"channel_id": channel_id, "content": "Where is my parcel?"})
+        assert (await desk_socket.receive("message:new"))["author_name"] == "Maya Jones"
+        await desk_socket.ok(
+            "message:send", {"channel_id": channel_id, "content": "On its way", "reply_to": asked["message_id"]}
+        )
+        assert (await maya_socket.receive("message:new", content="On its way"))["author_name"] == "Support"
+        for path, body in (("/messages", {"channel_id": channel_id, "content": "me too"}), ("/servers", {"name": "mine"}),
+                           ("/conversations", {"user_ids": [maya.user_id]})):  # fmt: skip
+            assert (await omar.call("POST", path, body)).code == "FORBIDDEN"
+        async with maya.world.session.get(f"{url}/chat/") as page:
+            assert page.headers["Content-Security-Policy"].endswith("; frame-ancestors 'self'")
+        async with maya.world.session.post(f"{url}/sign-in", data={"login": "eve"}) as page:
+            assert page.status == 403
+        async with maya.world.session.post(f"{url}/sign-out") as page:
+            assert 'action="/sign-in"' in await page.text()
+        await asyncio.wait_for(maya_socket.closed.wait(), PATIENCE)
+        assert (await maya.call("POST", "/auth/session", headers={"Origin": url})).body["reason"] == "HOST_SIGN_IN"
+        await desk_socket.ok("ping")
+
+
+async def test_the_bot_of_the_guide(world: World, tmp_path: Path) -> None:
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    socket = await ana.socket(place.server_id)
+    bot = await ana.ok("POST", f"/servers/{place.server_id}/bots", {"username": "dice", "name": "Dice"})
+    (tmp_path / "bot.py").write_text(printed_programs()["bot.py"], "utf-8")
+    env = WITH_THIS_MODULE | {"CHAT_URL": world.url, "SERVER_ID": str(place.server_id), "BOT_TOKEN": bot["token"]}
+    process = await asyncio.create_subprocess_exec(sys.executable, "bot.py", cwd=tmp_path, env=env)
+    try:
+        await socket.receive("user:connected", user_id=bot["user_id"])
+        for command in ("/roll", "/roll 2d6 please", "/roll 0d6", "/roll 100d6", "/roll 2d6"):
+            command_id = (await ana.post(place.channel_id, command))["message_id"]
+        answer = await socket.receive("message:new", author_id=bot["user_id"])
+        assert (answer["reply_to"], answer["bot"], answer["author_name"]) == (command_id, True, "Dice")
+        first, second, total = map(int, re.fullmatch(r"([1-6]) \+ ([1-6]) = \*\*(\d+)\*\*", answer["content"]).groups())
+        assert first + second == total
+        command_id = (await ana.post(place.channel_id, "/roll 1d1"))["message_id"]
+        answer = await socket.receive("message:new", author_id=bot["user_id"])
+        assert (answer["reply_to"], answer["content"]) == (command_id, "1 = **1**")
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_the_recipe_of_the_guide(tmp_path: Path) -> None:
+    (tmp_path / "test_site.py").write_text(printed_programs()["test_site.py"], "utf-8")
+    command = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-W",
+        "error",
+        "-o",
+        "asyncio_default_fixture_loop_scope=function",
+        "test_site.py",
+    )
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=tmp_path, env=WITH_THIS_MODULE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    out = (await process.communicate())[0].decode()
+    assert process.returncode == 0, out
+    assert "1 passed" in out
+
+
+def test_the_guide_names_what_exists() -> None:
+    text = (HERE / "docs" / "embedding.md").read_text("utf-8")
+    chat = chatrtc.ChatRTC()
+    names = set(re.findall(r"\bchat\.(\w+)", text)) - {"db"}
+    assert len(names) > 15
+    assert [name for name in sorted(names) if not hasattr(chat, name)] == []
+    tables = re.findall(r"^\| `(\w+)\((.*?)\)` \|", text, re.MULTILINE)
+    assert len(tables) == 4
+    for name, arguments in tables:
+        parameters = [f"{one.name}={'' if one.default is one.empty else one.default}"
+                      for one in inspect.signature(getattr(chat, name)).parameters.values()]  # fmt: skip
+        assert ", ".join(parameters) == arguments
 
 
 # ---- Descriptions ---------------------------------------------------------------------------------------------------
@@ -21591,8 +21797,7 @@ async def test_the_listener_of_the_readme_survives_a_restart(tmp_path: Path) -> 
 
 
 def test_the_readme_programs_are_programs() -> None:
-    written = (HERE / "README.md").read_text("utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", written, re.DOTALL)
-    assert len(blocks) >= 2
+    blocks = [block for text in documents().values() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    assert len(blocks) >= 10
     for block in blocks:
-        compile(block, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        compile(block, "docs", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
