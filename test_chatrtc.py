@@ -63,7 +63,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings, stateful, strategies
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from playwright.async_api import Browser, FilePayload, Locator, Page, async_playwright, expect
+from playwright.async_api import Browser, FilePayload, Frame, Locator, Page, async_playwright, expect
 from yarl import URL
 
 import chatrtc
@@ -18731,6 +18731,10 @@ class Device:
     async def point(self, x: int, y: int) -> None:
         raise NotImplementedError
 
+    async def frame(self) -> Device:
+        """Return the frame at the top left of the page, to be used like a page."""
+        raise NotImplementedError
+
     async def find(self, selector: str, text: str = "", then: str = "true") -> Any:
         """Wait for a visible element (`one`) with the text and return the value of the script `then`."""
         script = f"""(() => {{ const one = [...document.querySelectorAll({json.dumps(selector)})]
@@ -18755,11 +18759,14 @@ class Device:
 class Chromium(Device):
     """Chromium, driven by Playwright."""
 
-    def __init__(self, tab: Tab) -> None:
-        self.tab = tab
+    def __init__(self, tab: Tab, frame: Frame | None = None) -> None:
+        self.tab, self.document = tab, frame or tab.page
 
     async def evaluate(self, expression: str) -> Any:
-        return await self.tab.evaluate(expression)
+        return await self.document.evaluate(expression)
+
+    async def frame(self) -> Device:
+        return Chromium(self.tab, self.tab.page.frames[1])
 
     async def open(self, url: str) -> None:
         await self.tab.goto(url)
@@ -18774,8 +18781,10 @@ class Chromium(Device):
 class Firefox(Device):
     """Firefox itself, driven by WebDriver BiDi."""
 
-    def __init__(self, ws: aiohttp.ClientWebSocketResponse, context: str = "", numbers: Iterator[int] | None = None) -> None:
-        self.ws, self.context, self.numbers = ws, context, numbers or itertools.count(1)
+    def __init__(
+        self, ws: aiohttp.ClientWebSocketResponse, context: str = "", numbers: Iterator[int] | None = None, window: str = ""
+    ) -> None:
+        self.ws, self.context, self.numbers, self.window = ws, context, numbers or itertools.count(1), window or context
 
     async def ask(self, method: str, **params: Any) -> Any:
         number = next(self.numbers)
@@ -18792,6 +18801,10 @@ class Firefox(Device):
         made = await self.ask("browsingContext.create", type="window", userContext=user)
         await self.ask("browsingContext.setViewport", context=made["context"], viewport={"width": 1280, "height": 800})
         return Firefox(self.ws, made["context"], self.numbers)
+
+    async def frame(self) -> Device:
+        tree = await self.ask("browsingContext.getTree", root=self.context)
+        return Firefox(self.ws, tree["contexts"][0]["children"][0]["context"], self.numbers, self.context)
 
     async def evaluate(self, expression: str) -> Any:
         target = {"context": self.context}
@@ -18813,7 +18826,7 @@ class Firefox(Device):
         await self._perform({"type": "pointer", "id": "mouse", "actions": [move, *press]})
 
     async def _perform(self, actions: dict[str, Any]) -> None:
-        await self.ask("browsingContext.activate", context=self.context)
+        await self.ask("browsingContext.activate", context=self.window)
         await self.ask("input.performActions", context=self.context, actions=[actions])
 
 
@@ -18861,7 +18874,7 @@ async def device(request: pytest.FixtureRequest, tab: Any, tmp_path: Path) -> As
 
     async def chromium() -> Device:
         opened = await tab()
-        opened.ignored = "401"  # a request that was under way during a sign-out
+        opened.ignored = "401|frame-ancestors"  # requests without a session, and a frame that is refused
         return Chromium(opened)
 
     yield chromium
@@ -18946,6 +18959,193 @@ async def test_a_newcomers_class_talks_on_all_its_devices(api: World, device: An
     await phone.sees("back again", "#log .said")
     for one in (maya, phone, tomorrow):
         assert await one.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+# A site with its own users
+
+SHOP = """<!doctype html><html lang="en"><title>Shop</title><body style="margin: 0">
+<iframe src="%s" title="Chat" style="border: 0; width: 320px; height: 480px"></iframe><input id="basket" autofocus>"""
+
+
+@contextlib.asynccontextmanager
+async def serving(app: web.Application) -> AsyncIterator[str]:
+    """Run an application of a host in this process and yield its address."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+class School:
+    """A site whose users sign in by a cookie. Its chat is for them; another chat must not be shown in frames."""
+
+    def __init__(self, folder: Path, shop: str) -> None:
+        self.users: dict[str, str] = {}  # cookie → username
+        self.app = web.Application()
+        self.app.router.add_get("/login/{name}", self.log_in)
+        self.app.router.add_get("/logout", self.log_out)
+        self.chat = chatrtc.ChatRTC(
+            database=str(folder / "school.db"), identify=self.identify, token_ttl=8, frame_ancestors=[shop]
+        )
+        self.chat.attach(self.app, prefix="/chat")
+        chatrtc.ChatRTC(database=str(folder / "closed.db")).attach(self.app, prefix="/closed")
+        self.app.on_startup.append(self.create_class)
+
+    async def create_class(self, app: web.Application) -> None:
+        teacher = await self.chat.upsert_user(username="Teacher")
+        self.server = await self.chat.create_server(as_user=teacher.user_id, name="Biology 3B")
+
+    async def log_in(self, request: web.Request) -> web.Response:
+        """Sign in with a name, and join the class."""
+        name, cookie = request.match_info["name"], os.urandom(8).hex()
+        profile = await self.chat.upsert_user(username=name, external_id=name)
+        await self.chat.add_member(server_id=self.server.server_id, user_id=profile.user_id)
+        self.users[cookie] = name
+        response = web.Response(text="Welcome")
+        response.set_cookie("school", cookie, samesite="Lax", httponly=True)
+        return response
+
+    async def log_out(self, request: web.Request) -> web.Response:
+        name = self.users.pop(request.cookies["school"])
+        profile = await self.chat.upsert_user(username=name, external_id=name)
+        await self.chat.disconnect(user_id=profile.user_id)
+        return web.Response(text="Goodbye")
+
+    async def identify(self, request: web.Request) -> dict[str, str] | None:
+        name = self.users.get(request.cookies.get("school", ""))
+        return {"username": name, "external_id": name} if name else None
+
+
+async def show_in_frame(request: web.Request) -> web.Response:
+    return web.Response(text=SHOP % html.escape(request.query["url"]), content_type="text/html")
+
+
+@contextlib.asynccontextmanager
+async def school_in_shop(folder: Path) -> AsyncIterator[tuple[School, str, str]]:
+    """Run a school, and a shop that shows any address in a frame; yield the school and the addresses of both."""
+    shop = web.Application()
+    shop.router.add_get("/", show_in_frame)
+    async with serving(shop) as shop_url:
+        school = School(folder, shop_url)
+        async with serving(school.app) as url:
+            yield school, url, shop_url
+
+
+SIGN_IN_THERE = "Sign in on the site that contains this chat"
+FIELDS = "[...document.querySelectorAll('#sign-in input, #swap *')].filter((one) => one.getClientRects().length).length"
+
+
+@pytest.mark.parametrize("device", BROWSERS, indirect=True)
+async def test_the_login_of_a_site_opens_its_chat(device: Any, tmp_path: Path) -> None:
+    """The page asks for no password, renews its session, and ends with the login, also in a frame of another origin."""
+    async with school_in_shop(tmp_path) as (school, url, shop):
+        maya, jonas = await device(), await device()
+        await maya.open(f"{url}/chat/")
+        await maya.sees(SIGN_IN_THERE, "#sign-in-text")
+        assert await maya.evaluate(FIELDS) == 0
+        await maya.click("#enter", "Try again")
+        await maya.find("#sign-in-wrong")
+        for one, name in ((maya, "Maya"), (jonas, "Jonas")):
+            await one.open(f"{url}/login/{name}")
+            await one.open(f"{url}/chat/")
+            await one.sees(name, "#my-status b")
+            await one.sees("general", "#room-name")
+        await maya.click("#me [data-do=settings]")
+        await maya.sees("Language", "#preferences")
+        assert await maya.evaluate("[...document.querySelectorAll('#preferences .button')].every((one) => !one.offsetParent)")
+        await maya.click("#preferences [data-do=close]")
+
+        sockets = dict(school.chat.hub.connections)
+        first_end = max(socket.user.expires for socket in sockets.values())
+        assert len(sockets) == 2
+        await maya.type("#text", "hello from school\n")
+        await jonas.sees("hello from school", "#log .said")
+        await until(lambda: time.time() > first_end)
+        assert school.chat.hub.connections == sockets  # they continue with renewed tokens
+        await jonas.type("#text", "still here\n")
+        await maya.sees("still here", "#log .said")
+
+        await maya.type("#text", "half a sent")
+        await jonas.evaluate("fetch('/logout').then(() => true)")
+        await jonas.sees(SIGN_IN_THERE, "#sign-in-text")
+        school.users.clear()  # without disconnect: the chat ends when the token is renewed
+        await maya.sees(SIGN_IN_THERE, "#sign-in-text")
+        await maya.sees("You have been signed out", "#sign-in-wrong")
+        await maya.evaluate("fetch('/login/Maya').then(() => true)")
+        await maya.click("#enter", "Try again")
+        await maya.sees("Maya", "#my-status b")
+        assert await maya.evaluate("document.querySelector('#text').value") == "half a sent"
+        await jonas.evaluate("fetch('/login/Jonas').then(() => true)")
+        await jonas.open(f"{url}/chat/")
+        await jonas.sees("Jonas", "#my-status b")
+        await maya.evaluate("fetch('/login/Zoe').then(() => true)")  # another user of the same browser
+        await maya.sees("Zoe", "#my-status b")
+        assert await maya.evaluate("document.querySelector('#text').value") == ""
+
+        frames = []
+        for one in (maya, jonas):
+            await one.open(f"{shop}/?url={url}/chat/")
+            frames.append(await one.frame())
+            await frames[-1].sees("general", "#room-name")
+            await frames[-1].sees("still here", "#log .said")
+            assert await one.evaluate("document.activeElement.id") == "basket"
+        for one, other, text in ((frames[0], frames[1], "from a shop"), (frames[1], frames[0], "so am I")):
+            await one.type("#text", f"{text}\n")
+            await other.sees(text, "#log .said")
+            assert await one.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        await frames[0].click("#open-nav")
+        await frames[0].sees("Zoe", "#my-status b")
+        assert await frames[0].evaluate("Boolean(document.querySelector('#app'))")
+        await maya.open(f"{url}/closed/")
+        assert await maya.evaluate("Boolean(document.querySelector('#app'))")
+        await maya.open(f"{shop}/?url={url}/closed/")
+        assert not await (await maya.frame()).evaluate("Boolean(document.querySelector('#app'))")
+
+
+NO_STORAGE = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError'); }})"
+
+
+async def test_guests_talk_in_a_small_frame_of_another_site(make_world: MakeWorld, tab: Any) -> None:
+    """The frame has a storage of its own, or none, may not use the microphone, and leaves the focus where it is."""
+    shop = web.Application()
+    shop.router.add_get("/", show_in_frame)
+    async with serving(shop) as address:
+        site = address.replace("127.0.0.1", "localhost")
+        world = await make_world(frame_ancestors=[site])
+        (maya_api,), (server_id, channel_id) = await create_class(world, "Maya")
+        await maya_api.channel(server_id, "Study room", "voice")
+        link = quote(f"{world.url}/#/invite/{await maya_api.invite(server_id)}", safe="")
+        guests = [await tab(viewport={"width": 320, "height": 510}) for _ in range(2)]
+        await guests[1].add_init_script(NO_STORAGE)
+        frames = [guest.page.frame_locator("iframe") for guest in guests]
+        for guest, frame, name in zip(guests, frames, ("Zoe", "Ada"), strict=True):
+            await guest.goto(f"{site}/?url={link}")
+            await expect(frame.locator("#invited strong")).to_have_text("Biology 3B")
+            await expect(guest.locator("#basket")).to_be_focused()
+            await guest.shot(f"frame-invite-{name}")
+            await frame.locator("#username").fill(name)
+            await frame.locator("#username").press("Enter")
+            await expect(frame.locator("#room-name")).to_have_text("general")
+            await frame.locator("#text").fill(f"hello from {name}")
+            await frame.locator("#text").press("Enter")
+        for guest, frame in zip(guests, frames, strict=True):
+            for name in ("Zoe", "Ada"):
+                await expect(frame.locator("#log .said", has_text=f"hello from {name}")).to_be_in_viewport()
+            await guest.shot("frame-room")
+            await frame.locator("#open-nav").click()
+            await guest.shot("frame-drawer")
+            await frame.get_by_role("button", name="Join voice: Study room").click()
+            await expect(frame.locator("#toasts")).to_contain_text("does not allow the microphone")
+            await frame.locator('[data-do="settings"]').click()
+            await guest.shot("frame-settings")
+            await expect(frame.locator("#preferences")).to_be_in_viewport(ratio=1)
+            assert all([await one.evaluate("document.documentElement.scrollWidth <= innerWidth") for one in guest.page.frames])
+        for guest in guests:
+            await guest.reload()
+        await expect(frames[0].locator("#log .said", has_text="hello from Ada")).to_be_visible()
+        await expect(frames[1].locator("#invited strong")).to_have_text("Biology 3B")
+        assert len(await channel_history(maya_api, channel_id)) == 2
 
 
 # Hostile text
@@ -20744,6 +20944,124 @@ async def test_axe_finds_nothing_in_moderation(api: World, tab: Any, scheme: str
     await maya.choose("#server", "Moderation log")
     await expect(maya.locator("#people-list time")).not_to_have_count(0)
     await check("log")
+
+
+async def posted_by(example: Locator, text: str) -> str:
+    """Run the shown command with another text, and return what the server answers."""
+    command = (await example.inner_text()).replace("curl", f"{find_program('curl')} -s", 1).replace("Hello", text)
+    return await run("sh", "-c", command, cwd=HERE)
+
+
+@pytest.mark.skipif(AXE is None, reason="needs axe-core: npm install axe-core")
+@views(1280, 360)
+async def test_bots_and_hooks_are_managed(api: World, tab: Any, scheme: str, width: int) -> None:
+    """An admin creates them with the keyboard, sees token and address once, and revokes them; all see what is a bot."""
+    look = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "reduced_motion": "reduce"}
+    people, (server_id, channel_id) = await create_class(api, "Maya", "Jonas")
+    maya, jonas = await tab(people[0], **look), await tab(people[1], **look)
+    press, kind, secret = maya.keyboard.press, maya.keyboard.type, maya.locator("#secret-text")
+
+    async def check(one: Tab, view: str) -> None:
+        assert await one.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+        await check_accessibility(one, view)
+        await one.shot(f"{view}-{width}-{scheme}")
+
+    async def open_bots() -> None:
+        if width < 760:
+            await maya.click("#open-nav")
+        await maya.choose("#server", "Bots and hooks")
+        await expect(maya.locator("#bots")).to_be_visible()
+
+    await open_bots()
+    await expect(maya.locator("#hooks-list")).to_have_text("There are no hooks yet.")
+    await expect(maya.locator("#bots-list")).to_have_text("There are no bots yet.")
+    await check(maya, "no-bots")
+    await reach(maya, '#bots [data-do="newHook"]')
+    await press("Enter")
+    await check(maya, "new-hook")
+    await kind("Builds")
+    await press("Enter")
+    await expect(maya.locator("#secret")).to_be_visible()
+    await check(maya, "hook-address")
+    url = await secret.input_value()
+    example = maya.locator("#secret-example code")
+    await expect(example).to_contain_text(url)
+    assert "once" in await posted_by(example, "once")
+    await maya.page.mouse.click(3, 3)
+    await expect(maya.locator('#secret [data-do="copySecret"]')).to_be_focused()
+    await press("Enter")
+    await expect(maya.locator("#toasts")).to_have_text("Copied")
+    await press("Escape")
+    await expect(maya.locator("#secret")).to_be_hidden()
+    assert await secret.input_value() == await maya.locator("#secret-example").text_content() == ""
+    await expect(maya.locator("#hooks-list bdi")).to_have_text("Builds")
+    await expect(maya.locator("#hooks-list span.small")).to_contain_text("in general, since")
+    await expect(maya.locator("#bots-list")).to_have_text("There are no bots yet.")  # that of the hook is not listed twice
+
+    await reach(maya, '#bots [data-do="newBot"]')
+    await press("Enter")
+    await kind("helper")
+    await press("Tab")
+    await kind("Helpful Harry")
+    await press("Enter")
+    await expect(maya.locator("#secret")).to_be_visible()
+    await check(maya, "bot-token")
+    bot = Person(api, "helper", 0, await secret.input_value())
+    await expect(example).to_contain_text(f"{maya.url}/messages")
+    assert "twice" in await posted_by(example, "twice")
+    await maya.locator("#secret").get_by_role("button", name="Done").click()
+    await expect(maya.locator("#bots-list bdi")).to_have_text("Helpful Harry")
+    await check(maya, "bots")
+    await press("Escape")
+    if width < 760:
+        await press("Escape")
+
+    for body in ({"content": "the build is green"}, {"text": "*deployed*", "username": "Deployments"}):
+        assert (await api.call("POST", URL(url), body)).status == 201
+    socket = await bot.socket(server_id)
+    await socket.ok("typing_start", {"channel_id": channel_id})
+    await expect(jonas.locator("#typing")).to_have_text("Helpful Harry (BOT) is typing…")
+    await bot.post(channel_id, "may I help?")
+    for text, name in (("build is green", "Builds"), ("deployed", "Deployments"), ("may I help?", "Helpful Harry")):
+        row = await jonas.sees(text)
+        await expect(row).to_have_attribute("aria-label", re.compile(f"^{name} BOT, "))
+        if text != "build is green":  # that is one with the hook's first message
+            await expect(row.locator(".who")).to_have_text(name)
+            await expect(row.locator(".chip")).to_have_text("BOT")
+    await check(jonas, "bot-messages")
+    for one in (jonas, maya):
+        if width < 1100:
+            await one.click("#show-people")
+        await one.locator('.person[aria-label="Helpful Harry BOT, Online"]').click()
+        await expect(one.locator("#menu header")).to_have_text(re.compile("@helper · BOT$"))
+        await expect(one.locator("#menu >> text=/Ban|Remove from server|Hand over/")).to_have_count(0)
+        await expect(one.locator("#menu >> text=Bots and hooks")).to_have_count(int(one is maya))
+        await check(one, "bot-menu")
+        await one.keyboard.press("Escape")
+        if width < 1100:
+            await one.click('[data-do="closeSide"]')
+
+    await open_bots()
+    for name in ("Builds", "Helpful Harry"):
+        await maya.get_by_role("button", name=f"Revoke {name}").click()
+        await expect(maya.locator("#ask")).to_contain_text("The messages stay.")
+        await maya.confirm()
+        await expect(maya.locator("#bots")).not_to_contain_text(name)
+        await expect(maya.locator('#bots [data-do="close"]')).to_be_focused()
+    assert (await api.call("POST", URL(url), {"content": "late"})).code == "NOT_FOUND"
+    assert (await bot.call("GET", "/users/me")).code == "UNAUTHORIZED"
+    await press("Escape")
+    await jonas.sees("may I help?")
+    await expect(jonas.locator(".person", has_text="Helpful Harry")).to_have_count(0)
+    await maya.choose("#server", "Moderation log")
+    await expect(maya.locator("#people-list .done p")).to_have_text(
+        [
+            "Maya revoked the bot Helpful Harry",
+            "Maya revoked the hook Builds",
+            "Maya added the bot Helpful Harry",
+            "Maya added the hook Builds",
+        ]
+    )
 
 
 async def test_pins_links_and_the_log_with_the_keyboard_alone(api: World, tab: Any) -> None:
