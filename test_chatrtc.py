@@ -19051,7 +19051,7 @@ async def test_the_login_of_a_site_opens_its_chat(device: Any, tmp_path: Path) -
         await maya.sees(SIGN_IN_THERE, "#sign-in-text")
         assert await maya.evaluate(FIELDS) == 0
         await maya.click("#enter", "Try again")
-        await maya.find("#sign-in-wrong")
+        await maya.sees("You are not signed in there yet", "#sign-in-wrong")
         for one, name in ((maya, "Maya"), (jonas, "Jonas")):
             await one.open(f"{url}/chat/")
             await one.evaluate(f"fetch('/login/{name}').then(() => true)")
