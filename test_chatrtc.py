@@ -18969,18 +18969,6 @@ SHOP = """<!doctype html><html lang="en"><title>Shop</title><link rel="icon" hre
 <iframe src="%s" title="Chat" style="border: 0; width: 320px; height: 480px"></iframe><input id="basket" autofocus>"""
 
 
-@contextlib.asynccontextmanager
-async def serving(app: web.Application) -> AsyncIterator[str]:
-    """Run an application of a host in this process and yield its address."""
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
-
-
 class School:
     """A site whose users sign in by a cookie. Its chat is for them; another chat must not be shown in frames."""
 
@@ -19030,9 +19018,9 @@ async def school_in_shop(folder: Path) -> AsyncIterator[tuple[School, str, str]]
     """Run a school, and a shop that shows any address in a frame; yield the school and the addresses of both."""
     shop = web.Application()
     shop.router.add_get("/", show_in_frame)
-    async with serving(shop) as shop_url:
+    async with running(shop) as shop_url:
         school = School(folder, shop_url)
-        async with serving(school.app) as url:
+        async with running(school.app) as url:
             yield school, url, shop_url
 
 
@@ -19121,7 +19109,7 @@ async def test_guests_talk_in_a_small_frame_of_another_site(make_world: MakeWorl
     """The frame has a storage of its own, or none, may not use the microphone, and leaves the focus where it is."""
     shop = web.Application()
     shop.router.add_get("/", show_in_frame)
-    async with serving(shop) as address:
+    async with running(shop) as address:
         site = address.replace("127.0.0.1", "localhost")
         world = await make_world(database=str(tmp_path / "frames.db"), frame_ancestors=[site])
         (maya_api,), (server_id, channel_id) = await create_class(world, "Maya")
