@@ -5693,6 +5693,10 @@ class Flusher:
         self.waiting.append(buffer)
 
     def _begin(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self.not_before - loop.time() > 0.001:  # the last round was still in progress when this one was scheduled
+            loop.call_at(self.not_before, self._begin)
+            return
         buffers, self.waiting = self.waiting, []
         self._round([session for buffer in buffers if buffer.close() for session in buffer.sessions], 0.0, {})
 
