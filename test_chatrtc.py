@@ -18874,8 +18874,8 @@ async def device(request: pytest.FixtureRequest, tab: Any, tmp_path: Path) -> As
 
     async def chromium() -> Device:
         opened = await tab()
-        # Requests without a session, a socket that the server has closed, and a frame that is refused.
-        opened.ignored = "401|WebSocket is already|frame-ancestors"
+        # Requests without a session, a site that fails, a socket that the server has closed, and a frame that is refused.
+        opened.ignored = "401|503|WebSocket is already|frame-ancestors"
         return Chromium(opened)
 
     yield chromium
@@ -18974,6 +18974,7 @@ class School:
 
     def __init__(self, folder: Path, shop: str) -> None:
         self.users: dict[str, str] = {}  # cookie → username
+        self.is_broken, self.failed = False, set[str | None]()  # for whom it failed
         self.app = web.Application()
         self.app.router.add_get("/login/{name}", self.log_in)
         self.app.router.add_get("/logout", self.log_out)
@@ -18999,13 +19000,18 @@ class School:
         return response
 
     async def log_out(self, request: web.Request) -> web.Response:
-        name = self.users.pop(request.cookies["school"])
+        await self.disconnect(self.users.pop(request.cookies["school"]))
+        return web.Response(text="Goodbye")
+
+    async def disconnect(self, name: str) -> None:
         profile = await self.chat.upsert_user(username=name, external_id=name)
         await self.chat.disconnect(user_id=profile.user_id)
-        return web.Response(text="Goodbye")
 
     async def identify(self, request: web.Request) -> dict[str, str] | None:
         name = self.users.get(request.cookies.get("school", ""))
+        if self.is_broken:
+            self.failed.add(name)
+            raise Boom
         return {"username": name, "external_id": name} if name else None
 
 
@@ -19071,9 +19077,16 @@ async def test_the_login_of_a_site_opens_its_chat(device: Any, tmp_path: Path) -
         await maya.click("#enter", "Try again")
         await maya.sees("Maya", "#my-status b")
         await maya.find("#text", then="one.value === 'half a sent'")
-        await jonas.evaluate("fetch('/login/Jonas').then(() => true)")
-        await jonas.open(f"{url}/chat/")
-        await jonas.sees("Jonas", "#my-status b")
+        await jonas.evaluate("fetch('/login/Jonas').then(() => document.dispatchEvent(new Event('visibilitychange')))")
+        await jonas.sees("Jonas", "#my-status b")  # as soon as the user is back in this tab
+
+        school.is_broken = True  # nobody is signed out by a mistake of the site
+        await school.disconnect("Jonas")
+        await jonas.sees("No connection", "#offline")
+        await until(lambda: "Jonas" in school.failed)
+        school.is_broken = False
+        await jonas.find("#app", then="document.querySelector('#offline').hidden")
+        await jonas.sees("general", "#room-name")
         await maya.evaluate("fetch('/login/Zoe').then(() => true)")  # another user of the same browser: the page is reloaded
         await until(lambda: "Zoe" in [one.user.username for one in school.chat.hub.connections.values()])
         await maya.sees("Zoe", "#my-status b")
