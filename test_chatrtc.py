@@ -21220,9 +21220,13 @@ async def run(*args: str | Path, cwd: Path) -> str:
 
 
 def printed_programs() -> dict[str, str]:
-    """Return the complete programs of docs/embedding.md. Each begins with a comment that is its file name."""
-    text = (HERE / "docs" / "embedding.md").read_text("utf-8")
-    return {name: program for program, name in re.findall(r"```python\n(# (\w+\.py)\n.*?)```", text, re.DOTALL)}
+    """Return the complete programs of docs/embedding.md, which begin with a comment that is their file name, and the parts of
+    programs in its reference as one program, parts.py."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "docs" / "embedding.md").read_text("utf-8"), re.DOTALL)
+    programs = {match[1]: block for block in blocks if (match := re.match(r"# (\w+\.py)\n", block))}
+    parts = "\n".join(block for block in blocks if block not in programs.values())
+    start = "from typing import Any\n\nfrom chatrtc import ChatRTC\n\nchat = ChatRTC()\n"
+    return programs | {"parts.py": start + parts}
 
 
 # Two programs that use the installed types. In the second, each line that a type checker must report has a comment.
@@ -21361,7 +21365,7 @@ async def check_types(python: Path, stubs: str, cwd: Path) -> None:
     (cwd / "wrong.py").write_text(MISTYPED, "utf-8")
     (cwd / "stubs.pyi").write_text(stubs, "utf-8")
     (cwd / "mypy.ini").write_text("[mypy]\n[mypy-socketio.*]\nignore_missing_imports = true\n", "utf-8")
-    printed = ("hello.py", "quiz.py", "shop.py", "bot.py")
+    printed = ("hello.py", "quiz.py", "shop.py", "bot.py", "parts.py")
     for name in printed:
         (cwd / name).write_text(printed_programs()[name], "utf-8")
     files = ("right.py", "wrong.py", "stubs.pyi", *printed)
