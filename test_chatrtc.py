@@ -21500,7 +21500,7 @@ async def test_the_quiz_of_the_guide(tmp_path: Path) -> None:
             await process.wait()
 
 
-async def test_the_shop_of_the_guide(tmp_path: Path) -> None:
+async def test_the_shop_of_the_guide(tab: Any, tmp_path: Path) -> None:
     async with contextlib.AsyncExitStack() as stack:
         url = await stack.enter_async_context(printed_program("shop.py", tmp_path))
 
@@ -21538,6 +21538,21 @@ async def test_the_shop_of_the_guide(tmp_path: Path) -> None:
         for path, body in (("/messages", {"channel_id": channel_id, "content": "me too"}), ("/servers", {"name": "mine"}),
                            ("/conversations", {"user_ids": [maya.user_id]})):  # fmt: skip
             assert (await omar.call("POST", path, body)).code == "FORBIDDEN"
+        (own,) = (await omar.ok("GET", "/servers"))["servers"]
+        await desk_socket.ok("join_server", {"server_id": own["server_id"]})
+        browser = await tab(at=url)
+        await browser.open()
+        await browser.fill("input[name=login]", "omar")
+        await browser.click("text=Sign in")
+        frame = browser.frame_locator("iframe")
+        await frame.locator("#text").fill("Can I return it?")
+        await frame.locator("#text").press("Enter")
+        asked = await desk_socket.receive("message:new", author_name="Omar Haddad")
+        assert asked["content"] == "Can I return it?"
+        await desk_socket.ok("message:send", {"channel_id": asked["channel_id"], "content": "Of course"})
+        await expect(frame.locator("#log .said").last).to_have_text("Of course")
+        await browser.click("text=Sign out")
+        await expect(browser.locator("button")).to_have_text("Sign in")
         async with maya.world.session.get(f"{url}/chat/") as page:
             assert page.headers["Content-Security-Policy"].endswith("; frame-ancestors 'self'")
         async with maya.world.session.post(f"{url}/sign-in", data={"login": "eve"}) as page:
