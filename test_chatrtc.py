@@ -22114,6 +22114,21 @@ def test_the_readme_has_the_tables() -> None:
     assert (HERE / "README.md").read_text("utf-8").count("\n") <= 200
 
 
+def test_links_between_the_documents_lead_somewhere() -> None:
+    texts = {path: re.sub(r"```.*?```", "", text, flags=re.DOTALL) for path, text in documents().items()}
+    headings = {
+        path: {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+        for path, text in texts.items()
+    }
+    links = [(path, link) for path, text in texts.items() for link in re.findall(r"\]\((?!http)(.*?)\)", text)]
+    assert len(links) > 30
+    for path, link in links:
+        name, _, heading = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), f"{path.name}: {link}"
+        assert not heading or heading in headings[target], f"{path.name}: {link}"
+
+
 def test_the_readme_names_every_command() -> None:
     written = "".join(documents().values())
     for name in all_commands():
