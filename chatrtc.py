@@ -1887,6 +1887,8 @@ READER_CACHE_KIB = 16 * 1024  # cache of a connection that reads
 # A commit copies the -wal into the database once it has so many pages. With 4,000 (16 MiB), pages that change often are copied
 # less often, but that takes 50 ms or more. Slow jobs write so much that this would often happen: they copy it after 1 MiB.
 CHECKPOINT_PAGES, SLOW_CHECKPOINT_PAGES = 4000, 250
+R = TypeVar("R")
+Query = Callable[..., R]  # its first argument is a connection
 PRAGMAS = dict(
     journal_mode="wal", synchronous=2, fullfsync=1, foreign_keys=1, trusted_schema=0, cell_size_check=1, secure_delete=1
 )
@@ -2001,9 +2003,21 @@ def read_private(path: Path, database: Path) -> bytes:
         return file.read()
 
 
-def read_format(db: sqlite3.Connection) -> int:
-    """Return the format number of a database, 0 if it is new."""
-    return int(db.execute("PRAGMA user_version").fetchone()[0])
+def statement(*queries: str) -> Query[int]:
+    """Return a query that runs these statements with the same values and returns the number of changed rows."""
+    return lambda db, *values: sum(db.execute(query, values).rowcount for query in queries)
+
+
+def first_value(query: str) -> Query[Any]:
+    """Return a query that returns the first column of the first row, or None."""
+    return lambda db, *values: (db.execute(query, values).fetchone() or (None,))[0]
+
+
+read_format: Query[int] = first_value("PRAGMA user_version")  # 0: the database is new
+# The highest id or sequence number that a database has assigned.
+highest_id: Query[int] = first_value(
+    "SELECT coalesce(max(seq), 0) FROM (SELECT seq FROM sqlite_sequence UNION ALL SELECT seq FROM servers)"
+)
 
 
 def require_newest(version: int, path: Path) -> None:
@@ -2085,12 +2099,6 @@ def open_writer(path: Path) -> sqlite3.Connection:
         migrate(db)
         stack.pop_all()
     return db
-
-
-def highest_id(db: sqlite3.Connection) -> int:
-    """Return the highest id or sequence number that a database has assigned."""
-    query = "SELECT max(seq) FROM (SELECT seq FROM sqlite_sequence UNION ALL SELECT seq FROM servers)"
-    return int(db.execute(query).fetchone()[0] or 0)
 
 
 def skip_ids(db: sqlite3.Connection, known: int = 0) -> None:
@@ -2333,8 +2341,6 @@ SETTLE_SECONDS = 0.001  # between two looks whether everything is applied
 TRIM_EVERY = 16  # rows, or after a row of BIG_ROW_BYTES, the log is trimmed
 BIG_ROW_BYTES = 64 << 10
 
-R = TypeVar("R")
-Query = Callable[..., R]
 Job = Callable[[sqlite3.Connection], Result[Any]]
 
 
@@ -2362,10 +2368,8 @@ def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | Cha
     return outcomes
 
 
-def load_log_end(db: sqlite3.Connection) -> int:
-    """Return the id of the last row that was ever added to the log."""
-    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone()
-    return int(row[0]) if row else 0
+# The id of the last row that was ever added to the log.
+load_log_end: Query[int] = first_value("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'log'")
 
 
 def load_log(db: sqlite3.Connection, after: int) -> tuple[list[tuple[int, bytes]], int]:
@@ -2942,16 +2946,6 @@ class Principal(NamedTuple):
     expires: float = math.inf
 
 
-def statement(*queries: str) -> Query[int]:
-    """Return a query that runs these statements with the same values and returns the number of changed rows."""
-    return lambda db, *values: sum(db.execute(query, values).rowcount for query in queries)
-
-
-def first_value(query: str) -> Query[Any]:
-    """Return a query that returns the first column of the first row, or None."""
-    return lambda db, *values: (db.execute(query, values).fetchone() or (None,))[0]
-
-
 def row_as(kind: Callable[..., R], query: str) -> Query[R]:
     """Return a query that returns its first row, which must exist, as an object of that kind."""
     return lambda db, *values: kind(*db.execute(query, values).fetchone())
@@ -3157,6 +3151,8 @@ delete_invite_used_by = statement(
 )
 
 # The whole database.
+load_secret_check: Query[bytes | None] = first_value("SELECT digest FROM secret_check")
+update_secret_check = statement("INSERT OR REPLACE INTO secret_check (rowid, digest) VALUES (1, ?)")
 count_rows: Query[tuple[int, int, int]] = row_as(  # users, servers, messages
     lambda *row: row, "SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM servers), (SELECT count(*) FROM messages)"
 )
@@ -3245,16 +3241,6 @@ def insert_user(
     if row is None:
         raise chat_error("USERNAME_TAKEN", field="username")
     return int(row[0])
-
-
-def load_secret_check(db: sqlite3.Connection) -> bytes | None:
-    row = db.execute("SELECT digest FROM secret_check").fetchone()
-    return row[0] if row else None
-
-
-def update_secret_check(db: sqlite3.Connection, digest: bytes) -> None:
-    with db:
-        db.execute("INSERT OR REPLACE INTO secret_check (rowid, digest) VALUES (1, ?)", (digest,))
 
 
 def insert_known_address(db: sqlite3.Connection, user_id: int, digest: bytes, clock: float) -> Result[None]:
