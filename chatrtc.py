@@ -127,8 +127,6 @@ for name in hidden:
 # documentation. All of them take its name, type, default and description from here.
 
 SECRET_BYTES = 32  # minimum length of the key that signs tokens
-
-
 ProcessName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9]{1,32}\Z")]
 
 
@@ -500,11 +498,8 @@ def at_signs(text: str) -> Iterator[str]:
         start, at = found.span()
         if text[start] == "@":
             before = text[start - 1 : start]
-            if (
-                char_kind(before) not in ("word", "hangul")
-                and before not in (".", "-", "/")
-                and (found := AFTER_AT.match(text, at))
-            ):
+            begins = char_kind(before) not in ("word", "hangul") and before not in (".", "-", "/")
+            if begins and (found := AFTER_AT.match(text, at)):
                 yield found[0]
         elif text[start] == "`":
             at = closing_ticks(text, at, at - start, unclosed) or at
@@ -750,26 +745,23 @@ RESERVED_ON_WINDOWS = str.maketrans('"<>:|?*', "'______")
 MAX_JPEG_SEGMENTS = 500  # before the size; a color profile may take 255
 JPEG_SEGMENT = re.compile(rb"\xff{1,9}(?:[\xc4\xc8\xcc\xdb-\xfe](..)|[\xc0-\xcf].{3}(.{4}))", re.DOTALL)
 AVIF_SIZE = re.compile(rb"\0\0\0\x14ispe\0{4}(.{8})", re.DOTALL)
-FILE_TYPES = {
-    media_type: re.compile(signature, re.DOTALL)
-    for media_type, signature in {
-        "image/png": rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR.{13}",
-        "image/jpeg": rb"\xff\xd8\xff",
-        "image/gif": rb"GIF8[79]a.{7}",
-        "image/webp": rb"RIFF.{4}WEBPVP8(?: .{7}\x9d\x01\x2a|L.{4}\x2f|X.{10}).{4}",
-        "image/bmp": rb"BM.{12}[\x28\x34\x38\x40\x6c\x7c]\0{3}.{8}\x01\0[\x01\x04\x08\x10\x18\x20]\0",
-        "image/avif": rb"\0{3}.ftypavi[fs]",
-        "audio/mpeg": rb"ID3[\x02-\x04].{6}|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xeb]",
-        "audio/ogg": rb"OggS\0\x02.{22}(?:OpusHead|\x01vorbis|\x7fFLAC)",
-        "audio/wav": rb"RIFF.{4}WAVE",
-        "audio/flac": rb"fLaC[\0\x80]\0\0\x22",
-        "audio/mp4": rb"\0{3}.ftypM4[AB] ",
-        "video/mp4": rb"\0{3}.ftyp(?:iso[m2-9]|mp4[12]|avc1|dash|M4V |MSNV)",
-        "video/quicktime": rb"\0{3}.ftypqt  ",
-        "video/webm": rb"\x1a\x45\xdf\xa3.{1,40}\x42\x82\x84webm",
-        "application/pdf": rb"%PDF-[12]\.\d",
-        "application/zip": rb"PK(?:\x03\x04|\x05\x06)",
-    }.items()
+FILE_TYPES = {  # media type -> a pattern of the first bytes
+    "image/png": rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR.{13}",
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/gif": rb"GIF8[79]a.{7}",
+    "image/webp": rb"RIFF.{4}WEBPVP8(?: .{7}\x9d\x01\x2a|L.{4}\x2f|X.{10}).{4}",
+    "image/bmp": rb"BM.{12}[\x28\x34\x38\x40\x6c\x7c]\0{3}.{8}\x01\0[\x01\x04\x08\x10\x18\x20]\0",
+    "image/avif": rb"\0{3}.ftypavi[fs]",
+    "audio/mpeg": rb"ID3[\x02-\x04].{6}|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xeb]",
+    "audio/ogg": rb"OggS\0\x02.{22}(?:OpusHead|\x01vorbis|\x7fFLAC)",
+    "audio/wav": rb"RIFF.{4}WAVE",
+    "audio/flac": rb"fLaC[\0\x80]\0\0\x22",
+    "audio/mp4": rb"\0{3}.ftypM4[AB] ",
+    "video/mp4": rb"\0{3}.ftyp(?:iso[m2-9]|mp4[12]|avc1|dash|M4V |MSNV)",
+    "video/quicktime": rb"\0{3}.ftypqt  ",
+    "video/webm": rb"\x1a\x45\xdf\xa3.{1,40}\x42\x82\x84webm",
+    "application/pdf": rb"%PDF-[12]\.\d",
+    "application/zip": rb"PK(?:\x03\x04|\x05\x06)",
 }
 little = functools.partial(int.from_bytes, byteorder="little")
 NOT_IN_TEXT = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
@@ -829,7 +821,7 @@ def picture_size(head: bytes) -> tuple[int, int] | None:
     """Return the width and height of a picture, given its first piece. None if it is not a picture, is damaged or has more
     than MAX_PIXELS."""
     for media_type, read_size in PICTURE_SIZES.items():
-        if FILE_TYPES[media_type].match(head):
+        if re.match(FILE_TYPES[media_type], head, re.DOTALL):
             width, height = read_size(head)
             return (width, height) if 0 < width * height <= MAX_PIXELS else None
     return None
@@ -839,7 +831,7 @@ def detect_type(head: bytes) -> str:
     """Return the media type of a file, given its first piece. It is UNKNOWN_TYPE for a picture that `picture_size` rejects,
     and for everything that is neither in FILE_TYPES nor text."""
     for media_type, signature in FILE_TYPES.items():
-        if signature.match(head):
+        if re.match(signature, head, re.DOTALL):
             return media_type if media_type not in PICTURE_SIZES or picture_size(head) else UNKNOWN_TYPE
     with contextlib.suppress(UnicodeDecodeError):
         codecs.utf_8_decode(head)  # the last character may be cut
@@ -1509,7 +1501,8 @@ def read_args(kind: type[T], raw: Any) -> T:
 
 
 # ---- Events --------------------------------------------------------------------------------------------------------
-# The events that the server emits, each with its payload and the room that receives it, and the effects of operations.
+# The events that the server emits, each with its payload and the room that receives it, and the effects of operations, which
+# Hub applies after the transaction is committed.
 
 Instance = Annotated[str, Meta(pattern=r"^[A-Za-z0-9-]{0,64}\Z")]  # a run of a process: its name and a random part
 HELLO_ENTRIES = 200  # in one message
@@ -1617,12 +1610,7 @@ EVENTS = {
     "voice:signal": EventKind(VoiceSignal, "socket", "A peer's WebRTC signal."),
     "error": EventKind(ErrorNotice, "socket", "An event sent without an ack failed."),
 }
-
-
 TOLD_EVENTS = {"user:typing", "typing_stop", "voice:join", "voice:leave"}  # emitted on all processes, though not in the log
-
-
-# The effects of an operation. Hub applies them after the transaction is committed.
 
 
 class Emit(NamedTuple):
@@ -1728,8 +1716,6 @@ def decode_effects(data: bytes) -> list[Effect]:
 
 
 # What processes that share a database tell each other. See the section Bus.
-
-
 class BusMessage(Struct, array_like=True, tag=True): ...
 
 
@@ -3572,7 +3558,6 @@ FOUND_ROWS = MESSAGE_FIELDS + "FROM messages_fts f CROSS JOIN messages m ON m.me
 FOUND_ROWS += "JOIN users u ON u.user_id = m.author_id WHERE messages_fts MATCH :match AND f.rowid < :before "
 PURGED_ROWS = """SELECT m.message_id, m.channel_id, c.server_id FROM messages m JOIN channels c ON c.channel_id = m.channel_id
     WHERE m.message_id > ? AND m.message_id <= ? AND m.deleted = 0 AND c.server_id = coalesce(?, c.server_id) AND """
-PURGED_ORDER = "ORDER BY m.message_id DESC LIMIT ?"
 EXPIRED_ROWS = """SELECT message_id, channel_id, server_id FROM (
         SELECT m.message_id, m.channel_id, c.server_id, m.created_at FROM messages m JOIN channels c USING (channel_id)
         WHERE m.channel_id = ? AND m.deleted = 0 AND c.server_id IS NOT NULL ORDER BY m.message_id LIMIT ?)
@@ -3607,7 +3592,6 @@ PURGE_STEP = 50  # messages deleted in one transaction if each deletion is emitt
 PURGE_SCAN_STEP = 5000  # messages examined in one transaction to find them
 MAX_PINS = 50  # per channel
 MAX_KEEP_DAYS = 36_500
-
 
 # Gives a message (?2) the server's (?1) next sequence number, because its reactions changed.
 update_message_seq = server_change(
@@ -3797,10 +3781,9 @@ def purge_next_messages(db: sqlite3.Connection) -> Result[None]:
         return Result(None)
     purge_id, last_id, author_id, channel_id, server_id = row
     first_id = last_id - PURGE_SCAN_STEP if channel_id is None else 0  # a channel's messages are found by an index
-    rows = db.execute(
-        PURGED_ROWS + ("m.author_id = ? " if channel_id is None else "m.channel_id = ? ") + PURGED_ORDER,
-        (first_id, last_id, server_id, channel_id or author_id, PURGE_STEP),
-    ).fetchall()
+    whose = "m.author_id = ?" if channel_id is None else "m.channel_id = ?"
+    values = (first_id, last_id, server_id, channel_id or author_id, PURGE_STEP)
+    rows = db.execute(PURGED_ROWS + whose + " ORDER BY m.message_id DESC LIMIT ?", values).fetchall()
     before = rows[-1][0] - 1 if len(rows) == PURGE_STEP else first_id
     (left,) = db.execute("SELECT max(message_id) FROM messages WHERE message_id <= ?", (before,)).fetchone()
     if left is None:
@@ -7509,14 +7492,14 @@ class Bus:
     def _greet(self) -> None:
         """Say the whole list of this process's users and voice peers, and of all raised hands."""
         self._hello_is_due, self._greeted_at = False, self._loop.time()
-        users, size = list(self._hub.presence.users_of()), HELLO_ENTRIES
         peers = [(n.channel_id, n.user_id, n.peer_id) for sid, _, n in self._hub.voice_peers.values() if not is_foreign(sid)]
-        parts = [Hello(users=users[at : at + size]) for at in range(0, len(users), size)]
-        parts += [Hello(peers=peers[at : at + size]) for at in range(0, len(peers), size)]
         hands = [(*key, hand.notice.at) for key, hand in self._hub.hands.items()]
-        parts += [Hello(hands=hands[at : at + size]) for at in range(0, len(hands), size)]
-        for part in [Hello("first"), *parts, Hello("last")]:
-            self.say(part)
+        lists: dict[str, Any] = {"users": list(self._hub.presence.users_of()), "peers": peers, "hands": hands}
+        self.say(Hello("first"))
+        for name, entries in lists.items():
+            for at in range(0, len(entries), HELLO_ENTRIES):
+                self.say(Hello(**{name: entries[at : at + HELLO_ENTRIES]}))
+        self.say(Hello("last"))
 
     async def _beat(self) -> None:
         while True:
