@@ -931,7 +931,7 @@ class HostUser(Args):
         if self.name is not None:
             self.name = clean_name(self.name)
         if self.external_id is None and not (is_username(self.username) and name_key(self.username) != EVERYONE):
-            self.external_id = self.username  # the account has another username
+            self.external_id = f"username:{name_key(self.username)}"  # because the account has another username
         if self.external_id is not None:
             self.external_id = str(self.external_id)
 
@@ -3174,19 +3174,20 @@ def require_user(db: sqlite3.Connection, user_id: int) -> Principal:
 
 def load_host_user(db: sqlite3.Connection, args: HostUser) -> tuple[Principal, bool] | None:
     """Return the account of a user of the embedding program, and whether it is as `args` say. None: there is none yet. With an
-    `external_id`, an account of a person is never returned. Raises UNAUTHORIZED if the account is deleted."""
+    `external_id`, an account of a person is never returned. Raises UNAUTHORIZED if the account is deleted, CONFLICT if it is a
+    bot."""
     row = db.execute(
-        """SELECT user_id, username, status, generation, name, deleted, ?1 IS NULL OR external_id IS NOT NULL FROM users
-           WHERE external_id = ?1 OR (username_key = ?2 AND (
+        """SELECT user_id, username, status, generation, name, source = 'bot', deleted, ?1 IS NULL OR external_id IS NOT NULL
+           FROM users WHERE external_id = ?1 OR (username_key = ?2 AND (
                ?1 IS NULL OR (source = 'host' AND external_id IS NULL AND deleted = 0)))
            ORDER BY external_id IS NULL LIMIT 1""",
         (args.external_id, name_key(args.username)),
     ).fetchone()
     if row is None:
         return None
-    user, (deleted, is_known) = Principal(*row[:5]), row[5:]
-    if deleted:
-        raise chat_error("ACCOUNT_DELETED")
+    user, (is_bot, deleted, is_known) = Principal(*row[:5]), row[5:]
+    if deleted or is_bot:
+        raise chat_error("ACCOUNT_DELETED" if deleted else "USERNAME_TAKEN", field="username")
     return user, bool(is_known) and args.name in (None, user.name or user.username)
 
 
@@ -5109,6 +5110,8 @@ def add_member(ctx: OperationContext, args: RoleArgs, keeps_role: bool = False) 
     is_new = ctx.target_role is None
     if is_banned(ctx.db, ctx.server_id, args.user_id):
         raise chat_error("BANNED")
+    if is_new and load_profile(ctx.db, args.user_id).bot:  # it would be deleted with either server
+        raise chat_error("NOT_FOR_BOTS")
     if is_new:
         seq = insert_member(ctx.db, ctx.server_id, args.user_id, "member", ctx.now)
         effects.append(member_event(ctx.db, "member:joined", ctx.server_id, args.user_id, seq))
@@ -6834,7 +6837,7 @@ HOST_SECONDS = 5.0  # time limit for a coroutine of the embedding program; short
 PRESENCE_EVENTS = ("user:connected", "user:disconnected")  # of which there are many when everybody connects at once
 HAND_SECONDS = 10  # from the end of a user's last socket until their raised hand is lowered
 LISTENER_EVENTS = 4096  # maximum number of events that wait for one listener of the program
-LISTENER_END_SECONDS = 1.0  # time limit of a listener for ending when the chat stops
+LISTENER_END_SECONDS = 1.0  # time limit of the listeners for ending when the chat stops
 UPLOADS, UPLOADS_PER_USER = 64, 3  # at a time; each takes up to 0.5 MiB of memory
 DOWNLOADS, DOWNLOADS_PER_USER = 128, 8  # at a time; each takes up to 0.2 MiB of memory
 PART_BYTES = 64 * 1024  # of a file, read and sent at a time
@@ -6908,6 +6911,17 @@ def check_function(function: HostFunction) -> None:
     """Raise TypeError unless this is a coroutine function."""
     if not inspect.iscoroutinefunction(function):
         raise TypeError(f"{function!r} must be a coroutine function (async def)")
+
+
+async def sendable(work: Awaitable[T]) -> T:
+    """Await a coroutine of the embedding program. Raises another error instead of a ChatError that cannot be sent."""
+    try:
+        return await work
+    except ChatError as error:
+        msgspec.json.encode(msgspec.convert({"event": ""} | error.body(), ErrorNotice))
+        if error.status not in range(400, 600):
+            raise ValueError(f"{error.status} is not the status of an error") from error
+        raise
 
 
 class Hub:
@@ -7004,7 +7018,7 @@ class Hub:
     async def ask_program(self, what: str, work: Coroutine[Any, Any, T], may_refuse: bool = False) -> T:
         """Await a coroutine of the embedding program. Raises UNAVAILABLE, and logs why, if it fails or takes too long. If it
         `may_refuse`, its ChatErrors are for the client."""
-        task = self.sio.eio.spawn(work)
+        task = self.sio.eio.spawn(sendable(work))
         try:
             await asyncio.wait([task], timeout=HOST_SECONDS)
         finally:
@@ -7087,12 +7101,13 @@ class Hub:
 
     async def end_listeners(self) -> None:
         """Drop the events that wait for listeners, and cancel the calls in progress."""
-        self.listening = False
-        for queue in itertools.chain(*self.listeners.values()):
+        self.listening, queues = False, list(itertools.chain(*self.listeners.values()))
+        for queue in queues:
             queue.close()
-            if (task := queue.running) is not None:
+        if tasks := [queue.running for queue in queues if queue.running is not None]:
+            for task in tasks:
                 task.cancel()
-                await asyncio.wait([task], timeout=LISTENER_END_SECONDS)
+            await asyncio.wait(tasks, timeout=LISTENER_END_SECONDS)
 
     def connections_of(self, user_id: int) -> list[Connection]:
         return [self.connections[sid] for sid in self.sio.sids_in(f"user:{user_id}") if sid in self.connections]
@@ -8788,12 +8803,18 @@ def require_account(db: sqlite3.Connection, username: str) -> Principal:
     return found[0]
 
 
-def set_password(db: sqlite3.Connection, username: str, password: str) -> Result[int]:
-    """Set an account's password and revoke its tokens."""
+def require_person(db: sqlite3.Connection, username: str) -> int:
+    """Return the id of an account that is not a bot's. Raises NOT_FOUND, FORBIDDEN."""
     account = require_account(db, username)
     if account.bot:
         raise chat_error("NOT_FOR_BOTS")
-    return replace_password(db, account.user_id, load_password_hash(db, account.user_id), password)
+    return account.user_id
+
+
+def set_password(db: sqlite3.Connection, username: str, password: str) -> Result[int]:
+    """Set an account's password and revoke its tokens."""
+    user_id = require_person(db, username)
+    return replace_password(db, user_id, load_password_hash(db, user_id), password)
 
 
 def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -> Result[int]:
@@ -8803,9 +8824,9 @@ def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -
 
 
 def add_server(db: sqlite3.Connection, name: str, owner: str) -> Result[int]:
-    """Create a server for an account and return its id. Raises BAD_REQUEST, NOT_FOUND."""
+    """Create a server for an account and return its id. Raises BAD_REQUEST, NOT_FOUND, FORBIDDEN."""
     args = read_args(NameArgs, {"name": name})
-    return Result(insert_owned_server(db, args.name, require_account(db, owner).user_id, utc(time.time())))
+    return Result(insert_owned_server(db, args.name, require_person(db, owner), utc(time.time())))
 
 
 # Jobs that the command line runs on the database.
@@ -9139,7 +9160,7 @@ class ChatRTC:
 
         It is the account with this `external_id`, your own id of the user. If somebody else has the username, a new account
         gets a number. Without an `external_id` it is the account with this username, whoever created it. Raises BAD_REQUEST,
-        and UNAUTHORIZED if the account is deleted.
+        UNAUTHORIZED if the account is deleted, and CONFLICT if it is a bot.
         """
         args = read_args(HostUser, {"username": username, "name": name, "external_id": external_id})
         user = await find_or_store_host_user(self.hub, args)
@@ -9152,8 +9173,8 @@ class ChatRTC:
 
     async def add_member(self, *, server_id: int, user_id: int, role: Role | None = None) -> Member:
         """Make an account a member of a server, or give a member this role; `owner` transfers ownership. Without `role`, a
-        new member is a "member" and others keep their role. Raises NOT_FOUND, and FORBIDDEN if the user is banned, or for
-        another role of the owner."""
+        new member is a "member" and others keep their role. Raises NOT_FOUND, and FORBIDDEN if the user is banned or the bot of
+        another server, or for another role of the owner."""
         given = {"server_id": server_id, "user_id": user_id, "role": "member" if role is None else role}
         args, hub = read_args(RoleArgs, given), self.hub
 

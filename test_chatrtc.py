@@ -7401,8 +7401,9 @@ async def test_a_bot_is_an_account_whose_token_does_not_expire(scene: Scene) -> 
         assert (await bot.call(method, path, body)).body["reason"] == reason, path
     for password in ("", "x", "correct horse"):
         assert (await scene.world.sign_in("robot", password)).code in ("UNAUTHORIZED", "BAD_REQUEST")
-    with pytest.raises(chatrtc.ChatError, match="FORBIDDEN"):
-        await scene.world.chat.hub.store.write(lambda db: chatrtc.set_password(db, "robot", "hash"))
+    write = scene.world.chat.hub.store.write
+    await fails(write(lambda db: chatrtc.set_password(db, "robot", "hash")), "FORBIDDEN", "NOT_FOR_BOTS")
+    await fails(write(lambda db: chatrtc.add_server(db, "mine", "robot")), "FORBIDDEN", "NOT_FOR_BOTS")
     member = f"{scene.server}/members/{bot.user_id}"
     assert (await ana.call("PATCH", member, {"role": "owner"})).body["reason"] == "NOT_FOR_BOTS"
     assert (await ana.call("POST", f"{member}/link")).body["reason"] == "NOT_A_GUEST"
@@ -7431,6 +7432,10 @@ async def test_bots_have_names_of_their_own_and_a_maximum(scene: Scene, monkeypa
     hook = await make_hook(ana, scene.place, "Ben")
     names = {one["user_id"]: (one["username"], one.get("name")) for one in await members_of(scene)}
     assert names[hook.user_id] == ("Ben2", "Ben"), "the person keeps the handle"
+    await fails(scene.world.chat.upsert_user(username="ben2"), "CONFLICT", "USERNAME_TAKEN")
+    assert (await scene.world.chat.upsert_user(username="ben2", external_id=1)).username == "ben22"
+    other = await ana.ok("POST", "/servers", {"name": "other"})
+    await fails(scene.world.chat.add_member(server_id=other["server_id"], user_id=hook.user_id), "FORBIDDEN", "NOT_FOR_BOTS")
     assert (
         await scene.world.call("POST", "/auth/register", {"username": "ben2", "password": "long enough"})
     ).code == "CONFLICT"
@@ -9855,13 +9860,21 @@ async def test_a_failing_function_of_the_program_is_answered(
 
         return returns
 
+    def refusing(detail: Any, **values: Any) -> Any:
+        async def refuses(caller: chatrtc.CallerInfo, args: Any) -> Any:
+            raise chatrtc.ChatError("FORBIDDEN", detail, **values)
+
+        return refuses
+
     message = {"channel_id": scene.place.channel_id, "content": "hello"}
+    refusals = [refusing(5), refusing("\ud800"), refusing("x", retry_after=float("nan")), refusing("x", status=204)]
     wrong_results = {
         "post_message": ["hello", message, chatrtc.EditMessage(1, "x"), chatrtc.NewMessage(1, "x" * 4001)],
         "own": ["hello", [], object(), {"x": "\ud800"}, {"x": {1: object()}}],
     }
     for name, wrong in wrong_results.items():
-        for number, function in enumerate([fail, wait, ignore_cancellation, be_cancelled, *map(returning, wrong)]):
+        functions = [fail, wait, ignore_cancellation, be_cancelled, *refusals, *map(returning, wrong)]
+        for number, function in enumerate(functions):
             caplog.clear()
             chat.sio.eio.client_log = chatrtc.RateLimitedLog()
             if name == "own":
@@ -10241,6 +10254,8 @@ async def test_users_of_the_program_have_accounts(world: World) -> None:
     assert (await chat.upsert_user(username="tom", external_id="10")).username == "tom2"
     assert (await chat.upsert_user(username="maya")).user_id == maya.user_id, "whoever created it"
     await maya.ok("POST", "/auth/password", {"old_password": "correct horse", "new_password": "battery staple"})
+    one = await chat.upsert_user(username="1")
+    assert await chat.upsert_user(username="1", external_id=1) != one, "a username is not the id of somebody else"
     for text, username in {
         "Maya Jones": "Maya.Jones", "Maya Jones!": "Maya.Jones2", "maya@a.example": "maya.a.example", "x": "x2",
         "everyone": "everyone2", "😀": "user", "m" * 256: "m" * 30, "مريم٣": "مريم٣", "_ann_": "_ann_",
@@ -10644,23 +10659,29 @@ async def test_a_database_serves_one_chat(world: World, tmp_path: Path) -> None:
 async def test_a_listener_that_does_not_end_delays_a_stop_only_for_a_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chatrtc, "LISTENER_END_SECONDS", 0.05)
+    """Also if there are several: all are cancelled at the same time."""
+    monkeypatch.setattr(chatrtc, "LISTENER_END_SECONDS", 0.5)
     app, chat = web.Application(), chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
-    started, end = asyncio.Event(), asyncio.Event()
+    started, end, cancelled_at = asyncio.Event(), asyncio.Event(), list[float]()
     chat.attach(app)
 
+    @chat.on("message:new")
     @chat.on("message:new")
     async def listen(payload: Any) -> None:
         started.set()
         while not end.is_set():
-            with contextlib.suppress(asyncio.CancelledError):
+            try:
                 await end.wait()
+            except asyncio.CancelledError:
+                cancelled_at.append(time.monotonic())
 
     async with running(app) as url, World(url, aiohttp.ClientSession(), chat) as world:
         ana = await world.person("ana")
         await ana.post((await world.place(ana)).channel_id)
         await started.wait()
     end.set()  # the chat has stopped before
+    assert len(cancelled_at) == 2
+    assert cancelled_at[1] - cancelled_at[0] < 0.5
 
 
 async def test_a_chat_leaves_no_task_behind(tmp_path: Path) -> None:
