@@ -1452,12 +1452,14 @@ class Traffic:
     """What a page requests and receives, told by the browser."""
 
     def __init__(self, devtools: Any) -> None:
-        self.requests = self.size = 0
-        self.seen_at = time.monotonic()
+        self.reset()
         devtools.on("Network.requestWillBeSent", lambda event: self.add(1, 0))
         devtools.on("Network.loadingFinished", lambda event: self.add(0, int(event["encodedDataLength"])))
         devtools.on("Network.webSocketFrameReceived", lambda event: self.add(0, len(event["response"]["payloadData"])))
         devtools.send("Network.enable")
+
+    def reset(self) -> None:
+        self.requests, self.size, self.seen_at = 0, 0, time.monotonic()
 
     def add(self, requests: int, size: int) -> None:
         self.requests, self.size, self.seen_at = self.requests + requests, self.size + size, time.monotonic()
@@ -1488,12 +1490,12 @@ def page_reconnects(bench: Bench) -> None:
         traffic.wait_until_quiet(page)
         bench.stop(server)
         restarted = bench.launch("chatrtc", database, ("--port", str(server.port)))
-        traffic.requests = traffic.size = 0
+        traffic.reset()
         with page.expect_event("websocket", timeout=60_000):
             pass
         traffic.wait_until_quiet(page)
         bench.note(server, {"page requests": traffic.requests, "page kB": traffic.size / 1000})
-        traffic.requests = traffic.size = 0
+        traffic.reset()
         page.reload()
         traffic.wait_until_quiet(page)
         bench.note(server, {"reload kB": traffic.size / 1000})
