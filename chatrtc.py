@@ -172,6 +172,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str | None, Meta(description="Share the database with other servers, using Redis at this URL: redis://HOST:PORT.")
     ] = None
     process: Annotated[ProcessName | None, Meta(description="Name of this process, with --redis (default: generated).")] = None
+    max_sockets: Annotated[int, Meta(ge=1, le=10**6, description="Maximum number of sockets; more are refused.")] = 20_000
     voice_max: Annotated[int, Meta(ge=2, le=1000, description="Maximum number of people in a voice channel.")] = 12
     keep_days: Annotated[int, Meta(ge=0, le=36_500, description="Days after which messages are deleted; 0: never.")] = 0
     no_rate_limit: Annotated[bool, Meta(description="Turn off all rate and size limits, for benchmarks.")] = False
@@ -367,6 +368,8 @@ VIRAMA = 9  # combining class of signs that join two consonants
 
 def name_key(name: str) -> str:
     """Return the form in which names are compared: NFKC and case folding, without joiners."""
+    if name.isascii():
+        return name.lower()
     folded = unicodedata.normalize("NFKC", name).casefold()
     return re.sub(f"[{JOINERS}]", "", unicodedata.normalize("NFKC", folded))  # folding may undo the first NFKC
 
@@ -435,7 +438,7 @@ NOT_IN_URL = (
 URL_PART = re.compile(rf"[()[\]{{}}]|[^{NOT_IN_URL}()[\]{{}}]+")
 AFTER_AT = re.compile(r"[^\s!-,/:-@\[-^`{-~]{2,100}")
 LABEL = r"\[(?=(?P<label>[^\[\]\n]{1,300})\]\((?P<scheme>https?://|mailto:))"
-MENTION_SYNTAX = re.compile(rf"\\[\\`@\[]|`+|@|https?://|www\.|{LABEL}", re.IGNORECASE | re.ASCII)
+MENTION_SYNTAX = re.compile(rf"(?=[\\`@hw\[])(?:\\[\\`@\[]|`+|@|https?://|www\.|{LABEL})", re.IGNORECASE | re.ASCII)
 TICKS, ESCAPED_TICKS = re.compile(r"`+"), re.compile(r"\\[\\`]|`+")
 QUOTED = re.compile(r" {0,3}>(?:[ \t]|$)")
 
@@ -3603,6 +3606,10 @@ load_last_read: Query[int] = first_value(
     """SELECT max(m.read_from, coalesce(r.last_read_id, 0)) FROM channels c JOIN members m ON m.server_id = c.server_id
        LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE c.channel_id = ? AND m.user_id = ?"""
 )
+load_member_by_key: Query[int | None] = first_value(
+    """SELECT m.user_id FROM users u CROSS JOIN members m ON m.server_id = ?1 AND m.user_id = u.user_id
+       WHERE u.username_key = ?2"""
+)
 load_posted_at: Query[float | None] = first_value("SELECT posted_at FROM reads WHERE user_id = ? AND channel_id = ?")
 # The author of a message (?2), unless it is ?3, if they are still a member of the server (?1).
 load_answered_author = rows_as(
@@ -3670,13 +3677,17 @@ def load_mentions(
         answered = load_answered_author(db, server_id, reply_to, author_id)
     if not any(mentioned):
         return answered, False
-    rows = db.execute(
-        """SELECT u.username_key, m.user_id FROM json_each(?) k CROSS JOIN users u ON u.username_key = k.value
-           CROSS JOIN members m ON m.server_id = ? AND m.user_id = u.user_id""",
-        (json.dumps(list({key for keys in mentioned for key in keys})), server_id),
-    )
-    members: dict[str, int] = dict(rows.fetchall()) | ({EVERYONE: 0} if by_staff else {})
-    longest = {next((members[key] for key in reversed(keys) if key in members), -1) for keys in mentioned} - {-1}
+
+    def find(keys: list[str]) -> int:
+        """Return the id of the member with the longest of these handles, 0 for everyone, or -1."""
+        for key in reversed(keys):
+            if by_staff and key == EVERYONE:
+                return 0
+            if (user_id := load_member_by_key(db, server_id, key)) is not None:
+                return user_id
+        return -1
+
+    longest = set(map(find, mentioned)) - {-1}
     return sorted(list(dict.fromkeys(answered + sorted(longest - {0})))[:MAX_MENTIONS]), 0 in longest
 
 
@@ -5780,6 +5791,31 @@ class EngineOptions:
     frames_per_second: float | None = 100  # average of one client, with bursts of four times as many; None or 0: unlimited
 
 
+class Heartbeats:
+    """Calls each session's `beat` when it is due. Sessions that are due within the same fraction of the ping interval share a
+    timer, so that the pings and pongs of idle clients share rounds of the event loop."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.step = min(options.ping_interval, options.ping_timeout) / 40
+        self.slots: dict[float, set[Session]] = {}
+
+    def add(self, session: Session, due: float) -> float:
+        """Add a session, and return the time when its `beat` will be called."""
+        due = math.ceil(due / self.step) * self.step
+        if due not in self.slots:
+            self.slots[due] = set()
+            session.loop.call_at(due, self._beat, due)
+        self.slots[due].add(session)
+        return due
+
+    def remove(self, session: Session) -> None:
+        self.slots.get(session.due, set()).discard(session)
+
+    def _beat(self, due: float) -> None:
+        for session in self.slots.pop(due):
+            session.beat()
+
+
 class Session(asyncio.Transport):
     """One client's Engine.IO connection: polling, WebSocket, or in the middle of an upgrade. While the client polls, packets
     wait in `outbox` for the next poll or the upgrade, and `SlowClients` watches the session as if it were a transport. A
@@ -5799,8 +5835,8 @@ class Session(asyncio.Transport):
         self.loop = asyncio.get_running_loop()
         self.charged_until = 0.0  # see `_charge`
         self.pinged = False
-        self.due = self.loop.time() + engine.options.ping_interval
-        self.timer = self.loop.call_at(self.due, self._beat)
+        self.due = 0.0  # the time of the next ping, or until which a pong must arrive
+        self._set_due(self.loop.time() + engine.options.ping_interval)
 
     # Sending
 
@@ -5902,7 +5938,7 @@ class Session(asyncio.Transport):
 
     # Heartbeat
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
         # A loop that was stopped and wakes late says nothing about the client: wait once more.
         if self.pinged and self.loop.time() - self.due < 1.0:
             return self.end(REASON.PING_TIMEOUT, final_packet=None)
@@ -5911,17 +5947,17 @@ class Session(asyncio.Transport):
             self.send(PING)
         else:
             self.due = self.loop.time()
-        self._set_timer(self.due + self.engine.options.ping_timeout)
+        self._set_due(self.due + self.engine.options.ping_timeout)
 
-    def _set_timer(self, due: float) -> None:
+    def _set_due(self, due: float) -> None:
         if not self.closed:
-            self.timer.cancel()
-            self.due, self.timer = due, self.loop.call_at(due, self._beat)
+            self.engine.heartbeats.remove(self)
+            self.due = self.engine.heartbeats.add(self, due)
 
     def _pong(self) -> None:
         if self.pinged and PING not in self.outbox:
             self.pinged = False
-            self._set_timer(self.loop.time() + self.engine.options.ping_interval)
+            self._set_due(self.loop.time() + self.engine.options.ping_interval)
 
     def is_overdue(self) -> bool:
         """Return whether the pong is overdue, even if the timer has not run yet."""
@@ -5979,7 +6015,7 @@ class Session(asyncio.Transport):
         if self.closed:
             return
         self.closed = True
-        self.timer.cancel()
+        self.engine.heartbeats.remove(self)
         if self.upgraded:
             self._close_websocket()
         else:
@@ -6195,7 +6231,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.tasks: set[asyncio.Task[Any]] = set()
         self.slow_clients, self.client_log, self.draining = SlowClients(), RateLimitedLog(), False
         self.flushers = {LATE: Flusher(9, 0.25), SOON: Flusher(1, 0.05)}
-        self.numbers = itertools.count()  # of the events for rooms
+        self.numbers, self.heartbeats = itertools.count(), Heartbeats(options)  # numbers: of the events for rooms
 
     # Methods that the Socket.IO server and the application call
 
@@ -6258,7 +6294,8 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         if self.per_address[address] - anonymous >= self.options.max_sessions_per_address:
             raise ChatError("RATE_LIMITED", "Too many connections from your address", RETRY_SECONDS)
         at_share = share is not None and anonymous >= share
-        if at_share or (share is not None and len(self.anonymous) >= self.options.max_sessions // ANONYMOUS_SHARE):
+        most, count = self.options.max_sessions, len(self.anonymous)
+        if at_share or (count and (count >= most // ANONYMOUS_SHARE or len(self.sockets) >= most)):
             oldest = next(session for session in self.anonymous.values() if not at_share or session.address == address)
             oldest.end(REASON.SERVER_DISCONNECT, final_packet=None)
 
@@ -8645,6 +8682,10 @@ def add_socket_handlers(hub: Hub) -> None:
     @sio.on("connect")  # type: ignore[untyped-decorator]
     async def on_connect(sid: str, environ: Any, auth: Any = None) -> None:
         connection = hub.add_connection(sid)
+        # The environ would take 4 KiB for each client as long as it is connected; all of it is in the request.
+        kept = {name: environ[name] for name in ("REMOTE_ADDR", "aiohttp.request")}
+        environ.clear()
+        environ.update(kept)
         if not auth:
             return
         outcome = await result_or_error(authenticate_handshake(connection, auth))
@@ -8881,9 +8922,9 @@ def engine_options(settings: Settings) -> dict[str, Any]:
     names = {parsed[1] for origin in origins if (parsed := parse_origin(origin))} | {settings.host.lower()}
     # A host that is a name may turn out to be a loopback address.
     local = is_loopback(settings.host) or (bool(settings.host) and parse_address(settings.host) is None)
-    limits: dict[str, Any] = {"max_anonymous_per_address": ANONYMOUS_PER_ADDRESS}
+    limits: dict[str, Any] = {"max_anonymous_per_address": ANONYMOUS_PER_ADDRESS, "max_sessions": settings.max_sockets}
     if settings.no_rate_limit:
-        limits = {"max_sessions_per_address": 10**6, "max_anonymous_per_address": None, "frames_per_second": None}
+        limits |= {"max_sessions_per_address": 10**6, "max_anonymous_per_address": None, "frames_per_second": None}
     proxies = tuple(map(parse_network, settings.trusted_proxy))
     # Behind a proxy, all requests of a session must reach the same process, whose name begins the session's id. For nginx:
     #     map $arg_sid $upstream { ~^a- chat_a;  ~^b- chat_b;  default chat; }
@@ -8980,21 +9021,31 @@ async def add_slash(request: web.Request) -> web.Response:
 
 
 class StaticFile:
-    """Sends a file that does not change while the server runs. It is compressed once; a client that has it gets a 304."""
+    """Sends a file that does not change while the server runs. It is made and compressed in a thread when first requested; a
+    client that has it gets a 304."""
 
-    def __init__(self, body: bytes, headers: dict[str, str]) -> None:
-        tag = hashlib.sha256(body).hexdigest()[:24]
+    def __init__(self, make: Callable[[], bytes], headers: dict[str, str]) -> None:
+        self.make = make
         self.headers = HEADERS | {"Cache-Control": "no-cache", "Vary": "Accept-Encoding"} | headers
-        self.plain = (body, {"ETag": f'"{tag}"'})
-        self.gzip = (gzip.compress(body, mtime=0), {"ETag": f'"{tag}-gzip"', "Content-Encoding": "gzip"})
+        self.versions: asyncio.Task[list[tuple[bytes, dict[str, str]]]] | None = None
+
+    def _make_versions(self) -> list[tuple[bytes, dict[str, str]]]:
+        """Return the body and its headers, plain and compressed."""
+        body = self.make()
+        tag = hashlib.sha256(body).hexdigest()[:24]
+        compressed = {"ETag": f'"{tag}-gzip"', "Content-Encoding": "gzip"}
+        return [(body, {"ETag": f'"{tag}"'}), (gzip.compress(body, mtime=0), compressed)]
 
     async def __call__(self, request: web.Request) -> web.Response:
+        if self.versions is None:
+            self.versions = asyncio.create_task(asyncio.to_thread(self._make_versions))
+        versions = await asyncio.shield(self.versions)
         accepted = request.headers.get("Accept-Encoding", "").replace(" ", "")
         # RFC 9110, 12.5.3: a weight of 0 means no.
         takes_gzip = re.search(r"(?i)(^|,)gzip(,|$|;q=(?!0(\.0*)?(,|$)))", accepted)
-        body, headers = self.gzip if takes_gzip else self.plain
+        body, headers = versions[1 if takes_gzip else 0]
         cached = {f'"{tag.value}"' for tag in request.if_none_match or ()}
-        if cached & {'"*"', self.plain[1]["ETag"], self.gzip[1]["ETag"]}:
+        if cached & {'"*"', *(known["ETag"] for _, known in versions)}:
             return web.Response(status=304, headers=self.headers | {"ETag": headers["ETag"]})
         return WatchedResponse(body=body, headers=self.headers | headers)
 
@@ -9015,7 +9066,7 @@ def page_file(settings: Settings, has_host_login: bool) -> StaticFile:
         "img-src 'self' data: blob:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
         f"frame-ancestors {ancestors}"
     )
-    return StaticFile(page, {"Content-Security-Policy": policy, "Content-Type": "text/html; charset=utf-8"})
+    return StaticFile(lambda: page, {"Content-Security-Policy": policy, "Content-Type": "text/html; charset=utf-8"})
 
 
 class Handler(web.RequestHandler):
@@ -9094,7 +9145,7 @@ class ChatRTC:
         mounted = web.Application() if prefix else app
         routes = [
             *([web.get("/", page_file(self.settings, self.hub.identify is not None).__call__)] if page else []),
-            web.get("/openapi.json", StaticFile(msgspec.json.encode(openapi()), JSON).__call__),
+            web.get("/openapi.json", StaticFile(lambda: msgspec.json.encode(openapi()), JSON).__call__),
             web.get("/asyncapi.json", self._send_asyncapi),
             web.get("/invites/{code}.svg", functools.partial(send_invite_code, self.hub)),
             *(
@@ -9205,7 +9256,7 @@ class ChatRTC:
 
     @functools.cached_property
     def _asyncapi(self) -> StaticFile:
-        return StaticFile(msgspec.json.encode(asyncapi(self.hub.host_events.values())), JSON)
+        return StaticFile(lambda: msgspec.json.encode(asyncapi(self.hub.host_events.values())), JSON)
 
     async def _send_asyncapi(self, request: web.Request) -> web.Response:
         return await self._asyncapi(request)
