@@ -1015,7 +1015,7 @@ def test_settings_have_one_list() -> None:
 def test_an_invalid_setting_is_rejected(tmp_path: Path) -> None:
     wrongs: tuple[dict[str, Any], ...] = (
         {"port": "3000"}, {"port": 65536}, {"token_ttl": 0}, {"registration": "maybe"}, {"nonsense": 1},
-        {"conversations": "some"}, {"database": ""},
+        {"conversations": "some"}, {"database": ""}, {"max_sockets": 0},
         {"tls_cert": "cert.pem"}, {"secret": "short"}, {"secret": ""}, {"secret": "é" * 15},
         *({"cors_origin": [origin]} for origin in (
             "https://x/", "x.example", "ftp://x", "https://x/path", "https://x?", "https://a b", "null", "",
@@ -8763,6 +8763,26 @@ async def test_anonymous_sessions_do_not_use_up_the_limit_of_others(make_world: 
             assert response.status == 200
     assert len(engine.anonymous) == 2, "at most one in four sessions, of all addresses together"
     await first.ok("ping")
+
+
+async def test_the_number_of_sockets_is_a_setting(make_world: MakeWorld) -> None:
+    """Sockets that have not signed in leave for one that may; the others stay, and more are refused."""
+    world = await make_world(no_rate_limit=False, max_sockets=2)
+    engine, (ana, ben, cy) = world.chat.sio.eio, await world.people("ana", "ben", "cy")
+    stranger = await world.socket(transports=["websocket"])
+    first, second = [await one.socket(transports=["websocket"]) for one in (ana, ben)]
+    await asyncio.wait_for(stranger.closed.wait(), PATIENCE)
+    url = f"{world.url}/socket.io/?EIO=4&transport=polling"
+    async with world.session.get(url) as response:
+        assert response.status == 503
+        assert await response.json() == {"error": "The server accepts no more connections", "code": "UNAVAILABLE"}
+    with pytest.raises(socketio.exceptions.ConnectionError):
+        await cy.socket(transports=["websocket"])
+    assert len(engine.sockets) == 2
+    await first.ok("ping")
+    await second.close()
+    await until(lambda: len(engine.sockets) == 1)
+    await (await cy.socket(transports=["websocket"])).ok("ping")
 
 
 HOSTS = {
