@@ -9289,6 +9289,8 @@ class ChatRTC:
     async def start(self) -> None:
         """Open the database and start maintenance. Raises StartError."""
         hub = self.hub
+        if hub.listening:
+            raise StartError("This chat is running already: attach it only once")
         async with contextlib.AsyncExitStack() as stack:  # undoes the steps before one that fails
             await hub.store.open(self._set_secret)
             stack.push_async_callback(hub.store.close)

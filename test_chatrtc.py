@@ -10704,6 +10704,16 @@ async def test_a_listener_that_does_not_end_delays_a_stop_only_for_a_moment(
     assert cancelled_at[1] - cancelled_at[0] < 0.5
 
 
+async def test_a_chat_cannot_be_attached_twice(tmp_path: Path) -> None:
+    before, app, chat = asyncio.all_tasks(), web.Application(), chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
+    for prefix in ("/a", "/b"):
+        chat.attach(app, prefix)
+    with pytest.raises(chatrtc.StartError, match="only once"):
+        await web.AppRunner(app).setup()
+    await chat.stop()  # the one that was started, which `run_app` does
+    assert asyncio.all_tasks() == before
+
+
 async def test_a_chat_leaves_no_task_behind(tmp_path: Path) -> None:
     before = asyncio.all_tasks()
     threads = threading.enumerate()
