@@ -3518,8 +3518,11 @@ def insert_piece(db: sqlite3.Connection, file_id: int, number: int, data: bytes,
 
 
 def load_file_part(db: sqlite3.Connection, file_id: int, start: int, size: int) -> bytes:
-    """Return bytes of a file from `start`: at most `size`, and none beyond the end of a piece."""
-    part = "SELECT substr(data, ?, ?) FROM pieces WHERE file_id = ? AND number = ?"
+    """Return bytes of a file from `start`: at most `size`, and none beyond the end of a piece. Raises NOT_FOUND if
+    the file has been removed."""
+    part = (
+        "SELECT substr(data, ?, ?) FROM pieces JOIN files USING (file_id) WHERE file_id = ? AND number = ? AND channel_id > 0"
+    )
     row = db.execute(part, (start % PIECE_BYTES + 1, size, file_id, start // PIECE_BYTES)).fetchone()
     if not row or not row[0]:
         raise chat_error("NO_FILE")
