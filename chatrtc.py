@@ -313,7 +313,8 @@ class ChatError(Exception):
         self.code, self.retry_after, self.reason, self.field = code, retry_after, reason, field
         self.status = status or ERRORS[code][0]
         self.detail = detail or ERRORS[code][1]
-        super().__init__(f"{code}: {self.detail}")
+        text = f"{code}: {self.detail}"
+        super().__init__(text.encode(errors="backslashreplace").decode())  # a log file cannot hold an unpaired surrogate
 
     def body(self) -> dict[str, Any]:
         wait = None if self.retry_after is None else max(1, round(self.retry_after + 0.5))

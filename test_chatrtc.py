@@ -4527,9 +4527,11 @@ async def test_calls_are_limited_by_user(make_world: MakeWorld, call: str) -> No
         return await socket.call(call, arguments)
 
     times, succeed, fail = LIMITED_CALLS[call]
+    began = time.monotonic()
     results = await asyncio.gather(*(make(scene.ana, scene.ana_socket) for _ in range(times)))
+    refilled = int(10 * (time.monotonic() - began))  # on a busy machine the calls take longer, and more of them succeed
     rejected = [result for result in results if not result["success"]]
-    assert fail <= len(rejected) <= times - succeed
+    assert max(1, fail - refilled) <= len(rejected) <= times - succeed
     assert call == "POST /messages" or all(result["success"] for result in results[:succeed])
     for result in rejected:
         assert (result["code"], result["reason"], result["retry_after"] >= 1) == ("RATE_LIMITED", "TOO_OFTEN", True)
