@@ -4349,24 +4349,9 @@ def load_or_create_secret(database: Path) -> str:
     return secret
 
 
-class TokenHeader(Struct):
-    alg: Literal["HS256"]
-
-
-class Claims(Struct):
-    """The claims of a token. Tokens of version 1.0 have no `iss` and `aud`."""
-
-    sub: Annotated[str, Meta(pattern=r"^[0-9]{1,19}\Z")]  # the user's id
-    iat: int | float
-    exp: int | float
-    nbf: int | float = 0
-    gen: int = 0  # the account's token generation
-    iss: Literal["chatrtc"] = "chatrtc"
-    aud: Literal["chatrtc"] = "chatrtc"
-
-
 class TokenSigner:
-    """Signs and verifies tokens. PyJWT takes 60 us to verify one, a tenth of what connecting a client costs; this 5 us."""
+    """Signs and verifies tokens. Claims: `sub` (user id), `iat`, `exp`, `jti`, `iss`, `aud`, and `gen`, the account's token
+    generation. Tokens of version 1.0, without `iss` and `aud`, are valid too."""
 
     def __init__(self, secret: str, ttl: int) -> None:
         if len(secret.encode()) < SECRET_BYTES:
@@ -4384,21 +4369,20 @@ class TokenSigner:
         return AuthResponse(user_id, username, token, utc(expires), name=name)
 
     def verify(self, token: str) -> tuple[int, int, float]:
-        """Return the user id, the generation and the expiry (Unix seconds) of a valid token. Raises UNAUTHORIZED."""
+        """Return the user id, the generation and the expiry (Unix seconds) of a token. Raises UNAUTHORIZED if it is not one of
+        ours or has expired."""
+        options: Any = {"require": ["sub", "iat", "exp"], "verify_iat": False, "verify_aud": False, "verify_iss": False}
         try:
             if not CANONICAL_TOKEN.fullmatch(token):
                 raise ValueError
-            signed, _, signature = token.rpartition(".")
-            header, content, digest = (base64.urlsafe_b64decode(part + "==") for part in (*signed.split("."), signature))
-            if not hmac.compare_digest(digest, hmac.digest(self._secret.encode(), signed.encode(), "sha256")):
+            claims = jwt.decode(token, self._secret, algorithms=[ALGORITHM], options=options)
+            user_id, generation = int(claims["sub"]), claims.get("gen", 0)
+            has_times = all(type(claims[name]) in (int, float) for name in ("iat", "exp"))
+            is_ours = all(claims.get(name, ISSUER) == ISSUER for name in ("iss", "aud"))
+            if not is_ours or not has_times or type(generation) is not int or not 0 < user_id < 2**63:
                 raise ValueError
-            msgspec.json.decode(header, type=TokenHeader)
-            claims = msgspec.json.decode(content, type=Claims)
-            user_id, expires = int(claims.sub), float(claims.exp)
-            if not claims.nbf <= time.time() < expires or not 0 < user_id < 2**63:
-                raise ValueError
-            return user_id, claims.gen, expires
-        except (ValueError, OverflowError, RecursionError):
+            return user_id, generation, float(claims["exp"])
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
             raise chat_error("TOKEN_INVALID") from None
 
     def sign_link(self, file_id: int, user: Principal, expires: int) -> str:
