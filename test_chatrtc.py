@@ -18087,9 +18087,7 @@ async def test_a_message_leads_to_its_author(guest_class: Any) -> None:
     await maya.keyboard.press("Tab")
     await expect(maya.row("spam").locator(".who")).to_be_focused()
     await maya.keyboard.press("Enter")
-    await expect(maya.locator("#menu header")).to_have_text(
-        re.compile("Léo Martin *@Léo.Martin · guest · no longer a member")
-    )
+    await expect(maya.locator("#menu header")).to_have_text(re.compile("Léo Martin *@Léo.Martin · guest · no longer a member"))
     await expect(maya.locator("#menu button")).to_have_text(["Ban"])
     await maya.keyboard.press("Enter")
     await maya.get_by_label("Also delete their messages").check()
