@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import mimetypes
+import multiprocessing
 import os
 import pydoc
 import random
@@ -486,8 +487,56 @@ class Finished(NamedTuple):
     err: str
 
 
+# Runs a command in a fork of a process that has imported the module, because most of the time of a command is the import.
+FORKED = """
+import os, sys
+for number, path in enumerate({paths}):
+    os.dup2(os.open(path, os.O_RDWR), number)
+sys.stdin = open(0, closefd=False)
+sys.stdout = open(1, "w", closefd=False)
+sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")
+os.environ.clear()
+os.environ.update({environment})
+os.chdir({folder})
+"""
+
+
+@functools.cache
+def forks() -> Any:
+    """Return the context that starts processes as forks of a server with the module, or None where that does not exist."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["chatrtc"])
+    return context
+
+
+async def run_forked(args: Sequence[str], stdin: str, cwd: Path | None) -> Finished:
+    """Do what `run_command` does, in a fork."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+        for path, text in zip(paths, (stdin, "", ""), strict=True):
+            path.write_text(text)
+        redirect = FORKED.format(
+            paths=[str(path) for path in paths], environment=dict(os.environ), folder=repr(str(cwd or Path.cwd()))
+        )
+        program = f"{redirect}sys.argv[1:] = {list(args)!r}\n{PROGRAM[-1]}"
+        process = forks().Process(target=exec, args=(program,))
+        process.start()
+        try:
+            await asyncio.to_thread(process.join, 3 * PATIENCE)
+            assert process.exitcode is not None, f"{args} did not end"
+            return Finished(process.exitcode, *(path.read_bytes().decode() for path in paths[1:]))
+        finally:
+            process.kill()
+            process.join()
+            process.close()
+
+
 async def run_command(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> Finished:
-    """Run a command of chatrtc and wait until it exits."""
+    """Run a command of chatrtc and wait until it exits. With `env`, which may change Python itself, Python starts anew."""
+    if env is None and forks():
+        return await run_forked(args, stdin, cwd)
     process = await asyncio.create_subprocess_exec(
         *PROGRAM, *args, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE, env=dict(os.environ) | (env or {}), cwd=cwd,
