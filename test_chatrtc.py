@@ -18749,7 +18749,7 @@ async def test_a_reconnect_needs_few_requests(api: World, proxy: Proxy, tab: Any
     await eventually(lambda: has_counted(asked), "the page has counted the unread messages")
     await jonas_api.post(servers[14].channel_id, "when it is back")
     await expect(maya.locator('#rail [aria-label="Class 14, 2 new messages"]')).to_be_visible()
-    assert len(asked) <= 6, asked
+    assert len(asked) <= 4, asked
     await maya.evaluate("for (const row of document.querySelectorAll('#log .row')) row.known = true")
     await jonas_api.ok("POST", f"/invites/{await maya_api.invite(servers[0].server_id)}")
     await expect(maya.locator("#people")).to_contain_text("Jonas")
@@ -18761,8 +18761,8 @@ async def test_a_reconnect_needs_few_requests(api: World, proxy: Proxy, tab: Any
 
 
 async def has_counted(asked: list[str]) -> bool:
-    """Tell if the page has requested all read marks for the second time, which is its last request."""
-    return sum(one.endswith("/users/me/reads") for one in asked) == 2
+    """Tell if the page has requested all read marks, which is its last request."""
+    return any(one.endswith("/users/me/reads") for one in asked)
 
 
 async def test_an_unknown_event_makes_the_page_fetch_changes(api: World, tab: Any) -> None:
