@@ -408,7 +408,8 @@ class Server:
     process: subprocess.Popen[str]
     port: int = 0
     started: float = 0.0  # seconds from the start of the process to its first answer
-    token: str = ""
+    token: str = ""  # of the account that posts
+    reader: str = ""  # of the account of the clients: the one who posts would be told of the read mark that each post moves
     rooms: list[Room] = field(default_factory=list)
     beside: list[Server] = field(default_factory=list)  # other processes on the same database
 
@@ -430,12 +431,16 @@ class Server:
         return json.loads(connection.body) if connection.body else None
 
     def prepare(self, rooms: int = 1) -> None:
-        """Register an account and create servers until there are as many rooms."""
+        """Register the accounts, and create servers of both until there are as many rooms."""
         if not self.token:
-            self.token = self.call("POST", "/auth/register", {"username": "bench", "password": "bench-chatrtc"})["token"]
+            accounts = ({"username": name, "password": "bench-chatrtc"} for name in ("bench", "reader"))
+            self.token, self.reader = [self.call("POST", "/auth/register", account)["token"] for account in accounts]
         while len(self.rooms) < rooms:
             made = self.call("POST", "/servers", {"name": "bench"})
             self.rooms.append((made["server_id"], made["channels"][0]["channel_id"]))
+            if self.name == "chatrtc":
+                code = self.call("POST", f"/servers/{made['server_id']}/invites", {})["code"]
+                replace(self, token=self.reader).call("POST", f"/invites/{code}")
 
     def enrol(self, server_id: int, count: int) -> list[str]:
         """Make `count` guests members of a server and return their tokens."""
@@ -1093,7 +1098,7 @@ class Bench:
             for source, target in (("chatrtc.py",) * 2, ("chatrtc.html",) * 2, ("schema.sql", "chatrtc.sql")):
                 shutil.copy(self.chatrtc.parent / source, folder / target)
             py_compile.compile(str(folder / "chatrtc.py"), doraise=True)
-        return f"import sys; sys.path.insert(0, {str(folder)!r}); import chatrtc; chatrtc.main()"
+        return f"import sys; sys.path.insert(0, {str(folder)!r}); sys.argv[0] = 'chatrtc'; import chatrtc; chatrtc.main()"
 
     def launch(self, name: str, database: Path | None = None, options: Names = (), cpu: int | None = None) -> Server:
         """Start a server on its core and wait for its first answer."""
@@ -1137,7 +1142,7 @@ class Bench:
         ]
         servers[0].prepare()
         for server in servers[1:]:
-            server.token, server.rooms = servers[0].token, servers[0].rooms
+            server.token, server.reader, server.rooms = servers[0].token, servers[0].reader, servers[0].rooms
         servers[0].beside = servers[1:]
         return servers[0]
 
@@ -1168,7 +1173,7 @@ class Bench:
         each = clients // len(ids)
         for i, pipe in enumerate(self.listeners):
             here = each // spread + (i < each % spread)
-            self.send(pipe, "join", server.port, tokens or [server.token], ids, here, counted)
+            self.send(pipe, "join", server.port, tokens or [server.reader], ids, here, counted)
         for pipe in self.listeners:
             self.answer(pipe, within=180)
         return time.perf_counter() - before
@@ -1411,16 +1416,11 @@ def ways(bench: Bench) -> None:
 
 
 def small_rooms(bench: Bench, name: str) -> None:
-    """Measure deliveries with many small rooms. The clients belong to another user than the one who posts, who would be told of
-    the read mark that each post moves."""
+    """Measure deliveries with many small rooms."""
     server = bench.launch(name)
     server.prepare(max(rooms for rooms, _ in SMALL_ROOMS))
-    tokens = server.enrol(server.rooms[0][0], 1)
-    for server_id, _ in server.rooms[1:] if name == "chatrtc" else ():
-        code = server.call("POST", f"/servers/{server_id}/invites", {})["code"]
-        replace(server, token=tokens[0]).call("POST", f"/invites/{code}")
     for rooms, each in SMALL_ROOMS:
-        bench.join(server, server.rooms[:rooms], rooms * each, tokens=tokens)
+        bench.join(server, server.rooms[:rooms], rooms * each)
         fan_out(bench, server, f"small{each}", server.rooms[:rooms])
         bench.leave(server)
     bench.stop(server)
