@@ -167,7 +167,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = ()
     file_max: Annotated[int, Meta(ge=0, le=10_000, description="Maximum size of a file in MiB; 0 turns files off.")] = 10
     files_max: Annotated[int, Meta(ge=0, le=10**9, description="Maximum size of all files together in MiB.")] = 4096
-    disk_reserve: Annotated[int, Meta(ge=0, le=10**9, description="Free disk space in MiB below which writes fail.")] = 256
+    disk_reserve: Annotated[
+        int, Meta(ge=0, le=10**9, description="Free disk space in MiB below which nothing can be added.")
+    ] = 256
     redis: Annotated[
         str | None, Meta(description="Share the database with other servers, using Redis at this URL: redis://HOST:PORT.")
     ] = None
@@ -175,7 +177,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_sockets: Annotated[int, Meta(ge=1, le=10**6, description="Maximum number of sockets; more are refused.")] = 20_000
     voice_max: Annotated[int, Meta(ge=2, le=1000, description="Maximum number of people in a voice channel.")] = 12
     keep_days: Annotated[int, Meta(ge=0, le=36_500, description="Days after which messages are deleted; 0: never.")] = 0
-    no_rate_limit: Annotated[bool, Meta(description="Turn off all rate and size limits, for benchmarks.")] = False
+    no_rate_limit: Annotated[
+        bool, Meta(description="Turn off rate limits, and the limits of sockets by user and address, for benchmarks.")
+    ] = False
 
 
 @functools.cache
@@ -229,7 +233,7 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "HOST_FAILED": ("UNAVAILABLE", "The program that contains this chat failed; try again in a moment"),
     "ACCOUNT_DELETED": ("UNAUTHORIZED", "This account was deleted"),
     "NO_PASSWORD": ("FORBIDDEN", "This account cannot have a password"),
-    "REGISTRATION_CLOSED": ("FORBIDDEN", "Only the administrator of this server can create accounts"),
+    "REGISTRATION_CLOSED": ("FORBIDDEN", "Only the person who runs this chat can create accounts"),
     "INVITE_NEEDED": ("FORBIDDEN", "An invite is required to create an account"),
     "GUESTS_OFF": ("FORBIDDEN", "This server does not accept guests"),
     "NOT_FOR_GUESTS": ("FORBIDDEN", "Guests cannot do this; set a password first"),
@@ -286,7 +290,7 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "CLOSING": ("UNAVAILABLE", "The connection is closing"),
     "TOO_SLOW": ("UNAVAILABLE", "The server did not respond in time; try again in a moment"),
     "DATABASE_DOWN": ("UNAVAILABLE", "The database is not available at the moment"),
-    "DISK_FULL": ("UNAVAILABLE", "The disk is full: the server can be read but not written to"),
+    "DISK_FULL": ("UNAVAILABLE", "The disk is nearly full: reading and deleting still work, but nothing can be added"),
     "DISK_SLOW": ("UNAVAILABLE", "The disk did not respond in time; the change may still be saved"),
     "SOCKET_TAKEN": ("CONFLICT", "This socket is already authenticated as {name}"),
     "BODY_COMPRESSED": ("BAD_REQUEST", "Compressed bodies are not accepted"),
@@ -3755,12 +3759,6 @@ def update_message(db: sqlite3.Connection, server_id: int, message: Message, con
         insert_mention(db, message.message_id, user_id, message.channel_id)
 
 
-def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
-    """Delete a message and return the change's `seq`."""
-    unindex(db, "message_id = ?", message_id)
-    return clear_message(db, server_id, message_id)
-
-
 def clear_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
     """Clear a message that is no longer indexed. Its row stays, without the text, for clients that catch up."""
     seq = next_seq(db, server_id)
@@ -3771,6 +3769,12 @@ def clear_message(db: sqlite3.Connection, server_id: int, message_id: int) -> in
     remove_files_of_message(db, message_id)
     delete_pin(db, message_id)
     return seq
+
+
+def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
+    """Delete a message and return the change's `seq`."""
+    unindex(db, "message_id = ?", message_id)
+    return clear_message(db, server_id, message_id)
 
 
 def delete_messages(db: sqlite3.Connection, rows: Sequence[tuple[int, int, int]]) -> list[Effect]:
@@ -5008,7 +5012,8 @@ def join_conversation(ctx: OperationContext, user_id: int) -> list[Effect]:
     status=201, replay_status=200, limit="post", slow=True,
 )  # fmt: skip
 def start_conversation(ctx: OperationContext, args: NewConversation) -> Result[Server]:
-    """Start a private conversation; 200 with that of the same two people if there is one, even if you had left it."""
+    """Start a private conversation. 200 if you already have one with the same person: you get that, and rejoin it if you had
+    left."""
     user_id, people = ctx.user.user_id, sorted({ctx.user.user_id, *args.user_ids})
     if ctx.server_id:
         effects = [] if ctx.role else join_conversation(ctx, user_id)
@@ -6920,6 +6925,10 @@ class Caller(NamedTuple):
     speech: Speech | None = None
 
     @property
+    def is_program(self) -> bool:
+        return self.source is None
+
+    @property
     def info(self) -> CallerInfo:
         return CallerInfo(self.user.user_id, self.user.username, self.user.name, self.address)
 
@@ -6972,7 +6981,7 @@ class Hub:
         self.uploads = FairQueue(UPLOADS, UPLOADS_PER_USER)
         self.downloads = FairQueue(DOWNLOADS, DOWNLOADS_PER_USER)
         self.password_hasher = PasswordHasher(bounded=not settings.no_rate_limit)
-        self.limiter = Limiter(enabled=not settings.no_rate_limit)
+        self.limiter, self.unlimited = Limiter(enabled=not settings.no_rate_limit), Limiter(enabled=False)
         self.presence, self.pages, self.missed = Presence(), PageCache(), ChangesCache()
         self.typing_tracker, self.voice_peers = TypingTracker(), VoicePeers()
         self.hands: dict[tuple[int, int], Hand] = {}  # (server, user) -> a raised hand
@@ -6986,7 +6995,7 @@ class Hub:
         self.listening = False
         self.say: Callable[[BusMessage], None] = lambda message: None  # tells the other processes; set by `Bus`
         self.redis: Literal["up", "down"] | UnsetType = UNSET  # whether the processes hear each other, with --redis
-        self.foreign = False  # whether what is applied now happened in another process
+        self.foreign = False  # whether the effects that are applied come from another process
         self.erase_after = 0.0  # see `erase_texts`
         self.identify: Identify | None = None
         self._own_marks: dict[int, MarkOwnPost] = {}  # channel -> a read mark to emit soon
@@ -6999,6 +7008,10 @@ class Hub:
         }  # fmt: skip
 
     # Reading the database. The result of `read_inline` stays true until the next await: use it before then.
+
+    def limiter_for(self, caller: Caller) -> Limiter:
+        """Return the limiter of a call. The embedding program has no limits."""
+        return self.unlimited if caller.is_program else self.limiter
 
     def authorized(
         self, access: Access, user: Principal, args: Args, run: Callable[[OperationContext, Any], R],
@@ -7081,7 +7094,7 @@ class Hub:
 
     @contextlib.contextmanager
     def as_foreign(self, foreign: bool = True) -> Iterator[None]:
-        """Apply in the body what happened in another process: that process calls the program's listeners."""
+        """Treat the effects of the body as another process's: that process calls the program's listeners, this one does not."""
         before, self.foreign = self.foreign, foreign
         try:
             yield
@@ -7241,7 +7254,7 @@ class Hub:
         return self.has_sockets(user_id) or bool(self.presence.servers(user_id))
 
     def apply_status(self, user: Principal | Profile) -> None:
-        """Make a user invisible who appears with that status. While they are here, `emit_status` does it."""
+        """Make a user who connects with the status "invisible" invisible. While they are connected, `emit_status` does it."""
         if user.status == "invisible" and not self.is_present(user.user_id):
             self.presence.invisible.add(user.user_id)
 
@@ -7319,7 +7332,7 @@ class Hub:
         return True
 
     def show(self, server_id: int, user: Principal | Profile, sid: str) -> None:
-        """Add a socket of this process, or another process, to those by which the user is connected."""
+        """Record that the user is connected by a socket of this process, or by another process. Emit it if that is new."""
         was_here = self.presence.has(server_id, user.user_id)
         if self.presence.join(server_id, user.user_id, sid):
             self.emit("user:connected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
@@ -7371,7 +7384,7 @@ class Hub:
         self.emit("voice:join", server_id, notice)
 
     def stop_speech(self, server_id: int, user_id: int | None, channel_id: int | None) -> None:
-        """End the typing and the voice calls that are no longer allowed, of a user, or in a channel."""
+        """End a user's typing and voice calls, or those in a channel, if they are no longer allowed."""
         speakers: list[TypingUser | Peer] = [*self.typing_tracker.values(), *self.voice_peers.values()]
         for one in speakers:
             channel, user = one.notice.channel_id, one.notice.user_id
@@ -7453,20 +7466,20 @@ class Document(NamedTuple):
 
 
 # ---- Bus -----------------------------------------------------------------------------------------------------------
-# What the processes that share a database tell each other by Redis: wake-ups, and what is not in the database. Nothing waits
-# for it, and it may lose anything: the log is polled too, and each process has the true list of its own users. Packets are
-# numbered; a process that has missed one asks for that list. What arrives is not trusted: whoever controls Redis can fake the
-# presence of members, typing, voice, raised hands, signals and failed sign-ins, and nothing else.
+# What the processes that share a database send each other through Redis: wake-ups, and state that is not in the database.
+# Nothing waits for it, and any of it may be lost: the log is polled too, and each process keeps the complete list of its own
+# users. Packets are numbered; a process that has missed one asks for that list. What arrives is not trusted: whoever controls
+# Redis can fake the presence of members, typing, voice, raised hands, signals and failed sign-ins, and nothing else.
 
 BEAT_SECONDS = 1.0
-SILENCE_SECONDS = 2.5  # without the own beat, after which Redis counts as down
-GONE_SECONDS = 2.9  # of silence, after which a process counts as dead at the next beat, so in less than 4 seconds
+SILENCE_SECONDS = 2.5  # if the own beat has not come back for this time, Redis counts as down
+GONE_SECONDS = 2.9  # a process that was silent for this time is removed at the next beat, so in less than 4 seconds
 REDIS_SECONDS = 1.0  # to connect, and to publish
 RECONNECT_SECONDS = 0.2
 PUBLISH_INTERVAL = 0.005  # seconds between two packets: to publish after each commit would double what a single post costs
-BUS_QUEUE_LENGTH = 10_000  # messages; of more, the oldest are dropped
-PACKET_BYTES = 1 << 16  # after which no message is added to a packet
-PACKET_BYTES_MAX = 1 << 18  # of a packet that is read
+BUS_QUEUE_LENGTH = 10_000  # messages that wait; if there are more, the oldest are dropped
+PACKET_BYTES = 1 << 16  # size of a packet to which no further message is added
+PACKET_BYTES_MAX = 1 << 18  # size of a received packet; a larger one is ignored
 MAX_PROCESSES = 64
 KEY_PARTS = {"address": 1, "account": 1, "account and address": 2, "hook": 1}  # of the limits that count on all processes
 
@@ -7477,7 +7490,7 @@ class OtherProcess:
     def __init__(self, instance: str) -> None:
         self.sid = f"{FOREIGN}{instance}/"  # by which its users are connected, and with which the ids of its voice peers begin
         self.number = -1  # of its last message
-        self.in_sync = False  # whether we have heard everything since its last list
+        self.in_sync = False  # whether every packet since its last list has arrived
         self.heard_at = self.asked_at = -math.inf
         self.listed: set[object] | None = None  # the users and peers in the parts of its list so far
 
@@ -7506,7 +7519,7 @@ class Bus:
         self._tasks = [self._publisher, *map(asyncio.create_task, (self._keep_running(self._listen), self._beat()))]
 
     async def stop(self) -> None:
-        """Say good-bye, and wait at most a second until everything is published."""
+        """Publish that this process ends, and wait at most a second until everything is published."""
         self._stopping = True
         self.say(Notice("bye"))
         await asyncio.wait([self._publisher], timeout=REDIS_SECONDS)
@@ -7523,7 +7536,7 @@ class Bus:
         self._queued.set()
 
     def wake(self) -> None:
-        """Tell the other processes that the log has new rows. A process that starts reads the log without being told."""
+        """Tell the other processes that the log has new rows. A process that has just started reads the log by itself."""
         if self._others and not self._wake_is_queued:
             self._wake_is_queued = True
             self.say(Notice("wake"))
@@ -7771,10 +7784,11 @@ async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, passw
     """Create an account with a password or, without one, for a guest, and return its token."""
     clock = time.time()
     stored: str | None = None
-    with hub.limiter.charge_unknown_code("invite", caller.address):
+    limiter = hub.limiter_for(caller)
+    with limiter.charge_unknown_code("invite", caller.address):
         if args.code is not None:
             hub.store.read_inline(load_valid_invite, args.code, utc(clock))
-        hub.limiter.charge("register", caller.address)
+        limiter.charge("register", caller.address)
         if password is not None:
             async with hub.password_hasher.turn(caller.address):
                 stored = await hub.password_hasher.run(hash_password, password)
@@ -7785,9 +7799,9 @@ async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, passw
 @operation("async", "POST /auth/register", Access.ANYONE, emits=["member:joined"], status=201)
 async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthResponse]:
     """Create an account; with `code`, an invite, also join its server."""
-    if hub.settings.registration == "closed":
+    if hub.settings.registration == "closed" and not caller.is_program:
         raise chat_error("REGISTRATION_CLOSED")
-    if hub.settings.registration == "invite" and args.code is None:
+    if hub.settings.registration == "invite" and args.code is None and not caller.is_program:
         raise chat_error("INVITE_NEEDED")
     return await make_account(hub, caller, args, args.password)
 
@@ -7795,7 +7809,7 @@ async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthRespon
 @operation("async", "POST /auth/guest", Access.ANYONE, emits=["member:joined"], status=201)
 async def register_guest(hub: Hub, caller: Caller, args: NewGuest) -> Result[AuthResponse]:
     """Create a guest account with an invite and a name. The guest can set a password later."""
-    if hub.settings.no_guests or hub.settings.registration == "closed":
+    if hub.settings.no_guests or (hub.settings.registration == "closed" and not caller.is_program):
         raise chat_error("GUESTS_OFF")
     return await make_account(hub, caller, args, None)
 
@@ -7810,10 +7824,11 @@ async def is_password(hub: Hub, caller: Caller, user: Principal, password: str, 
     limits: list[LimitKey] = [("login", (name, caller.address))]
     if hub.store.read_inline(load_address_seen_at, user.user_id, digest) is None:
         limits += [("login_account", name), ("login_address", caller.address)]
+    limiter = hub.limiter_for(caller)
     for limit in limits:
-        hub.limiter.check(*limit)
+        limiter.check(*limit)
     async with hub.password_hasher.turn(caller.address):
-        with hub.limiter.attempt(limits) as failed:
+        with limiter.attempt(limits) as failed:
             right = await hub.password_hasher.run(verify_password, password, stored)
             if not right:
                 failed()
@@ -7835,7 +7850,8 @@ def store_host_user(db: sqlite3.Connection, args: HostUser, clock: float) -> Res
 
 
 async def find_or_store_host_user(hub: Hub, args: HostUser) -> Principal:
-    """Return the account of a user of the embedding program, created or changed only if necessary: also with a full disk."""
+    """Return the account of a user of the embedding program. It is written only if it is missing or has changed, so users can
+    sign in while the disk is full."""
     user, is_current = hub.store.read_inline(load_host_user, args) or (NOBODY, False)
     if not is_current:
         user = (await hub.store.write(lambda db: store_host_user(db, args, time.time()))).value
@@ -7865,7 +7881,7 @@ async def create_session(hub: Hub, caller: Caller, args: NoArgs) -> Result[AuthR
 async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthResponse]:
     """Sign in as a guest with a single-use code from an admin."""
     clock = time.time()
-    with hub.limiter.charge_unknown_code("invite", caller.address):
+    with hub.limiter_for(caller).charge_unknown_code("invite", caller.address):
         hub.store.read_inline(load_guest_by_code, args.code, clock)  # a wrong code costs no write
         user = (await hub.store.write(lambda db: Result(delete_sign_in_code(db, args.code, clock)))).value
     return issue_token(hub, user)
@@ -7976,7 +7992,8 @@ def public_address(hub: Hub, request: web.Request | None, route: str) -> str:
     "async", "POST /servers/{server_id}/hooks", Access.ADMIN, emits=["member:joined"], status=201, limit="post", logged="hook"
 )
 async def create_hook(hub: Hub, caller: Caller, args: NewHook) -> Result[Hook]:
-    """Create an incoming hook: an address at which programs post in a channel, as a bot of its own. It is not shown again."""
+    """Create an incoming hook: an address at which programs post in a channel. Each hook posts as its own bot. The address is
+    shown only once."""
     secret = secrets.token_urlsafe(24)
     add: Callable[..., Result[Hook]] = functools.partial(add_hook, secret=secret)
     run: Callable[..., Result[Hook]] = functools.partial(run_logged, OPERATIONS["create_hook"], add)
@@ -7990,7 +8007,8 @@ async def create_hook(hub: Hub, caller: Caller, args: NewHook) -> Result[Hook]:
     "async", "POST /hooks/{secret}", Access.ANYONE, emits=["message:new", "mention"], status=201, limit="invite", speaks="hook"
 )
 async def post_hook(hub: Hub, caller: Caller, args: HookPost) -> Result[HookMessage]:
-    """Post in the channel of an incoming hook: `content`, or a message in Slack's format. Rules of the channel do not apply."""
+    """Post in the channel of an incoming hook: `content`, or a message in Slack's format. The channel's rules do not apply, but
+    a mute of the hook's bot does."""
 
     def post(ctx: OperationContext, message: NewMessage) -> Result[Message]:
         ctx.author_name = args.username
@@ -8001,8 +8019,7 @@ async def post_hook(hub: Hub, caller: Caller, args: HookPost) -> Result[HookMess
         return hub.authorized(Access.WRITER, bot, message, post, caller.speech)(db)
 
     hook, _ = hub.store.read_inline(load_hook_by_secret, args.secret)
-    if caller.source is not None:
-        hub.limiter.charge("hook", str(hook.hook_id))
+    hub.limiter_for(caller).charge("hook", str(hook.hook_id))
     content = args.content or read_slack(args.text, args.blocks, args.attachments)
     message = read_args(NewMessage, {"channel_id": hook.channel_id, "content": content, "nonce": args.nonce})
     result = await hub.store.write(job)
@@ -8323,7 +8340,7 @@ async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result
 
 
 async def run_before(hub: Hub, op: Operation, caller: Caller, args: Any) -> Any:
-    """Return the arguments as the embedding program's functions for this operation, called one after the other, leave them."""
+    """Call the embedding program's functions for this operation, in order. Return the arguments with the changes they made."""
     for function in hub.before[op.name]:
         changed = await function(caller.info, args)
         if not isinstance(changed, op.args | None):
@@ -8337,15 +8354,14 @@ async def run_before(hub: Hub, op: Operation, caller: Caller, args: Any) -> Any:
 
 async def run_operation(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result[Any]:
     """Run an operation within its rate limit, and log it if it is in LOGGED. Raises ChatError, TimeoutError."""
-    is_client = caller.source is not None  # the embedding program has no limits
-    limit = LIMITS.get(op.limit or "") if is_client else None
+    limit, limiter = LIMITS.get(op.limit or ""), hub.limiter_for(caller)
     name, key_owner = op.limit or "", caller.address if limit and limit.by == "address" else caller.user.user_id
     if limit and not limit.failures:
-        hub.limiter.charge(name, key_owner)
-    if op.name in hub.before and is_client:
+        limiter.charge(name, key_owner)
+    if op.name in hub.before and not caller.is_program:
         args = await hub.ask_program(f"before {op.name}", run_before(hub, op, caller, args), may_refuse=True)
     if limit and limit.failures:
-        with hub.limiter.charge_unknown_code(name, key_owner):
+        with limiter.charge_unknown_code(name, key_owner):
             return await dispatch(hub, op, caller, args)
     result = await dispatch(hub, op, caller, args)
     if op.name in LOGGED:
@@ -8722,7 +8738,8 @@ def json_content(schema: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def describe_operation(op: Operation) -> dict[str, Any]:
     emits = f" Emits {', '.join(op.emits)}." if op.emits else ""
-    rules = " A mute or a rule of the channel may refuse it." if op.speaks else ""
+    refused_by = "mute" if op.speaks == "hook" else "mute or a rule of the channel"
+    rules = f" A {refused_by} may refuse it." if op.speaks else ""
     return {"summary": op.summary, "description": f"Allowed for: {op.access.value}.{rules}{emits}"}
 
 
@@ -8818,9 +8835,7 @@ MAINTENANCE_INTERVAL = 0.5  # seconds
 EXPIRY_INTERVAL = 120  # rounds of maintenance: a minute
 TOKEN_PURGE_INTERVAL = 7200  # rounds of maintenance: an hour
 MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
-DELETION_REST = (
-    4  # times as long as a step of a deletion took: with a million messages, merging the search index takes up to 0.2 s
-)
+DELETION_REST = 4  # a deletion rests so many times as long as its last step took: up to 0.2 s with a million indexed messages
 SEARCH_LAG = 50_000  # messages that may wait to be indexed: the first search would index them in some 2 seconds
 KEEPALIVE = 20.0
 WATCHDOG_SECONDS = 2.0  # between two notices to systemd
@@ -8971,7 +8986,7 @@ async def erase_texts(hub: Hub) -> None:
 
 
 async def expire_messages(hub: Hub) -> None:
-    """Delete messages that are older than their channel or the server keeps them, in short steps, while nobody writes."""
+    """Delete the messages whose retention time has passed, in short steps, while nobody writes."""
     days = hub.settings.keep_days or MAX_KEEP_DAYS
     for channel_id, before in await hub.store.read(load_expired_channels, time.time(), days):
         step = functools.partial(delete_expired_messages, channel_id=channel_id, before=before)
@@ -9117,8 +9132,8 @@ class ChatRTC:
     its route: `await chat.post_message(as_user=1, channel_id=1, content="hello")`. `as_user` is the user who performs it
     (`author_id` is the older name). It returns the result and raises ChatError.
 
-    `identify` lets the application's own login in: a coroutine function that takes a request and returns the user who sent it,
-    as a dict of arguments for `upsert_user`, or None. Without `page`, there is no chat page.
+    With `identify`, the page uses the application's own login. It is a coroutine function that takes a request and returns the
+    user who sent it, as a dict of arguments for `upsert_user`, or None. With `page=False`, there is no chat page.
     """
 
     if typing.TYPE_CHECKING:  # the methods are added below; the stubs of the wheel declare them
@@ -9139,8 +9154,8 @@ class ChatRTC:
         add_socket_handlers(self.hub)
 
     def attach(self, app: web.Application, prefix: str = "", *, page: bool = True) -> None:
-        """Mount REST, Socket.IO and the page under `prefix`. The chat is open in all cleanup contexts, `on_startup` functions
-        and tasks that the application adds after this call, and is closed after them."""
+        """Mount REST, Socket.IO and the page under `prefix`. The chat is open in all cleanup contexts that the application adds
+        after this call, and in all its `on_startup` functions; it is closed after those cleanup contexts."""
         page = page and self._page
         prefix = prefix.strip("/")
         self.hub.mount = f"/{prefix}" if prefix else ""
@@ -9400,7 +9415,7 @@ def announce(hub: Hub, address: tuple[str, int], tls: bool) -> None:
 
 
 def handle_signals(stop: Callable[[], None]) -> None:
-    """Call `stop` on the event loop on Ctrl-C and the other signals that end a server, as far as the system has them."""
+    """Call `stop` on the event loop on Ctrl-C and on every other signal of this system that ends a server."""
     loop = asyncio.get_running_loop()
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
@@ -9781,7 +9796,7 @@ def open_reader(database: str, *, any_format: bool = False) -> Iterator[sqlite3.
 
 
 def run_admin_job(database: str, name: str, *args: Any) -> Any:
-    """Run a job of ADMIN_JOBS and return its value. Servers that have the database open learn of it by the log."""
+    """Run a job of ADMIN_JOBS and return its value. Servers that have the database open apply it from the table `log`."""
     path = Path(database)
     read_sqlite_header(path)
     with Turn(path).hold(), contextlib.closing(FileLock(path)) as lock:

@@ -10297,6 +10297,40 @@ async def test_the_program_has_no_rate_limits(make_world: MakeWorld) -> None:
     assert "RATE_LIMITED" in {reply.code for reply in replies}, "the same calls are limited by their route"
 
 
+async def test_limits_and_registration_do_not_apply_to_the_program(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its accounts nor its sign-ins are counted or refused, whatever the settings say."""
+    for name in ("register", "login", "login_account", "login_address", "invite", "hook"):
+        monkeypatch.setitem(chatrtc.LIMITS, name, chatrtc.LIMITS[name]._replace(burst=2))
+    world = await make_world(no_rate_limit=False, registration="closed")
+    chat = world.chat
+    accounts = [await chat.register(username=f"user{number}", password="correct horse") for number in range(4)]
+    for _ in range(4):
+        await fails(chat.login(username="user1", password="wrong horse"), "UNAUTHORIZED", "WRONG_PASSWORD")
+    assert (await chat.login(username="user1", password="correct horse")).user_id == accounts[1].user_id
+    server = await chat.create_server(as_user=accounts[0].user_id, name="class")
+    code = (await chat.create_invite(as_user=accounts[0].user_id, server_id=server.server_id)).code
+    for number in range(4):
+        await fails(chat.register_guest(username="guest", code="K7QF2-M9XPD"), "NOT_FOUND", "INVITE_UNKNOWN")
+        await fails(chat.use_link(code="K7QF2-M9XPD"), "NOT_FOUND", "LINK_UNKNOWN")
+        assert (await chat.register_guest(username=f"guest{number}", code=code)).username == f"guest{number}"
+    hook = await chat.create_hook(
+        as_user=accounts[0].user_id, server_id=server.server_id, channel_id=server.channels[0].channel_id, name="news"
+    )
+    for number in range(4):
+        await chat.post_hook(secret=hook.url.rpartition("/")[2], content=str(number))
+    account = {"username": "other", "password": "correct horse"}
+    assert (await world.call("POST", "/auth/register", account)).body["reason"] == "REGISTRATION_CLOSED"
+    assert (await world.sign_in("user1")).status == 200, "what the program does counts for nobody else"
+
+
+@pytest.mark.parametrize("registration", ["open", "invite"])
+async def test_the_program_needs_no_invite(make_world: MakeWorld, registration: str) -> None:
+    world = await make_world(registration=registration)
+    assert (await world.chat.register(username="ana", password="correct horse")).username == "ana"
+
+
 async def fails(call: Awaitable[Any], code: str, reason: str | None = None) -> None:
     """Check that a call of the program raises this error."""
     with pytest.raises(chatrtc.ChatError) as error:
