@@ -355,7 +355,9 @@ INVISIBLE_CHARS = (
     "\ufeff\uffa0\ufff0-\ufffb\U00016fe4\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
 VISIBLE = f"(?=[\\s{INVISIBLE_CHARS}]*[^\\s{INVISIBLE_CHARS}{CONTROLS}])"  # a visible character follows
+CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 TEXT = "[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"  # no control characters but tab and newline
+CONTENT = "[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$"  # also carriage returns, which become newlines
 # A name may contain spaces. Joiners and emoji selectors are allowed only after a character that they can shape.
 NAME = (
     f"^{VISIBLE}(?:[^{CONTROLS}\u2028\u2029{INVISIBLE_CHARS}]|(?<=[^\x00-\u058f\\s{JOINERS}])[{JOINERS}](?=\\S)|"
@@ -370,6 +372,10 @@ SCRIPTS = {  # first word of a Unicode name -> script, if they differ ("": used 
 CURSIVE = {"ARABIC", "SYRIAC", "MANDAIC", "MONGOLIAN", "NKO"}
 CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # no two of them look alike
 VIRAMA = 9  # combining class of signs that join two consonants
+
+
+def unify_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def name_key(name: str) -> str:
@@ -646,7 +652,7 @@ class SlackAttachment(Struct):
 
 def plain_text(text: SlackText) -> str:
     """Return a text of a program without control characters and Slack's escapes."""
-    lines = "" if text is None else str(text).replace("\r\n", "\n").replace("\r", "\n")
+    lines = "" if text is None else CONTROL_CHARS.sub("", unify_newlines(str(text)))
     return lines.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&").strip()
 
 
@@ -873,12 +879,13 @@ DisplayName = Annotated[str, Meta(min_length=1, max_length=64)]
 OPTIONAL_TEXT = f"^(?:$|{VISIBLE}){TEXT}"
 Topic = Annotated[str, Meta(max_length=1000, pattern=OPTIONAL_TEXT)]
 AltText = Annotated[str, Meta(max_length=1000, pattern=OPTIONAL_TEXT)]
-OptionalContent = Annotated[str, Meta(max_length=4000, pattern=OPTIONAL_TEXT)]  # may be empty if the message has files
-Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=f"^{VISIBLE}[^\\s{CONTROLS}]+$")]
+OptionalContent = Annotated[
+    str, Meta(max_length=4000, pattern=f"^(?:$|{VISIBLE}){CONTENT}")
+]  # may be empty if the message has files
+Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=f"^{VISIBLE}[^\\s{CONTROLS}]+$(?!\n)")]
 Nonce = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 Code = Annotated[str, Meta(min_length=1, max_length=64)]
 SearchText = Annotated[str, Meta(min_length=1, max_length=200, pattern=f"^\\s*[^\\s{CONTROLS}]{TEXT}")]
-Token = Annotated[str, Meta(max_length=4096)]
 PeerId = Annotated[str, Meta(min_length=1, max_length=64)]
 Pixels = Annotated[int, Meta(ge=1, le=100_000)]
 Role = Literal["owner", "admin", "member"]
@@ -963,7 +970,7 @@ class NewPassword(Args):
 
 
 class TokenArgs(Args):
-    token: Token | None = None  # optional, so that a missing token is UNAUTHORIZED and not BAD_REQUEST
+    token: str | None = None  # optional and of any length, so that no token is UNAUTHORIZED, as any wrong one
 
 
 class StatusArgs(Args):
@@ -1097,7 +1104,7 @@ class FileArgs(Args):
 
 
 class ReadFile(FileArgs):
-    link: Token | None = None  # signed, in place of a token
+    link: Annotated[str, Meta(max_length=4096)] | None = None  # signed, in place of a token
 
 
 class NewMessage(ChannelArgs):
@@ -1107,6 +1114,7 @@ class NewMessage(ChannelArgs):
     files: Annotated[list[Id], Meta(max_length=10)] = []
 
     def __post_init__(self) -> None:
+        self.content = unify_newlines(self.content)
         if not self.content and not self.files:
             raise field_error("FIELD_EMPTY", "content")
 
@@ -1151,6 +1159,9 @@ class MessageArgs(Args):
 
 class EditMessage(MessageArgs):
     content: OptionalContent
+
+    def __post_init__(self) -> None:
+        self.content = unify_newlines(self.content)
 
 
 class ReactionArgs(MessageArgs):
@@ -2431,6 +2442,9 @@ def in_snapshot(db: sqlite3.Connection, query: Query[R], *args: Any) -> R:
         db.execute("ROLLBACK")
 
 
+PROGRAM = object()  # the embedding program in a FairQueue
+
+
 class FairQueue:
     """Slots for slow work. Each user (or address) has a limit of `each` slots and a bounded queue; users take turns."""
 
@@ -2449,9 +2463,11 @@ class FairQueue:
             raise chat_error("TOO_OFTEN", retry_after=1)
 
     @contextlib.asynccontextmanager
-    async def turn(self, user: object) -> AsyncIterator[None]:
-        """Wait for a slot and hold it. Raises RATE_LIMITED if the queue is full."""
-        self.check_space(user)
+    async def turn(self, user: object, is_program: bool = False) -> AsyncIterator[None]:
+        """Wait for a slot and hold it. Raises RATE_LIMITED if the queue is full and the embedding program is not the caller."""
+        user = PROGRAM if is_program else user
+        if user is not PROGRAM:
+            self.check_space(user)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(user, deque()).append(turn)
         self._fill_slots()
@@ -2607,10 +2623,13 @@ class Store:
             raise ChatError("UNAVAILABLE")
         return await on_thread(self._readers[0], in_snapshot, query, *args)
 
-    async def read_slow(self, user: object, gone: Callable[[], bool], query: Query[R], *args: Any) -> R:
+    async def read_slow(
+        self, user: object, gone: Callable[[], bool], query: Query[R], *args: Any, is_program: bool = False
+    ) -> R:
         """Run a slow query; users take turns. It fails at its time limit or once `gone()` is true. Raises ChatError."""
+        wait = None if is_program else READER_WAIT_SECONDS
         try:
-            async with asyncio.timeout(READER_WAIT_SECONDS) as timer, self._turns.turn(user):
+            async with asyncio.timeout(wait) as timer, self._turns.turn(user, is_program):
                 timer.reschedule(None)
                 return await self._run_slow(gone, query, *args)
         except TimeoutError:
@@ -3004,6 +3023,7 @@ update_external_id = statement("UPDATE users SET external_id = coalesce(external
 close_account = statement(
     "DELETE FROM known_addresses WHERE user_id = ?",
     "DELETE FROM hooks WHERE user_id = ?",
+    "DELETE FROM bans WHERE user_id = ?",
     "UPDATE users SET deleted = 1, password = NULL, generation = generation + 1 WHERE user_id = ?",
 )
 insert_revoked_token = statement("INSERT OR IGNORE INTO revoked_tokens VALUES (?, ?)")
@@ -3484,12 +3504,13 @@ def load_stored_file(db: sqlite3.Connection, file_id: int) -> StoredFile | None:
 
 
 def load_attachable_file(db: sqlite3.Connection, file_id: int, user_id: int, channel_id: int) -> File:
-    """Return a file that a user can post in a channel. Raises NOT_FOUND unless they uploaded it there; CONFLICT."""
+    """Return a file that a user can post in a channel. Raises NOT_FOUND unless they uploaded it there, and CONFLICT if it was
+    posted, there or by them."""
     stored = load_stored_file(db, file_id)
+    if stored and stored.message_id is not None and (stored.uploader_id == user_id or stored.channel_id == channel_id):
+        raise chat_error("FILE_ATTACHED", field="files")
     if stored is None or (stored.uploader_id, stored.channel_id) != (user_id, channel_id):
         raise chat_error("NO_FILE", field="files")
-    if stored.message_id is not None:
-        raise chat_error("FILE_ATTACHED", field="files")
     return stored.file
 
 
@@ -3556,7 +3577,7 @@ MESSAGE_FIELDS = """
             (SELECT json_group_array(json_array(r.emoji, r.user_id)) FROM reactions r WHERE r.message_id = m.message_id) END,
         CASE WHEN m.extras THEN
             (SELECT json_group_array(n.user_id) FROM mentions n WHERE n.message_id = m.message_id) END, m.deleted,
-        coalesce(m.author_name, u.name),
+        nullif(coalesce(m.author_name, u.name), u.username),
         CASE WHEN m.extras THEN
             (SELECT json_group_array(json_array(file_id, name, type, size, width, height, alt)) FROM (
                 SELECT * FROM files WHERE message_id = m.message_id ORDER BY place)) END, m.everyone,
@@ -4297,6 +4318,7 @@ class VoicePeers(dict[str, Peer]):
 
 ALGORITHM = "HS256"
 # Revocation compares digests, so each token must have one spelling. The decoder also accepts padding and unused end bits.
+TOKEN_MAX = 4096  # characters
 CANONICAL_TOKEN = re.compile(r"[\w-]+\.[\w-]+\.[\w-]{42}[AEIMQUYcgkosw048]", re.ASCII)
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1
 DUMMY_HASH = f"scrypt${SCRYPT_N}${SCRYPT_R}${SCRYPT_P}${secrets.token_hex(16)}${secrets.token_hex(32)}"  # matches nothing
@@ -4336,7 +4358,8 @@ class PasswordHasher(FairQueue):
     def check_space(self, user: object) -> None:
         """Raise RATE_LIMITED if too many jobs of the address wait. If all queues together are full, reject the newest job of
         the longest queue instead, so that no address can fill them."""
-        waiting = {one: self.count_waiting(one) for one in self._queues} if self._bounded else {}
+        queues = [one for one in self._queues if one is not PROGRAM] if self._bounded else []
+        waiting = {one: self.count_waiting(one) for one in queues}
         own, longest = waiting.get(user, 0), max(waiting, key=lambda one: waiting[one], default=None)
         is_full = sum(waiting.values()) >= HASHING_QUEUE
         if own >= HASHING_QUEUE_PER_ADDRESS or (is_full and waiting[longest] <= own + 1):
@@ -4385,16 +4408,17 @@ class TokenSigner:
         ours or has expired."""
         options: Any = {"require": ["sub", "iat", "exp"], "verify_iat": False, "verify_aud": False, "verify_iss": False}
         try:
-            if not CANONICAL_TOKEN.fullmatch(token):
+            if len(token) > TOKEN_MAX or not CANONICAL_TOKEN.fullmatch(token):
                 raise ValueError
             claims = jwt.decode(token, self._secret, algorithms=[ALGORITHM], options=options)
-            user_id, generation = int(claims["sub"]), claims.get("gen", 0)
+            user_id, generation = int(claims["sub"]), claims["gen"]
             has_times = all(type(claims[name]) in (int, float) for name in ("iat", "exp"))
-            is_ours = all(claims.get(name, ISSUER) == ISSUER for name in ("iss", "aud"))
+            names = claims.get("iss"), claims.get("aud")
+            is_ours = names in ((ISSUER, ISSUER), (None, None)) and isinstance(claims["jti"], str)
             if not is_ours or not has_times or type(generation) is not int or not 0 < user_id < 2**63:
                 raise ValueError
             return user_id, generation, float(claims["exp"])
-        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
+        except (jwt.PyJWTError, LookupError, ValueError, TypeError, OverflowError, RecursionError):
             raise chat_error("TOKEN_INVALID") from None
 
     def sign_link(self, file_id: int, user: Principal, expires: int) -> str:
@@ -4535,7 +4559,7 @@ class Limiter:
 
 LOGGED_REASONS = {
     "WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code",
-    "HOOK_UNKNOWN": "unknown code",
+    "LINK_UNKNOWN": "unknown code", "HOOK_UNKNOWN": "unknown code",
 }  # fmt: skip
 MAX_LOG_SUBJECTS = 30  # subjects with a line of their own in a minute; the others share one
 
@@ -4728,12 +4752,12 @@ def authorize_start(ctx: OperationContext, args: NewConversation) -> None:
         raise chat_error("PARTICIPANTS", field="user_ids", n=MAX_PARTICIPANTS - 1)
     if not all(load_principal(ctx.db, user_id, b"") for user_id in people):
         raise chat_error("NO_USER", field="user_ids")
-    check_conversation(ctx, people, must_share=bool(ctx.user.digest))
     ctx.conversation = f"{people[0]}-{people[1]}" if len(people) == 2 else "group"
     ctx.server_id = find_pair(ctx.db, ctx.conversation) or 0
     ctx.role = load_role(ctx.db, ctx.server_id, ctx.user.user_id)
     if ctx.role and not all(load_role(ctx.db, ctx.server_id, user_id) for user_id in people):
         raise chat_error("LEFT")
+    check_conversation(ctx, people, must_share=bool(ctx.user.digest) and not ctx.server_id)
 
 
 def authorize_participant(ctx: OperationContext, user_id: int) -> None:
@@ -4793,6 +4817,8 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
             raise chat_error("NO_BOT")
         if is_self and ctx.role != "owner":
             return
+        if is_self and access is Access.SELF_OR_OUTRANKS:
+            raise chat_error("OWNER_STAYS")
     if not is_permitted(access, ctx):
         raise chat_error("ROLE_TOO_LOW", who=access.value)
     if ctx.conversation and access in (Access.WRITER, Access.AUTHOR, Access.RENAMER) and not is_repeated(ctx, args):
@@ -5222,7 +5248,7 @@ def list_log(ctx: OperationContext, args: LogArgs) -> Result[ModerationLog]:
 @write("POST /servers/{server_id}/invites", Access.INVITER, status=201, limit="post", logged="invite")
 def create_invite(ctx: OperationContext, args: NewInvite) -> Result[Invite]:
     """Create an invite, for `max_uses` people and `expires_in` seconds if these are given."""
-    expires_at = utc(ctx.clock + args.expires_in) if args.expires_in is not None else None
+    expires_at = utc(math.ceil(ctx.clock + args.expires_in)) if args.expires_in is not None else None
     invite = Invite(new_code(), ctx.server_id, args.max_uses, 0, expires_at)
     insert_invite(ctx.db, invite, ctx.user.user_id, ctx.now)
     return Result(invite)
@@ -5313,16 +5339,23 @@ def edit_channel(ctx: OperationContext, args: EditChannel) -> Result[Channel]:
     """Change a channel's name, topic or rules: who may write, the time between posts, how long messages are kept."""
     fields = msgspec.structs.asdict(args).items()
     given = {key: value for key, value in fields if value is not UNSET and (value is not None or key == "keep_days")}
-    channel = msgspec.structs.replace(load_channel(ctx.db, ctx.channel_id), **given)
+    before = load_channel(ctx.db, ctx.channel_id)
+    channel = msgspec.structs.replace(before, **given)
+    if channel == before:
+        return Result(channel)
     event = channel_event("channel:updated", channel, update_channel(ctx.db, channel))
     return Result(channel, [event, StopSpeech(ctx.server_id, channel_id=ctx.channel_id)])
 
 
-@write("DELETE /channels/{channel_id}", Access.ADMIN, emits=["channel:deleted", "member:left"], logged="channel_delete")
+@write(
+    "DELETE /channels/{channel_id}", Access.ADMIN, emits=["channel:deleted", "member:left", "typing_stop", "voice:leave"],
+    logged="channel_delete",
+)  # fmt: skip
 def delete_channel(ctx: OperationContext, args: ChannelArgs) -> Result[None]:
     """Delete a channel, its messages and its incoming hooks."""
     effects = [effect for user_id in load_hook_bots(ctx.db, ctx.channel_id) for effect in remove_account(ctx.db, user_id)]
     deleted = ChannelDeleted(ctx.server_id, ctx.channel_id, detach_channel(ctx.db, ctx.server_id, ctx.channel_id))
+    effects.append(StopSpeech(ctx.server_id, channel_id=ctx.channel_id))
     effects += [Emit("channel:deleted", ctx.server_id, deleted), RemoveRoom(ctx.server_id, ctx.channel_id)]
     return Result(None, effects)
 
@@ -5361,7 +5394,7 @@ def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
         attach_file(ctx.db, message.message_id, place, file.file_id)
     message.files = files
     if ctx.author_name is not None:
-        message.author_name = ctx.author_name
+        message.author_name = ctx.author_name if ctx.author_name != ctx.user.username else None
         update_author_name(ctx.db, message.message_id, ctx.author_name)
     update_last_read(ctx.db, ctx.user.user_id, args.channel_id, message.message_id, ctx.clock)
     effects: list[Effect] = [
@@ -7038,7 +7071,8 @@ class Hub:
 
     async def read_slow(self, caller: Caller, job: Query[R]) -> R:
         """Run a slow query; callers take turns. It is interrupted if the client disconnects."""
-        return await self.store.read_slow(caller.user.user_id or caller.address, caller.has_gone, job)
+        who = caller.user.user_id or caller.address
+        return await self.store.read_slow(who, caller.has_gone, job, is_program=caller.is_program)
 
     def require_member(self, caller: Caller, args: Args) -> None:
         """Raise FORBIDDEN unless the caller is a member."""
@@ -7062,9 +7096,11 @@ class Hub:
     def forget_tokens(self, user_id: int) -> None:
         self._token_cache = {token: user for token, user in self._token_cache.items() if user.user_id != user_id}
 
-    async def ask_program(self, what: str, work: Coroutine[Any, Any, T], may_refuse: bool = False) -> T:
-        """Await a coroutine of the embedding program. Raises UNAVAILABLE, and logs why, if it fails or takes too long. If it
-        `may_refuse`, its ChatErrors are for the client."""
+    async def ask_program(
+        self, what: str, work: Coroutine[Any, Any, T], may_refuse: bool = False, failure: ChatError | None = None
+    ) -> T:
+        """Await a coroutine of the embedding program. Raises `failure` (default: UNAVAILABLE), and logs why, if it fails or
+        takes too long. If it `may_refuse`, its ChatErrors are for the client."""
         task = self.sio.eio.spawn(sendable(work))
         try:
             await asyncio.wait([task], timeout=HOST_SECONDS)
@@ -7077,7 +7113,7 @@ class Hub:
             raise outcome
         if isinstance(outcome, Exception):
             self.sio.eio.client_log.record_bug(f"{what} failed", outcome)
-            raise chat_error("HOST_FAILED")
+            raise failure or chat_error("HOST_FAILED")
         result: T = outcome
         return result
 
@@ -7790,7 +7826,7 @@ async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, passw
             hub.store.read_inline(load_valid_invite, args.code, utc(clock))
         limiter.charge("register", caller.address)
         if password is not None:
-            async with hub.password_hasher.turn(caller.address):
+            async with hub.password_hasher.turn(caller.address, caller.is_program):
                 stored = await hub.password_hasher.run(hash_password, password)
         account = (await hub.store.write(lambda db: create_account(db, args, stored, clock))).value
     return issue_token(hub, account) if stored is None else sign_in(hub, caller, account)
@@ -7827,7 +7863,7 @@ async def is_password(hub: Hub, caller: Caller, user: Principal, password: str, 
     limiter = hub.limiter_for(caller)
     for limit in limits:
         limiter.check(*limit)
-    async with hub.password_hasher.turn(caller.address):
+    async with hub.password_hasher.turn(caller.address, caller.is_program):
         with limiter.attempt(limits) as failed:
             right = await hub.password_hasher.run(verify_password, password, stored)
             if not right:
@@ -7933,7 +7969,7 @@ async def change_password(hub: Hub, caller: Caller, args: NewPassword) -> Result
         raise chat_error("NO_PASSWORD")
     if stored is not None and not await is_password(hub, caller, user, old or "", stored):
         raise chat_error("WRONG_OLD_PASSWORD", field="old_password")
-    async with hub.password_hasher.turn(caller.address):
+    async with hub.password_hasher.turn(caller.address, caller.is_program):
         password = await hub.password_hasher.run(hash_password, args.new_password)
     generation = (await hub.store.write(lambda db: replace_password(db, user.user_id, stored, password))).value
     return sign_in(hub, caller, user._replace(generation=generation))
@@ -8069,7 +8105,7 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
 
     if not most:
         raise chat_error("FILES_OFF")
-    async with hub.uploads.turn(caller.user.user_id):
+    async with hub.uploads.turn(caller.user.user_id, caller.is_program):
         file_id = await run(insert_file, caller.user.user_id, args.channel_id, declared, most, quota)
         try:
             async for piece in cut(caller.body.data):
@@ -8326,7 +8362,7 @@ async def result_or_error(work: Awaitable[T]) -> T | ChatError:
 async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result[Any]:
     """Run an operation as its kind requires: in the next write transaction, in a read snapshot, or as a coroutine."""
     if op.kind == "async":
-        async with asyncio.timeout(None if op.raw_body else CALL_TIMEOUT):
+        async with asyncio.timeout(None if op.raw_body or caller.is_program else CALL_TIMEOUT):
             result: Result[Any] = await op.run(hub, caller._replace(speech=op.speaks), args)
         return result
     run = op.run if op.logged is None else functools.partial(run_logged, op, op.run)
@@ -8335,7 +8371,7 @@ async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result
         return await hub.store.write(job, slow=op.slow, frees_space=op.frees_space)
     if not op.slow:
         return hub.store.read_inline(job)
-    async with asyncio.timeout(CALL_TIMEOUT):
+    async with asyncio.timeout(None if caller.is_program else CALL_TIMEOUT):
         return await hub.read_slow(caller, job)
 
 
@@ -8575,6 +8611,8 @@ class Route:
             return decode(self.decoder, body)
         is_hook = self.op.args is HookPost
         payload = decode_hook_post(request, body) if is_hook else decode(ANY_OBJECT, body) if body else {}
+        if is_hook:
+            payload.pop("secret", None)  # of another program's format; ours is in the path
         texts = [*request.match_info.items(), *(() if self.op.has_body else request.query.items())]
         given: dict[str, Any] = dict(texts)
         for name in self.integers & given.keys():
@@ -8648,7 +8686,8 @@ def host_operation(name: str, function: HostFunction) -> Operation:
         return result | {"success": True}
 
     async def run(hub: Hub, caller: Caller, args: Any) -> Result[dict[str, Any]]:
-        return Result(await hub.ask_program(f"event {name}", answer(caller, args), may_refuse=True))
+        failure = ChatError("INTERNAL_ERROR")  # not UNAVAILABLE, which promises that nothing was changed
+        return Result(await hub.ask_program(f"event {name}", answer(caller, args), may_refuse=True, failure=failure))
 
     return Operation(
         name=name, run=run, kind="async", event=name, method=None, path=None, access=Access.USER, args=kind,
