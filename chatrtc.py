@@ -2442,7 +2442,10 @@ def in_snapshot(db: sqlite3.Connection, query: Query[R], *args: Any) -> R:
         db.execute("ROLLBACK")
 
 
-PROGRAM = object()  # the embedding program in a FairQueue
+class ByProgram(NamedTuple):
+    """A user for whom the embedding program makes a call. Such calls wait instead of being refused."""
+
+    user: object
 
 
 class FairQueue:
@@ -2465,8 +2468,9 @@ class FairQueue:
     @contextlib.asynccontextmanager
     async def turn(self, user: object, is_program: bool = False) -> AsyncIterator[None]:
         """Wait for a slot and hold it. Raises RATE_LIMITED if the queue is full and the embedding program is not the caller."""
-        user = PROGRAM if is_program else user
-        if user is not PROGRAM:
+        if is_program:
+            user = ByProgram(user)
+        else:
             self.check_space(user)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(user, deque()).append(turn)
@@ -2484,8 +2488,12 @@ class FairQueue:
     def _fill_slots(self) -> None:
         """Give the free slots to waiting calls, least recently served user first."""
         for user in list(self._queues) if self._free else ():
-            queue = deque(turn for turn in self._queues.pop(user) if not turn.done())
-            if queue and self._running[user] < self._each:
+            if self._running[user] >= self._each:
+                continue
+            queue = self._queues.pop(user)
+            while queue and queue[0].done():
+                queue.popleft()
+            if queue:
                 queue.popleft().set_result(None)
                 self._free -= 1
                 self._running[user] += 1
@@ -3745,7 +3753,7 @@ def write_index(db: sqlite3.Connection, command: str | None, rows: Iterable[tupl
     because the index writes a segment for each, and merging many segments takes long."""
     values = [(message_id, search_text(content), server_id) for message_id, content, server_id in rows]
     statement = """INSERT INTO messages_fts (messages_fts, rowid, content, server_id)
-        SELECT ?, value ->> 0, value ->> 1, value ->> 2 FROM json_each(?)"""
+        SELECT ?, json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]') FROM json_each(?)"""
     db.execute(statement, (command, msgspec.json.encode(values).decode()))
 
 
@@ -3800,6 +3808,8 @@ def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> i
 
 def delete_messages(db: sqlite3.Connection, rows: Sequence[tuple[int, int, int]]) -> list[Effect]:
     """Delete messages (id, channel, server) and return an event for each."""
+    if not rows:
+        return []
     unindex(db, "message_id IN (SELECT value FROM json_each(?))", str([message_id for message_id, _, _ in rows]))
     return [
         Emit("message:deleted", server_id, Deletion(channel_id, message_id, clear_message(db, server_id, message_id)))
@@ -4358,8 +4368,8 @@ class PasswordHasher(FairQueue):
     def check_space(self, user: object) -> None:
         """Raise RATE_LIMITED if too many jobs of the address wait. If all queues together are full, reject the newest job of
         the longest queue instead, so that no address can fill them."""
-        queues = [one for one in self._queues if one is not PROGRAM] if self._bounded else []
-        waiting = {one: self.count_waiting(one) for one in queues}
+        clients = [one for one in self._queues if not isinstance(one, ByProgram)] if self._bounded else []
+        waiting = {one: self.count_waiting(one) for one in clients}
         own, longest = waiting.get(user, 0), max(waiting, key=lambda one: waiting[one], default=None)
         is_full = sum(waiting.values()) >= HASHING_QUEUE
         if own >= HASHING_QUEUE_PER_ADDRESS or (is_full and waiting[longest] <= own + 1):
@@ -8875,6 +8885,7 @@ EXPIRY_INTERVAL = 120  # rounds of maintenance: a minute
 TOKEN_PURGE_INTERVAL = 7200  # rounds of maintenance: an hour
 MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
 DELETION_REST = 4  # a deletion rests so many times as long as its last step took: up to 0.2 s with a million indexed messages
+DELETION_SECONDS = 1.0  # then the rest of maintenance has its turn
 SEARCH_LAG = 50_000  # messages that may wait to be indexed: the first search would index them in some 2 seconds
 KEEPALIVE = 20.0
 WATCHDOG_SECONDS = 2.0  # between two notices to systemd
@@ -9038,18 +9049,19 @@ async def run_maintenance(hub: Hub) -> None:
     stop while clients write. Even then, one step of each deletion runs, and the index stays within SEARCH_LAG messages of the
     newest."""
     if hub.store.read_inline(has_old_log, time.time()):
-        await hub.store.write(lambda db: trim_log(db, time.time()), frees_space=True)
+        await hub.store.write(lambda db: trim_log(db, time.time()), slow=True, frees_space=True)
     for pending, step in (
         (load_pending_purge, purge_next_messages),
         (load_deleted_channel, purge_deleted_channel),
         (load_removed_file, purge_removed_file),
     ):
+        ends_at = time.monotonic() + DELETION_SECONDS
         while hub.store.read_inline(pending):
             began = time.monotonic()
             await hub.store.write(step, slow=True, frees_space=True)
-            if hub.store.is_busy():
+            if hub.store.is_busy() or time.monotonic() > ends_at:
                 break
-            await asyncio.sleep(DELETION_REST * (time.monotonic() - began))
+            await asyncio.sleep(min(DELETION_REST * (time.monotonic() - began), DELETION_SECONDS))
     newest, indexed = hub.store.read_inline(load_index_progress)
     while indexed < newest and (not hub.store.is_busy() or newest - indexed > SEARCH_LAG):
         indexed = (await hub.store.write(index_messages, slow=True)).value

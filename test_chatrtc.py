@@ -7432,6 +7432,16 @@ async def test_a_deleted_channel_ends_its_call(scene: Scene) -> None:
 
 
 @pytest.mark.portable
+async def test_clearing_an_empty_channel_leaves_the_index_alone(scene: Scene) -> None:
+    """Merging a large index, because a text might have been deleted, would be for nothing."""
+    store = scene.world.chat.hub.store
+    channel = await scene.ana.channel(scene.place.server_id, "empty")
+    await until(lambda: not store.read_inline(chatrtc.has_stale_texts))
+    await scene.ana.ok("DELETE", f"/channels/{channel}/messages")
+    assert not store.read_inline(chatrtc.has_stale_texts)
+
+
+@pytest.mark.portable
 async def test_an_unchanged_channel_takes_no_number(scene: Scene) -> None:
     path = f"/channels/{scene.place.channel_id}"
     before = (await scene.ana.ok("GET", f"{scene.server}/changes?after=0"))["seq"]
@@ -10474,6 +10484,20 @@ async def test_the_program_waits_where_clients_are_refused(make_world: MakeWorld
         *(chat.upload_file(as_user=ana.user_id, channel_id=place.channel_id, name="a", data=b"x") for _ in range(80)),
         *(chat.register(username=f"user{number}", password="correct horse") for number in range(80)),
     ]
+    ended = asyncio.Event()
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"x" * 300_000
+        await ended.wait()
+
+    options = {"as_user": ana.user_id, "channel_id": place.channel_id, "name": "b"}
+    relayed = [asyncio.create_task(chat.upload_file(**options, data=stalled())) for _ in range(3)]
+    await until(lambda: chat.hub.uploads._free < chatrtc.UPLOADS - 2)
+    ben = await chat.register(username="ben", password="correct horse")
+    await chat.add_member(server_id=place.server_id, user_id=ben.user_id)
+    await chat.upload_file(as_user=ben.user_id, channel_id=place.channel_id, name="c", data=b"not delayed by those of others")
+    ended.set()
+    await asyncio.gather(*relayed)
     waiting = asyncio.gather(*calls)
     assert (await world.sign_in("ana")).status == 200
     assert (await ana.call("GET", f"/servers/{place.server_id}/members")).status == 200
