@@ -4794,6 +4794,21 @@ def is_repeated(ctx: OperationContext, args: Args) -> bool:
     return bool(nonce and load_message_by_nonce(ctx.db, ctx.user.user_id, ctx.channel_id, nonce))
 
 
+def authorize_on_member(access: Access, ctx: OperationContext, role: Role, user_id: int) -> bool:
+    """Check that a member may act on this one. Return whether it is the caller, who needs no role for it."""
+    is_self = access in (Access.SELF_OR_OUTRANKS, Access.SELF_OR_ADMIN) and user_id == ctx.user.user_id
+    if RANK[role] < RANK["admin"] and not is_self:
+        raise chat_error("ROLE_TOO_LOW", who=access.value)
+    ctx.target_role, may_have_left = load_role(ctx.db, ctx.server_id, user_id), access is Access.OUTRANKS
+    if ctx.target_role is None and not (may_have_left and is_former_member(ctx.db, ctx.server_id, user_id)):
+        raise chat_error("NO_USER" if may_have_left else "NO_MEMBER")  # even if an account with this id exists
+    if access is Access.OUTRANKS_BOT and not load_profile(ctx.db, user_id).bot:
+        raise chat_error("NO_BOT")
+    if is_self and role == "owner" and access is Access.SELF_OR_OUTRANKS:
+        raise chat_error("OWNER_STAYS")
+    return is_self and role != "owner"
+
+
 def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     """Resolve the target and check the caller's access. Raises UNAUTHORIZED, NOT_FOUND or FORBIDDEN."""
     if access is Access.ANYONE:
@@ -4816,19 +4831,8 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
         return authorize_participant(ctx, user_id)
     if ctx.role is None:
         raise chat_error("NOT_MEMBER")
-    if user_id is not None:
-        is_self = access in (Access.SELF_OR_OUTRANKS, Access.SELF_OR_ADMIN) and user_id == ctx.user.user_id
-        if RANK[ctx.role] < RANK["admin"] and not is_self:
-            raise chat_error("ROLE_TOO_LOW", who=access.value)
-        ctx.target_role, may_have_left = load_role(ctx.db, ctx.server_id, user_id), access is Access.OUTRANKS
-        if ctx.target_role is None and not (may_have_left and is_former_member(ctx.db, ctx.server_id, user_id)):
-            raise chat_error("NO_USER" if may_have_left else "NO_MEMBER")  # even if an account with this id exists
-        if access is Access.OUTRANKS_BOT and not load_profile(ctx.db, user_id).bot:
-            raise chat_error("NO_BOT")
-        if is_self and ctx.role != "owner":
-            return
-        if is_self and access is Access.SELF_OR_OUTRANKS:
-            raise chat_error("OWNER_STAYS")
+    if user_id is not None and authorize_on_member(access, ctx, ctx.role, user_id):
+        return
     if not is_permitted(access, ctx):
         raise chat_error("ROLE_TOO_LOW", who=access.value)
     if ctx.conversation and access in (Access.WRITER, Access.AUTHOR, Access.RENAMER) and not is_repeated(ctx, args):
