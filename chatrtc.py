@@ -879,9 +879,8 @@ DisplayName = Annotated[str, Meta(min_length=1, max_length=64)]
 OPTIONAL_TEXT = f"^(?:$|{VISIBLE}){TEXT}"
 Topic = Annotated[str, Meta(max_length=1000, pattern=OPTIONAL_TEXT)]
 AltText = Annotated[str, Meta(max_length=1000, pattern=OPTIONAL_TEXT)]
-OptionalContent = Annotated[
-    str, Meta(max_length=4000, pattern=f"^(?:$|{VISIBLE}){CONTENT}")
-]  # may be empty if the message has files
+OPTIONAL_CONTENT = f"^(?:$|{VISIBLE}){CONTENT}"
+OptionalContent = Annotated[str, Meta(max_length=4000, pattern=OPTIONAL_CONTENT)]  # may be empty if the message has files
 Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=f"^{VISIBLE}[^\\s{CONTROLS}]+$(?!\n)")]
 Nonce = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 Code = Annotated[str, Meta(min_length=1, max_length=64)]
@@ -3800,12 +3799,6 @@ def clear_message(db: sqlite3.Connection, server_id: int, message_id: int) -> in
     return seq
 
 
-def delete_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
-    """Delete a message and return the change's `seq`."""
-    unindex(db, "message_id = ?", message_id)
-    return clear_message(db, server_id, message_id)
-
-
 def delete_messages(db: sqlite3.Connection, rows: Sequence[tuple[int, int, int]]) -> list[Effect]:
     """Delete messages (id, channel, server) and return an event for each."""
     if not rows:
@@ -4327,8 +4320,8 @@ class VoicePeers(dict[str, Peer]):
 # exist. A token is a JWT with one algorithm. The Hub looks up in the database whether it is revoked, and caches the result.
 
 ALGORITHM = "HS256"
-# Revocation compares digests, so each token must have one spelling. The decoder also accepts padding and unused end bits.
 TOKEN_MAX = 4096  # characters
+# Revocation compares digests, so each token must have one spelling. The decoder also accepts padding and unused end bits.
 CANONICAL_TOKEN = re.compile(r"[\w-]+\.[\w-]+\.[\w-]{42}[AEIMQUYcgkosw048]", re.ASCII)
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1
 DUMMY_HASH = f"scrypt${SCRYPT_N}${SCRYPT_R}${SCRYPT_P}${secrets.token_hex(16)}${secrets.token_hex(32)}"  # matches nothing
@@ -4416,7 +4409,8 @@ class TokenSigner:
     def verify(self, token: str) -> tuple[int, int, float]:
         """Return the user id, the generation and the expiry (Unix seconds) of a token. Raises UNAUTHORIZED if it is not one of
         ours or has expired."""
-        options: Any = {"require": ["sub", "iat", "exp"], "verify_iat": False, "verify_aud": False, "verify_iss": False}
+        options: Any = {"verify_iat": False, "verify_aud": False, "verify_iss": False}
+        options["require"] = ["sub", "iat", "exp", "jti", "gen"]
         try:
             if len(token) > TOKEN_MAX or not CANONICAL_TOKEN.fullmatch(token):
                 raise ValueError
@@ -4428,7 +4422,7 @@ class TokenSigner:
             if not is_ours or not has_times or type(generation) is not int or not 0 < user_id < 2**63:
                 raise ValueError
             return user_id, generation, float(claims["exp"])
-        except (jwt.PyJWTError, LookupError, ValueError, TypeError, OverflowError, RecursionError):
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
             raise chat_error("TOKEN_INVALID") from None
 
     def sign_link(self, file_id: int, user: Principal, expires: int) -> str:
@@ -7054,11 +7048,11 @@ class Hub:
             StopSpeech: self.stop_speech, SetHand: self.set_hand,
         }  # fmt: skip
 
-    # Reading the database. The result of `read_inline` stays true until the next await: use it before then.
-
     def limiter_for(self, caller: Caller) -> Limiter:
         """Return the limiter of a call. The embedding program has no limits."""
         return self.unlimited if caller.is_program else self.limiter
+
+    # Reading the database. The result of `read_inline` stays true until the next await: use it before then.
 
     def authorized(
         self, access: Access, user: Principal, args: Args, run: Callable[[OperationContext, Any], R],
@@ -7830,6 +7824,11 @@ def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: s
     return Result(account, use_invite(db, invite, user_id, utc(clock)) if invite else [])
 
 
+def registration_for(hub: Hub, caller: Caller) -> str:
+    """Return who can create accounts; the setting does not apply to the embedding program."""
+    return "open" if caller.is_program else hub.settings.registration
+
+
 async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, password: str | None) -> Result[AuthResponse]:
     """Create an account with a password or, without one, for a guest, and return its token."""
     clock = time.time()
@@ -7849,9 +7848,10 @@ async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, passw
 @operation("async", "POST /auth/register", Access.ANYONE, emits=["member:joined"], status=201)
 async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthResponse]:
     """Create an account; with `code`, an invite, also join its server."""
-    if hub.settings.registration == "closed" and not caller.is_program:
+    registration = registration_for(hub, caller)
+    if registration == "closed":
         raise chat_error("REGISTRATION_CLOSED")
-    if hub.settings.registration == "invite" and args.code is None and not caller.is_program:
+    if registration == "invite" and args.code is None:
         raise chat_error("INVITE_NEEDED")
     return await make_account(hub, caller, args, args.password)
 
@@ -7859,7 +7859,7 @@ async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthRespon
 @operation("async", "POST /auth/guest", Access.ANYONE, emits=["member:joined"], status=201)
 async def register_guest(hub: Hub, caller: Caller, args: NewGuest) -> Result[AuthResponse]:
     """Create a guest account with an invite and a name. The guest can set a password later."""
-    if hub.settings.no_guests or (hub.settings.registration == "closed" and not caller.is_program):
+    if hub.settings.no_guests or registration_for(hub, caller) == "closed":
         raise chat_error("GUESTS_OFF")
     return await make_account(hub, caller, args, None)
 
@@ -8579,7 +8579,9 @@ def decode_hook_post(request: web.Request, body: bytes) -> dict[str, Any]:
     elif not is_form and kind != "application/json":
         raise chat_error("HOOK_BODY")
     key = request.headers.get("Idempotency-Key")
-    return decode(ANY_OBJECT, body) | ({} if key is None else {"nonce": key})
+    payload = decode(ANY_OBJECT, body) | ({} if key is None else {"nonce": key})
+    payload.pop("secret", None)  # a field of the other program; ours is in the path
+    return payload
 
 
 class Route:
@@ -8625,8 +8627,6 @@ class Route:
             return decode(self.decoder, body)
         is_hook = self.op.args is HookPost
         payload = decode_hook_post(request, body) if is_hook else decode(ANY_OBJECT, body) if body else {}
-        if is_hook:
-            payload.pop("secret", None)  # of another program's format; ours is in the path
         texts = [*request.match_info.items(), *(() if self.op.has_body else request.query.items())]
         given: dict[str, Any] = dict(texts)
         for name in self.integers & given.keys():

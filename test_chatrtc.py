@@ -3641,10 +3641,10 @@ def test_a_deleted_message_keeps_only_what_is_listed(filled_tables: sqlite3.Conn
     assert remains_of(filled_tables, "messages", "message_id") >= {
         "content", "reactions.message_id", "mentions.message_id", "pins.message_id",
     }  # fmt: skip
-    chatrtc.delete_message(filled_tables, 1, 1)
+    chatrtc.delete_messages(filled_tables, [(1, 1, 1)])
     remains = remains_of(filled_tables, "messages", "message_id")
     extra = remains - set(KEPT_OF_A_MESSAGE)
-    assert not extra, f"clear {extra} in delete_message(), or add it to KEPT_OF_A_MESSAGE with the reason"
+    assert not extra, f"clear {extra} in clear_message(), or add it to KEPT_OF_A_MESSAGE with the reason"
     assert remains == set(KEPT_OF_A_MESSAGE), "KEPT_OF_A_MESSAGE lists something that is cleared"
 
 
@@ -7332,9 +7332,6 @@ async def test_clearing_a_million_messages_delays_nobody(scene: Scene) -> None:
     assert during[-4] < bound(0.05)
 
 
-LOG_KEYS = {"entry_id", "at", "user_id", "username", "action"}
-
-
 @pytest.mark.portable
 async def test_two_people_keep_their_conversation_without_a_common_server(scene: Scene) -> None:
     """Only a new conversation needs one. Who has left it is not brought back, and can return."""
@@ -7459,6 +7456,9 @@ async def test_an_owner_cannot_leave_and_a_deleted_account_is_not_banned(scene: 
     await scene.ana.ok("PUT", f"{scene.server}/bans/{scene.ben.user_id}")
     await scene.world.chat.delete_user(user_id=scene.ben.user_id)
     assert (await scene.ana.ok("GET", f"{scene.server}/bans"))["bans"] == []
+
+
+LOG_KEYS = {"entry_id", "at", "user_id", "username", "action"}
 
 
 @pytest.mark.portable
