@@ -2318,9 +2318,10 @@ def replace_database(path: Path, part: Path) -> Path | None:
 
 
 # ---- Store ---------------------------------------------------------------------------------------------------------
-# The open database. One connection does all writes and checkpoints: queued jobs are committed together and synced; then their
-# effects are published and their callers answered. (With two such connections, a bug in SQLite before 3.51.3 can
-# lose rows.) Each reader has a read-only connection of its own, and each query a snapshot.
+# The open database. One connection of a process does its writes and checkpoints, in the process's turn: queued jobs are
+# committed together and synced; then their effects are published and their callers answered. (If one connection commits while
+# another checkpoints, a bug in SQLite before 3.51.3 can lose rows.) Each reader has a read-only connection, and each query a
+# snapshot.
 
 SLOW_READERS = 3
 PARTS_CACHE_KIB = 1024  # cache of the connection that reads files, which are larger than any cache
@@ -2672,7 +2673,8 @@ class Store:
         """
         if not frees_space and self.is_full():
             raise chat_error("DISK_FULL")
-        if len(self._queue) >= MAX_QUEUED_JOBS or self._committer is None or self._committer.done():
+        tasks = self._committer, self._follower
+        if len(self._queue) >= MAX_QUEUED_JOBS or any(task is None or task.done() for task in tasks):
             raise ChatError("UNAVAILABLE")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result[Any]] = loop.create_future()
@@ -2823,7 +2825,7 @@ class Store:
         loop = asyncio.get_running_loop()
         try:
             rows, end = self.read_inline(load_log, self._read_id)
-        except ChatError:
+        except (ChatError, sqlite3.DatabaseError):  # such as a damaged page
             rows, end = [], self._read_id
         end = end if before is None else before
         rows = [row for row in rows if row[0] <= end]
@@ -2856,8 +2858,9 @@ class Store:
         self._applied_id = row_id
 
     async def settle(self) -> None:
-        """Wait until everything that is committed, by any process, is also applied. It is until the next await."""
-        while self._applied_id < self.read_inline(load_log_end):
+        """Wait until everything that was committed before this call, by any process, is also applied."""
+        end = self.read_inline(load_log_end)  # read once: commits of others may never stop
+        while self._applied_id < end:
             self.pull()
             await asyncio.sleep(SETTLE_SECONDS)
 
@@ -4565,7 +4568,8 @@ LOGGED_REASONS = {
     "WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code",
     "LINK_UNKNOWN": "unknown code", "HOOK_UNKNOWN": "unknown code",
 }  # fmt: skip
-MAX_LOG_SUBJECTS = 30  # subjects with a line of their own in a minute; the others share one
+REFUSED_FOR = "Refused for "  # begins the subjects that are addresses
+MAX_LOG_SUBJECTS = 30  # that can have a line of their own in a minute; further addresses share one
 
 
 class RateLimitedLog:
@@ -4579,7 +4583,7 @@ class RateLimitedLog:
     def record_error(self, address: str, error: ChatError) -> None:
         what = LOGGED_REASONS.get(error.reason or "") or ("limit" if error.code == "RATE_LIMITED" else "")
         if what:
-            self.record(f"Refused for {address}", what)
+            self.record(REFUSED_FOR + address, what)
 
     def record_bug(self, text: str, error: Exception) -> None:
         """Record an unexpected exception, the first one of a line of code with its traceback."""
@@ -4588,8 +4592,9 @@ class RateLimitedLog:
 
     def record(self, subject: str, what: str, error: Exception | None = None) -> None:
         self.flush()
-        if error is None and subject not in self._counts and len(self._counts) >= MAX_LOG_SUBJECTS:
-            subject = "Refused for other addresses"
+        is_address = subject.startswith(REFUSED_FOR)
+        if is_address and subject not in self._counts and len(self._counts) >= MAX_LOG_SUBJECTS:
+            subject = REFUSED_FOR + "other addresses"
         if subject in self._counts:
             self._counts[subject][what] += 1
         else:
@@ -6454,7 +6459,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     def end_for_protocol_error(self, session: Session, error: Exception) -> None:
         """End the session of a client that broke the protocol, and log why."""
         if not session.closed:
-            self.client_log.record(f"Refused for {session.address}", getattr(error, "detail", str(error)))
+            self.client_log.record(REFUSED_FOR + session.address, getattr(error, "detail", str(error)))
             session.end(REASON.TRANSPORT_ERROR, final_packet=None)
 
     async def _websocket(self, request: web.Request, sid: str | None) -> web.StreamResponse:
@@ -7555,7 +7560,7 @@ class Bus:
         self._channel = f"chatrtc:{hub.signer.address_digest(0, f'redis {hub.store.files[:1]}').hex()}"
         self._queue, self._queued = deque[BusMessage](maxlen=BUS_QUEUE_LENGTH), asyncio.Event()
         self._number = 0  # of the last message said
-        self._wake_is_queued = self._hello_is_due = self._stopping = False
+        self._wake_is_queued = self._hello_is_due = self._stopping = self._connected = False
         self._greeted_at = self._listening_since = self._own_beat_at = -math.inf
         self._others: dict[str, OtherProcess] = {}
         hub.say, hub.store.ring, hub.limiter.announce, hub.redis = self.say, self.wake, self.announce_failure, "down"
@@ -7574,10 +7579,11 @@ class Bus:
     # Sending
 
     def say(self, message: BusMessage) -> None:
-        """Tell all other processes, without waiting."""
+        """Tell all other processes, without waiting. While Redis is away, this only counts: a list will replace the message."""
         self._number += 1
-        self._queue.append(message)
-        self._queued.set()
+        if self._connected:
+            self._queue.append(message)
+            self._queued.set()
 
     def wake(self) -> None:
         """Tell the other processes that the log has new rows. A process that has just started reads the log by itself."""
@@ -7622,16 +7628,24 @@ class Bus:
         async with self._connect() as client:
             async with asyncio.timeout(REDIS_SECONDS):
                 await client.ping()
-            self._queue.clear()  # the list replaces what could not be sent
-            self._greet()
-            while self._queue or not self._stopping:
-                if self._queue:
-                    async with asyncio.timeout(REDIS_SECONDS):
-                        await client.publish(self._channel, self._next_packet())
-                    await asyncio.sleep(PUBLISH_INTERVAL)
-                else:
-                    self._queued.clear()
-                    await self._queued.wait()
+            self._connected = True
+            try:
+                self._greet()
+                await self._publish_queue(client)
+            finally:
+                self._connected = False
+                self._queue.clear()
+
+    async def _publish_queue(self, client: Any) -> None:
+        """Publish what is said until the bus stops."""
+        while self._queue or not self._stopping:
+            if self._queue:
+                async with asyncio.timeout(REDIS_SECONDS):
+                    await client.publish(self._channel, self._next_packet())
+                await asyncio.sleep(PUBLISH_INTERVAL)
+            else:
+                self._queued.clear()
+                await self._queued.wait()
 
     def _next_packet(self) -> bytes:
         parts, size, self._wake_is_queued = list[msgspec.Raw](), 0, False
@@ -7674,12 +7688,13 @@ class Bus:
             await self._apply_packet(self._others.setdefault(packet.sender, OtherProcess(packet.sender)), packet)
 
     async def _note_own_beat(self) -> None:
-        """Redis is up, and all that was published before has arrived: remove the processes that have been silent."""
+        """Redis is up, and all that was published before has arrived: remove the processes that have been silent. Of those that
+        are left, only the first calls its listeners."""
         self._hub.redis, self._own_beat_at = "up", self._loop.time()
         for instance, process in list(self._others.items()):
             if self._own_beat_at - max(process.heard_at, self._listening_since) > GONE_SECONDS:
                 del self._others[instance]
-                await self._keep_only(process, set())
+                await self._keep_only(process, set(), foreign=self._instance > min(self._others, default=self._instance))
 
     async def _apply_packet(self, process: OtherProcess, packet: BusPacket) -> None:
         process.heard_at = now = self._loop.time()
@@ -7769,13 +7784,13 @@ class Bus:
             process.listed, process.in_sync = None, True
             await self._keep_only(process, listed)
 
-    async def _keep_only(self, process: OtherProcess, listed: set[object]) -> None:
-        """Remove the voice peers and the users of a process, except these."""
+    async def _keep_only(self, process: OtherProcess, listed: set[object], *, foreign: bool = True) -> None:
+        """Remove the voice peers and the users of a process, except these. `foreign`: see `Hub.as_foreign`."""
         for sid in [sid for sid in self._hub.voice_peers if sid.startswith(process.sid) and sid not in listed]:
-            with self._hub.as_foreign():
+            with self._hub.as_foreign(foreign):
                 self._hub.leave_voice(sid)
         for server_id, user_id in self._hub.presence.users_of(process.sid) - listed:
-            with self._hub.as_foreign():
+            with self._hub.as_foreign(foreign):
                 self._apply_change(process, "user:disconnected", server_id, user_id)
             await asyncio.sleep(0)
 
@@ -9205,6 +9220,8 @@ class ChatRTC:
         self.sio = socket_server(**engine_options(self.settings))
         self.hub = Hub(self.settings, self.sio)
         self.hub.identify, self._page = identify, page
+        name = settings.get("process")  # a generated one is unique, and its file would stay
+        self._name = FileLock(Path(self.settings.database), f".process-{name}.lock") if name is not None else None
         self._running = contextlib.AsyncExitStack()  # what `stop` undoes
         add_socket_handlers(self.hub)
 
@@ -9363,7 +9380,9 @@ class ChatRTC:
         if hub.listening:
             raise StartError("This chat is running already: attach it only once")
         async with contextlib.AsyncExitStack() as stack:  # undoes the steps before one that fails
-            await hub.store.open(self._set_secret)
+            if self._name is not None:
+                stack.callback(self._name.close)
+            await hub.store.open(self._set_up)
             stack.push_async_callback(hub.store.close)
             stack.callback(hub.password_hasher.close)
             stack.callback(self.sio.eio.client_log.flush, now=True)
@@ -9380,8 +9399,10 @@ class ChatRTC:
         """Stop maintenance, commit every accepted write and close the database."""
         await self._running.aclose()
 
-    def _set_secret(self, db: sqlite3.Connection, first: bool) -> None:
-        """Load the secret. Raises StartError if servers that share the database have another one."""
+    def _set_up(self, db: sqlite3.Connection, first: bool) -> None:
+        """Load the secret. Raises StartError if servers that share the database have another one, or one of them this name."""
+        if self._name is not None and not self._name.acquire():
+            raise StartError(f"Another server on this database is called {self.settings.process}: give each its own --process")
         if first:
             remove_unfinished_files(db)  # no process uploads them any more
         if self.settings.secret is None:

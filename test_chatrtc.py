@@ -2984,6 +2984,56 @@ async def test_a_bug_in_publishing_one_job_does_not_stop_the_others(tmp_path: Pa
     assert "Boom" in caplog.text
 
 
+def commit_as_another_process(database: Path) -> None:
+    """Add a row to the log."""
+    with contextlib.closing(chatrtc.open_writer(database)) as db, db:
+        db.execute("BEGIN IMMEDIATE")
+        chatrtc.append_log(db, [chatrtc.LogLine("another process")])
+
+
+async def test_settling_waits_for_earlier_commits_only(tmp_path: Path) -> None:
+    """Here another process commits again whenever its last commit is applied."""
+    path, applied, settled = tmp_path / "chat.db", 0, False
+
+    def publish(effects: Any, foreign: bool) -> None:
+        nonlocal applied
+        applied += 1
+        if not settled:
+            commit_as_another_process(path)
+
+    store = chatrtc.Store(path, publish, shared=True)
+    await store.open(lambda db, first: None)
+    commit_as_another_process(path)
+    async with asyncio.timeout(PATIENCE):
+        await store.settle()
+    settled = applied > 0
+    await store.close()
+    assert settled
+
+
+async def test_jobs_run_once_although_the_log_cannot_be_read(tmp_path: Path) -> None:
+    """What others have committed before is lost then, so the clients reconnect."""
+    path, lost = tmp_path / "chat.db", asyncio.Event()
+    ran: list[int] = []
+
+    def job(number: int, db: Any) -> chatrtc.Result[None]:
+        ran.append(number)
+        return chatrtc.Result(None, [chatrtc.LogLine("own")])
+
+    store = chatrtc.Store(path, lambda effects, foreign: None, shared=True)
+    await store.open(lambda db, first: None)
+    store.lost = lost.set
+    assert store._inline_reader is not None
+    store._inline_reader.close()
+    commit_as_another_process(path)
+    await asyncio.gather(*(store.write(functools.partial(job, number)) for number in range(3)))
+    assert (ran, lost.is_set()) == ([0, 1, 2], True)
+    store.pull()
+    await store.write(functools.partial(job, 3))
+    assert store._follower is not None and not store._follower.done()
+    await store.close()
+
+
 async def test_a_restarted_server_has_everything_it_acknowledged(tmp_path: Path) -> None:
     process = await Process.start(tmp_path / "chat.db")
     world = process.world()
@@ -14528,12 +14578,12 @@ async def test_a_failing_disk_turns_health_red(launch: Launch, tmp_path: Path, f
     await writers.check(process.world())
 
 
-async def test_a_dead_writer_turns_health_red(world: World) -> None:
+@pytest.mark.parametrize("name", ["_committer", "_follower"])
+async def test_a_dead_task_of_the_store_turns_health_red(world: World, name: str) -> None:
     assert await is_healthy(world)
-    committer = world.chat.hub.store._committer
-    assert committer is not None
-    committer.cancel()
-    await asyncio.wait([committer])
+    task = getattr(world.chat.hub.store, name)
+    task.cancel()
+    await asyncio.wait([task])
     assert not await is_healthy(world)
 
 
@@ -16675,6 +16725,29 @@ async def test_listeners_of_a_program_run_once(group: Group, make_world: MakeWor
     assert sorted(received) == [("one", "on one"), ("two", "on two")]
 
 
+async def test_one_listener_learns_that_a_process_has_died(group: Group, make_world: MakeWorld) -> None:
+    await group.start("a")
+    hosts = [await make_world(database=str(group.database), redis=group.redis.url, process=name) for name in ("one", "two")]
+    gone: list[int] = []
+    for host in hosts:
+
+        @host.chat.on("user:disconnected")
+        async def note(payload: Any) -> None:
+            gone.append(payload["user_id"])
+
+    ana, ben = await hosts[0].people("ana", "ben")
+    place = await hosts[0].place(ana, ben)
+    looking = [await Person(host, "ana", ana.user_id, ana.token).socket(place.server_id) for host in hosts]
+    await group.on("a", ben).socket(place.server_id)
+    for socket in looking:
+        await socket.receive("user:connected", user_id=ben.user_id)
+    await group.kill("a")
+    for socket in looking:
+        await socket.receive("user:disconnected", user_id=ben.user_id)
+    await until(lambda: bool(gone))
+    assert gone == [ben.user_id]
+
+
 async def test_a_server_that_gets_no_turn_refuses_all_waiting_calls_together(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -16788,7 +16861,10 @@ async def test_servers_that_cannot_share_a_database_are_refused(
     ana = await group.worlds["a"].person("ana")
     expect_error(await run_command("serve", "--port", "0", *database), "--redis")
     expect_error(await run_command("serve", "--port", "0", *database, *shared, *secret), "secret")
+    expect_error(await run_command("serve", "--port", "0", *database, *shared, "--process", "a"), "called a")
     assert (await ana.ok("GET", "/users/me"))["username"] == "ana"
+    await group.kill("a")
+    await group.start("a")  # the name is free again
     await group.stop_well()
     alone = await launch(group.database)
     expect_error(await run_command("serve", "--port", "0", *database, *shared), "--redis")
