@@ -12401,6 +12401,24 @@ async def test_the_server_runs_without_what_windows_lacks(tmp_path: Path, window
     assert (await run_ok("check", *database, env=windows)) == "sound: 3 users, 2 servers, 1 messages\n"
 
 
+async def test_servers_share_a_database_without_what_windows_lacks(tmp_path: Path, windows: dict[str, str]) -> None:
+    path, shared = tmp_path / "chat.db", ("--no-rate-limit", "--redis", f"redis://127.0.0.1:{free_port()}")
+    both = [await Process.start(path, *shared, "--process", name, env=windows) for name in "ab"]
+    serve = ("serve", "--port", "0", "--database", str(path))
+    async with both[0].world() as world, both[1].world() as other:
+        ana = await world.person("ana")
+        place = await world.place(ana)
+        socket = await Person(other, "ana", ana.user_id, ana.token).socket(place.server_id)
+        message = await ana.post(place.channel_id, "from the first")
+        assert await socket.receive("message:new") == message
+        expect_error(await run_command(*serve, env=windows), "--redis")
+        expect_error(await run_command(*serve, *shared, "--process", "a", env=windows), "called a")
+        await run_ok("user", "add", "ben", "--database", str(path), stdin="correct horse\n", env=windows)
+    for process in both:
+        status, errors = await process.stop(signal.SIGINT)
+        assert (status, "Traceback" in errors) == (0, False), errors
+
+
 @pytest.mark.soak
 async def test_the_portable_tests_pass_without_what_windows_lacks(windows: dict[str, str]) -> None:
     process = await asyncio.create_subprocess_exec(
@@ -16825,6 +16843,20 @@ async def test_the_log_forgets_deleted_texts(
     await until(lambda: not world.chat.hub.store.read_inline(chatrtc.has_stale_texts))
     assert b"zirkonium" in stored() and b"quetzal" in stored()  # in the log
     await until(lambda: b"zirkonium" not in stored() and b"quetzal" not in stored())
+
+
+@pytest.mark.parametrize(("rows", "size"), [(5000, 100), (40, 1 << 20)])
+def test_the_log_is_bounded_in_rows_and_bytes(tmp_path: Path, rows: int, size: int) -> None:
+    with contextlib.closing(chatrtc.prepare(tmp_path / "chat.db")) as db:
+        db.execute("BEGIN IMMEDIATE")
+        for _ in range(rows):
+            last_id = chatrtc.append_log(db, [chatrtc.LogLine("x" * size)])
+        ids = [row_id for (row_id,) in db.execute("SELECT id FROM log ORDER BY id")]
+        total = db.execute("SELECT sum(length(effects)) FROM log").fetchone()[0]
+        db.commit()
+    assert ids == list(range(last_id - len(ids) + 1, rows + 1)), "the newest rows are kept"
+    assert len(ids) <= chatrtc.LOG_ROWS and total <= chatrtc.LOG_BYTES + size
+    assert len(ids) > 0.99 * chatrtc.LOG_ROWS or total > 0.9 * chatrtc.LOG_BYTES
 
 
 async def test_maintenance_waits_while_another_server_writes(split: Split) -> None:
