@@ -434,7 +434,6 @@ def is_username(name: str) -> bool:
 # Mentions: an `@handle` in code, in a URL or in an email address is not a mention. The page follows the same rules (its section
 # Text); the tests check both with the same tables of cases. No pattern here backtracks.
 MAX_MENTIONS = 50  # per message
-MAX_MENTION_KEYS = 500  # handles that are looked up per message
 EVERYONE = "everyone"  # the handle by which staff mention all members; no new account can have it
 # Scripts written without spaces (Thai, Lao, Burmese, Khmer, Han, Kana): a handle may begin and end anywhere. Hangul appends
 # particles to names: a handle may end anywhere.
@@ -570,11 +569,7 @@ def possible_mentions(content: str) -> list[list[str]]:
     """Return, for each `@` that may begin a mention, the handles that it may mean (see `handle_keys`), without duplicates."""
     lines = text_lines(content.split("\n")) if "`" in content else [content]
     texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line))
-    mentions: list[list[str]] = []
-    for text in itertools.islice(texts, MAX_MENTIONS):
-        if sum(map(len, mentions)) < MAX_MENTION_KEYS:
-            mentions.append(handle_keys(text))
-    return mentions
+    return [handle_keys(text) for text in itertools.islice(texts, MAX_MENTIONS)]
 
 
 def shorten(name: str, length: int) -> str:
@@ -3646,9 +3641,11 @@ load_last_read: Query[int] = first_value(
     """SELECT max(m.read_from, coalesce(r.last_read_id, 0)) FROM channels c JOIN members m ON m.server_id = c.server_id
        LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE c.channel_id = ? AND m.user_id = ?"""
 )
-load_member_by_key: Query[int | None] = first_value(
-    """SELECT m.user_id FROM users u CROSS JOIN members m ON m.server_id = ?1 AND m.user_id = u.user_id
-       WHERE u.username_key = ?2"""
+# The members of a server (?1) with these name keys (?2, JSON), as key and id.
+load_members_by_key: Query[list[tuple[str, int]]] = rows_as(
+    lambda *row: row,
+    """SELECT u.username_key, m.user_id FROM json_each(?2) AS key CROSS JOIN users u ON u.username_key = key.value
+       CROSS JOIN members m ON m.server_id = ?1 AND m.user_id = u.user_id""",
 )
 load_posted_at: Query[float | None] = first_value("SELECT posted_at FROM reads WHERE user_id = ? AND channel_id = ?")
 # The author of a message (?2), unless it is ?3, if they are still a member of the server (?1).
@@ -3718,16 +3715,10 @@ def load_mentions(
     if not any(mentioned):
         return answered, False
 
-    def find(keys: list[str]) -> int:
-        """Return the id of the member with the longest of these handles, 0 for everyone, or -1."""
-        for key in reversed(keys):
-            if by_staff and key == EVERYONE:
-                return 0
-            if (user_id := load_member_by_key(db, server_id, key)) is not None:
-                return user_id
-        return -1
-
-    longest = set(map(find, mentioned)) - {-1}
+    keys = msgspec.json.encode(list(itertools.chain(*mentioned))).decode()
+    ids = dict(load_members_by_key(db, server_id, keys))
+    ids |= {EVERYONE: 0} if by_staff else {}
+    longest = {ids[key] for keys in mentioned for key in [one for one in keys if one in ids][-1:]}
     return sorted(list(dict.fromkeys(answered + sorted(longest - {0})))[:MAX_MENTIONS]), 0 in longest
 
 

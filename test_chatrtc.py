@@ -2010,7 +2010,17 @@ async def test_a_message_mentions_at_most_fifty_members(world: World) -> None:
     message = await ana.post(place.channel_id, " ".join(f"@user{number}" for number in range(60)))
     assert len(message["mentions"]) == 50
     text = "".join("@" + chr(0x4E00 + number) * 31 for number in range(120))
-    assert sum(map(len, chatrtc.possible_mentions(text))) <= chatrtc.MAX_MENTION_KEYS + 31
+    assert sum(map(len, chatrtc.possible_mentions(text))) <= 50 * 31, "the work is bounded"
+
+
+@pytest.mark.portable
+async def test_each_handle_counts_once_where_words_have_no_spaces(world: World) -> None:
+    """Such a text may begin with a handle of any length, and each of them is looked up."""
+    owner, ana, lin = await world.people("owner", "ana", "林小雨")
+    place = await world.place(owner, ana, lin)
+    lines = [f"@林小雨{chr(0x4E00 + number)}請你在下週一以前把報告交給大家看看可以嗎謝謝你們" for number in range(40)]
+    message = await owner.post(place.channel_id, "\n".join([*lines, "@ana @everyone"]))
+    assert (message["mentions"], message["everyone"]) == ([ana.user_id, lin.user_id], True)
 
 
 @pytest.mark.portable
