@@ -1468,6 +1468,7 @@ class PublicSettings(Payload):
 
 T = TypeVar("T")
 FIELD = re.compile(r" - at `\$(?:\.(\w+))?[^`]*`$")
+MAX_QUOTED = 64  # characters of a wrong name or value that an error repeats
 VALIDATION_REASONS = {  # msgspec's error -> our reason; `what` is the field, `n` the limit, the value or the rest of the text
     r"Expected `str` of length >= 1": "FIELD_EMPTY",
     r"Expected `str` of length >= (?P<n>\d+)": "FIELD_SHORT",
@@ -1493,8 +1494,9 @@ def describe_validation_error(text: str) -> ChatError:
     for pattern, reason in VALIDATION_REASONS.items():
         if found := re.fullmatch(pattern, detail, re.DOTALL):
             groups = found.groupdict("")
-            what, n = groups.get("what") or field, groups.get("n", "")
-            return chat_error(reason, field=what, what=what or "The request", n=n.replace("`", "'"))
+            what, n = groups.get("what", field), groups.get("n", "").replace("`", "'")
+            what = what if what is None else what[:MAX_QUOTED]
+            return chat_error(reason, field=what, what="The request" if what is None else what, n=n[:MAX_QUOTED])
     return ChatError("BAD_REQUEST", detail.replace("`", "'"), field=field)
 
 
@@ -3663,6 +3665,7 @@ has_stale_texts: Query[int] = first_value("SELECT stale FROM search")
 load_deleted_channel: Query[Any] = first_value("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1")
 load_pending_purge: Query[int | None] = first_value("SELECT 1 FROM purges LIMIT 1")
 delete_pin = statement("DELETE FROM pins WHERE message_id = ?")
+is_pinned: Query[int | None] = first_value("SELECT 1 FROM pins WHERE message_id = ? AND channel_id = ?")
 update_author_name = statement("UPDATE messages SET author_name = ?2 WHERE message_id = ?1")
 # The channels that have expired messages, and the time before which these were posted. The values are the time now, in Unix
 # seconds, and the number of days for which channels keep their messages at most.
@@ -3935,7 +3938,9 @@ class ChangesCache(dict[tuple[int, int], tuple[int, msgspec.Raw]]):
 
 
 def load_pins(db: sqlite3.Connection, args: PinsArgs) -> Messages:
-    """Return the pinned messages of a channel, latest pin first."""
+    """Return the pinned messages of a channel, latest pin first. Raises NOT_FOUND if `before` is not one of them."""
+    if args.before is not None and not is_pinned(db, args.before, args.channel_id):
+        raise chat_error("NO_MESSAGE", field="before")  # its place in the list is not known any more
     return take_messages(db.execute(PINNED_ROWS, msgspec.structs.asdict(args)), MAX_PINS)
 
 
@@ -3989,7 +3994,8 @@ def load_read_states(db: sqlite3.Connection, user_id: int, channel_id: int | Non
     """Return a user's read state in each text channel, or in that channel, in one query."""
     where = "WHERE kind = 'text' ORDER BY channel_id" if channel_id is None else "WHERE channel_id = :channel_id"
     values = {"user_id": user_id, "channel_id": channel_id} | READ_LIMITS
-    return [ReadState(*row) for row in db.execute(READ_STATE_ROWS + where, values)]
+    rows = db.execute(READ_STATE_ROWS + where, values)
+    return [ReadState(one, last, max(unread, mentions), mentions) for one, last, unread, mentions in rows]
 
 
 def update_last_read(
@@ -4791,7 +4797,7 @@ def authorize_on_member(access: Access, ctx: OperationContext, role: Role, user_
         raise chat_error("ROLE_TOO_LOW", who=access.value)
     ctx.target_role, may_have_left = load_role(ctx.db, ctx.server_id, user_id), access is Access.OUTRANKS
     if ctx.target_role is None and not (may_have_left and is_former_member(ctx.db, ctx.server_id, user_id)):
-        raise chat_error("NO_USER" if may_have_left else "NO_MEMBER")  # even if an account with this id exists
+        raise chat_error("NO_USER" if may_have_left else "NO_MEMBER", field="user_id")  # even if an account with this id exists
     if access is Access.OUTRANKS_BOT and not load_profile(ctx.db, user_id).bot:
         raise chat_error("NO_BOT")
     if is_self and role == "owner" and access is Access.SELF_OR_OUTRANKS:
@@ -4815,7 +4821,8 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     if not exists and isinstance(args, CodeArgs):
         raise chat_error("INVITE_UNKNOWN", field="code")
     if not exists:
-        raise chat_error(f"NO_{target_key(type(args)).removesuffix('_id').upper()}")
+        key = target_key(type(args))
+        raise chat_error(f"NO_{key.removesuffix('_id').upper()}", field=key)
     user_id: Any = getattr(args, "user_id", None)
     if access is Access.PARTICIPANT:
         return authorize_participant(ctx, user_id)
@@ -8504,7 +8511,8 @@ def requested_range(request: web.Request, size: int, tag: str) -> tuple[int, int
     with contextlib.suppress(ValueError):
         wanted = request.http_range
         if wanted.start is not None and request.method == "GET" and request.headers.get("If-Range", tag) == tag:
-            return wanted.indices(size)[:2]
+            is_empty = re.fullmatch(r"bytes=-0+", request.headers["Range"])  # the last 0 bytes; aiohttp takes it for all
+            return (size, size) if is_empty else wanted.indices(size)[:2]
     return None
 
 
@@ -9153,6 +9161,8 @@ class Handler(web.RequestHandler):
     def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        if isinstance(resp, web.HTTPExpectationFailed):
+            resp = error_response(ChatError("BAD_REQUEST", "Only `Expect: 100-continue` is supported", status=417))
         if not resp.prepared and "Server" not in resp.headers:
             resp.headers.update(HEADERS)
         return super().finish_response(request, resp, start_time)
@@ -9230,7 +9240,7 @@ class ChatRTC:
             web.get("/invites/{code}.svg", functools.partial(send_invite_code, self.hub)),
             *(
                 # An emoji may contain a brace or a slash.
-                web.route(op.method, op.path.replace("{emoji}", "{emoji:.+}"), Route(self.hub, op).__call__)
+                web.route(op.method, op.path.replace("{emoji}", r"{emoji:[\s\S]+}"), Route(self.hub, op).__call__)
                 for op in OPERATIONS.values()
                 if op.method and op.path
             ),
