@@ -132,7 +132,9 @@ ProcessName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9]{1,32}\Z")]
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on; 0 picks a free one and prints it.")] = 3000
-    database: Annotated[str, Meta(min_length=1, description="SQLite file in which everything is stored.")] = "chatrtc.db"
+    database: Annotated[
+        str, Meta(min_length=1, pattern=r"^[^\x00]+$", description="SQLite file in which everything is stored.")
+    ] = "chatrtc.db"
     secret: Annotated[
         str | None,
         Meta(description="Token signing key, 32 bytes or more (default: generated). `ps` shows it: use CHATRTC_SECRET."),
@@ -870,10 +872,11 @@ Username = Annotated[str, Meta(min_length=2, max_length=32)]
 Password = Annotated[str, Meta(min_length=8, max_length=256)]
 Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=NAME)]
 DisplayName = Annotated[str, Meta(min_length=1, max_length=64)]
-OPTIONAL_TEXT = f"^(?:$|{VISIBLE}){TEXT}"
+EMPTY = "$(?!\n)"  # in Python, `$` alone also matches before a last newline
+OPTIONAL_TEXT = f"^(?:{EMPTY}|{VISIBLE}){TEXT}"
 Topic = Annotated[str, Meta(max_length=1000, pattern=OPTIONAL_TEXT)]
 AltText = Annotated[str, Meta(max_length=1000, pattern=OPTIONAL_TEXT)]
-OPTIONAL_CONTENT = f"^(?:$|{VISIBLE}){CONTENT}"
+OPTIONAL_CONTENT = f"^(?:{EMPTY}|{VISIBLE}){CONTENT}"
 OptionalContent = Annotated[str, Meta(max_length=4000, pattern=OPTIONAL_CONTENT)]  # may be empty if the message has files
 Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=f"^{VISIBLE}[^\\s{CONTROLS}]+$(?!\n)")]
 Nonce = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
@@ -3416,8 +3419,9 @@ INTEGRITY_CHECKS = {  # what each query finds
     "a seq beyond its server's last": "SELECT message_id FROM messages m JOIN servers s USING (server_id) WHERE m.seq > s.seq",
     "a message whose channel is in another server":
         "SELECT message_id FROM messages m JOIN channels c USING (channel_id) WHERE c.server_id <> m.server_id",
-    "a reply to a message in another channel":
-        "SELECT m.message_id FROM messages m JOIN messages r ON r.message_id = m.reply_to WHERE r.channel_id <> m.channel_id",
+    "a reply to a message that is missing or in another channel":
+        """SELECT m.message_id FROM messages m JOIN channels c ON c.channel_id = m.channel_id AND c.server_id IS NOT NULL
+        LEFT JOIN messages r ON r.message_id = m.reply_to WHERE m.reply_to IS NOT NULL AND r.channel_id IS NOT m.channel_id""",
     "a pin of a deleted message, or in another channel":
         "SELECT p.pin_id FROM pins p JOIN messages m USING (message_id) WHERE m.deleted = 1 OR p.channel_id <> m.channel_id",
     "a deleted message with text": "SELECT message_id FROM messages WHERE deleted = 1 AND content <> ''",
@@ -7253,7 +7257,10 @@ class Hub:
 
     def evict(self, server_id: int, user_id: int) -> None:
         self.forget_marks(server_id, user_id)
-        for connection in self.connections_of(user_id):
+        connections = [one for one in self.connections_of(user_id) if server_id in one.servers]
+        for connection in connections:  # all before the first leaves, so that none hears what that ends
+            self.leave_rooms(connection, server_id)
+        for connection in connections:
             self.leave_server(connection, server_id)
         self.stop_speech(server_id, user_id, None)  # by the user's sockets on other processes
         self.set_hand(server_id, user_id, None)
@@ -7366,14 +7373,18 @@ class Hub:
             self.sio.enter(connection.sid, f"channel:{channel_id}")
         self.show(server_id, connection.user, connection.sid)
 
+    def leave_rooms(self, connection: Connection, server_id: int) -> None:
+        for channel_id in connection.servers[server_id]:
+            self.sio.leave(connection.sid, f"channel:{channel_id}")
+        self.sio.leave(connection.sid, f"server:{server_id}")
+
     def leave_server(self, connection: Connection, server_id: int, quietly: bool = False) -> bool:
         """Take the socket out of a server's rooms and return whether it had joined them."""
         if server_id not in connection.servers:
             return False
         self.stop_activity(connection, server_id)
-        for channel_id in connection.servers.pop(server_id):
-            self.sio.leave(connection.sid, f"channel:{channel_id}")
-        self.sio.leave(connection.sid, f"server:{server_id}")
+        self.leave_rooms(connection, server_id)
+        del connection.servers[server_id]
         self.hide(server_id, connection.user, connection.sid, quietly)
         return True
 
@@ -8408,7 +8419,8 @@ async def run_before(hub: Hub, op: Operation, caller: Caller, args: Any) -> Any:
         if not isinstance(changed, op.args | None):
             raise TypeError(f"{function.__qualname__} must return {op.args.__name__} or None")
         try:
-            args = read_args(op.args, msgspec.to_builtins(args if changed is None else changed))
+            args = args if changed is None else changed
+            args = read_args(op.args, msgspec.to_builtins(args, builtin_types=(bytes,)))
         except ChatError as error:
             raise ValueError(f"{function.__qualname__} made the arguments invalid: {error.detail}") from None
     return args
@@ -8917,6 +8929,11 @@ def add_user(db: sqlite3.Connection, username: str, password: str) -> Result[int
 
 
 def require_account(db: sqlite3.Connection, username: str) -> Principal:
+    """Return the account with that username. Raises NOT_FOUND, and BAD_REQUEST if the shell's argument is not text."""
+    try:
+        username.encode()
+    except UnicodeEncodeError:
+        raise chat_error("NOT_TEXT") from None
     if (found := load_account(db, username)) is None:
         raise chat_error("NO_ACCOUNT", name=username)
     return found[0]
@@ -8944,8 +8961,9 @@ def delete_user(db: sqlite3.Connection, username: str, messages: bool = False) -
 
 def add_server(db: sqlite3.Connection, name: str, owner: str) -> Result[int]:
     """Create a server for an account and return its id. Raises BAD_REQUEST, NOT_FOUND, FORBIDDEN."""
-    args = read_args(NameArgs, {"name": name})
-    return Result(insert_owned_server(db, args.name, require_person(db, owner), utc(time.time())))
+    args, owner_id = read_args(NameArgs, {"name": name}), require_person(db, owner)
+    server_id = insert_owned_server(db, args.name, owner_id, utc(time.time()))
+    return Result(server_id, [server_joined(db, server_id, owner_id)])
 
 
 # Jobs that the command line runs on the database.
@@ -9870,6 +9888,8 @@ def open_reader(database: str, *, any_format: bool = False) -> Iterator[sqlite3.
 def run_admin_job(database: str, name: str, *args: Any) -> Any:
     """Run a job of ADMIN_JOBS and return its value. Servers that have the database open apply it from the table `log`."""
     path = Path(database)
+    if not path.exists() and name != "add_user":
+        raise StartError(f"There is no database {path}")
     read_sqlite_header(path)
     with Turn(path).hold(), contextlib.closing(FileLock(path)) as lock:
         alone = lock.acquire()
@@ -9952,6 +9972,7 @@ def server_add(name: str, owner: str, database: str) -> None:
 @options("database", "secret", "token_ttl")
 def token(username: str, database: str, secret: str | None, token_ttl: int) -> None:
     """Print a token for an account, for scripts and demos."""
+    read_settings({"database": database, "secret": secret, "token_ttl": token_ttl})
     with open_reader(database) as db:
         account = require_account(db, username)
     signer = TokenSigner(load_or_create_secret(Path(database)) if secret is None else secret, token_ttl)

@@ -1465,6 +1465,7 @@ async def test_browsers_read_the_same_picture_sizes(browser: Browser) -> None:
     [
         ({"channel_id": 1, "content": ""}, "content must not be empty"),
         ({"channel_id": 1, "content": " \n"}, "content is blank or contains a character that is not allowed"),
+        ({"channel_id": 1, "content": "\n"}, "content is blank or contains a character that is not allowed"),
         ({"channel_id": 1, "content": "x" * 4001}, "content must have at most 4000 characters"),
         ({"channel_id": 0, "content": "x"}, "channel_id must be at least 1"),
         ({"content": "x"}, "channel_id is missing"),
@@ -2182,14 +2183,17 @@ async def test_banned_and_removed_members_receive_no_further_events(scene: Scene
         eve = await scene.world.person(f"eve-{path}")
         invite = await scene.ana.ok("POST", f"{scene.server}/invites", {})
         await eve.ok("POST", f"/invites/{invite['code']}")
-        socket = await eve.socket(scene.place.server_id)
+        busy, socket = [await eve.socket(scene.place.server_id) for _ in range(2)]
         await scene.post()
         await socket.receive("message:new")
+        await busy.ok("typing_start", {"channel_id": scene.place.channel_id})
         await scene.ana.ok(verb, f"{scene.server}/{path}/{eve.user_id}")
+        await scene.ben_socket.receive("typing_stop", user_id=eve.user_id)
         after = await scene.post()
         await scene.ben_socket.receive("message:new", message_id=after["message_id"])
-        await socket.receive("member:left", user_id=eve.user_id)
-        await socket.receive_none("message:new")
+        for one in (socket, busy):
+            await one.receive("member:left", user_id=eve.user_id)
+            await one.receive_none("message:new", "typing_stop", "user:disconnected")
         assert after not in [payload for _, payload in socket.received]
         assert (await socket.call("join_server", {"server_id": scene.place.server_id}))["code"] == "FORBIDDEN"
         assert (await eve.call("GET", f"/channels/{scene.place.channel_id}/messages")).code == "FORBIDDEN"
@@ -10105,6 +10109,19 @@ async def test_before_can_change_and_refuse_what_clients_do(scene: Scene) -> Non
 
 
 @pytest.mark.portable
+async def test_before_does_not_turn_bytes_into_text(scene: Scene) -> None:
+    @scene.world.chat.before("voice_signal")
+    async def watch(caller: chatrtc.CallerInfo, args: chatrtc.SignalArgs) -> None: ...
+
+    channel_id = await scene.ana.channel(scene.place.server_id, "talk", kind="voice")
+    peers = [await one.ok("voice:join", {"channel_id": channel_id}) for one in (scene.ana_socket, scene.ben_socket)]
+    signal = {"channel_id": channel_id, "to": peers[1]["peer_id"]}
+    assert (await scene.ana_socket.call("voice:signal", signal | {"data": b"\xff"}))["field"] == "data"
+    assert (await scene.ana_socket.call("voice:signal", signal | {"data": "text"}))["success"]
+    assert (await scene.ben_socket.receive("voice:signal"))["data"] == "text"
+
+
+@pytest.mark.portable
 async def test_events_of_a_socket_stay_in_order_while_before_waits(scene: Scene) -> None:
     gate, waiting = asyncio.Event(), asyncio.Event()
 
@@ -11919,6 +11936,7 @@ async def test_a_restore_needs_no_database_to_replace(filled: dict[str, bytes], 
         "UPDATE messages SET deleted = 1 WHERE message_id = 7",
         "UPDATE messages SET author_id = 99 WHERE message_id = 7",
         "UPDATE messages SET server_id = 99 WHERE message_id = 7",
+        "UPDATE messages SET reply_to = 99999 WHERE message_id = 7",
         "INSERT INTO pins (channel_id, message_id) VALUES (99, 7)",
     ],
 )
@@ -12091,12 +12109,37 @@ async def test_an_export_contains_the_files(world: World, tmp_path: Path, databa
 
 async def test_servers_are_added_while_the_server_runs(world: World, tmp_path: Path, database: DatabaseOption) -> None:
     ana = await world.person("ana")
+    socket = await ana.socket()
     assert await run_ok("server", "add", "Our class", "--owner", "ANA", *database) == "Our class has the id 1\n"
     (server,) = (await ana.ok("GET", "/servers"))["servers"]
+    assert await socket.receive("server:joined") == server
     assert (server["name"], server["role"], server["channels"][0]["name"]) == ("Our class", "owner", "general")
     expect_error(await run_command("server", "add", "x", "--owner", "nobody", *database), "nobody")
     expect_error(await run_command("server", "add", "", "--owner", "ana", *database), "name")
     expect_error(await run_command("server", "add", "x", *database), "--owner")
+
+
+@pytest.mark.parametrize(
+    "command", [("user", "delete", "\udcff", "--yes"), ("user", "password", "\udcff"), ("token", "\udcff")]
+)
+async def test_an_argument_that_is_no_text_names_no_account(command: tuple[str, ...], database: DatabaseOption) -> None:
+    await run_ok("user", "add", "ana", *database, stdin="correct horse\n")
+    expect_error(await run_command(*command, *database, stdin="correct horse\n"), "surrogate")
+
+
+@pytest.mark.parametrize(
+    "command", [("user", "delete", "x", "--yes"), ("user", "password", "x"), ("server", "add", "x", "--owner", "x")]
+)
+async def test_a_wrong_path_creates_no_database(command: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "typo.db"
+    expect_error(await run_command(*command, "--database", str(path), stdin="correct horse\n"), "There is no database")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "99999999999"])
+async def test_a_token_has_a_valid_lifetime(seconds: str, database: DatabaseOption) -> None:
+    await run_ok("user", "add", "ana", *database, stdin="correct horse\n")
+    expect_error(await run_command("token", "ana", "--token-ttl", seconds, *database), "token_ttl must be at")
 
 
 async def test_an_account_is_deleted_with_its_messages(scene: Scene, tmp_path: Path, database: DatabaseOption) -> None:
