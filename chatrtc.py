@@ -5784,7 +5784,8 @@ def merge(pieces: tuple[tuple[RoomBuffer, int, int], ...]) -> bytes:
 
 
 class PacketQueue:
-    """Handles items one by one, in order, in its own task. `failed` is called with the exception of a handler."""
+    """Handles items one by one, in order, in its own task, so that queues take turns. `failed` is called with the exception of
+    a handler."""
 
     def __init__(self, handle: AsyncCall, failed: Callable[[Exception], None], length: int) -> None:
         self.jobs: deque[Any] = deque(maxlen=length)
@@ -5813,6 +5814,8 @@ class PacketQueue:
                 self.started.set()
                 if isinstance(error := await result_or_exception(self.handle(job)), Exception):
                     self.failed(error)
+                if self.jobs:  # other clients have their turn, although the handler may not have waited for anything
+                    await asyncio.sleep(0)
         finally:
             self.running = None
 

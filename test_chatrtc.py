@@ -8981,6 +8981,21 @@ async def test_two_polls_end_the_session_but_a_lost_poll_does_not(bare):
     assert (await first) == (200, "1")
 
 
+async def test_queues_of_packets_take_turns():
+    """Although their handlers wait for nothing: else one loop would handle all that many clients have sent."""
+    handled: list[str] = []
+
+    async def handle(job: str) -> None:
+        handled.append(job)
+
+    queues = [chatrtc.PacketQueue(handle, pytest.fail, 3) for _ in range(3)]
+    for number in range(3):
+        for name, queue in zip("abc", queues, strict=True):
+            queue.put(f"{name}{number}")
+    await asyncio.gather(*filter(None, (queue.running for queue in queues)))
+    assert handled == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "b2", "c2"]
+
+
 async def test_http_errors_are_json(bare):
     for path in ("", "?EIO=3&transport=polling", "?EIO=4&transport=x", "?EIO=4&transport=polling&sid=x"):
         async with bare.http.get("/socket.io/" + path) as response:
