@@ -1,4 +1,4 @@
-"""The benchmark of ChatRTC: `python bench_chatrtc.py` prints one table.
+"""The benchmark of ChatRTC: `python bench_chatrtc.py` prints tables of figures and of targets.
 
 It pins the server to one core, drives it from client processes on the other cores, and in turns, within the same run, does
 the same to the servers that ChatRTC is compared with:
@@ -9,10 +9,10 @@ the same to the servers that ChatRTC is compared with:
     turn      the same with one commit per turn of the event loop
     empty     an aiohttp handler that parses the JSON of a post and answers (also on uvloop)
 
-Node announces who is connected, as ChatRTC does. They all do less than ChatRTC (one token, no roles, no limits), so the ratios
-flatter them. A message is outstanding until every client of its room has received it. Every message is counted at every
-client: a process parses a room's stream once, checks that the sequence numbers follow each other, and compares what each client
-receives with those bytes.
+Node announces who is connected, as ChatRTC does. They all do less than ChatRTC (one token, no roles, no limits), so the
+comparison favors them. A message is outstanding until every client of its room has received it. Every message is counted at
+every client: a process parses a room's stream once, checks that the sequence numbers follow each other, and compares what each
+client receives with those bytes.
 
 Sections: Settings, Machine, Servers, Listeners, Sender, Bench, Scenarios, History, Report, Command line.
 """
@@ -394,7 +394,7 @@ READS = ("chatrtc", "node")
 
 
 def takes_part(server: str, step: str) -> bool:
-    """Tell if the step applies: the ceiling stores nothing, the empty handlers deliver nothing."""
+    """Return whether a step applies to a server: the ceiling stores nothing, the empty handlers deliver nothing."""
     if step == "start":
         return server in ("chatrtc", "obvious", "node")
     return server != "ceiling" if step == "posts" else server in DELIVERS
@@ -409,13 +409,13 @@ class Server:
     port: int = 0
     started: float = 0.0  # seconds from the start of the process to its first answer
     token: str = ""  # of the account that posts
-    reader: str = ""  # of the account of the clients: the one who posts would be told of the read mark that each post moves
+    reader: str = ""  # token of the clients' account, which never posts: an author receives a `channel:read` for each post
     rooms: list[Room] = field(default_factory=list)
-    beside: list[Server] = field(default_factory=list)  # other processes on the same database
+    others: list[Server] = field(default_factory=list)  # other processes on the same database
 
     def cpu_seconds(self) -> float:
         """Return the CPU time of all processes on the database."""
-        return sum(cpu_seconds(server.process.pid) for server in (self, *self.beside))
+        return sum(cpu_seconds(server.process.pid) for server in (self, *self.others))
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None, http: Http | None = None) -> Any:
         """Send one request, on a connection of its own unless one is given, and return the JSON of the answer."""
@@ -644,12 +644,12 @@ class Crowd:
 
     def __init__(self, total: int, messages: int) -> None:
         self.total, self.messages = total, messages  # members in all processes; messages that each has missed
-        self.unaware: set[Member] = set()  # who do not know yet that all members are connected
+        self.unaware: set[Member] = set()  # clients that have not yet learned that all members are connected
         self.faults = 0
 
 
 class Member(Client):
-    """A client that counts the members of whom it learns: those in the answer to `join_server`, and one by each event after it.
+    """A client that counts the members it learns about: those in the ack of `join_server`, and one by each event after it.
     A sampled one also compares their ids."""
 
     def __init__(self, port: int, token: str, server_id: int, crowd: Crowd, after: int | None, is_sampled: bool) -> None:
@@ -1143,7 +1143,7 @@ class Bench:
         servers[0].prepare()
         for server in servers[1:]:
             server.token, server.reader, server.rooms = servers[0].token, servers[0].reader, servers[0].rooms
-        servers[0].beside = servers[1:]
+        servers[0].others = servers[1:]
         return servers[0]
 
     def start_redis(self) -> int:
@@ -1159,7 +1159,7 @@ class Bench:
 
     def stop(self, *servers: Server) -> None:
         for server in servers:
-            self.stop(*server.beside)
+            self.stop(*server.others)
             server.stop()
             self.servers.remove(server)
 
@@ -1195,7 +1195,7 @@ class Bench:
         for _ in range(50):
             before = server.cpu_seconds()
             time.sleep(0.2)
-            if server.cpu_seconds() - before < 0.04 * (1 + len(server.beside)):
+            if server.cpu_seconds() - before < 0.04 * (1 + len(server.others)):
                 break
 
     def counts(self) -> list[list[int]]:
@@ -1323,7 +1323,7 @@ def percentile(found: Counter[int], share: float) -> float:
 
 def durable_posts(bench: Bench, server: Server, room: Room, key: str, **more: Any) -> None:
     """Post over 64 connections, each as soon as it has its answer; no client is in the room. `more`: fields of Work."""
-    more_ports = [other.port for other in server.beside]
+    more_ports = [other.port for other in server.others]
     span, times = bench.run_work(server, Work(server.port, server.token, [room[1]], more_ports=more_ports, **more))
     bench.note_rate(server, key, span, span.answers)
     bench.note(server, {f"{key} p99 ms": times[1]})
@@ -1366,7 +1366,7 @@ def processes(bench: Bench, count: int) -> None:
     server = bench.launch_processes(count)
     time.sleep(1.5)  # until they have found Redis and each other
     durable_posts(bench, server, server.rooms[0], f"shared{count} posts")
-    for key, place in zip(("own", "other"), (server, *server.beside[:1]), strict=False):
+    for key, place in zip(("own", "other"), (server, *server.others[:1]), strict=False):
         bench.join(place, server.rooms, 10)
         latency(bench, server, PACE, f"shared{count} {key}")
         bench.leave(server)
@@ -1449,7 +1449,7 @@ KEEP_SESSION = "session => localStorage.setItem('chatrtc::session', JSON.stringi
 
 
 class Traffic:
-    """What a page requests and receives, told by the browser."""
+    """The requests and responses of a page, as the browser reports them."""
 
     def __init__(self, devtools: Any) -> None:
         self.reset()
@@ -1576,7 +1576,7 @@ ROWS = (  # title, key, decimals
     ("... client processes idle, %", "all idle %", 0),
     ("{few} clients in a room: deliveries/s", "few /s", 0),
     ("... CPU per delivery, µs", "few us", 2),
-    ("half of that rate, {clients} clients: messages/s", "half rate", 0),
+    ("{clients} clients at half of their highest rate: messages/s", "half rate", 0),
     ("... latency p50, ms", "half p50 ms", 1),
     ("... latency p99, ms", "half p99 ms", 1),
     ("at half of Node's rate: latency p50, ms", "node p50 ms", 1),
@@ -1809,16 +1809,16 @@ def steps_of(bench: Bench, names: list[str], only: set[str]) -> Iterator[tuple[s
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="Smaller numbers and one run, to see that it works.")
-@click.option("--only", multiple=True, type=click.Choice(VISIT + AFTER), help="Take only this measurement (repeatable).")
+@click.option("--quick", is_flag=True, help="Run once with small numbers, to try the benchmark.")
+@click.option("--only", multiple=True, type=click.Choice(VISIT + AFTER), help="Run only this measurement (repeatable).")
 @click.option("--servers", multiple=True, type=click.Choice(list(LABELS)), help="Measure only this server (repeatable).")
 @click.option("--runs", type=click.IntRange(1), help="Number of runs; the table shows their medians.")
-@click.option("--cpus", help="Cores to use, the server's first (0,1,2,3).")
+@click.option("--cpus", help="Cores to use, the server's first, such as 0,1,2,3 (default: all).")
 @click.option("--chatrtc", type=click.Path(path_type=Path), default=HERE / "chatrtc.py", hidden=True)
 @click.option("--serve", hidden=True)
 @click.option("--database", default="", hidden=True)
 def main(quick: bool, only: Names, servers: Names, runs: int, cpus: str, chatrtc: Path, serve: str, database: str) -> None:
-    """Measure ChatRTC and the servers that it is compared with, and print one table."""
+    """Measure ChatRTC and the servers it is compared with. Prints tables of figures and targets."""
     if serve:
         return serve_inline(serve, database)
     plan = QUICK if quick else Plan()

@@ -59,7 +59,8 @@ CREATE TABLE members (
 CREATE INDEX members_by_user ON members (user_id);
 CREATE UNIQUE INDEX one_owner ON members (server_id) WHERE role = 'owner';
 
--- Users who left a server or were removed. They can still be banned, their names are still shown, and they come back muted.
+-- Users who left a server or were removed. They can still be banned, and their names are still shown. A mute that has not ended
+-- applies again when they come back.
 CREATE TABLE former_members (
     server_id  INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
     user_id    INTEGER NOT NULL REFERENCES users,
@@ -112,7 +113,7 @@ CREATE TABLE purges (
     CHECK ((author_id IS NULL) <> (channel_id IS NULL))
 ) STRICT;
 
--- What admins did, for other admins. Entries are kept for 90 days.
+-- The moderation log: actions of admins. Entries are kept for 90 days.
 CREATE TABLE moderation (
     entry_id  INTEGER PRIMARY KEY AUTOINCREMENT,
     server_id INTEGER NOT NULL REFERENCES servers ON DELETE CASCADE,
@@ -172,7 +173,7 @@ CREATE TABLE messages (
     reply_to   INTEGER,                            -- a message of the same channel
     nonce      TEXT,                               -- chosen by the client, so that a repeated post is recognized
     seq        INTEGER NOT NULL,                   -- sequence number of its last change
-    extras     INTEGER NOT NULL DEFAULT 0 CHECK (extras IN (0, 1)),  -- 1: it may have reactions, mentions or a pin
+    extras     INTEGER NOT NULL DEFAULT 0 CHECK (extras IN (0, 1)),  -- 1: it may have reactions, mentions, files or a pin
     deleted    INTEGER NOT NULL DEFAULT 0 CHECK (deleted IN (0, 1)),
     everyone   INTEGER NOT NULL DEFAULT 0 CHECK (everyone IN (0, 1)), -- 1: it mentions all members, by @everyone
     author_name TEXT                               -- of a post by a hook: the name that it gave; NULL: that of the author
@@ -204,8 +205,9 @@ CREATE TABLE pins (
 ) STRICT;
 CREATE INDEX pins_by_channel ON pins (channel_id, pin_id);
 
--- Files. The bytes are in `pieces`. A file is complete once it has a digest, and belongs to one message from the post on. Files without
--- a channel are deleted: their pieces are removed in small steps. So are files that belong to no message an hour after their upload.
+-- Files. The bytes are in `pieces`. A file is complete once it has a digest. When it is posted, it belongs to one message. A file
+-- without a channel is deleted: its pieces are removed in small steps. Files that belong to no message are deleted an hour after
+-- the upload.
 CREATE TABLE files (
     file_id     INTEGER PRIMARY KEY AUTOINCREMENT,
     channel_id  INTEGER REFERENCES channels ON DELETE SET NULL,
@@ -219,7 +221,7 @@ CREATE TABLE files (
     alt         TEXT,                              -- describes it to people who do not see it
     digest      BLOB,                              -- SHA-256 of the bytes; NULL: still being uploaded
     message_id  INTEGER REFERENCES messages ON DELETE SET NULL,
-    place       INTEGER NOT NULL DEFAULT 0         -- among the files of its message
+    place       INTEGER NOT NULL DEFAULT 0         -- position among the files of its message
 ) STRICT;
 CREATE INDEX files_by_message ON files (message_id) WHERE message_id IS NOT NULL;
 CREATE INDEX files_unattached ON files (uploader_id) WHERE message_id IS NULL;
@@ -243,7 +245,7 @@ CREATE TABLE reads (
     user_id      INTEGER NOT NULL REFERENCES users,
     channel_id   INTEGER NOT NULL REFERENCES channels ON DELETE CASCADE,
     last_read_id INTEGER NOT NULL,
-    posted_at    REAL,                             -- Unix seconds; NULL: not since format 4
+    posted_at    REAL,                             -- Unix seconds; NULL: no post since the migration to format 4
     PRIMARY KEY (user_id, channel_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX reads_by_channel ON reads (channel_id);
@@ -263,8 +265,8 @@ CREATE VIRTUAL TABLE messages_fts USING fts5 (
 -- With 4, the default, deleting 50 messages can cause a merge of 0.2 s.
 INSERT INTO messages_fts (messages_fts, rank) VALUES ('automerge', 8);
 
--- What other processes have to know of recent commits: each row has the effects of one commit, as JSON. The command line writes
--- rows, and so do servers that share the database (--redis). Each server applies the rows of others in the order of their ids.
+-- The commit log, for other processes: each row has the effects of one recent commit, as JSON. Commands and servers that share
+-- the database (--redis) add rows. Each server applies the rows of others in the order of their ids.
 CREATE TABLE log (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
     written_at REAL NOT NULL,                      -- Unix seconds

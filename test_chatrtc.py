@@ -94,9 +94,9 @@ def bound(seconds: float) -> float:
 # ---- Helpers --------------------------------------------------------------------------------------------------------
 # How to add a test:
 #
-# 1. Find its section. The sections have the names and the order of those in chatrtc.py. After them come Guarantees (one
-#    part for each promise of the README), Several processes, Page (in a real browser), Packaging, Descriptions and The tree
-#    itself.
+# 1. Find its section. The sections have the names and the order of those in chatrtc.py (Engine.IO and Socket.IO are one; SQL
+#    is tested with the operations). After them come Guarantees (the promises of docs/guarantees.md), Several processes, Page
+#    (in a real browser), Packaging, Descriptions and The tree itself.
 # 2. Take a fixture:
 #      scene       a server with a channel, four users and their sockets: most tests begin with it
 #      world       a server in this process, without rate limits; `make_world(port=...)` starts one with other settings
@@ -119,9 +119,10 @@ def bound(seconds: float) -> float:
 #
 # A change of the program needs tests in several sections, and each says what is missing when it fails:
 #      an operation     a row in PERMISSIONS, a rate limit, and a sequence number if it changes something durable
-#      an event         a function with @story, a handler in the page, and its effect in Replica.apply if it is durable
+#      an event         a @story (a function that causes it; see Events), a handler in the page, and its effect in
+#                       Replica.apply if it is durable
 #      a column         a step in MIGRATIONS, an entry in RELEASED, and clearing it on deletion
-#      a reason         a sentence in both languages of the page
+#      a reason         its text in both languages, in ERROR_TEXTS of the page
 #      a setting        `README=write pytest -k readme_has_the_tables` writes it, and all of the above, into the docs
 #
 # `pytest -k NAME` runs the tests whose names contain NAME; `pytest -m soak` runs the long ones.
@@ -1013,6 +1014,7 @@ MARKDOWN_CASES = {
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
+# Every setting: its option, its environment variable, its limits.
 
 
 def all_commands() -> dict[str, click.Command]:
@@ -10299,6 +10301,9 @@ async def test_events_of_the_program_are_limited(make_world: MakeWorld) -> None:
 
 
 # ---- Application ----------------------------------------------------------------------------------------------------
+# Starting, stopping and embedding: applications with the chat in them.
+
+
 @contextlib.asynccontextmanager
 async def running(app: web.Application) -> AsyncIterator[str]:
     """Run an application on a free port; yield its URL."""
@@ -11244,6 +11249,9 @@ async def test_lan_mode_prints_the_address_and_a_qr_code(tmp_path: Path) -> None
 
 
 # ---- Methods --------------------------------------------------------------------------------------------------------
+# Every operation that needs no socket is a documented, typed method of ChatRTC.
+
+
 @pytest.mark.portable
 def test_each_operation_is_a_documented_method() -> None:
     manual = pydoc.plain(pydoc.render_doc(chatrtc.ChatRTC))
@@ -11312,6 +11320,8 @@ async def test_a_program_can_search_by_author(scene: Scene) -> None:
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
+# Every command: its output, its errors and its exit status.
+
 DatabaseOption = tuple[str, str]
 
 
@@ -11372,7 +11382,7 @@ def with_damage(image: bytes, kind: str, random: Random) -> bytes:
 
 
 def is_sound(path: Path) -> bool:
-    """Tell if SQLite finds no fault in the file."""
+    """Return whether SQLite finds no error in the file."""
     try:
         with contextlib.closing(sqlite3.connect(path)) as db:
             return bool(db.execute("PRAGMA integrity_check(1)").fetchone()[0] == "ok")
@@ -12519,9 +12529,9 @@ async def test_the_portable_tests_pass_without_what_windows_lacks(windows: dict[
 
 
 # ---- Guarantees -----------------------------------------------------------------------------------------------------
-# Each promise of the README is tested by causing the real fault: kills, power cuts, full disks, hostile clients. The numbers
-# here are those of every commit; `pytest -m soak` runs the same tests with the full ones. A test that shows that something
-# does not happen also shows that it would have noticed it (its control).
+# Each promise of docs/guarantees.md is tested by causing the real fault: kills, power cuts, full disks, hostile clients. The
+# numbers here are those of every commit; `pytest -m soak` runs the same tests with the full ones. A test that shows that
+# something does not happen also shows that it would have noticed it (its control).
 
 
 def trials(few: int, many: int) -> pytest.MarkDecorator:
@@ -12565,7 +12575,7 @@ class Writers:
         return [nonce for nonce in self.asked if nonce not in self.answered]
 
     async def post(self, world: World, nonce: str) -> bool:
-        """Post the message of this nonce, maybe again; tell if the answer was 201."""
+        """Post the message of this nonce, maybe again. Return whether the status was 201."""
         message = {"channel_id": self.place.channel_id, "content": f"this is {nonce}", "nonce": nonce}
         try:
             reply = await world.call("POST", "/messages", message, token=self.asked[nonce].token)
@@ -13267,7 +13277,7 @@ class Wire:
             self.closed = time.monotonic()
 
     def open(self) -> bool:
-        """Tell if the kernel has the connection as established; that needs no read."""
+        """Return whether the kernel lists the connection as established; that needs no read."""
         established = 1
         state = self.connection.getsockopt(socket_module.IPPROTO_TCP, socket_module.TCP_INFO, 1)[0]
         return state == established
@@ -13990,7 +14000,7 @@ WAITS = {"never connects": 10, "never authenticates": 10, "stops polling": 36, "
 
 
 def is_of_the_server(thing: object) -> bool:
-    """Tell if an object belongs to the server's side of a connection."""
+    """Return whether an object belongs to the server's side of a connection."""
     if isinstance(thing, types.FrameType):
         return thing.f_code.co_filename.endswith("chatrtc.py") and "test_" not in thing.f_code.co_filename
     return type(thing).__module__.split(".")[0] in ("chatrtc", "aiohttp", "engineio", "socketio")
@@ -15306,7 +15316,7 @@ class Uploaders:
         return [file_id for file_id in self.answered if file_id not in self.posted]
 
     async def attach(self, world: World, file_id: int) -> bool:
-        """Post a file, maybe again, and tell if the answer was 201."""
+        """Post a file, maybe again. Return whether the status was 201."""
         message = {"channel_id": self.place.channel_id, "content": "", "files": [file_id], "nonce": f"file {file_id}"}
         try:
             reply = await world.call("POST", "/messages", message, token=self.owners[file_id].token)
@@ -15543,8 +15553,8 @@ async def test_a_large_file_takes_little_memory_and_delays_nobody(launch: Launch
 
 
 # ---- Several processes ----------------------------------------------------------------------------------------------
-# Servers with --redis on one database. Redis is killed, frozen, emptied and lied to; servers are killed, frozen and restarted.
-# Nothing that was acknowledged is lost, and every client ends with the same copy.
+# Servers with --redis on one database. Redis is killed, frozen and emptied, and sends false messages; servers are killed,
+# frozen and restarted. Nothing that was acknowledged is lost, and every client ends with the same copy.
 
 
 def free_port() -> int:
@@ -19190,7 +19200,7 @@ async def test_a_reconnect_needs_few_requests(api: World, proxy: Proxy, tab: Any
 
 
 async def has_counted(asked: list[str]) -> bool:
-    """Tell if the page has requested all read marks, which is its last request."""
+    """Return whether the page has requested all read marks, which is its last request."""
     return any(one.endswith("/users/me/reads") for one in asked)
 
 
@@ -21271,7 +21281,7 @@ async def test_a_lesson_is_ended(api: World, tab: Any) -> None:
     await end_lesson("clear")
     await maya.confirm()
     await expect(steps.first).to_contain_text("Under way…")
-    await maya.mouse.click(5, 5)  # beside the dialog: it stays
+    await maya.mouse.click(5, 5)  # outside the dialog: it stays
     await maya.click("#steps >> text=Cancel")
     await expect(steps).to_have_text([re.compile("Cancelled$"), re.compile("Not done$")])
     held.set()
@@ -21742,6 +21752,9 @@ SCROLL = """(() => {
 
 
 # ---- Packaging ------------------------------------------------------------------------------------------------------
+# The wheel and the sdist: what they contain, and that they work.
+
+
 async def run(*args: str | Path, cwd: Path) -> str:
     process = await asyncio.create_subprocess_exec(
         *map(str, args), cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
@@ -22156,6 +22169,9 @@ def test_the_guide_names_what_exists() -> None:
 
 
 # ---- Descriptions ---------------------------------------------------------------------------------------------------
+# OpenAPI and AsyncAPI describe what the server does.
+
+
 def references_in(schema: Any) -> Iterator[str]:
     """Yield every $ref of a schema."""
     if isinstance(schema, dict):
