@@ -15,7 +15,7 @@ has been committed. The sections, to be read in this order:
     Queries             the SQL for accounts, servers and members
     File queries        the SQL for the files that messages contain
     Message queries     the SQL for messages, reactions, read marks and search
-    Transcript          the messages of channels as a page to read
+    Transcript          the messages of channels as one HTML file
     Presence            users who are connected, typing or in a voice channel: kept in memory only
     Authentication      passwords and tokens
     Rate limits         how often a user or an address may do something
@@ -25,7 +25,7 @@ has been committed. The sections, to be read in this order:
     Engine.IO server    all sessions, and the HTTP requests that open and reach them
     Socket.IO server    Socket.IO on top of Engine.IO: packets are validated, and handled in order
     Hub                 sockets and their users; applies the effects of operations
-    Bus                 what processes that share a database tell each other by Redis
+    Bus                 messages between the processes that share a database, through Redis
     Async operations    operations that need more than one transaction, or sockets
     API                 REST and Socket.IO handlers, OpenAPI and AsyncAPI, all derived from the table of operations
     Application         starting, stopping, embedding
@@ -91,7 +91,7 @@ import msgspec
 from aiohttp import WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-if __name__ not in sys.modules:  # hatchling loads this file for `get_build_hook` without the entry that typing looks for
+if __name__ not in sys.modules:  # if hatchling loads it for `get_build_hook`; typing looks up annotations in sys.modules
     sys.path.insert(0, str(Path(__file__).parent))
     sys.modules[__name__] = importlib.import_module("chatrtc")
 
@@ -150,18 +150,18 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     no_guests: Annotated[bool, Meta(description="Do not accept guests (invited people without a password).")] = False
     create_servers: Annotated[
         Literal["everyone", "accounts", "nobody"],
-        Meta(description="Who may create servers: everyone, accounts with a password, or only the command line."),
+        Meta(description="Who may create servers: everyone, everyone except guests, or only the command line."),
     ] = "accounts"
     conversations: Annotated[
         Literal["everyone", "staff", "nobody"],
-        Meta(description="Private conversations: for everyone, only with an admin or owner of a shared server, or for nobody."),
+        Meta(description="Which private conversations are allowed: all, those with an admin or owner, or none."),
     ] = "everyone"
     ice_server: Annotated[tuple[str, ...], Meta(description="STUN or TURN URL for voice: stun:HOST:PORT (repeatable).")] = ()
     tls_cert: Annotated[str | None, Meta(description="Certificate file (PEM) for https.")] = None
     tls_key: Annotated[str | None, Meta(description="Private key file (PEM) of that certificate.")] = None
     tls_self_signed: Annotated[bool, Meta(description="Serve https with a generated certificate (needs chatrtc[tls]).")] = False
     lan: Annotated[bool, Meta(description="Listen on the local network, and show the address and its QR code.")] = False
-    public_url: Annotated[str | None, Meta(description="Address for invites and QR codes: https://chat.example.org.")] = None
+    public_url: Annotated[str | None, Meta(description="Address that people open, such as https://chat.example.org.")] = None
     trusted_proxy: Annotated[
         tuple[str, ...],
         Meta(description="Proxy whose X-Forwarded headers are trusted: address, network or 'unix' (repeatable)."),
@@ -236,10 +236,10 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "NO_PASSWORD": ("FORBIDDEN", "This account cannot have a password"),
     "REGISTRATION_CLOSED": ("FORBIDDEN", "Only the person who runs this chat can create accounts"),
     "INVITE_NEEDED": ("FORBIDDEN", "An invite is required to create an account"),
-    "GUESTS_OFF": ("FORBIDDEN", "This server does not accept guests"),
+    "GUESTS_OFF": ("FORBIDDEN", "This chat does not accept guests"),
     "NOT_FOR_GUESTS": ("FORBIDDEN", "Guests cannot do this; set a password first"),
     "NOT_FOR_BOTS": ("FORBIDDEN", "Bots cannot do this"),
-    "CREATE_SERVERS_OFF": ("FORBIDDEN", "Only the administrator of this server can create servers"),
+    "CREATE_SERVERS_OFF": ("FORBIDDEN", "Only the person who runs this chat can create servers"),
     "NO_TOKEN": ("BAD_REQUEST", "There is no token to revoke: the call came from the embedding program"),
     "NOT_MEMBER": ("FORBIDDEN", "You are not a member of this server"),
     "ROLE_TOO_LOW": ("FORBIDDEN", "Only {who} may do this"),
@@ -256,7 +256,7 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "NO_MESSAGE": ("NOT_FOUND", "Message not found"),
     "NO_BOT": ("NOT_FOUND", "Bot not found"),
     "NO_HOOK": ("NOT_FOUND", "Hook not found"),
-    "HOOK_UNKNOWN": ("NOT_FOUND", "This hook does not exist (any more)"),
+    "HOOK_UNKNOWN": ("NOT_FOUND", "This hook does not exist"),
     "HOOK_BODY": ("BAD_REQUEST", "A hook takes JSON, or a form with the field payload"),
     "LINK_UNKNOWN": ("NOT_FOUND", "This sign-in code is wrong, used or expired; ask for a new one"),
     "NOT_A_GUEST": ("FORBIDDEN", "This member is not a guest; sign-in codes are for guests"),
@@ -277,7 +277,7 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "TOO_MANY_REACTIONS": ("CONFLICT", "A message has at most {n} different reactions"),
     "NO_FILE": ("NOT_FOUND", "File not found"),
     "FILE_ATTACHED": ("CONFLICT", "The file already belongs to a message"),
-    "FILES_OFF": ("FORBIDDEN", "This server does not accept files"),
+    "FILES_OFF": ("FORBIDDEN", "This chat does not accept files"),
     "FILES_FULL": ("UNAVAILABLE", "The server has no space left for files; reading and writing messages still work"),
     "NOT_JOINED": ("FORBIDDEN", "This socket has not joined the server"),
     "NO_VOICE_CHANNEL": ("BAD_REQUEST", "This is not a voice channel"),
@@ -297,8 +297,8 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "BODY_COMPRESSED": ("BAD_REQUEST", "Compressed bodies are not accepted"),
     "BODY_LONG": ("TOO_LARGE", "A body has at most {n} bytes"),
     "BODY_BROKEN": ("BAD_REQUEST", "The body was incomplete or arrived too slowly"),
-    "ORIGIN": ("FORBIDDEN", "Pages of this origin may not use this server"),
-    "HOST": ("FORBIDDEN", "This server does not answer to this host name (see --public-url)"),
+    "ORIGIN": ("FORBIDDEN", "Pages of this origin may not use this chat"),
+    "HOST": ("FORBIDDEN", "This chat does not accept this host name (see --public-url)"),
     "NO_EVENT": ("NOT_FOUND", "Unknown event"),
     "ONE_OBJECT": ("BAD_REQUEST", "An event takes one object as its argument"),
     "NO_ROUTE": ("NOT_FOUND", "Unknown route"),
@@ -334,7 +334,7 @@ def chat_error(reason: str, *, field: str | None = None, retry_after: float | No
 
 
 async def result_or_exception(work: Awaitable[Any]) -> Any:
-    """Await `work` and return its result or the exception it raised. The only broad `except` in this file."""
+    """Return the result of `work` or the exception it raised. Only here are all exceptions caught and not raised again."""
     try:
         return await work
     except Exception as error:
@@ -342,7 +342,8 @@ async def result_or_exception(work: Awaitable[Any]) -> Any:
 
 
 class StartError(Exception):
-    """An error that keeps the program from starting, in one line for the person who started it."""
+    """An error for the person at the keyboard, in one line: the program cannot start, a command cannot run, or the database
+    file was replaced while the server runs."""
 
 
 # ---- Text ----------------------------------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ SCRIPTS = {  # first word of a Unicode name -> script, if they differ ("": used 
     "COMBINING": "", "MODIFIER": "", "DIGIT": "", "LOW": "", "FULL": "", "HYPHEN-MINUS": "",
 }  # fmt: skip
 CURSIVE = {"ARABIC", "SYRIAC", "MANDAIC", "MONGOLIAN", "NKO"}
-CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # no two of them look alike
+CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # without I, O, 0 and 1, which are easily confused
 VIRAMA = 9  # combining class of signs that join two consonants
 
 
@@ -743,11 +744,11 @@ def search_phrases(q: str) -> str:
 
 
 # ---- File types ----------------------------------------------------------------------------------------------------
-# What a file is called and what it is. The name and type that a client sends may be malicious. The name is cleaned; the type is
-# detected from the first piece of the content against a short list. What could run (SVG, HTML, scripts) is text, so it is a
-# download. A file that is valid as two types has the type that its beginning shows.
+# The names and types of files. What a client sends may be malicious: the name is cleaned, and the type is detected from the
+# first piece of the content against a short list. Files that a browser could execute (SVG, HTML, scripts) get the type
+# text/plain and are sent as downloads. If a file is valid as two types, its first bytes decide.
 
-PIECE_BYTES = 256 * 1024  # files are stored in pieces; in a JPEG file, metadata of more than 64 KiB may precede the size
+PIECE_BYTES = 256 * 1024  # of a stored file; the first piece contains a JPEG's size, often after 64 KiB of metadata
 MAX_PIXELS = 50_000_000  # of a picture: browsers need 4 bytes of memory for each
 MAX_FILE_NAME_CHARS, MAX_FILE_NAME_BYTES = 120, 200  # file systems allow 255 bytes
 UNSAFE_IN_FILE_NAME = re.compile(f"[{CONTROLS}\u2028\u2029{INVISIBLE_CHARS}\ud800-\udfff]")
@@ -828,7 +829,7 @@ PICTURE_SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
 
 
 def picture_size(head: bytes) -> tuple[int, int] | None:
-    """Return the width and height of a picture, given its first piece, or None if it is not one, is damaged or too large."""
+    """Return the width and height of a picture, given its first piece. None: not a picture, damaged or too large."""
     for media_type, read_size in PICTURE_SIZES.items():
         if re.match(FILE_TYPES[media_type], head, re.DOTALL):
             width, height = read_size(head)
@@ -936,14 +937,14 @@ class HostUser(Args):
     """A user of the embedding program. Without an `external_id`, the username identifies it."""
 
     username: Annotated[str, Meta(min_length=1, max_length=256, pattern=NAME)]  # if it is not valid, one is derived
-    name: DisplayName | None = None  # None: as it is
+    name: DisplayName | None = None  # None: unchanged
     external_id: Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00]+$")] | int | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None:
             self.name = clean_name(self.name)
         if self.external_id is None and not (is_username(self.username) and name_key(self.username) != EVERYONE):
-            self.external_id = f"username:{name_key(self.username)}"  # because the account has another username
+            self.external_id = f"username:{name_key(self.username)}"  # the account gets another username, and is found by this
         if self.external_id is not None:
             self.external_id = str(self.external_id)
 
@@ -966,7 +967,7 @@ class NewPassword(Args):
 
 
 class TokenArgs(Args):
-    token: str | None = None  # optional and of any length, so that no token is UNAUTHORIZED, as any wrong one
+    token: str | None = None  # optional and of any length: a missing token is rejected like an invalid one (UNAUTHORIZED)
 
 
 class StatusArgs(Args):
@@ -1120,7 +1121,7 @@ class HookPost(Args, forbid_unknown_fields=False):
 
     secret: Code
     content: str = ""
-    username: Annotated[str, Meta(max_length=64)] | None = None  # the author's name of this message
+    username: Annotated[str, Meta(max_length=64)] | None = None  # shown as the author of this message
     text: str | None = None
     attachments: Annotated[list[SlackAttachment], Meta(max_length=50)] | None = None
     blocks: Annotated[list[SlackBlock], Meta(max_length=50)] | None = None
@@ -1308,7 +1309,7 @@ class Hook(Payload):
     name: str
     user_id: int  # its bot
     created_at: str
-    url: str | UnsetType = UNSET  # its address with the secret, only in the answer that creates it
+    url: str | UnsetType = UNSET  # its address with the secret, only in the response to `create_hook`
 
 
 class Hooks(Payload):
@@ -1520,9 +1521,9 @@ def read_args(kind: type[T], raw: Any) -> T:
 # The events that the server emits, each with its payload and the room that receives it, and the effects of operations, which
 # Hub applies after the transaction is committed.
 
-Instance = Annotated[str, Meta(pattern=r"^[A-Za-z0-9-]{0,64}\Z")]  # a run of a process: its name and a random part
-HELLO_ENTRIES = 200  # in one message
-PACKET_MESSAGES = 100
+Instance = Annotated[str, Meta(pattern=r"^[A-Za-z0-9-]{0,64}\Z")]  # a run of a process: its name and a random suffix
+HELLO_ENTRIES = 200  # at most, in one Hello
+PACKET_MESSAGES = 100  # at most, in one BusPacket
 
 
 class MentionNotice(Message, kw_only=True):
@@ -1626,13 +1627,13 @@ EVENTS = {
     "voice:signal": EventKind(VoiceSignal, "socket", "A peer's WebRTC signal."),
     "error": EventKind(ErrorNotice, "socket", "An event sent without an ack failed."),
 }
-TOLD_EVENTS = {"user:typing", "typing_stop", "voice:join", "voice:leave"}  # emitted on all processes, though not in the log
+TOLD_EVENTS = {"user:typing", "typing_stop", "voice:join", "voice:leave"}  # emitted on all processes, not by the commit log
 
 
 class Emit(NamedTuple):
     event: str
     to: int  # the id of the server, channel or user whose room receives it
-    payload: Payload | msgspec.Raw  # Raw: JSON, from the log
+    payload: Payload | msgspec.Raw  # Raw: JSON, from the commit log
     server_id: int = 0  # if it is in neither `to` nor the payload
 
 
@@ -1667,7 +1668,7 @@ class Rename(NamedTuple):  # the user's sockets and cached tokens get the new di
     name: str | None
 
 
-class MarkOwnPost(NamedTuple):  # posting moved the author's read mark: emit it a moment later, once for several posts
+class MarkOwnPost(NamedTuple):  # a post moved its author's read mark: emit `channel:read` soon, once for several posts
     server_id: int
     user_id: int
     channel_id: int
@@ -1684,7 +1685,7 @@ class StopTyping(NamedTuple):
     user_id: int
 
 
-class StopSpeech(NamedTuple):  # who may no longer type or talk, because of a mute, a role or a rule, stops doing so
+class StopSpeech(NamedTuple):  # end the typing and talking that a mute, a role or a rule has just forbidden
     server_id: int
     user_id: int | None = None  # None: everybody in the channel
     channel_id: int | None = None  # None: in all channels of the server
@@ -1704,7 +1705,7 @@ class EmitCustom(NamedTuple):  # an event of the embedding program, for the sock
     skipped: list[str | None]
 
 
-class LogLine(NamedTuple):  # what the command line did, for the log of each server
+class LogLine(NamedTuple):  # a line about a command, for the log of each server process
     text: str
 
 
@@ -1716,12 +1717,12 @@ EFFECTS: dict[str, Any] = {kind.__name__: kind for kind in typing.get_args(Effec
 
 
 def encode_effects(effects: Sequence[Effect]) -> bytes:
-    """Return effects as a row of the log has them: a JSON list of [name, fields]."""
+    """Encode effects for a row of the commit log: a JSON list of [name, fields]."""
     return msgspec.json.encode([(type(effect).__name__, effect) for effect in effects])
 
 
 def decode_effects(data: bytes) -> list[Effect]:
-    """Return the effects of a row of the log. Payloads remain JSON, because they are only passed on."""
+    """Return the effects of a row of the commit log. Payloads remain JSON, because they are only passed on."""
     effects: list[Effect] = []
     for name, content in msgspec.json.decode(data, type=list[tuple[str, msgspec.Raw]]):
         if name == "Emit":
@@ -1731,12 +1732,13 @@ def decode_effects(data: bytes) -> list[Effect]:
     return effects
 
 
-# What processes that share a database tell each other. See the section Bus.
+# Messages between processes that share a database. See the section Bus.
 class BusMessage(Struct, array_like=True, tag=True): ...
 
 
 class Notice(BusMessage):
-    what: Literal["wake", "beat", "bye", "want"]  # the log has new rows; the sender is alive; it stops; it needs a `Hello`
+    # wake: the commit log has new rows; beat: the sender is alive; bye: it stops; want: it needs a Hello
+    what: Literal["wake", "beat", "bye", "want"]
     instance: Instance = ""  # from this process or, if empty, from all
 
 
@@ -1883,11 +1885,11 @@ SCHEMA_FORMAT = len(MIGRATIONS) + 1
 MAX_FULL_CHECK_BYTES = 64 * 1024 * 1024  # largest file whose indexes are compared with its tables at startup (about 1 s)
 SQLITE_MAGIC = b"SQLite format 3\0"
 BACKUP_MODE = b"\1"  # header[18:19] of a backup; a database in use is in WAL mode (2), from the beginning
-TURN_SECONDS = 10.0  # for which a command, or a server that starts or stops, waits for its turn
+TURN_SECONDS = 10.0  # longest wait for the turn, by a command or by a server that starts or stops
 TURN_POLL_SECONDS = 0.0002
 READER_CACHE_KIB = 16 * 1024  # cache of a connection that reads
-# A commit copies the -wal into the database once it has so many pages. With 4,000 (16 MiB), pages that change often are copied
-# less often, but that takes 50 ms or more. Slow jobs write so much that this would often happen: they copy it after 1 MiB.
+# A commit checkpoints once the -wal has so many pages. With 4,000 (16 MiB), pages that change often are copied less often, but
+# a checkpoint takes 50 ms or more. Slow jobs would cause it often, so they checkpoint every 250 pages (1 MiB).
 CHECKPOINT_PAGES, SLOW_CHECKPOINT_PAGES = 4000, 250
 R = TypeVar("R")
 Query = Callable[..., R]  # its first argument is a connection
@@ -1897,8 +1899,8 @@ PRAGMAS = dict(
 
 
 def asset(name: str) -> bytes:
-    """Return a text file of the program: `name` next to this file or, as a wheel installs it, chatrtc.*. Its lines end as
-    browsers hash them, even if git has converted them on Windows."""
+    """Return a text file of the program: `name` next to this file or, in an installed wheel, chatrtc.*. Lines end with LF even
+    if git on Windows converted them, because the page's Content-Security-Policy has hashes of its scripts."""
     paths = [Path(__file__).resolve().with_name(one) for one in (name, f"chatrtc{Path(name).suffix}")]
     return next(filter(Path.exists, paths)).read_bytes().replace(b"\r\n", b"\n")
 
@@ -1935,7 +1937,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def connect_reader(path: Path, *, immutable: bool = False, cache_kib: int = READER_CACHE_KIB) -> sqlite3.Connection:
-    """Open a read-only connection. With `immutable`, nothing else may write meanwhile, and not even a -shm is created."""
+    """Open a read-only connection. With `immutable`, no locks are taken and no -shm is created, so nobody else may write."""
     uri = f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' if immutable else ''}"
     db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, cached_statements=256)
     for pragma in ("busy_timeout = 5000", "query_only = 1", f"cache_size = -{cache_kib}"):
@@ -1999,9 +2001,9 @@ def read_private(path: Path, database: Path) -> bytes:
         found, me = os.fstat(file.fileno()), effective_user()
         owners = {me, os.stat(database).st_uid if me == 0 and database.exists() else 0}
         if me is not None and found.st_uid not in owners:
-            raise StartError(f"{path} belongs to another user: move it away to have a new one made")
+            raise StartError(f"{path} belongs to another user: move it away, and a new one is created")
         if me is not None and found.st_mode & 0o077:
-            raise StartError(f"Other users can read {path}: run `chmod 600 {path}`, or move it away to have a new one made")
+            raise StartError(f"Other users can read {path}: run `chmod 600 {path}`, or move it away and a new one is created")
         return file.read()
 
 
@@ -2037,7 +2039,7 @@ def check_format(db: sqlite3.Connection, path: Path) -> int:
     if not blank and owner != APPLICATION_ID:
         raise StartError(f"{path} is a database of another program; it was left unchanged")
     if version > SCHEMA_FORMAT:
-        formats = f"format {version}; this one knows {SCHEMA_FORMAT}"
+        formats = f"format {version}; this version supports up to {SCHEMA_FORMAT}"
         raise StartError(f"{path} was written by a newer ChatRTC ({formats}): use that version, or restore a backup")
     return version
 
@@ -2151,7 +2153,7 @@ def join_writers(path: Path) -> sqlite3.Connection:
 
 class FileLock:
     """A lock file next to a database. Many processes can share its lock, or one can hold it alone. The system releases it when
-    a process ends. Where `flock` is missing, bytes are locked: one of them to share the lock, all of them to hold it alone."""
+    a process ends. Without `flock` (on Windows), it locks bytes of the file: one to share the lock, all to hold it alone."""
 
     SHARES = 64
 
@@ -2164,7 +2166,7 @@ class FileLock:
         """Open the lock file, creating it if it is missing. Raises StartError."""
         if self._file is None:
             if self.database.name == ":memory:":
-                raise StartError("The database is a file; ':memory:' would keep nothing")
+                raise StartError("':memory:' is not supported: the database must be a file")
             if not self.path.parent.is_dir():
                 raise StartError(f"The directory {self.path.parent} does not exist")
             self._file = open_private(self.path, os.O_RDWR | os.O_CREAT)
@@ -2229,7 +2231,7 @@ class Turn:
             self._next.release()
 
     def acquire(self, seconds: float | None = None) -> None:
-        """Wait for the turn. Raises StartError if other processes do not end theirs within that time (else TURN_SECONDS)."""
+        """Wait for the turn. Raises StartError after `seconds` (default: TURN_SECONDS)."""
         deadline = time.monotonic() + (TURN_SECONDS if seconds is None else seconds)
         try:
             for lock in (self._next, self._turn):
@@ -2245,7 +2247,7 @@ class Turn:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Have the turn in the body. Raises StartError."""
+        """Return a context manager that holds the turn. Raises StartError."""
         try:
             self.acquire()
             yield
@@ -2292,7 +2294,7 @@ def link_or_copy(path: str, kept: str) -> None:
 
 
 def replace_database(path: Path, part: Path) -> Path | None:
-    """Replace a database by the copy `part`, and return the new name of the old database with its -wal.
+    """Replace a database by the copy `part`. Return the path under which the old one (and its -wal) is kept, if there was one.
 
     After an interruption, `path` is either the old database, or the copy next to the old -wal (`check_openable` detects this).
     """
@@ -2317,10 +2319,9 @@ def replace_database(path: Path, part: Path) -> Path | None:
 
 
 # ---- Store ---------------------------------------------------------------------------------------------------------
-# The open database. One connection of a process does its writes and checkpoints, in the process's turn: queued jobs are
-# committed together and synced; then their effects are published and their callers answered. (If one connection commits while
-# another checkpoints, a bug in SQLite before 3.51.3 can lose rows.) Each reader has a read-only connection, and each query a
-# snapshot.
+# The open database. In each process one connection does all writes and checkpoints, and processes take turns: if one connection
+# commits while another checkpoints, a bug in SQLite before 3.51.3 can lose rows. Queued jobs are committed together and synced;
+# then their effects are published and their callers answered. Each reader has a read-only connection, each query a snapshot.
 
 SLOW_READERS = 3
 PARTS_CACHE_KIB = 1024  # cache of the connection that reads files, which are larger than any cache
@@ -2335,13 +2336,13 @@ CHECKPOINT_IDLE_SECONDS = 0.3  # maintenance runs after this time without writes
 DISK_CHECK_SECONDS = 1.0  # time between two checks of the free disk space
 FAILURE_LOG_SECONDS = 60  # time between two log lines about failed writes
 CALL_TIMEOUT = 8.0  # seconds for any call; shorter than the ping timeout
-# Limits of the log. A process that is further behind reconnects its clients.
+# Limits of the commit log. A process that is further behind disconnects its clients, which reconnect and catch up.
 LOG_ROWS, LOG_BYTES, LOG_SECONDS = 4096, 32 << 20, 60.0
-LOG_STEP = 256  # rows that are read at a time
-LOG_POLL_SECONDS = 0.25  # between two looks at the log, if nobody says that there is news
-JOB_TURN_SECONDS = 3.5  # for which jobs wait for their turn: two such waits, one after the other, fit into CALL_TIMEOUT
-SETTLE_SECONDS = 0.001  # between two looks whether everything is applied
-TRIM_EVERY = 16  # rows, or after a row of BIG_ROW_BYTES, the log is trimmed
+LOG_STEP = 256  # rows read in one query
+LOG_POLL_SECONDS = 0.25  # time between two polls of the commit log; notifications come sooner
+JOB_TURN_SECONDS = 3.5  # longest wait of a job for its turn; two such waits fit into CALL_TIMEOUT
+SETTLE_SECONDS = 0.001  # time between two checks in `Store.settle`
+TRIM_EVERY = 16  # the commit log is trimmed after so many rows, and after each row of more than BIG_ROW_BYTES
 BIG_ROW_BYTES = 64 << 10
 
 Job = Callable[[sqlite3.Connection], Result[Any]]
@@ -2371,19 +2372,19 @@ def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | Cha
     return outcomes
 
 
-# The id of the last row that was ever added to the log.
+# The id of the last row that was ever added to the commit log.
 load_log_end: Query[int] = first_value("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'log'")
 
 
 def load_log(db: sqlite3.Connection, after: int) -> tuple[list[tuple[int, bytes]], int]:
-    """Return the next rows of the log, as id and effects, and the id of the last one."""
+    """Return the next rows of the commit log, as id and effects, and the id of the last one."""
     rows = db.execute("SELECT id, effects FROM log WHERE id > ? ORDER BY id LIMIT ?", (after, LOG_STEP)).fetchall()
     return rows, load_log_end(db)
 
 
 def trim_log(db: sqlite3.Connection, clock: float) -> Result[int]:
-    """Delete some of the oldest rows of the log, if they are too old or too many, and return how many were deleted. After a row
-    about a deletion or edit, the text that earlier rows had must be erased too."""
+    """Delete up to LOG_STEP rows of the commit log that are too old or too many, and return how many. If one of them reports a
+    deletion or an edit, an earlier row had the old text: mark the -wal for erasing (`stale`)."""
     last_id, total = db.execute("SELECT id, bytes FROM log ORDER BY id DESC LIMIT 1").fetchone() or (0, 0)
     deleted = db.execute(
         """DELETE FROM log WHERE id IN (SELECT id FROM (SELECT id, written_at, bytes FROM log ORDER BY id LIMIT ?)
@@ -2397,13 +2398,13 @@ def trim_log(db: sqlite3.Connection, clock: float) -> Result[int]:
 
 
 def has_old_log(db: sqlite3.Connection, clock: float) -> bool:
-    """Return whether the oldest row of the log has to be deleted."""
+    """Return whether the oldest row of the commit log is older than LOG_SECONDS."""
     row = db.execute("SELECT written_at FROM log ORDER BY id LIMIT 1").fetchone()
     return row is not None and row[0] < clock - LOG_SECONDS
 
 
 def append_log(db: sqlite3.Connection, effects: Sequence[Effect]) -> int:
-    """Add the effects of the open transaction to the log, and return the id of the row."""
+    """Add the effects of the open transaction to the commit log, and return the id of the row."""
     data, clock = encode_effects(effects), time.time()
     last = db.execute("SELECT bytes FROM log ORDER BY id DESC LIMIT 1").fetchone()
     row = db.execute(
@@ -2417,7 +2418,7 @@ def append_log(db: sqlite3.Connection, effects: Sequence[Effect]) -> int:
 
 
 def empty_wal(db: sqlite3.Connection) -> Result[bool]:
-    """Move the -wal into the database and empty it, outside a transaction. The value is False if a reader prevented it."""
+    """Checkpoint and truncate the -wal; not in a transaction. The value is False if a reader prevented it."""
     return Result(not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
 
 
@@ -2454,7 +2455,7 @@ class FairQueue:
         self._free = slots
         self._each = each
         self._running: Counter[object] = Counter()
-        self._queues: dict[object, deque[asyncio.Future[None]]] = {}  # user -> waiting calls; the next user first
+        self._queues: dict[object, deque[asyncio.Future[None]]] = {}  # user -> waiting calls; in the order of their turns
 
     def count_waiting(self, user: object) -> int:
         return sum(not turn.done() for turn in self._queues.get(user, ()))
@@ -2509,8 +2510,8 @@ class QueuedJob(NamedTuple):
 
 
 class Store:
-    """The open database. `publish` is called on the event loop with the effects of each committed job, in the order of commits,
-    and with whether another process committed them. If the database is `shared`, other servers write to it too.
+    """The open database. After each commit, `publish(effects, foreign)` is called on the event loop, in the order of commits;
+    `foreign`: another process made the commit. If the database is `shared`, other servers write to it too.
 
     Fast jobs and queries (a few index lookups) run on the event loop: their pages are in memory, so a job takes 20 us, while
     switching to a thread and back takes 150 us. Commits (they wait for the disk), slow jobs and slow queries run in threads.
@@ -2520,11 +2521,11 @@ class Store:
         self, path: Path, publish: Callable[[Sequence[Effect], bool], None], reserve: int = 0, shared: bool = False
     ) -> None:
         self.path = path
-        self.ring: Callable[[], None] = lambda: None  # called when a row of the log is committed
-        self.lost: Callable[[], None] = lambda: None  # called when rows of the log were deleted before they were read
+        self.ring: Callable[[], None] = lambda: None  # called when this process has added a row to the commit log
+        self.lost: Callable[[], None] = lambda: None  # called when rows of the commit log cannot be read or were deleted
         self._shared = shared
         self._lock, self._turn = FileLock(path), Turn(path)
-        self._read_id = self._applied_id = 0  # the last row of the log that was read, and that was applied
+        self._read_id = self._applied_id = 0  # the last row of the commit log that was read, and that was applied
         self._committing = self._has_news = False
         self._news = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
@@ -2546,7 +2547,7 @@ class Store:
         self._wrote_at = 0.0  # time of the last call of `write` for a fast job, or of news from another process
 
     def _lock_database(self) -> bool:
-        """Acquire the lock and return whether no other server has the database open. Raises StartError if one must not."""
+        """Acquire the lock. Return whether no other server has it. Raises StartError if one has it and not all use --redis."""
         alone = self._lock.acquire()
         if alone and not self._shared:
             return True
@@ -2572,7 +2573,7 @@ class Store:
     async def open(self, set_up: Callable[[sqlite3.Connection, bool], None]) -> None:
         """Acquire the lock, check and migrate the file, start the writer and the readers. Raises StartError.
 
-        `set_up` is called with the writer and with whether no other server has the database open, before others can open it.
+        `set_up(db, first)` is called before other servers can open the database; `first`: none has it open.
         """
         read_sqlite_header(self.path)
         try:
@@ -2701,7 +2702,7 @@ class Store:
     def _require_files(self) -> None:
         """Raise StartError if the opened files were moved or replaced: everything written to them would be lost."""
         if self._identify() != self.files:
-            raise StartError("the database file was moved or replaced; restart the server")
+            raise StartError("The database file was moved or replaced: restart the server")
 
     async def _commit_jobs(self) -> None:
         """Commit jobs until the store is closed and the queue empty."""
@@ -2726,7 +2727,7 @@ class Store:
         """Commit the jobs in one transaction or, if that fails, one by one, so that one bad job does not fail the others."""
         outcomes = await result_or_exception(self._transact(batch))
         if isinstance(outcomes, Exception):
-            if len(batch) > 1 and not isinstance(outcomes, StartError):  # which is no job's fault: each would wait for its turn
+            if len(batch) > 1 and not isinstance(outcomes, StartError):  # not caused by a job; each would wait for the turn
                 for queued in batch:
                     await self._commit([queued])
                 return
@@ -2769,7 +2770,7 @@ class Store:
         return outcomes
 
     async def _run_jobs(self, batch: list[QueuedJob]) -> tuple[list[Result[Any] | ChatError], int | None, int]:
-        """Run the jobs and commit. Return their outcomes, the id of their row in the log, if any, and that of its last row."""
+        """Run the jobs and commit. Return their results, and the ids that `_finish` returns."""
         assert self._writer is not None
         if self._reopen_writer:
             self._require_files()
@@ -2787,7 +2788,7 @@ class Store:
         return outcomes, *await on_thread(self._writer, self._finish, effects, batch[0].slow)
 
     def _finish(self, db: sqlite3.Connection, effects: Sequence[Effect], slow: bool) -> tuple[int | None, int]:
-        """Commit, and end the turn. Return the id of the added row of the log, if any, and that of its last row."""
+        """Commit, and end the turn. Return the ids of the row added to the commit log (None: no row) and of its last row."""
         try:
             with db:  # commits, or rolls back on failure
                 self._require_files()
@@ -2801,7 +2802,7 @@ class Store:
             self._turn.release()
 
     def pull(self) -> None:
-        """Look at the log soon, because another process may have committed."""
+        """Poll the commit log soon, because another process may have committed."""
         self._news.set()
 
     async def _follow_log(self) -> None:
@@ -2812,14 +2813,14 @@ class Store:
                     await self._news.wait()
             self._news.clear()
             if self._committing:
-                self._has_news = True  # `_transact` looks at the log again
+                self._has_news = True  # `_transact` polls the commit log again
             elif self._read_log():
                 self.pull()  # in steps, so that other work runs in between
 
     def _read_log(self, before: int | None = None) -> bool:
-        """Schedule the effects of the next rows that others have added to the log. Return whether there may be more rows.
+        """Schedule the effects of the next rows that other processes added to the commit log. Return whether there may be more.
 
-        If rows are missing, or cannot be read although an own commit came after them (`before` is the last), events are lost.
+        Rows up to `before` (this process's own commit follows) must be readable now. If rows are missing, `lost` is called.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -2839,7 +2840,7 @@ class Store:
         return self._read_id < end
 
     def _apply_row(self, row_id: int, data: bytes) -> None:
-        """Publish the effects of a row that another process added to the log."""
+        """Publish the effects of a row that another process added to the commit log."""
         try:
             effects = decode_effects(data)
         except (msgspec.DecodeError, KeyError) as error:
@@ -2900,7 +2901,7 @@ INVITE_ROWS = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
 CHANNEL_ROWS = "SELECT server_id, channel_id, name, kind, topic, posting, slow_seconds, keep_days FROM channels "
 PRINCIPAL_ROWS = "SELECT u.user_id, u.username, u.status, u.generation, u.name, u.source = 'bot', u.password FROM users u "
 HOOK_ROWS = "SELECT hook_id, channel_id, name, user_id, created_at FROM hooks "
-# A conversation without a name is named after the other people: those in it and, in one of two, the one who left.
+# A conversation without a name gets the names of the other participants; one of two people, also if the other has left.
 SERVER_FIELDS = """SELECT s.server_id, CASE WHEN s.name <> '' THEN s.name ELSE (SELECT substr(coalesce(
         group_concat(coalesce(u.name, u.username), ', ') FILTER (WHERE u.user_id <> :user_id),
         group_concat(coalesce(u.name, u.username), ', '), ''), 1, 100) FROM users u WHERE u.user_id IN (
@@ -2935,8 +2936,8 @@ TARGET_TABLES = {  # argument that names the target -> its rules, and the table 
     "code": "NULL, 0 FROM users u LEFT JOIN invites t ON t.code = ?",
 }  # fmt: skip
 TARGET_QUERIES = {key: TARGET_ROWS + table + VALID_CALLER for key, table in TARGET_TABLES.items()}
-# Its server (None: no such target), the caller's role and display name; if it is a conversation, its `pair` or "group"; until
-# when the caller is muted, if at all, and the channel's `posting` and `slow_seconds`.
+# The target's server (None: no such target), the caller's role and display name, "group" or the `pair` of a conversation, the
+# end of the caller's mute, and the channel's `posting` and `slow_seconds`.
 Target = tuple[int | None, Role | None, str | None, str | None, str | None, Posting | None, int | None]
 NEXT_SEQ = {
     "": "UPDATE servers SET seq = seq + 1 WHERE server_id = ?",
@@ -3088,7 +3089,8 @@ load_former_members = rows_as(
 is_former_member: Query[int | None] = first_value(
     "SELECT 1 FROM former_members JOIN users USING (user_id) WHERE server_id = ? AND user_id = ? AND deleted = 0"
 )
-# Whether a server that all these users (?2, JSON; ?1 is one of them) share has staff among them. None: they share no server.
+# 1 if one of these users (?2: a JSON list that includes ?1) is an admin or owner of a server that all of them share, else 0.
+# None: they share no server.
 have_staff_in_common: Query[int | None] = first_value(
     """SELECT max((SELECT max(role <> 'member') FROM members m JOIN json_each(?2) p ON p.value = m.user_id
                    WHERE m.server_id = a.server_id))
@@ -3211,7 +3213,7 @@ def require_user(db: sqlite3.Connection, user_id: int) -> Principal:
 
 
 def load_host_user(db: sqlite3.Connection, args: HostUser) -> tuple[Principal, bool] | None:
-    """Return the account of a user of the embedding program, and whether it is as `args` say. None: there is none yet. With an
+    """Return the account of a user of the embedding program and whether it already matches `args`. None: there is none. With an
     `external_id`, an account of a person is never returned. Raises UNAUTHORIZED if the account is deleted, CONFLICT if it is a
     bot."""
     row = db.execute(
@@ -3448,7 +3450,7 @@ def changed_files(db: sqlite3.Connection) -> Iterator[int]:
 
 
 def check_integrity(db: sqlite3.Connection) -> list[str]:
-    """Return the errors found in a database, one per line. What depends on the tables is checked in the newest format only."""
+    """Return the errors found in a database, one per line. The checks of single tables run only on the newest format."""
     lines = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
     if lines:
         return lines
@@ -3471,7 +3473,7 @@ PIECES_PER_STEP = 4  # pieces deleted in one transaction
 
 
 class StoredFile(NamedTuple):
-    """A complete file, and what decides who may read it."""
+    """A complete file, with the ids that decide who may read it."""
 
     file: File
     digest: bytes
@@ -3514,8 +3516,8 @@ def load_stored_file(db: sqlite3.Connection, file_id: int) -> StoredFile | None:
 
 
 def load_attachable_file(db: sqlite3.Connection, file_id: int, user_id: int, channel_id: int) -> File:
-    """Return a file that a user can post in a channel. Raises NOT_FOUND unless they uploaded it there, and CONFLICT if it was
-    posted, there or by them."""
+    """Return a file that a user can post in a channel. Raises NOT_FOUND unless the user uploaded it to this channel, and
+    CONFLICT if it was posted already, in this channel or by this user."""
     stored = load_stored_file(db, file_id)
     if stored and stored.message_id is not None and (stored.uploader_id == user_id or stored.channel_id == channel_id):
         raise chat_error("FILE_ATTACHED", field="files")
@@ -3554,8 +3556,7 @@ def insert_piece(db: sqlite3.Connection, file_id: int, number: int, data: bytes,
 
 
 def load_file_part(db: sqlite3.Connection, file_id: int, start: int, size: int) -> bytes:
-    """Return bytes of a file from `start`: at most `size`, and none beyond the end of a piece. Raises NOT_FOUND if
-    the file has been removed."""
+    """Return at most `size` bytes of a file from `start`, all of one piece. Raises NOT_FOUND if the file was removed."""
     part = (
         "SELECT substr(data, ?, ?) FROM pieces JOIN files USING (file_id) WHERE file_id = ? AND number = ? AND channel_id > 0"
     )
@@ -3670,8 +3671,8 @@ load_pending_purge: Query[int | None] = first_value("SELECT 1 FROM purges LIMIT 
 delete_pin = statement("DELETE FROM pins WHERE message_id = ?")
 is_pinned: Query[int | None] = first_value("SELECT 1 FROM pins WHERE message_id = ? AND channel_id = ?")
 update_author_name = statement("UPDATE messages SET author_name = ?2 WHERE message_id = ?1")
-# The channels that have expired messages, and the time before which these were posted. The values are the time now, in Unix
-# seconds, and the number of days for which channels keep their messages at most.
+# The channels that have expired messages, and the time before which these were posted. ?1: the time now in Unix seconds. ?2:
+# --keep-days, the maximum for all channels.
 load_expired_channels: Query[list[tuple[int, str]]] = rows_as(
     lambda *row: row,
     """SELECT channel_id, strftime('%Y-%m-%dT%H:%M:%SZ', ?1 - 86400 * min(coalesce(keep_days, ?2), ?2), 'unixepoch') AS before
@@ -3919,8 +3920,8 @@ class PageCache(dict[tuple[int | None, ...], tuple[int, Messages]]):
 
 
 class ChangesCache(dict[tuple[int, int], tuple[int, msgspec.Raw]]):
-    """A cache of the JSON of a server's changes since a sequence number, without lists, which members see differently. An entry
-    is valid while the server's `seq` is unchanged. After a restart, everybody asks for the same changes."""
+    """A cache of a server's changes since a sequence number, as JSON: after a restart, everybody requests the same. Changes
+    with a list are not cached, because members see it differently. An entry is valid while the server's `seq` is unchanged."""
 
     MAX_ENTRIES = 256
     MAX_BYTES = 131_072  # of an entry, so that all entries together take at most 32 MiB
@@ -4058,8 +4059,8 @@ def load_channel_messages(db: sqlite3.Connection, channel_id: int) -> Iterator[M
 
 
 # ---- Transcript ----------------------------------------------------------------------------------------------------
-# The messages of channels as one page to read and to keep. It is made in parts, so that its length does not matter. The parts
-# are small, because a thread that works for long delays the event loop.
+# The messages of channels as one HTML file. It is made in parts, so that its length does not matter. The parts are small,
+# because a thread that works for long delays the event loop.
 
 TRANSCRIPT_STEP, TRANSCRIPT_BYTES = 100, 1 << 16  # messages, and bytes of their JSON, that are loaded together
 TRANSCRIPT_PART = 1 << 15  # characters
@@ -4087,10 +4088,9 @@ class Transcript:
         self.places, self.hidden, self.folder = places, hidden, folder
         self.count = 0  # the number of messages so far
         self.numbers: dict[int, int] = {}  # user id -> number
-        # What the messages of the current part need.
-        self.names: dict[int, str] = {}  # user id -> name
-        self.handles: dict[str, int] = {}  # name key of a username -> user id
-        self.originals: dict[int, Message] = {}  # by id: the messages that are answered
+        self.names: dict[int, str] = {}  # user id -> name, for the messages of the current part
+        self.handles: dict[str, int] = {}  # name key of a username -> user id, for them
+        self.originals: dict[int, Message] = {}  # id -> message that one of them replies to
         self._parts = self._write_page()
 
     def read(self, db: sqlite3.Connection) -> str | None:
@@ -4121,7 +4121,7 @@ class Transcript:
             page = load_page_part(self._db, channel_id, ">", messages[-1].message_id, TRANSCRIPT_STEP, TRANSCRIPT_BYTES)
 
     def _look_up(self, messages: list[Message]) -> None:
-        """Load what these messages need: the messages that they answer, and names or, if these are hidden, usernames."""
+        """Load what these messages need: the messages they reply to, and names or, if these are hidden, usernames."""
         originals = [load_message(self._db, message.reply_to) for message in messages if message.reply_to]
         self.originals = {message.message_id: message for message in originals if message}
         shown = [*messages, *self.originals.values()]
@@ -4194,7 +4194,7 @@ class Transcript:
 # A user is connected to a server while one of their sockets has joined it. Invisible users are shown only to themselves.
 
 TYPING_SECONDS = 3.0  # a user stops typing after this time without a new `typing_start`
-FOREIGN = "@"  # begins the name by which another process's users and voice peers are kept; no socket's id contains it
+FOREIGN = "@"  # begins the made-up sids of users and voice peers of other processes; no socket's sid contains it
 TYPING_INTERVAL = 1.0  # time between two `user:typing` events of a user
 
 
@@ -4203,7 +4203,8 @@ def is_foreign(sid: str) -> bool:
 
 
 class Presence:
-    """A process announces its own users. The others keep all sockets of a user there as one, under that process's name."""
+    """The users who are connected to each server, and their sockets. A user who is connected to another process has one entry:
+    the `sid` of that process, in place of the sockets there. Each process announces only its own users."""
 
     def __init__(self) -> None:
         self.invisible: set[int] = set()
@@ -4334,7 +4335,7 @@ HASHING_QUEUE = 256  # jobs that may wait for a hasher
 HASHING_QUEUE_PER_ADDRESS = 64  # about 2 seconds of work
 LINK_SECONDS = 3600  # lifetime of the link to a file
 ADDRESS_SECONDS = 86400  # time between two records of the same known address
-LAST_SECOND = 253_402_300_799  # 9999-12-31T23:59:59Z: what expires then does not expire
+LAST_SECOND = 253_402_300_799  # 9999-12-31T23:59:59Z: the expiry of tokens and mutes without an end
 
 
 def hash_password(password: str, salt: bytes = b"", n: int = SCRYPT_N, r: int = SCRYPT_R, p: int = SCRYPT_P) -> str:
@@ -4410,8 +4411,7 @@ class TokenSigner:
         return AuthResponse(user_id, username, token, utc(expires), name=name)
 
     def verify(self, token: str) -> tuple[int, int, float]:
-        """Return the user id, the generation and the expiry (Unix seconds) of a token. Raises UNAUTHORIZED if it is not one of
-        ours or has expired."""
+        """Return the user id, generation and expiry (Unix seconds) of a token. Raises UNAUTHORIZED if it is not valid."""
         options: Any = {"verify_iat": False, "verify_aud": False, "verify_iss": False}
         options["require"] = ["sub", "iat", "exp", "jti", "gen"]
         try:
@@ -4459,7 +4459,7 @@ class Limit(NamedTuple):
     per_second: float
     burst: float
     by: Literal["user", "address", "account", "account and address", "hook"]
-    counts: str
+    counts: str  # description for the docs
     failures: bool = False  # whether only failures are counted
 
 
@@ -4468,10 +4468,11 @@ LIMITS = {
         10,
         20,
         "user",
-        "messages, files, edits, reactions, raised hands, bans, profiles, new servers, conversations, channels, invites, names",
+        "messages, uploads, edits, reactions, pins, hands, bans, profile changes, renamed servers, removing guests, "
+        "and new servers, conversations, participants, channels, invites, sign-in codes, bots and hooks",
     ),
     "signal": Limit(20, 300, "user", "WebRTC signals (`voice:signal`)"),
-    "event": Limit(8, 120, "user", "Socket.IO events, except `voice:signal`, and except typing events of a user who is typing"),
+    "event": Limit(8, 120, "user", "Socket.IO events, except `voice:signal` and repeated typing events"),
     "request": Limit(50, 500, "user", "REST requests with a token"),
     # Allows for 1,000 pupils, each trying one taken name first. Sustained: 3,600 accounts an hour for an address.
     "register": Limit(1, 2000, "address", "new accounts, with or without a password"),
@@ -4497,7 +4498,7 @@ LimitKey = tuple[str, object]  # the name of a limit, and the user or address th
 class Limiter:
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
-        self.announce: Callable[[str, object], None] = lambda name, key: None  # tells other processes of a failure
+        self.announce: Callable[[str, object], None] = lambda name, key: None  # announces a failure to other processes
         # For each limit: key -> the time at which its bucket is full again, least recently examined first.
         self._tables: dict[str, OrderedDict[object, float]] = {name: OrderedDict() for name in LIMITS}
 
@@ -4616,12 +4617,12 @@ class RateLimitedLog:
 # ---- Authorization -------------------------------------------------------------------------------------------------
 # Which roles may do what: decided only here, in the operation's own transaction. An operation declares its `Access`, and its
 # arguments name its target: NOT_FOUND if that does not exist, FORBIDDEN if the caller is not a member of its server. An
-# operation by which members say something also declares how it `speaks`: a mute or a rule of the channel may refuse it.
+# operation that posts, types or talks also declares how it `speaks`: a mute or a rule of the channel may forbid it.
 
 RANK: dict[Role | None, int] = {None: 0, "member": 1, "admin": 2, "owner": 3}
 Speech = Literal["post", "edit", "react", "file", "type", "talk", "hook"]
-# Reason -> what it refuses; the last two are for members only, not for staff. A hook may post in its channel whatever the rules
-# of the channel, because an admin has made it, but a mute of its bot refuses its posts.
+# Reason -> the actions that it forbids. READ_ONLY and SLOW_MODE apply to members only, not to admins and the owner. Neither
+# applies to a hook, because an admin created it; a mute of its bot does.
 REFUSED: dict[str, tuple[Speech, ...]] = {
     "MUTED": ("post", "edit", "react", "file", "type", "talk", "hook"),
     "READ_ONLY": ("post", "edit", "file", "type", "talk"),
@@ -4643,7 +4644,7 @@ class OperationContext:
     server_id: int = 0
     channel_id: int = 0
     role: Role | None = None  # of the caller in that server
-    conversation: str | None = None  # if that server is a conversation: "group", or for one of two its `pair`
+    conversation: str | None = None  # "group", the `pair` of a conversation of two, or None: not a conversation
     muted_until: str | None = None
     posting: Posting | None = None  # who may write in the channel
     slow_seconds: int | None = None
@@ -4670,11 +4671,11 @@ class Access(enum.Enum):
     CREATOR = "signed-in users, as `--create-servers` allows"
     STARTER = "signed-in users, as `--conversations` allows"
     MEMBER = "members"
-    WRITER = "members, in conversations as `--conversations` allows"
-    PARTICIPANT = "participants of a conversation, and for themselves those who left it"
+    WRITER = "members (in conversations, as `--conversations` allows)"
+    PARTICIPANT = "participants of a conversation (former participants: only to return)"
     FILE = "members (until a message has the file, only its uploader)"
     ADMIN = "admins and the owner"
-    RENAMER = "admins and the owner, in conversations every participant"
+    RENAMER = "admins and the owner (in a conversation, every participant)"
     INVITER = "admins and the owner (with `--registration invite`, guests only if `--create-servers everyone` is set)"
     OWNER = "the owner"
     AUTHOR = "the message's author"
@@ -4755,7 +4756,7 @@ def check_conversation(ctx: OperationContext, people: list[int], must_share: boo
 
 
 def authorize_start(ctx: OperationContext, args: NewConversation) -> None:
-    """Check that the caller may start a conversation. Set the server and the caller's role if that of two people exists."""
+    """Check that the caller may start a conversation. If two people already have one, set its `server_id` and the `role`."""
     people = sorted({ctx.user.user_id, *args.user_ids})
     if not 1 < len(people) <= MAX_PARTICIPANTS:
         raise chat_error("PARTICIPANTS", field="user_ids", n=MAX_PARTICIPANTS - 1)
@@ -4788,13 +4789,14 @@ def authorize_participant(ctx: OperationContext, user_id: int) -> None:
 
 
 def is_repeated(ctx: OperationContext, args: Args) -> bool:
-    """Return whether this is a repeated post. It is never refused, because nothing is posted: it is answered with the first."""
+    """Return whether this repeats an earlier post (same nonce). That is never refused: it returns the first message."""
     nonce = getattr(args, "nonce", None)
     return bool(nonce and load_message_by_nonce(ctx.db, ctx.user.user_id, ctx.channel_id, nonce))
 
 
 def authorize_on_member(access: Access, ctx: OperationContext, role: Role, user_id: int) -> bool:
-    """Check that a member may act on this one. Return whether it is the caller, who needs no role for it."""
+    """Check that the caller, a member with this role, may act on the member `user_id`. Return whether the caller acts on
+    themselves and is not the owner: then no role is needed."""
     is_self = access in (Access.SELF_OR_OUTRANKS, Access.SELF_OR_ADMIN) and user_id == ctx.user.user_id
     if RANK[role] < RANK["admin"] and not is_self:
         raise chat_error("ROLE_TOO_LOW", who=access.value)
@@ -4847,7 +4849,7 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
 
 
 def find_refusal(ctx: OperationContext, speech: Speech) -> ChatError | None:
-    """Return the error if a mute or a rule of the channel refuses this way to say something, else None."""
+    """Return the error if a mute or a rule of the channel forbids this action, else None."""
     if ctx.muted_until is not None and ctx.muted_until > ctx.now and speech in REFUSED["MUTED"]:
         return chat_error("MUTED")
     if ctx.role != "member":
@@ -4862,7 +4864,7 @@ def find_refusal(ctx: OperationContext, speech: Speech) -> ChatError | None:
 
 
 def check_speech(ctx: OperationContext, args: Args, speech: Speech) -> None:
-    """Raise FORBIDDEN or RATE_LIMITED if the caller, a member, may not say something in this way."""
+    """Raise FORBIDDEN or RATE_LIMITED if a mute or a rule of the channel forbids this action."""
     if (refusal := find_refusal(ctx, speech)) is not None and not is_repeated(ctx, args):
         raise refusal
 
@@ -4882,14 +4884,14 @@ class Operation:
     method: str | None
     path: str | None
     access: Access
-    speaks: Speech | None = None  # how it says something, which mutes and the rules of channels may refuse
+    speaks: Speech | None = None  # its action in a channel, which a mute or a rule may forbid
     args: type[Args]
     result: Any
     emits: Sequence[str] = ()
     status: int  # of an HTTP response: 200, or 204 without a result, unless declared
     replay_status: int  # of an HTTP response that replays an earlier call
     logged: str | None = None  # the action in the moderation log
-    limit: str | None = None  # in addition to "request" or "event"; "itself": the operation charges all its limits
+    limit: str | None = None  # in addition to "request" or "event"; "itself": the operation charges its limits by itself
     raw_body: bool = False  # whether the body of the route is bytes; its arguments are then in the query
     acks: bool = True  # whether the ack contains the result
     slow: bool = False  # whether it may take longer than a few index look-ups
@@ -4898,7 +4900,7 @@ class Operation:
 
     @property
     def has_body(self) -> bool:
-        """Whether the route takes arguments in the body, instead of the query."""
+        """Return whether the route takes its arguments from the body, not from the query."""
         return self.method in ("POST", "PUT", "PATCH") and not self.raw_body
 
 
@@ -5052,8 +5054,7 @@ def join_conversation(ctx: OperationContext, user_id: int) -> list[Effect]:
     status=201, replay_status=200, limit="post", slow=True,
 )  # fmt: skip
 def start_conversation(ctx: OperationContext, args: NewConversation) -> Result[Server]:
-    """Start a private conversation. 200 if you already have one with the same person: you get that, and rejoin it if you had
-    left."""
+    """Start a private conversation. If you already have one with this person, return it with status 200 (and rejoin it)."""
     user_id, people = ctx.user.user_id, sorted({ctx.user.user_id, *args.user_ids})
     if ctx.server_id:
         effects = [] if ctx.role else join_conversation(ctx, user_id)
@@ -5158,7 +5159,7 @@ def set_role(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
 
 
 def add_member(ctx: OperationContext, args: RoleArgs, keeps_role: bool = False) -> Result[Member]:
-    """Make an account a member with that role, or change a member's role unless it `keeps_role`. The owner is the caller."""
+    """Make an account a member with that role, or change a member's role unless `keeps_role`. `ctx.user` is the owner."""
     ctx.target_role, effects = load_role(ctx.db, ctx.server_id, args.user_id), list[Effect]()
     is_new = ctx.target_role is None
     if is_banned(ctx.db, ctx.server_id, args.user_id):
@@ -5460,7 +5461,7 @@ def change_pin(ctx: OperationContext, changed: int) -> Result[None]:
 
 @write("PUT /messages/{message_id}/pin", Access.ADMIN, emits=["message:edit"], limit="post", logged="pin")
 def pin_message(ctx: OperationContext, args: MessageArgs) -> Result[None]:
-    """Pin a message to its channel, which has at most 50 pins."""
+    """Pin a message to its channel. A channel has at most 50 pins."""
     return change_pin(ctx, insert_pin(ctx.db, ctx.message))
 
 
@@ -5606,7 +5607,7 @@ def abort(client: asyncio.Transport) -> None:
 
 
 def unsent_bytes(client: asyncio.Transport) -> int:
-    """Return how many bytes the kernel still holds for a client; 0 if the system does not say."""
+    """Return how many bytes the kernel still holds for a client; 0 if the system does not report it."""
     sock: Any = client.get_extra_info("socket")
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0])
@@ -5746,7 +5747,7 @@ class RoomBuffer:
     __slots__ = ("__weakref__", "data", "is_open", "parts", "polling", "sessions", "size", "urgency")
 
     def __init__(self) -> None:
-        self.parts: list[tuple[int, bytes]] = []  # the frames of each event, and its number among the events of all rooms
+        self.parts: list[tuple[int, bytes]] = []  # (number, frames) of each event; numbers order the events of all rooms
         self.size = self.urgency = 0
         self.is_open = True
         self.data: bytes | None = None  # all parts, joined, once no more can be added
@@ -5761,7 +5762,7 @@ class RoomBuffer:
                 session.send(packet)
 
     def close(self) -> bool:
-        """Let no more events be added. Return whether they could be."""
+        """Close the buffer to new events. Return whether it was open."""
         was_open, self.is_open = self.is_open, False
         return was_open
 
@@ -5881,7 +5882,7 @@ class Session(asyncio.Transport):
         self.tcp: asyncio.Transport | None = None  # the connection of the WebSocket, from the start of the upgrade
         self.outbox: list[Packet] = []
         self.backlog = 0  # size of the outbox
-        self.room_buffers: dict[RoomBuffer, int] = {}  # what waits, and the index of the first part that it has not been sent
+        self.room_buffers: dict[RoomBuffer, int] = {}  # buffer with unsent events -> index of the first one
         self.poll: web.Request | None = None
         self.wakeup: asyncio.Future[None] | None = None  # what the poll waits for
         self.loop = asyncio.get_running_loop()
@@ -5910,7 +5911,7 @@ class Session(asyncio.Transport):
             buffer.polling.append(self)
 
     def _take_frames(self, merged: Merged | None = None) -> bytes:
-        """Return what waits in the room buffers. `merged`: what is joined for one client is kept here for others."""
+        """Return the unsent frames of the room buffers. `merged` caches joined frames, for other clients in the same rooms."""
         if not self.room_buffers:
             return b""
         pieces = tuple([(buffer, start, len(buffer.parts)) for buffer, start in self.room_buffers.items()])
@@ -6102,7 +6103,7 @@ PREFLIGHT = CORS | {
     "Access-Control-Allow-Headers": "Authorization, Content-Type",
     "Access-Control-Max-Age": "600",
 }
-ANONYMOUS_SHARE = 4  # at most one session in four may be anonymous: its user is not known yet
+ANONYMOUS_SHARE = 4  # at most a quarter of `max_sessions` may be anonymous (without a user yet)
 ANONYMOUS_PER_ADDRESS = 500  # anonymous sessions: a school that reconnects after a restart signs in within a second
 HOPS_MAX = 32  # addresses in X-Forwarded-For that are examined
 PORTS = {"http": 80, "https": 443}
@@ -6222,8 +6223,8 @@ def is_origin_allowed(request: web.BaseRequest, options: EngineOptions, origins:
 
 
 def is_own_page(request: web.BaseRequest, options: EngineOptions, public_url: str | None) -> bool:
-    """Return whether a page of our own origin sent the request. A request without the headers that say so is refused: it may be
-    from a page of another site, with the user's cookies."""
+    """Return whether a page of our own origin sent the request. A request without Origin and Sec-Fetch-Site is rejected: it may
+    be from a page of another site, with the user's cookies."""
     site = request.headers.get("Sec-Fetch-Site", "same-origin" if "Origin" in request.headers else "")
     return site == "same-origin" and is_origin_allowed(request, options, [origin_of(public_url)] if public_url else [])
 
@@ -6583,7 +6584,7 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
         elif kind in (wire.ACK, wire.BINARY_ACK):  # the library stores its counter under the id 0
             valid = valid and isinstance(data, list) and bool(self.id) and attachments <= ATTACHMENTS
         if not valid:
-            raise ValueError("a packet of a form that no client sends")
+            raise ValueError("a malformed Socket.IO packet")
         if attachments > ATTACHMENTS:
             self.error = ChatError("BAD_REQUEST", f"An event has at most {ATTACHMENTS} binary attachments")
 
@@ -6624,7 +6625,7 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
         self.rooms_of.get((namespace, sid), set()).discard(room)
 
     def basic_disconnect(self, sid: str, namespace: str, **_: Any) -> None:
-        for room in sorted(self.rooms_of.pop((namespace, sid), ()), key=lambda room: room is None):  # None: all its clients
+        for room in sorted(self.rooms_of.pop((namespace, sid), ()), key=lambda room: room is None):  # None, for all, last
             self.basic_leave_room(sid, namespace, room)
         self.callbacks.pop(sid, None)
         for pending in (self.pending_connect, self.pending_disconnect):
@@ -6965,8 +6966,8 @@ class CallerInfo(NamedTuple):
 
 
 class Caller(NamedTuple):
-    """The user and address of a call, its socket or request (None if the embedding program makes it), its bytes if any, and how
-    it speaks."""
+    """Who makes a call: the user, the address, and the socket or request (None: the embedding program). `body`: the bytes of an
+    upload. `speech`: the channel action that a mute or a rule may forbid."""
 
     user: Principal
     address: str
@@ -7007,7 +7008,7 @@ def check_function(function: HostFunction) -> None:
 
 
 async def sendable(work: Awaitable[T]) -> T:
-    """Await a coroutine of the embedding program. Raises another error instead of a ChatError that cannot be sent."""
+    """Await a coroutine of the embedding program. If it raises a ChatError that cannot be sent, raise the reason instead."""
     try:
         return await work
     except ChatError as error:
@@ -7043,8 +7044,8 @@ class Hub:
         self.before: dict[str, list[HostFunction]] = {}  # operation -> functions of the embedding program
         self.host_events: dict[str, Operation] = {}  # events of the embedding program
         self.listening = False
-        self.say: Callable[[BusMessage], None] = lambda message: None  # tells the other processes; set by `Bus`
-        self.redis: Literal["up", "down"] | UnsetType = UNSET  # whether the processes hear each other, with --redis
+        self.say: Callable[[BusMessage], None] = lambda message: None  # sends to all other processes; set by `Bus`
+        self.redis: Literal["up", "down"] | UnsetType = UNSET  # whether Redis connects the processes
         self.foreign = False  # whether the effects that are applied come from another process
         self.erase_after = 0.0  # see `erase_texts`
         self.identify: Identify | None = None
@@ -7096,7 +7097,7 @@ class Hub:
         self.query(caller, args, lambda ctx, args: None)
 
     def authenticate_token(self, token: str) -> Principal:
-        """Return the user of a token. Raises UNAUTHORIZED if it is not valid (any more)."""
+        """Return the user of a token. Raises UNAUTHORIZED if it is invalid or revoked."""
         cached = self._token_cache.get(token)
         if cached is not None and cached.expires > time.time():
             return cached
@@ -7343,7 +7344,7 @@ class Hub:
         self.sio.enter(connection.sid, f"user:{user.user_id}")
 
     def close(self, connection: Connection) -> None:
-        """Close a socket and its transport, and tell its client not to reconnect by itself."""
+        """Close a socket and its connection. The client does not reconnect by itself."""
         self.remove_connection(connection.sid)
         self.sio.disconnect_now(connection.sid)
 
@@ -7392,7 +7393,7 @@ class Hub:
         return True
 
     def show(self, server_id: int, user: Principal | Profile, sid: str) -> None:
-        """Record that the user is connected by a socket of this process, or by another process. Emit it if that is new."""
+        """Record that a user is connected by this socket, or by another process. Emit it if others see a change."""
         was_here = self.presence.has(server_id, user.user_id)
         if self.presence.join(server_id, user.user_id, sid):
             self.emit("user:connected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
@@ -7486,7 +7487,7 @@ class Hub:
             self._hand_timers[key] = asyncio.get_running_loop().call_later(HAND_SECONDS, lower)
 
     def send_signal(self, sender: Peer, peer: Peer, data: Any) -> bool:
-        """Send a WebRTC signal. Return False if the peer is behind: signals must not fill its queue, which would end it."""
+        """Send a WebRTC signal. Return False if the peer is behind: more signals could fill its backlog and disconnect it."""
         session = self.sio.session(peer.sid)
         if is_foreign(peer.sid):
             self.say(Signal(sender.notice.peer_id, peer.notice.peer_id, StrictJson.dumps(data)))
@@ -7526,10 +7527,10 @@ class Document(NamedTuple):
 
 
 # ---- Bus -----------------------------------------------------------------------------------------------------------
-# What the processes that share a database send each other through Redis: wake-ups, and state that is not in the database.
-# Nothing waits for it, and any of it may be lost: the log is polled too, and each process keeps the complete list of its own
-# users. Packets are numbered; a process that has missed one asks for that list. What arrives is not trusted: whoever controls
-# Redis can fake the presence of members, typing, voice, raised hands, signals and failed sign-ins, and nothing else.
+# Messages between the processes that share a database, through Redis: wake-ups, and state that is not in the database. No call
+# waits for them, and any may be lost: the commit log is polled too, and each process keeps the complete list of its own users.
+# Packets are numbered; a process that misses one requests that list. Messages are not trusted: somebody who controls Redis can
+# fake the presence of members, typing, voice, raised hands, signals and failed sign-ins, and nothing else.
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 2.5  # if the own beat has not come back for this time, Redis counts as down
@@ -7548,7 +7549,7 @@ decode_bus_packet = msgspec.json.Decoder(BusPacket).decode
 
 class OtherProcess:
     def __init__(self, instance: str) -> None:
-        self.sid = f"{FOREIGN}{instance}/"  # by which its users are connected, and with which the ids of its voice peers begin
+        self.sid = f"{FOREIGN}{instance}/"  # the sid of its users in Presence, and the beginning of its voice peers' sids
         self.number = -1  # of its last message
         self.in_sync = False  # whether every packet since its last list has arrived
         self.heard_at = self.asked_at = -math.inf
@@ -7570,7 +7571,7 @@ class Bus:
         # Only processes that have the same database file and the same secret know the channel.
         self._channel = f"chatrtc:{hub.signer.address_digest(0, f'redis {hub.store.files[:1]}').hex()}"
         self._queue, self._queued = deque[BusMessage](maxlen=BUS_QUEUE_LENGTH), asyncio.Event()
-        self._number = 0  # of the last message said
+        self._number = 0  # of the last message
         self._wake_is_queued = self._hello_is_due = self._stopping = self._connected = False
         self._greeted_at = self._listening_since = self._own_beat_at = -math.inf
         self._others: dict[str, OtherProcess] = {}
@@ -7590,14 +7591,14 @@ class Bus:
     # Sending
 
     def say(self, message: BusMessage) -> None:
-        """Tell all other processes, without waiting. While Redis is away, this only counts: a list will replace the message."""
+        """Queue a message for all other processes. While Redis is down, it is only counted: a list will replace it."""
         self._number += 1
         if self._connected:
             self._queue.append(message)
             self._queued.set()
 
     def wake(self) -> None:
-        """Tell the other processes that the log has new rows. A process that has just started reads the log by itself."""
+        """Notify the other processes that the commit log has new rows. A process that has just started polls it anyway."""
         if self._others and not self._wake_is_queued:
             self._wake_is_queued = True
             self.say(Notice("wake"))
@@ -7607,7 +7608,7 @@ class Bus:
         self.say(Counted(limit, [str(part).encode(errors="replace").decode() for part in parts]))
 
     def _greet(self) -> None:
-        """Say the whole list of this process's users and voice peers, and of all raised hands."""
+        """Send the whole list of this process's users and voice peers, and of all raised hands."""
         self._hello_is_due, self._greeted_at = False, self._loop.time()
         peers = [(n.channel_id, n.user_id, n.peer_id) for sid, _, n in self._hub.voice_peers.values() if not is_foreign(sid)]
         hands = [(*key, hand.notice.at) for key, hand in self._hub.hands.items()]
@@ -7648,7 +7649,7 @@ class Bus:
                 self._queue.clear()
 
     async def _publish_queue(self, client: Any) -> None:
-        """Publish what is said until the bus stops."""
+        """Publish the queued messages until the bus stops."""
         while self._queue or not self._stopping:
             if self._queue:
                 async with asyncio.timeout(REDIS_SECONDS):
@@ -7669,7 +7670,7 @@ class Bus:
     # Receiving
 
     async def _listen(self) -> None:
-        """Apply what the others say. Raises TimeoutError if the own beat does not come back."""
+        """Apply the messages of other processes. Raises TimeoutError if this process's own beats do not come back."""
         async with self._connect() as client, client.pubsub(ignore_subscribe_messages=True) as subscription:
             async with asyncio.timeout(REDIS_SECONDS):
                 await subscription.subscribe(self._channel)
@@ -7742,8 +7743,8 @@ class Bus:
                 self._hub.limiter.count(name, key[0] if len(key) == 1 else tuple(key))
 
     def _apply_change(self, process: OtherProcess, event: str, place: int, user_id: int, peer_id: str = "") -> None:
-        """Apply a change of another process's user, if the database has this member and, for the other events than
-        `user:connected`, if the user is connected there."""
+        """Apply an event of a user of another process. It is ignored unless the user is a member and, for every event but
+        `user:connected`, connected to that process."""
         hub, read, sid, peer_sid = self._hub, self._hub.store.read_inline, process.sid, process.sid + peer_id
         channels = read(find_channel, place) if event in TOLD_EVENTS else []
         server_id = channels[0].server_id if channels else place
@@ -7824,7 +7825,7 @@ PUBLIC_URL_MAX = 300
 
 
 def issue_token(hub: Hub, user: Principal, ttl: int | None = None) -> Result[AuthResponse]:
-    """Return a token for a user, valid for `ttl` seconds or as the setting says."""
+    """Return a token for a user, valid for `ttl` seconds (default: the setting `token_ttl`)."""
     return Result(hub.signer.issue(user.user_id, user.username, user.generation, time.time(), user.name, ttl))
 
 
@@ -7958,7 +7959,7 @@ async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthRespo
     """Sign in as a guest with a single-use code from an admin."""
     clock = time.time()
     with hub.limiter_for(caller).charge_unknown_code("invite", caller.address):
-        hub.store.read_inline(load_guest_by_code, args.code, clock)  # a wrong code costs no write
+        hub.store.read_inline(load_guest_by_code, args.code, clock)  # rejects a wrong code without a write
         user = (await hub.store.write(lambda db: Result(delete_sign_in_code(db, args.code, clock)))).value
     return issue_token(hub, user)
 
@@ -8046,9 +8047,9 @@ async def create_bot(hub: Hub, caller: Caller, args: NewBot) -> Result[AuthRespo
 
 
 def public_address(hub: Hub, request: web.Request | None, route: str) -> str:
-    """Return the URL at which people reach this chat: --public-url, else what a trusted proxy says, else the address that the
-    server listens on. A chat embedded in another application does not know that address and uses the request's Host. `route`:
-    how the path of the request begins after that URL."""
+    """Return the URL at which people reach this chat: --public-url, else the one that a trusted proxy names, else the address
+    that the server listens on. A chat embedded in another application does not know that address and uses the request's Host.
+    `route`: the beginning of the request's path below that URL, such as /invites/."""
     options = hub.sio.eio.options
     if hub.settings.public_url is not None:
         return hub.settings.public_url.rstrip("/")
@@ -8292,7 +8293,7 @@ def require_joined(connection: Connection, server_id: int) -> None:
 
 
 def server_of_channel(hub: Hub, caller: Caller, args: ChannelArgs, access: Access) -> int:
-    """Return the channel's server, which the socket must have joined. Counts as an event unless the user is typing there."""
+    """Return the channel's server, which the socket must have joined. Charges "event" unless the user is already typing."""
     typist, user_id = hub.typing_tracker.get((args.channel_id, caller.user.user_id)), caller.user.user_id
     if typist is None:
         hub.limiter.charge("event", user_id)
@@ -8363,7 +8364,7 @@ async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[Non
     except TypeError:
         raise chat_error("FIELD_TYPE", field="data", what="data", n="Binary data is not accepted") from None
     if size > SIGNAL_BYTES:
-        raise chat_error("FIELD_LONG", field="data", what="data", n=SIGNAL_BYTES)
+        raise ChatError("TOO_LARGE", f"data must have at most {SIGNAL_BYTES} bytes of JSON", reason="FIELD_LONG", field="data")
     sender = hub.voice_peers.get(caller.connection.sid)
     if sender is None or sender.notice.channel_id != args.channel_id:
         server_id = hub.query(caller, ChannelArgs(channel_id=args.channel_id), lambda ctx, _: ctx.server_id)
@@ -8384,8 +8385,8 @@ async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[Non
 BODY_MAX = 256 * 1024
 HOOK_BODY_MAX = 64 * 1024  # decoding and converting it takes at most some 20 ms
 BODY_SECONDS = 10
-UPLOAD_STALL_SECONDS = 20.0  # an upload of which nothing arrives for this time is cut off
-LOGGED = {"ban", "unban", "set_role", "change_password", "delete_server"}  # operations that are logged
+UPLOAD_STALL_SECONDS = 20.0  # an upload is aborted if no bytes arrive for this time
+LOGGED = {"ban", "unban", "set_role", "change_password", "delete_server"}  # operations with a line in the program's log
 
 
 async def result_or_error(work: Awaitable[T]) -> T | ChatError:
@@ -8728,7 +8729,7 @@ def host_operation(name: str, function: HostFunction) -> Operation:
         return result | {"success": True}
 
     async def run(hub: Hub, caller: Caller, args: Any) -> Result[dict[str, Any]]:
-        failure = ChatError("INTERNAL_ERROR")  # not UNAVAILABLE, which promises that nothing was changed
+        failure = ChatError("INTERNAL_ERROR")  # not HOST_FAILED: the function may have changed something
         return Result(await hub.ask_program(f"event {name}", answer(caller, args), may_refuse=True, failure=failure))
 
     return Operation(
@@ -8912,9 +8913,9 @@ MAINTENANCE_INTERVAL = 0.5  # seconds
 EXPIRY_INTERVAL = 120  # rounds of maintenance: a minute
 TOKEN_PURGE_INTERVAL = 7200  # rounds of maintenance: an hour
 MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
-DELETION_REST = 4  # a deletion rests so many times as long as its last step took: up to 0.2 s with a million indexed messages
+DELETION_REST = 4  # the pause after a step of a deletion, in multiples of the step's time: up to 0.2 s with a million messages
 DELETION_SECONDS = 1.0  # then the rest of maintenance has its turn
-SEARCH_LAG = 50_000  # messages that may wait to be indexed: the first search would index them in some 2 seconds
+SEARCH_LAG = 50_000  # messages that may wait to be indexed: a search then indexes them first, in some 2 seconds
 KEEPALIVE = 20.0
 WATCHDOG_SECONDS = 2.0  # between two notices to systemd
 PUBLIC_URL = re.compile(rf"(?i:https?://{HOST.pattern}){PATH.pattern}", re.ASCII)
@@ -9079,9 +9080,9 @@ async def expire_messages(hub: Hub) -> None:
 
 
 async def run_maintenance(hub: Hub) -> None:
-    """Trim the log, delete purged messages and removed files, index new messages and erase deleted texts, in short steps that
-    stop while clients write. Even then, one step of each deletion runs, and the index stays within SEARCH_LAG messages of the
-    newest."""
+    """Trim the commit log, delete purged messages and removed files, index new messages and erase deleted texts, in short steps
+    that stop while clients write. Even then, one step of each deletion runs, and the index stays within SEARCH_LAG messages of
+    the newest."""
     if hub.store.read_inline(has_old_log, time.time()):
         await hub.store.write(lambda db: trim_log(db, time.time()), slow=True, frees_space=True)
     for pending, step in (
@@ -9215,9 +9216,9 @@ class ChatRTC:
         chat = ChatRTC(database="chat.db")
         chat.attach(app, prefix="/chat")
 
-    The keywords are the settings of `serve`. Every operation, except those of sockets only, is a method with the arguments of
-    its route: `await chat.post_message(as_user=1, channel_id=1, content="hello")`. `as_user` is the user who performs it
-    (`author_id` is the older name). It returns the result and raises ChatError.
+    The keywords are the settings of `serve`. Every operation that needs no socket is a method, with the arguments of its route
+    as keywords: `await chat.post_message(as_user=1, channel_id=1, content="hello")`. `as_user` is the id of the user who
+    performs it (`author_id` is the older name). It returns the result and raises ChatError.
 
     With `identify`, the page uses the application's own login. It is a coroutine function that takes a request and returns the
     user who sent it, as a dict of arguments for `upsert_user`, or None. With `page=False`, there is no chat page.
@@ -9265,7 +9266,7 @@ class ChatRTC:
         mounted.router.add_routes(routes)
         mounted.middlewares.append(error_middleware(self.sio.eio, {route.handler for route in routes}))
         self.sio.attach(mounted)
-        app.cleanup_ctx.append(self._run)  # those of a sub-application begin only after all those of the application
+        app.cleanup_ctx.append(self._run)  # those of a sub-application start only after all of the application's
         mounted.on_shutdown.append(lambda app: self.sio.eio.drain())
         if prefix:
             app.add_subapp("/" + prefix, mounted)
@@ -9310,10 +9311,8 @@ class ChatRTC:
 
         return register
 
-    # Users of the embedding program.
-
     async def upsert_user(self, *, username: str, name: str | None = None, external_id: str | int | None = None) -> Profile:
-        """Return the account of a user of your application. It is created, or gets the display name, if necessary.
+        """Return the account of a user of your application. Creates it, or changes its display name, if necessary.
 
         It is the account with this `external_id`, your own id of the user. If somebody else has the username, a new account
         gets a number. Without an `external_id` it is the account with this username, whoever created it. Raises BAD_REQUEST,
@@ -9330,8 +9329,8 @@ class ChatRTC:
 
     async def add_member(self, *, server_id: int, user_id: int, role: Role | None = None) -> Member:
         """Make an account a member of a server, or give a member this role; `owner` transfers ownership. Without `role`, a
-        new member is a "member" and others keep their role. Raises NOT_FOUND, and FORBIDDEN if the user is banned or the bot of
-        another server, or for another role of the owner."""
+        new member is a "member" and others keep their role. Raises NOT_FOUND, and FORBIDDEN if the user is banned, is a bot of
+        another server, or is the owner and would get a lower role."""
         given = {"server_id": server_id, "user_id": user_id, "role": "member" if role is None else role}
         args, hub = read_args(RoleArgs, given), self.hub
 
@@ -9487,7 +9486,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def announce(hub: Hub, address: tuple[str, int], tls: bool) -> None:
-    """Print the URLs of the server, for this machine and for others, and set them in the hub."""
+    """Print the URLs at which the server can be reached, and store them in the hub."""
     (host, port), settings, scheme = address, hub.settings, "https" if tls else "http"
     url, lan_url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", f"{scheme}://{lan_address()}:{port}"
     click.echo(f"ChatRTC listening on {url}")
@@ -9502,7 +9501,7 @@ def announce(hub: Hub, address: tuple[str, int], tls: bool) -> None:
             qr_code(settings.public_url or hub.lan_url).terminal(compact=True, border=2)
         if not tls and not settings.trusted_proxy:
             click.echo("Passwords cross the network unencrypted. Add --tls-self-signed to serve https.")
-    elif sys.stdout.isatty() and settings.public_url is None:  # only for people: programs read the first line
+    elif sys.stdout.isatty() and settings.public_url is None:  # only in a terminal: scripts read the first line
         click.echo(f"Only this machine can reach it. With --lan, others on your network can, at {lan_url}")
     sys.stdout.flush()
 
@@ -9518,7 +9517,7 @@ def handle_signals(stop: Callable[[], None]) -> None:
 
 
 def notify_systemd(state: str) -> None:
-    """Send a line such as READY=1 to systemd, if it has asked for that."""
+    """Send a line such as READY=1 to systemd, if it expects one (NOTIFY_SOCKET)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address and hasattr(socket, "AF_UNIX"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notice, contextlib.suppress(OSError):
@@ -9527,7 +9526,7 @@ def notify_systemd(state: str) -> None:
 
 
 async def wait_for_stop(stopped: asyncio.Event) -> None:
-    """Wait until the event is set. Meanwhile tell systemd that the event loop runs: it kills a frozen process (WatchdogSec)."""
+    """Wait until the event is set. Meanwhile notify systemd that the event loop runs: it kills a hung process (WatchdogSec)."""
     while not stopped.is_set():
         notify_systemd("WATCHDOG=1")
         with contextlib.suppress(TimeoutError):
@@ -9555,8 +9554,8 @@ async def serve_until_stopped(settings: dict[str, Any]) -> None:
             reason = str(error.strerror) if reason.startswith("Unknown error") else reason  # Windows has no texts for sockets
             raise StartError(f"Cannot listen on {chat.settings.host}:{chat.settings.port}: {reason}") from None
         announce(chat.hub, runner.addresses[0][:2], context is not None)
-        # A post costs 10 % less if the objects loaded so far are never collected, and the others seldom. Connections are freed
-        # without a collection; what libraries leave in cycles goes with the second generation, at most 500,000 objects.
+        # A post costs 10 % less if the garbage collector skips the objects loaded so far and runs seldom. Connections leave no
+        # cycles; those of libraries are freed with the second generation, after at most 500,000 objects.
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 10, 10)
@@ -9603,7 +9602,7 @@ def make_method(op: Operation) -> Any:
 
 
 for callable_op in OPERATIONS.values():
-    if callable_op.path is not None or callable_op.kind != "async":  # the others need a socket
+    if callable_op.path is not None or callable_op.kind != "async":  # an async operation without a route needs a socket
         setattr(ChatRTC, callable_op.name, make_method(callable_op))
 
 STUBS = '''"""The types of ChatRTC, made from its table of operations."""
@@ -9769,7 +9768,7 @@ class Group(click.Group):
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
-                stream.reconfigure(encoding="utf-8", errors=stream.errors)  # on Windows, files and pipes have another one
+                stream.reconfigure(encoding="utf-8", errors=stream.errors)  # Windows has another encoding for files and pipes
         with cli_errors():
             return super().make_context(*args, **extra)
 
@@ -9905,8 +9904,8 @@ def run_admin_job(database: str, name: str, *args: Any) -> Any:
     return outcome.value
 
 
-user = Group("user", help="Manage accounts, also while the server runs.")
-server = Group("server", help="Manage servers (communities), also while the server program runs.")
+user = Group("user", help="Manage accounts. Works while ChatRTC runs.")
+server = Group("server", help="Manage servers (communities). Works while ChatRTC runs.")
 main.add_command(user)
 main.add_command(server)
 
@@ -9953,7 +9952,7 @@ def user_password(username: str, database: str) -> None:
 @click.option("--messages", is_flag=True, help="Also delete its messages.")
 @options("database")
 @click.confirmation_option(
-    prompt="Delete this account? Its servers pass to other members; a server without other members is deleted."
+    prompt="Delete this account? Its servers pass to other members; a server that has none (or only bots) is deleted."
 )
 def user_delete(username: str, messages: bool, database: str) -> None:
     """Delete an account. Its messages stay, under its name, unless you give --messages."""
@@ -9983,7 +9982,7 @@ def token(username: str, database: str, secret: str | None, token_ttl: int) -> N
 
 
 def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.Connection], None] | None = None) -> Path:
-    """Copy a database next to `dest`, check it, call `finish` on it, return its path. Raises StartError, leaving no copy."""
+    """Copy a database next to `dest`, verify it, pass it to `finish`, return its path. Raises StartError, leaving no copy."""
     if not dest.parent.is_dir():
         raise StartError(f"The directory {dest.parent} does not exist")
     part = dest.with_name(dest.name + ".part")
@@ -10012,21 +10011,21 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
 @click.argument("dest", type=click.Path(path_type=Path))
 @options("database")
 def backup(dest: Path, database: str) -> None:
-    """Back up the database to the new file DEST, verified, also while the server runs."""
+    """Back up the database to a new file DEST. Verifies the copy; works while the server runs."""
     if dest.exists():
         raise StartError(f"{dest} already exists; it was not changed")
     with open_reader(database, any_format=True) as db:
         part = copy_verified(db, dest)
     os.replace(part, dest)
     sync_folder(dest.parent)
-    click.echo(f"{dest} holds {dest.stat().st_size} bytes, verified")
+    click.echo(f"Backed up to {dest}: {dest.stat().st_size} bytes, verified")
 
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @options("database")
 def restore(source: Path, database: str) -> None:
-    """Replace the database with the backup SOURCE, while no server runs. The old database is kept under another name."""
+    """Replace the database with the backup SOURCE. Stop the server first. The old database is kept under another name."""
     path = Path(database).resolve()
     if not source.is_file():
         raise StartError(f"There is no backup {source}")
@@ -10050,7 +10049,7 @@ def restore(source: Path, database: str) -> None:
 @main.command("migrate")
 @options("database")
 def migrate_database(database: str) -> None:
-    """Migrate the database to this version's format. This cannot be undone. A start of the server does the same."""
+    """Migrate the database to this version's format. This cannot be undone. Starting the server does the same."""
     if not Path(database).is_file():
         raise StartError(f"There is no database {database}")
     migrate_file(Path(database))
@@ -10066,8 +10065,8 @@ def check(database: str) -> None:
     for line in lines:
         click.echo(line)
     if lines:
-        raise StartError(f"{database} has errors: {len(lines)}")
-    click.echo("sound: {} users, {} servers, {} messages".format(*counts))
+        raise StartError(f"{database}: {len(lines)} errors found")
+    click.echo("No errors: {} users, {} servers, {} messages".format(*counts))
 
 
 Record = tuple[str, dict[str, Any]]  # the type of an exported object, and the object as the API has it
@@ -10085,7 +10084,7 @@ def export_file(db: sqlite3.Connection, file: File, folder: Path) -> Iterator[by
 
 
 def write_html(db: sqlite3.Connection, servers: list[dict[str, Any]], output: typing.TextIO, folder: Path | None) -> None:
-    """Write the messages of servers as a page to read. It has links to exported files, whose folder has to be next to it."""
+    """Write the messages of servers as one HTML file. It links to exported files, whose folder has to be next to it."""
     places = [(server["name"], load_channels(db, server["server_id"])) for server in servers]
     transcript = Transcript(places, folder=folder.name if folder else None)
     with click.progressbar(length=count_rows(db)[2], label="Exporting", **BAR) as bar:
@@ -10112,7 +10111,7 @@ def export_records(db: sqlite3.Connection, servers: list[dict[str, Any]], folder
 
 
 @main.command()
-@click.option("--format", type=click.Choice(["jsonl", "html"]), default="jsonl")
+@click.option("--format", type=click.Choice(["jsonl", "html"]), default="jsonl", help="JSON objects, or one HTML file.")
 @click.option("--server", type=int, help="Export only the server with this id.")
 @click.option("--output", type=click.File("w", "utf-8", lazy=False), default="-", help="File to write; - is standard output.")
 @click.option(
@@ -10120,7 +10119,7 @@ def export_records(db: sqlite3.Connection, servers: list[dict[str, Any]], folder
 )
 @options("database")
 def export(format: str, server: int | None, output: typing.TextIO, files: Path | None, database: str) -> None:
-    """Export one server or all, as JSON lines or as a page to read."""
+    """Export one server or all, as JSON lines or as one HTML file."""
     with open_reader(database) as db:
         chosen = [row for row in load_all_servers(db) if server in (None, row["server_id"])]
         if server is not None and not chosen:
