@@ -1470,7 +1470,7 @@ class PublicSettings(Payload):
 
 
 T = TypeVar("T")
-FIELD = re.compile(r" - at `\$(?:\.(\w+))?[^`]*`$")
+VALIDATION_PATH = re.compile(r" - at `\$(?:\.(\w+))?[^`]*`$")
 MAX_QUOTED = 64  # characters of a wrong name or value that an error repeats
 VALIDATION_REASONS = {  # msgspec's error -> our reason; `what` is the field, `n` the limit, the value or the rest of the text
     r"Expected `str` of length >= 1": "FIELD_EMPTY",
@@ -1490,7 +1490,7 @@ VALIDATION_REASONS = {  # msgspec's error -> our reason; `what` is the field, `n
 
 def describe_validation_error(text: str) -> ChatError:
     """Return the error for the text of a msgspec validation error or of a `field_error`."""
-    path, detail = FIELD.search(text), FIELD.sub("", text)
+    path, detail = VALIDATION_PATH.search(text), VALIDATION_PATH.sub("", text)
     field = path[1] if path else None
     if detail in REASONS:
         return chat_error(detail, field=field, what=field)
@@ -1627,7 +1627,7 @@ EVENTS = {
     "voice:signal": EventKind(VoiceSignal, "socket", "A peer's WebRTC signal."),
     "error": EventKind(ErrorNotice, "socket", "An event sent without an ack failed."),
 }
-TOLD_EVENTS = {"user:typing", "typing_stop", "voice:join", "voice:leave"}  # emitted on all processes, not by the commit log
+BUS_EVENTS = {"user:typing", "typing_stop", "voice:join", "voice:leave"}  # emitted on all processes, not by the commit log
 
 
 class Emit(NamedTuple):
@@ -1685,7 +1685,7 @@ class StopTyping(NamedTuple):
     user_id: int
 
 
-class StopSpeech(NamedTuple):  # end the typing and talking that a mute, a role or a rule has just forbidden
+class StopForbiddenActivity(NamedTuple):  # end the typing and talking that a mute, a role or a rule has just forbidden
     server_id: int
     user_id: int | None = None  # None: everybody in the channel
     channel_id: int | None = None  # None: in all channels of the server
@@ -1711,7 +1711,7 @@ class LogLine(NamedTuple):  # a line about a command, for the log of each server
 
 Effect = (
     Emit | AddChannelRoom | RemoveRoom | Evict | Revoke | SetStatus | Rename | StopTyping | MarkOwnPost | EmitReadMark
-    | StopSpeech | SetHand | EmitCustom | LogLine
+    | StopForbiddenActivity | SetHand | EmitCustom | LogLine
 )  # fmt: skip
 EFFECTS: dict[str, Any] = {kind.__name__: kind for kind in typing.get_args(Effect)}
 
@@ -1743,7 +1743,7 @@ class Notice(BusMessage):
 
 
 class Change(BusMessage):  # of the sender's own users
-    event: Annotated[str, Meta(max_length=20)]  # user:connected, user:disconnected or one of TOLD_EVENTS
+    event: Annotated[str, Meta(max_length=20)]  # user:connected, user:disconnected or one of BUS_EVENTS
     place: Id  # the server for the first two, else the channel
     user_id: Id
     peer_id: PeerId = "-"
@@ -2123,7 +2123,7 @@ def skip_ids(db: sqlite3.Connection, known: int = 0) -> None:
         db.execute("UPDATE sqlite_sequence SET seq = ?", (base,))
 
 
-def prepare(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
+def check_and_open(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
     """Check the database file, or create it, and return the connection that writes. Raises StartError."""
     with as_start_error(path):
         copied = read_sqlite_header(path)[18:19] == BACKUP_MODE  # a backup that was copied into place
@@ -2332,7 +2332,7 @@ READER_WAIT_SECONDS = 3.5  # time limit of the wait for a free reader; the two a
 POLL_SECONDS = 0.1  # how often a slow read checks whether its caller is still waiting
 MAX_BATCH_JOBS = 256  # jobs in one transaction
 MAX_QUEUED_JOBS = 20_000
-CHECKPOINT_IDLE_SECONDS = 0.3  # maintenance runs after this time without writes
+MAINTENANCE_IDLE_SECONDS = 0.3  # maintenance runs after this time without writes
 DISK_CHECK_SECONDS = 1.0  # time between two checks of the free disk space
 FAILURE_LOG_SECONDS = 60  # time between two log lines about failed writes
 CALL_TIMEOUT = 8.0  # seconds for any call; shorter than the ping timeout
@@ -2341,7 +2341,7 @@ LOG_ROWS, LOG_BYTES, LOG_SECONDS = 4096, 32 << 20, 60.0
 LOG_STEP = 256  # rows read in one query
 LOG_POLL_SECONDS = 0.25  # time between two polls of the commit log; notifications come sooner
 JOB_TURN_SECONDS = 3.5  # longest wait of a job for its turn; two such waits fit into CALL_TIMEOUT
-SETTLE_SECONDS = 0.001  # time between two checks in `Store.settle`
+APPLIED_POLL_SECONDS = 0.001  # time between two checks in `Store.wait_until_applied`
 TRIM_EVERY = 16  # the commit log is trimmed after so many rows, and after each row of more than BIG_ROW_BYTES
 BIG_ROW_BYTES = 64 << 10
 
@@ -2353,7 +2353,7 @@ def on_thread(db: aiosqlite.Connection, run: Callable[..., R], *args: Any) -> Aw
     return db._execute(run, db._conn, *args)  # type: ignore[no-untyped-call]
 
 
-def begin(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | ChatError]:
+def run_jobs(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | ChatError]:
     """Open a transaction and run the jobs in it. If a job raises ChatError before any change, the other jobs continue."""
     outcomes: list[Result[Any] | ChatError] = []
     db.execute("BEGIN IMMEDIATE")
@@ -2521,8 +2521,8 @@ class Store:
         self, path: Path, publish: Callable[[Sequence[Effect], bool], None], reserve: int = 0, shared: bool = False
     ) -> None:
         self.path = path
-        self.ring: Callable[[], None] = lambda: None  # called when this process has added a row to the commit log
-        self.lost: Callable[[], None] = lambda: None  # called when rows of the commit log cannot be read or were deleted
+        self.on_commit: Callable[[], None] = lambda: None  # called when this process has added a row to the commit log
+        self.on_gap: Callable[[], None] = lambda: None  # called when rows of the commit log cannot be read or were deleted
         self._shared = shared
         self._lock, self._turn = FileLock(path), Turn(path)
         self._read_id = self._applied_id = 0  # the last row of the commit log that was read, and that was applied
@@ -2562,7 +2562,7 @@ class Store:
         """Lock the database and open the connection that writes. Raises StartError."""
         with Turn(self.path).hold():
             first = self._lock_database()
-            db = prepare(self.path) if first else join_writers(self.path)
+            db = check_and_open(self.path) if first else join_writers(self.path)
             try:
                 set_up(db, first)
             except BaseException:
@@ -2663,7 +2663,7 @@ class Store:
 
     def is_busy(self) -> bool:
         """Return whether there was a fast write a moment ago."""
-        return asyncio.get_running_loop().time() - self._wrote_at < CHECKPOINT_IDLE_SECONDS
+        return asyncio.get_running_loop().time() - self._wrote_at < MAINTENANCE_IDLE_SECONDS
 
     async def write(self, job: Job, *, slow: bool = False, frees_space: bool = False) -> Result[Any]:
         """Run a job in the next transaction (even if the caller stops waiting) and return its result, synced and published.
@@ -2763,7 +2763,7 @@ class Store:
             self._committing = False
             self._turn.release()
         if own_id is not None:
-            self.ring()
+            self.on_commit()
         if self._has_news:
             self._has_news = False
             self.pull()
@@ -2781,9 +2781,9 @@ class Store:
         if jobs == [empty_wal]:
             return [await on_thread(self._writer, empty_wal)], None, self._read_id
         if batch[0].slow:
-            outcomes = await on_thread(self._writer, begin, jobs)
+            outcomes = await on_thread(self._writer, run_jobs, jobs)
         else:
-            outcomes = begin(self._writer._conn, jobs)
+            outcomes = run_jobs(self._writer._conn, jobs)
         effects = [effect for outcome in outcomes if isinstance(outcome, Result) for effect in outcome.effects]
         return outcomes, *await on_thread(self._writer, self._finish, effects, batch[0].slow)
 
@@ -2820,7 +2820,7 @@ class Store:
     def _read_log(self, before: int | None = None) -> bool:
         """Schedule the effects of the next rows that other processes added to the commit log. Return whether there may be more.
 
-        Rows up to `before` (this process's own commit follows) must be readable now. If rows are missing, `lost` is called.
+        Rows up to `before` (this process's own commit follows) must be readable now. If rows are missing, `on_gap` is called.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -2832,7 +2832,7 @@ class Store:
         if rows:
             self._wrote_at = loop.time()
         if end > self._read_id and (not rows or rows[0][0] != self._read_id + 1):
-            loop.call_soon(self._lose, end)
+            loop.call_soon(self._report_gap, end)
             self._read_id = end
         for row_id, data in rows if self._read_id < end else ():
             loop.call_soon(self._apply_row, row_id, data)
@@ -2845,24 +2845,24 @@ class Store:
             effects = decode_effects(data)
         except (msgspec.DecodeError, KeyError) as error:
             log.error("row %d of the log cannot be read: %s", row_id, error)
-            self._lose(row_id)
+            self._report_gap(row_id)
         else:
             self._mark_applied(row_id)
             self._publish(effects, True)
 
-    def _lose(self, last_id: int) -> None:
+    def _report_gap(self, last_id: int) -> None:
         self._mark_applied(last_id)
-        self.lost()
+        self.on_gap()
 
     def _mark_applied(self, row_id: int) -> None:
         self._applied_id = row_id
 
-    async def settle(self) -> None:
+    async def wait_until_applied(self) -> None:
         """Wait until everything that was committed before this call, by any process, is also applied."""
         end = self.read_inline(load_log_end)  # read once: commits of others may never stop
         while self._applied_id < end:
             self.pull()
-            await asyncio.sleep(SETTLE_SECONDS)
+            await asyncio.sleep(APPLIED_POLL_SECONDS)
 
     def _record_write_failure(self, error: sqlite3.OperationalError | StartError) -> None:
         """Log a write error. After a failed sync the connection's state is unknown, so it is reopened."""
@@ -3597,8 +3597,8 @@ MESSAGE_FIELDS = """
 MESSAGE_ROWS = MESSAGE_FIELDS + "FROM messages m JOIN users u ON u.user_id = m.author_id "
 IN_CHANNEL = "JOIN channels c ON c.channel_id = m.channel_id AND c.server_id = m.server_id "  # leaves out deleted channels
 CHANGED_ROWS = MESSAGE_ROWS + IN_CHANNEL + "WHERE m.server_id = ? AND m.seq > ? ORDER BY m.seq LIMIT ?"
-FOUND_ROWS = MESSAGE_FIELDS + "FROM messages_fts f CROSS JOIN messages m ON m.message_id = f.rowid " + IN_CHANNEL
-FOUND_ROWS += "JOIN users u ON u.user_id = m.author_id WHERE messages_fts MATCH :match AND f.rowid < :before "
+SEARCH_ROWS = MESSAGE_FIELDS + "FROM messages_fts f CROSS JOIN messages m ON m.message_id = f.rowid " + IN_CHANNEL
+SEARCH_ROWS += "JOIN users u ON u.user_id = m.author_id WHERE messages_fts MATCH :match AND f.rowid < :before "
 PURGED_ROWS = """SELECT m.message_id, m.channel_id, c.server_id FROM messages m JOIN channels c ON c.channel_id = m.channel_id
     WHERE m.message_id > ? AND m.message_id <= ? AND m.deleted = 0 AND c.server_id = coalesce(?, c.server_id) AND """
 EXPIRED_ROWS = """SELECT message_id, channel_id, server_id FROM (
@@ -3655,7 +3655,7 @@ load_members_by_key: Query[list[tuple[str, int]]] = rows_as(
 )
 load_posted_at: Query[float | None] = first_value("SELECT posted_at FROM reads WHERE user_id = ? AND channel_id = ?")
 # The author of a message (?2), unless it is ?3, if they are still a member of the server (?1).
-load_answered_author = rows_as(
+load_replied_author = rows_as(
     int,
     """SELECT b.user_id FROM messages m JOIN members b ON b.server_id = ?1 AND b.user_id = m.author_id
        WHERE m.message_id = ?2 AND m.author_id != ?3""",
@@ -3716,17 +3716,17 @@ def load_mentions(
     """Return the ids of the members whom a message mentions: by `@handle` (for each `@`, the longest handle that matches), and
     the author of the message that it replies to, unless that is its own author. At most `MAX_MENTIONS`, ascending. Also return
     whether it mentions everyone, as messages by staff can."""
-    answered, mentioned = [], possible_mentions(content) if "@" in content else []
+    replied, mentioned = [], possible_mentions(content) if "@" in content else []
     if reply_to is not None:
-        answered = load_answered_author(db, server_id, reply_to, author_id)
+        replied = load_replied_author(db, server_id, reply_to, author_id)
     if not any(mentioned):
-        return answered, False
+        return replied, False
 
     keys = msgspec.json.encode(list(itertools.chain(*mentioned))).decode()
     ids = dict(load_members_by_key(db, server_id, keys))
     ids |= {EVERYONE: 0} if by_staff else {}
     longest = {ids[key] for keys in mentioned for key in [one for one in keys if one in ids][-1:]}
-    return sorted(list(dict.fromkeys(answered + sorted(longest - {0})))[:MAX_MENTIONS]), 0 in longest
+    return sorted(list(dict.fromkeys(replied + sorted(longest - {0})))[:MAX_MENTIONS]), 0 in longest
 
 
 def insert_message(
@@ -4048,7 +4048,7 @@ def load_search_results(db: sqlite3.Connection, args: SearchArgs) -> Messages:
     before = args.before if args.before is not None else 2**63 - 1
     values = msgspec.structs.asdict(args) | {"match": match, "before": before, "limit": args.limit + 1}
     narrow = "".join(f"AND m.{field} = :{field} " for field in ("channel_id", "author_id") if values[field] is not None)
-    rows = db.execute(FOUND_ROWS + narrow + "ORDER BY f.rowid DESC LIMIT :limit", values)
+    rows = db.execute(SEARCH_ROWS + narrow + "ORDER BY f.rowid DESC LIMIT :limit", values)
     return take_messages(rows, args.limit)
 
 
@@ -4330,7 +4330,7 @@ CANONICAL_TOKEN = re.compile(r"[\w-]+\.[\w-]+\.[\w-]{42}[AEIMQUYcgkosw048]", re.
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1
 DUMMY_HASH = f"scrypt${SCRYPT_N}${SCRYPT_R}${SCRYPT_P}${secrets.token_hex(16)}${secrets.token_hex(32)}"  # matches nothing
 ISSUER = "chatrtc"  # `iss` and `aud`: another program may sign its own tokens with the same secret
-HASHERS = 2
+HASHER_THREADS = 2
 HASHING_QUEUE = 256  # jobs that may wait for a hasher
 HASHING_QUEUE_PER_ADDRESS = 64  # about 2 seconds of work
 LINK_SECONDS = 3600  # lifetime of the link to a file
@@ -4355,8 +4355,8 @@ class PasswordHasher(FairQueue):
     """Hashes passwords on a few threads. Client addresses take turns."""
 
     def __init__(self, bounded: bool) -> None:
-        super().__init__(HASHERS, HASHERS)
-        self._threads = concurrent.futures.ThreadPoolExecutor(HASHERS, thread_name_prefix="chatrtc-scrypt")
+        super().__init__(HASHER_THREADS, HASHER_THREADS)
+        self._threads = concurrent.futures.ThreadPoolExecutor(HASHER_THREADS, thread_name_prefix="chatrtc-scrypt")
         self._bounded = bounded
 
     async def run(self, work: Callable[..., R], *args: Any) -> R:
@@ -4617,13 +4617,13 @@ class RateLimitedLog:
 # ---- Authorization -------------------------------------------------------------------------------------------------
 # Which roles may do what: decided only here, in the operation's own transaction. An operation declares its `Access`, and its
 # arguments name its target: NOT_FOUND if that does not exist, FORBIDDEN if the caller is not a member of its server. An
-# operation that posts, types or talks also declares how it `speaks`: a mute or a rule of the channel may forbid it.
+# operation that posts, types or talks also declares its `action`: a mute or a rule of the channel may forbid it.
 
 RANK: dict[Role | None, int] = {None: 0, "member": 1, "admin": 2, "owner": 3}
-Speech = Literal["post", "edit", "react", "file", "type", "talk", "hook"]
+ChannelAction = Literal["post", "edit", "react", "file", "type", "talk", "hook"]
 # Reason -> the actions that it forbids. READ_ONLY and SLOW_MODE apply to members only, not to admins and the owner. Neither
 # applies to a hook, because an admin created it; a mute of its bot does.
-REFUSED: dict[str, tuple[Speech, ...]] = {
+FORBIDDEN_ACTIONS: dict[str, tuple[ChannelAction, ...]] = {
     "MUTED": ("post", "edit", "react", "file", "type", "talk", "hook"),
     "READ_ONLY": ("post", "edit", "file", "type", "talk"),
     "SLOW_MODE": ("post",),
@@ -4788,7 +4788,7 @@ def authorize_participant(ctx: OperationContext, user_id: int) -> None:
     check_conversation(ctx, [*load_member_ids(ctx.db, ctx.server_id), user_id], must_share=True)
 
 
-def is_repeated(ctx: OperationContext, args: Args) -> bool:
+def is_replay(ctx: OperationContext, args: Args) -> bool:
     """Return whether this repeats an earlier post (same nonce). That is never refused: it returns the first message."""
     nonce = getattr(args, "nonce", None)
     return bool(nonce and load_message_by_nonce(ctx.db, ctx.user.user_id, ctx.channel_id, nonce))
@@ -4837,7 +4837,7 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
         return
     if not is_permitted(access, ctx):
         raise chat_error("ROLE_TOO_LOW", who=access.value)
-    if ctx.conversation and access in (Access.WRITER, Access.AUTHOR, Access.RENAMER) and not is_repeated(ctx, args):
+    if ctx.conversation and access in (Access.WRITER, Access.AUTHOR, Access.RENAMER) and not is_replay(ctx, args):
         check_conversation(ctx, load_member_ids(ctx.db, ctx.server_id))
     if access in (Access.INVITER, Access.OUTRANKS_GUEST):
         check_settings(access, ctx)
@@ -4848,25 +4848,25 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
             raise chat_error("LINK_ELSEWHERE")
 
 
-def find_refusal(ctx: OperationContext, speech: Speech) -> ChatError | None:
+def find_rule_error(ctx: OperationContext, action: ChannelAction) -> ChatError | None:
     """Return the error if a mute or a rule of the channel forbids this action, else None."""
-    if ctx.muted_until is not None and ctx.muted_until > ctx.now and speech in REFUSED["MUTED"]:
+    if ctx.muted_until is not None and ctx.muted_until > ctx.now and action in FORBIDDEN_ACTIONS["MUTED"]:
         return chat_error("MUTED")
     if ctx.role != "member":
         return None
-    if ctx.posting == "staff" and speech in REFUSED["READ_ONLY"]:
+    if ctx.posting == "staff" and action in FORBIDDEN_ACTIONS["READ_ONLY"]:
         return chat_error("READ_ONLY")
-    if ctx.slow_seconds and speech in REFUSED["SLOW_MODE"] and ctx.user.digest:  # the embedding program has no limits
+    if ctx.slow_seconds and action in FORBIDDEN_ACTIONS["SLOW_MODE"] and ctx.user.digest:  # the embedding program has no limits
         since = ctx.clock - (load_posted_at(ctx.db, ctx.user.user_id, ctx.channel_id) or 0.0)
         if 0 <= since < ctx.slow_seconds:  # a negative time: the clock was set back
             return chat_error("SLOW_MODE", retry_after=ctx.slow_seconds - since)
     return None
 
 
-def check_speech(ctx: OperationContext, args: Args, speech: Speech) -> None:
+def check_channel_rules(ctx: OperationContext, args: Args, action: ChannelAction) -> None:
     """Raise FORBIDDEN or RATE_LIMITED if a mute or a rule of the channel forbids this action."""
-    if (refusal := find_refusal(ctx, speech)) is not None and not is_repeated(ctx, args):
-        raise refusal
+    if (error := find_rule_error(ctx, action)) is not None and not is_replay(ctx, args):
+        raise error
 
 
 # ---- Operations ----------------------------------------------------------------------------------------------------
@@ -4884,7 +4884,7 @@ class Operation:
     method: str | None
     path: str | None
     access: Access
-    speaks: Speech | None = None  # its action in a channel, which a mute or a rule may forbid
+    action: ChannelAction | None = None  # its action in a channel, which a mute or a rule may forbid
     args: type[Args]
     result: Any
     emits: Sequence[str] = ()
@@ -5045,8 +5045,8 @@ def server_joined(db: sqlite3.Connection, server_id: int, user_id: int) -> Emit:
 def join_conversation(ctx: OperationContext, user_id: int) -> list[Effect]:
     """Make a user a participant of the conversation, and return the effects."""
     seq = insert_member(ctx.db, ctx.server_id, user_id, "member", ctx.now)
-    told = [server_joined(ctx.db, ctx.server_id, user_id)] if user_id != ctx.user.user_id else []
-    return [member_event(ctx.db, "member:joined", ctx.server_id, user_id, seq), *told]
+    joined = [server_joined(ctx.db, ctx.server_id, user_id)] if user_id != ctx.user.user_id else []
+    return [member_event(ctx.db, "member:joined", ctx.server_id, user_id, seq), *joined]
 
 
 @write(
@@ -5114,11 +5114,11 @@ def remove_account(db: sqlite3.Connection, user_id: int, messages: bool = False)
     owned = [one for one in load_server_ids(db, user_id) if load_role(db, one, user_id) == "owner"]
     effects = leave_and_close(db, user_id)
     for server_id in owned:
-        if (heir := load_next_owner(db, server_id)) is None:
+        if (next_owner := load_next_owner(db, server_id)) is None:
             effects += remove_server(db, server_id)
         else:
-            seq = update_role(db, server_id, heir, "owner")
-            effects.append(member_event(db, "member:updated", server_id, heir, seq))
+            seq = update_role(db, server_id, next_owner, "owner")
+            effects.append(member_event(db, "member:updated", server_id, next_owner, seq))
     return effects + list(start_purge(db, None, user_id) if messages else ())
 
 
@@ -5155,7 +5155,7 @@ def set_role(ctx: OperationContext, args: RoleArgs) -> Result[Member]:
     change = functools.partial(update_role, ctx.db, ctx.server_id)
     event = functools.partial(member_event, ctx.db, "member:updated", ctx.server_id)
     events = [event(user_id, change(user_id, role)) for user_id, role in changed.items()]
-    return Result(load_member(ctx, args.user_id), [*events, *(StopSpeech(ctx.server_id, user_id) for user_id in changed)])
+    return Result(load_member(ctx, args.user_id), [*events, *(StopForbiddenActivity(ctx.server_id, one) for one in changed)])
 
 
 def add_member(ctx: OperationContext, args: RoleArgs, keeps_role: bool = False) -> Result[Member]:
@@ -5179,7 +5179,7 @@ def add_member(ctx: OperationContext, args: RoleArgs, keeps_role: bool = False) 
 def set_mute(ctx: OperationContext, user_id: int, until: str | None) -> list[Effect]:
     """Mute a member until that time, or lift the mute, and return the effects."""
     seq = update_mute(ctx.db, ctx.server_id, user_id, until)
-    return [member_event(ctx.db, "member:updated", ctx.server_id, user_id, seq), StopSpeech(ctx.server_id, user_id)]
+    return [member_event(ctx.db, "member:updated", ctx.server_id, user_id, seq), StopForbiddenActivity(ctx.server_id, user_id)]
 
 
 @write(
@@ -5359,7 +5359,7 @@ def edit_channel(ctx: OperationContext, args: EditChannel) -> Result[Channel]:
     if channel == before:
         return Result(channel)
     event = channel_event("channel:updated", channel, update_channel(ctx.db, channel))
-    return Result(channel, [event, StopSpeech(ctx.server_id, channel_id=ctx.channel_id)])
+    return Result(channel, [event, StopForbiddenActivity(ctx.server_id, channel_id=ctx.channel_id)])
 
 
 @write(
@@ -5370,7 +5370,7 @@ def delete_channel(ctx: OperationContext, args: ChannelArgs) -> Result[None]:
     """Delete a channel, its messages and its incoming hooks."""
     effects = [effect for user_id in load_hook_bots(ctx.db, ctx.channel_id) for effect in remove_account(ctx.db, user_id)]
     deleted = ChannelDeleted(ctx.server_id, ctx.channel_id, detach_channel(ctx.db, ctx.server_id, ctx.channel_id))
-    effects.append(StopSpeech(ctx.server_id, channel_id=ctx.channel_id))
+    effects.append(StopForbiddenActivity(ctx.server_id, channel_id=ctx.channel_id))
     effects += [Emit("channel:deleted", ctx.server_id, deleted), RemoveRoom(ctx.server_id, ctx.channel_id)]
     return Result(None, effects)
 
@@ -5392,7 +5392,7 @@ def mention_events(ctx: OperationContext, message: Message, notified: Collection
 
 @write(
     "POST /messages", Access.WRITER, event="message:send", emits=["message:new", "channel:read", "mention", "typing_stop"],
-    status=201, limit="post", speaks="post",
+    status=201, limit="post", action="post",
 )  # fmt: skip
 def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
     """Post a message, with files that you uploaded to the channel, and mark the channel as read. If you posted with the same
@@ -5434,7 +5434,7 @@ def get_message(ctx: OperationContext, args: MessageArgs) -> Result[Message]:
 
 @write(
     "PATCH /messages/{message_id}", Access.AUTHOR, event="message:edit", emits=["message:edit", "mention"], limit="post",
-    speaks="edit",
+    action="edit",
 )  # fmt: skip
 def edit_message(ctx: OperationContext, args: EditMessage) -> Result[Message]:
     """Change the text of a message."""
@@ -5491,7 +5491,7 @@ def reaction_event(ctx: OperationContext, event: str, emoji: str) -> Emit:
 
 @write(
     "PUT /messages/{message_id}/reactions/{emoji}", Access.WRITER, event="reaction:add", emits=["reaction:add"], limit="post",
-    speaks="react",
+    action="react",
 )  # fmt: skip
 def add_reaction(ctx: OperationContext, args: ReactionArgs) -> Result[None]:
     """Add your reaction to a message; adding it twice changes nothing."""
@@ -6907,13 +6907,13 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
 
 def socket_server(**options: Any) -> SocketServer:
     """Return a Socket.IO server. `options`: those of `EngineOptions` and of socketio.AsyncServer. Raises StartError."""
-    ours = EngineOptions(**{field.name: options.pop(field.name) for field in fields(EngineOptions) if field.name in options})
+    engine_options = EngineOptions(**{one.name: options.pop(one.name) for one in fields(EngineOptions) if one.name in options})
     if missing := missing_private_names():
         raise StartError(f"The installed libraries lack what ChatRTC needs: {', '.join(missing)}")
     more = options.pop("cors_allowed_origins", None) or ()
-    ours.origins = {*ours.origins, *([more] if isinstance(more, str) else more)}
-    ours.max_payload = options.pop("max_http_buffer_size", ours.max_payload)
-    return SocketServer(ours, **options)
+    engine_options.origins = {*engine_options.origins, *([more] if isinstance(more, str) else more)}
+    engine_options.max_payload = options.pop("max_http_buffer_size", engine_options.max_payload)
+    return SocketServer(engine_options, **options)
 
 
 # ---- Hub -----------------------------------------------------------------------------------------------------------
@@ -6967,13 +6967,13 @@ class CallerInfo(NamedTuple):
 
 class Caller(NamedTuple):
     """Who makes a call: the user, the address, and the socket or request (None: the embedding program). `body`: the bytes of an
-    upload. `speech`: the channel action that a mute or a rule may forbid."""
+    upload. `action`: the channel action that a mute or a rule may forbid."""
 
     user: Principal
     address: str
     source: Connection | web.Request | None = None
     body: Body | None = None
-    speech: Speech | None = None
+    action: ChannelAction | None = None
 
     @property
     def is_program(self) -> bool:
@@ -7026,7 +7026,7 @@ class Hub:
         self.signer = TokenSigner(secrets.token_hex() if settings.secret is None else settings.secret, settings.token_ttl)
         shared = settings.redis is not None
         self.store = Store(Path(settings.database), self.apply_effects, settings.disk_reserve << 20, shared)
-        self.store.lost = self.reconnect_all
+        self.store.on_gap = self.reconnect_all
         self.sio.share = self.share if shared else None
         self.qr_lock, self.piece_lock = asyncio.Lock(), asyncio.Lock()
         self.uploads = FairQueue(UPLOADS, UPLOADS_PER_USER)
@@ -7055,7 +7055,7 @@ class Hub:
             Emit: self.emit, AddChannelRoom: self.add_channel_room, RemoveRoom: self.remove_room, Evict: self.evict,
             Revoke: self.revoke, SetStatus: self.emit_status, Rename: self.rename, StopTyping: self.stop_typing,
             MarkOwnPost: self.mark_own_post, EmitReadMark: self.emit_read_mark, EmitCustom: self.emit_custom, LogLine: log.info,
-            StopSpeech: self.stop_speech, SetHand: self.set_hand,
+            StopForbiddenActivity: self.stop_forbidden_activity, SetHand: self.set_hand,
         }  # fmt: skip
 
     def limiter_for(self, caller: Caller) -> Limiter:
@@ -7066,22 +7066,22 @@ class Hub:
 
     def authorized(
         self, access: Access, user: Principal, args: Args, run: Callable[[OperationContext, Any], R],
-        speech: Speech | None = None,
+        action: ChannelAction | None = None,
     ) -> Query[R]:  # fmt: skip
         """Return a job for the store that authorizes the user in the open transaction, then runs the operation or query."""
 
         def job(db: sqlite3.Connection) -> R:
             ctx = OperationContext(db, user, time.time(), self.presence, self.pages, self.settings)
             authorize(access, ctx, args)
-            if speech is not None:
-                check_speech(ctx, args, speech)
+            if action is not None:
+                check_channel_rules(ctx, args, action)
             return run(ctx, args)
 
         return job
 
     def query(self, caller: Caller, args: Args, run: Callable[[OperationContext, Any], R], access: Access = Access.MEMBER) -> R:
         """Run a fast query on the target of the arguments, if the caller has access to it. Raises ChatError."""
-        return self.store.read_inline(self.authorized(access, caller.user, args, run, caller.speech))
+        return self.store.read_inline(self.authorized(access, caller.user, args, run, caller.action))
 
     async def query_slow(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
         """Like `query`, for a query that may take seconds (see `read_slow`)."""
@@ -7089,8 +7089,8 @@ class Hub:
 
     async def read_slow(self, caller: Caller, job: Query[R]) -> R:
         """Run a slow query; callers take turns. It is interrupted if the client disconnects."""
-        who = caller.user.user_id or caller.address
-        return await self.store.read_slow(who, caller.has_gone, job, is_program=caller.is_program)
+        user_key = caller.user.user_id or caller.address
+        return await self.store.read_slow(user_key, caller.has_gone, job, is_program=caller.is_program)
 
     def require_member(self, caller: Caller, args: Args) -> None:
         """Raise FORBIDDEN unless the caller is a member."""
@@ -7180,7 +7180,7 @@ class Hub:
         skip_sid: str | None = None,
     ) -> None:  # fmt: skip
         """Send an event to its room, and to the program's own listeners."""
-        if isinstance(payload, ChannelUser) and event in TOLD_EVENTS and not self.foreign:
+        if isinstance(payload, ChannelUser) and event in BUS_EVENTS and not self.foreign:
             self.say(Change(event, payload.channel_id, payload.user_id, getattr(payload, "peer_id", "-")))
         room, urgency = room or EVENTS[event].room, LATE if event in PRESENCE_EVENTS else SOON
         self.sio.publish(event, payload, f"{room}:{to}", skip_sid, urgency)
@@ -7266,7 +7266,7 @@ class Hub:
             self.leave_rooms(connection, server_id)
         for connection in connections:
             self.leave_server(connection, server_id)
-        self.stop_speech(server_id, user_id, None)  # by the user's sockets on other processes
+        self.stop_forbidden_activity(server_id, user_id, None)  # by the user's sockets on other processes
         self.set_hand(server_id, user_id, None)
 
     def revoke(self, user_id: int, digest: bytes | None) -> None:
@@ -7444,16 +7444,16 @@ class Hub:
         self.voice_peers[sid] = Peer(sid, server_id, notice)
         self.emit("voice:join", server_id, notice)
 
-    def stop_speech(self, server_id: int, user_id: int | None, channel_id: int | None) -> None:
+    def stop_forbidden_activity(self, server_id: int, user_id: int | None, channel_id: int | None) -> None:
         """End a user's typing and voice calls, or those in a channel, if they are no longer allowed."""
-        speakers: list[TypingUser | Peer] = [*self.typing_tracker.values(), *self.voice_peers.values()]
-        for one in speakers:
+        active: list[TypingUser | Peer] = [*self.typing_tracker.values(), *self.voice_peers.values()]
+        for one in active:
             channel, user = one.notice.channel_id, one.notice.user_id
             if one.server_id != server_id or user_id not in (None, user) or channel_id not in (None, channel):
                 continue
             account = self.store.read_inline(load_principal, user, b"") or NOBODY
             with contextlib.suppress(ChatError):
-                caller = Caller(account, "", speech="talk" if isinstance(one, Peer) else "type")
+                caller = Caller(account, "", action="talk" if isinstance(one, Peer) else "type")
                 self.require_member(caller, ChannelArgs(channel_id=channel))
                 continue
             if isinstance(one, Peer):
@@ -7552,7 +7552,7 @@ class OtherProcess:
         self.sid = f"{FOREIGN}{instance}/"  # the sid of its users in Presence, and the beginning of its voice peers' sids
         self.number = -1  # of its last message
         self.in_sync = False  # whether every packet since its last list has arrived
-        self.heard_at = self.asked_at = -math.inf
+        self.last_packet_at = self.asked_at = -math.inf
         self.listed: set[object] | None = None  # the users and peers in the parts of its list so far
 
 
@@ -7573,9 +7573,9 @@ class Bus:
         self._queue, self._queued = deque[BusMessage](maxlen=BUS_QUEUE_LENGTH), asyncio.Event()
         self._number = 0  # of the last message
         self._wake_is_queued = self._hello_is_due = self._stopping = self._connected = False
-        self._greeted_at = self._listening_since = self._own_beat_at = -math.inf
+        self._list_sent_at = self._listening_since = self._own_beat_at = -math.inf
         self._others: dict[str, OtherProcess] = {}
-        hub.say, hub.store.ring, hub.limiter.announce, hub.redis = self.say, self.wake, self.announce_failure, "down"
+        hub.say, hub.store.on_commit, hub.limiter.announce, hub.redis = self.say, self.wake, self.announce_failure, "down"
         self._publisher = asyncio.create_task(self._keep_running(self._publish))
         self._tasks = [self._publisher, *map(asyncio.create_task, (self._keep_running(self._listen), self._beat()))]
 
@@ -7607,9 +7607,9 @@ class Bus:
         parts = key if isinstance(key, tuple) else (key,)
         self.say(Counted(limit, [str(part).encode(errors="replace").decode() for part in parts]))
 
-    def _greet(self) -> None:
+    def _send_list(self) -> None:
         """Send the whole list of this process's users and voice peers, and of all raised hands."""
-        self._hello_is_due, self._greeted_at = False, self._loop.time()
+        self._hello_is_due, self._list_sent_at = False, self._loop.time()
         peers = [(n.channel_id, n.user_id, n.peer_id) for sid, _, n in self._hub.voice_peers.values() if not is_foreign(sid)]
         hands = [(*key, hand.notice.at) for key, hand in self._hub.hands.items()]
         lists: dict[str, Any] = {"users": list(self._hub.presence.users_of()), "peers": peers, "hands": hands}
@@ -7622,7 +7622,7 @@ class Bus:
     async def _beat(self) -> None:
         while True:
             if self._hello_is_due:
-                self._greet()
+                self._send_list()
             self.say(Notice("beat"))
             await asyncio.sleep(BEAT_SECONDS)
 
@@ -7642,7 +7642,7 @@ class Bus:
                 await client.ping()
             self._connected = True
             try:
-                self._greet()
+                self._send_list()
                 await self._publish_queue(client)
             finally:
                 self._connected = False
@@ -7704,12 +7704,12 @@ class Bus:
         are left, only the first calls its listeners."""
         self._hub.redis, self._own_beat_at = "up", self._loop.time()
         for instance, process in list(self._others.items()):
-            if self._own_beat_at - max(process.heard_at, self._listening_since) > GONE_SECONDS:
+            if self._own_beat_at - max(process.last_packet_at, self._listening_since) > GONE_SECONDS:
                 del self._others[instance]
                 await self._keep_only(process, set(), foreign=self._instance > min(self._others, default=self._instance))
 
     async def _apply_packet(self, process: OtherProcess, packet: BusPacket) -> None:
-        process.heard_at = now = self._loop.time()
+        process.last_packet_at = now = self._loop.time()
         if packet.number - len(packet.messages) != process.number:
             process.in_sync, process.listed = False, None
         process.number = packet.number
@@ -7732,8 +7732,8 @@ class Bus:
                 self._hub.store.pull()
             case Notice("want", instance) if instance in ("", self._instance):
                 self._hello_is_due = True
-                if self._loop.time() - self._greeted_at >= BEAT_SECONDS:
-                    self._greet()
+                if self._loop.time() - self._list_sent_at >= BEAT_SECONDS:
+                    self._send_list()
             case Change():
                 with self._hub.as_foreign():
                     self._apply_change(process, message.event, message.place, message.user_id, message.peer_id)
@@ -7746,10 +7746,10 @@ class Bus:
         """Apply an event of a user of another process. It is ignored unless the user is a member and, for every event but
         `user:connected`, connected to that process."""
         hub, read, sid, peer_sid = self._hub, self._hub.store.read_inline, process.sid, process.sid + peer_id
-        channels = read(find_channel, place) if event in TOLD_EVENTS else []
+        channels = read(find_channel, place) if event in BUS_EVENTS else []
         server_id = channels[0].server_id if channels else place
         is_there = hub.presence.has(server_id, user_id, sid)
-        if is_there is (event == "user:connected") or (event in TOLD_EVENTS and not channels):
+        if is_there is (event == "user:connected") or (event in BUS_EVENTS and not channels):
             return
         if event == "user:connected" and read(load_role, server_id, user_id) is None:
             return
@@ -8081,7 +8081,7 @@ async def create_hook(hub: Hub, caller: Caller, args: NewHook) -> Result[Hook]:
 
 
 @operation(
-    "async", "POST /hooks/{secret}", Access.ANYONE, emits=["message:new", "mention"], status=201, limit="invite", speaks="hook"
+    "async", "POST /hooks/{secret}", Access.ANYONE, emits=["message:new", "mention"], status=201, limit="invite", action="hook"
 )
 async def post_hook(hub: Hub, caller: Caller, args: HookPost) -> Result[HookMessage]:
     """Post in the channel of an incoming hook: `content`, or a message in Slack's format. The channel's rules do not apply, but
@@ -8093,7 +8093,7 @@ async def post_hook(hub: Hub, caller: Caller, args: HookPost) -> Result[HookMess
 
     def job(db: sqlite3.Connection) -> Result[Message]:
         bot = load_hook_by_secret(db, args.secret)[1]  # again: it may have been revoked meanwhile
-        return hub.authorized(Access.WRITER, bot, message, post, caller.speech)(db)
+        return hub.authorized(Access.WRITER, bot, message, post, caller.action)(db)
 
     hook, _ = hub.store.read_inline(load_hook_by_secret, args.secret)
     hub.limiter_for(caller).charge("hook", str(hook.hook_id))
@@ -8114,7 +8114,7 @@ async def search_messages(hub: Hub, caller: Caller, args: SearchArgs) -> Result[
     return Result(await hub.query_slow(caller, args, lambda ctx, args: load_search_results(ctx.db, args)))
 
 
-async def cut(data: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def split_pieces(data: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Yield the same bytes in pieces of PIECE_BYTES; only the last one may be shorter."""
     if isinstance(data, bytes):
         for at in range(0, len(data), PIECE_BYTES):
@@ -8130,7 +8130,7 @@ async def cut(data: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield bytes(waiting)
 
 
-@operation("async", "POST /channels/{channel_id}/files", Access.WRITER, status=201, limit="post", raw_body=True, speaks="file")
+@operation("async", "POST /channels/{channel_id}/files", Access.WRITER, status=201, limit="post", raw_body=True, action="file")
 async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
     """Upload a file; the body is its bytes. Post it in the channel within an hour, or it is deleted."""
     assert caller.body is not None
@@ -8139,7 +8139,7 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
 
     async def run(step: Callable[..., R], *values: Any) -> R:
         """Run a step in a transaction of its own, in which the caller's permission is checked again."""
-        job = hub.authorized(Access.WRITER, caller.user, args, lambda ctx, _: Result(step(ctx.db, *values)), caller.speech)
+        job = hub.authorized(Access.WRITER, caller.user, args, lambda ctx, _: Result(step(ctx.db, *values)), caller.action)
         async with hub.piece_lock:  # one step of all uploads at a time, so that other people's posts wait for one at most
             value: R = (await hub.store.write(job, slow=True)).value
         return value
@@ -8149,7 +8149,7 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
     async with hub.uploads.turn(caller.user.user_id, caller.is_program):
         file_id = await run(insert_file, caller.user.user_id, args.channel_id, declared, most, quota)
         try:
-            async for piece in cut(caller.body.data):
+            async for piece in split_pieces(caller.body.data):
                 if not size:
                     media_type, pixels = detect_type(piece), picture_size(piece)
                 number, size = size // PIECE_BYTES, size + len(piece)
@@ -8230,7 +8230,7 @@ async def get_configuration(hub: Hub, caller: Caller, args: NoArgs) -> Result[Pu
 @operation("async", None, Access.ANYONE, event="authenticate")
 async def authenticate(hub: Hub, caller: Caller, args: TokenArgs) -> Result[Identity]:
     """Authenticate this socket (or pass `auth: {token}` in the handshake)."""
-    await hub.store.settle()
+    await hub.store.wait_until_applied()
     user = hub.authenticate_token(args.token or "")
     hub.bind_principal(caller.connection, user)
     return Result(Identity(user.user_id, user.username, name=user.name))
@@ -8263,7 +8263,7 @@ async def join_server(hub: Hub, caller: Caller, args: JoinServer) -> Result[Join
         seq = load_seq(ctx.db, ctx.server_id)
         return load_channels(ctx.db, ctx.server_id), seq, hub.missed.find(since, seq)
 
-    await hub.store.settle()
+    await hub.store.wait_until_applied()
     # Every event published until now is committed, so `seq` includes it; later ones are sent to the socket.
     channels, seq, found = hub.query(caller, args, look_up)
     hub.join_server(caller.connection, args.server_id, [channel.channel_id for channel in channels])
@@ -8305,7 +8305,7 @@ def server_of_channel(hub: Hub, caller: Caller, args: ChannelArgs, access: Acces
     return server_id
 
 
-@operation("async", None, Access.WRITER, event="typing_start", emits=["user:typing"], limit="itself", speaks="type")
+@operation("async", None, Access.WRITER, event="typing_start", emits=["user:typing"], limit="itself", action="type")
 async def typing_start(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
     """Report that the user is typing: emitted at most once a second, expires after three."""
     server_id = server_of_channel(hub, caller, args, Access.WRITER)
@@ -8321,7 +8321,7 @@ async def typing_stop(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Non
     return Result(None)
 
 
-@operation("async", None, Access.MEMBER, event="voice:join", emits=["voice:join", "voice:leave"], speaks="talk")
+@operation("async", None, Access.MEMBER, event="voice:join", emits=["voice:join", "voice:leave"], action="talk")
 async def voice_join(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[VoiceJoinResult]:
     """Join a voice channel, leaving the previous one, and get its peers. Other devices of the user leave this channel."""
     connection, user = caller.connection, caller.user
@@ -8355,7 +8355,7 @@ async def voice_leave(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Non
     return Result(None)
 
 
-@operation("async", None, Access.MEMBER, event="voice:signal", emits=["voice:signal"], limit="itself", speaks="talk")
+@operation("async", None, Access.MEMBER, event="voice:signal", emits=["voice:signal"], limit="itself", action="talk")
 async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[None]:
     """Send a WebRTC signal (`data`: at most 16 KiB of JSON) to a peer in the same voice channel."""
     hub.limiter.charge("signal", caller.user.user_id)
@@ -8386,7 +8386,7 @@ BODY_MAX = 256 * 1024
 HOOK_BODY_MAX = 64 * 1024  # decoding and converting it takes at most some 20 ms
 BODY_SECONDS = 10
 UPLOAD_STALL_SECONDS = 20.0  # an upload is aborted if no bytes arrive for this time
-LOGGED = {"ban", "unban", "set_role", "change_password", "delete_server"}  # operations with a line in the program's log
+PROGRAM_LOG_OPERATIONS = {"ban", "unban", "set_role", "change_password", "delete_server"}
 
 
 async def result_or_error(work: Awaitable[T]) -> T | ChatError:
@@ -8404,10 +8404,10 @@ async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result
     """Run an operation as its kind requires: in the next write transaction, in a read snapshot, or as a coroutine."""
     if op.kind == "async":
         async with asyncio.timeout(None if op.raw_body or caller.is_program else CALL_TIMEOUT):
-            result: Result[Any] = await op.run(hub, caller._replace(speech=op.speaks), args)
+            result: Result[Any] = await op.run(hub, caller._replace(action=op.action), args)
         return result
     run = op.run if op.logged is None else functools.partial(run_logged, op, op.run)
-    job: Query[Result[Any]] = hub.authorized(op.access, caller.user, args, run, op.speaks)
+    job: Query[Result[Any]] = hub.authorized(op.access, caller.user, args, run, op.action)
     if op.kind == "write":
         return await hub.store.write(job, slow=op.slow, frees_space=op.frees_space)
     if not op.slow:
@@ -8431,7 +8431,7 @@ async def run_before(hub: Hub, op: Operation, caller: Caller, args: Any) -> Any:
 
 
 async def run_operation(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result[Any]:
-    """Run an operation within its rate limit, and log it if it is in LOGGED. Raises ChatError, TimeoutError."""
+    """Run an operation within its rate limit, and log it if it is in PROGRAM_LOG_OPERATIONS. Raises ChatError, TimeoutError."""
     limit, limiter = LIMITS.get(op.limit or ""), hub.limiter_for(caller)
     name, key_owner = op.limit or "", caller.address if limit and limit.by == "address" else caller.user.user_id
     if limit and not limit.failures:
@@ -8442,7 +8442,7 @@ async def run_operation(hub: Hub, op: Operation, caller: Caller, args: Any) -> R
         with limiter.charge_unknown_code(name, key_owner):
             return await dispatch(hub, op, caller, args)
     result = await dispatch(hub, op, caller, args)
-    if op.name in LOGGED:
+    if op.name in PROGRAM_LOG_OPERATIONS:
         target = {name: getattr(args, name) for name in ("server_id", "user_id", "role") if hasattr(args, name)}
         log.info("%s by user %d from %s %s", op.name, caller.user.user_id, caller.address, target or "")
     return result
@@ -8454,7 +8454,7 @@ HttpHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 JSON = {"Content-Type": "application/json"}
 # Multidicts, because aiohttp copies them: from a dict, that would cost a response 5 us more.
 EMPTY_HEADERS, JSON_HEADERS = web.Response(headers=HEADERS).headers, web.Response(headers=HEADERS | JSON).headers
-ANY_OBJECT = msgspec.json.Decoder(dict[str, Any])
+OBJECT_DECODER = msgspec.json.Decoder(dict[str, Any])
 
 
 def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -8608,7 +8608,7 @@ def decode_hook_post(request: web.Request, body: bytes) -> dict[str, Any]:
     elif not is_form and kind != "application/json":
         raise chat_error("HOOK_BODY")
     key = request.headers.get("Idempotency-Key")
-    payload = decode(ANY_OBJECT, body) | ({} if key is None else {"nonce": key})
+    payload = decode(OBJECT_DECODER, body) | ({} if key is None else {"nonce": key})
     payload.pop("secret", None)  # a field of the other program; ours is in the path
     return payload
 
@@ -8655,7 +8655,7 @@ class Route:
         if body and not request.match_info:
             return decode(self.decoder, body)
         is_hook = self.op.args is HookPost
-        payload = decode_hook_post(request, body) if is_hook else decode(ANY_OBJECT, body) if body else {}
+        payload = decode_hook_post(request, body) if is_hook else decode(OBJECT_DECODER, body) if body else {}
         texts = [*request.match_info.items(), *(() if self.op.has_body else request.query.items())]
         given: dict[str, Any] = dict(texts)
         for name in self.integers & given.keys():
@@ -8681,12 +8681,12 @@ async def call_handler(handler: HttpHandler, request: web.Request) -> web.Stream
         raise ChatError("TOO_LARGE" if error.status == 413 else "BAD_REQUEST") from None
 
 
-def error_middleware(engine: Engine, ours: Collection[object]) -> Callable[..., Awaitable[web.StreamResponse]]:
+def error_middleware(engine: Engine, handlers: Collection[object]) -> Callable[..., Awaitable[web.StreamResponse]]:
     """Return the middleware of our handlers. It checks host and origin, and makes a response of every error."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: HttpHandler) -> web.StreamResponse:
-        if request.match_info.http_exception is None and request.match_info.handler not in ours:
+        if request.match_info.http_exception is None and request.match_info.handler not in handlers:
             return await handler(request)  # Socket.IO, which checks them itself, or a route of the embedding application
         try:
             check_request(request, engine.options)
@@ -8816,8 +8816,8 @@ def json_content(schema: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def describe_operation(op: Operation) -> dict[str, Any]:
     emits = f" Emits {', '.join(op.emits)}." if op.emits else ""
-    refused_by = "mute" if op.speaks == "hook" else "mute or a rule of the channel"
-    rules = f" A {refused_by} may refuse it." if op.speaks else ""
+    refused_by = "mute" if op.action == "hook" else "mute or a rule of the channel"
+    rules = f" A {refused_by} may refuse it." if op.action else ""
     return {"summary": op.summary, "description": f"Allowed for: {op.access.value}.{rules}{emits}"}
 
 
@@ -8913,9 +8913,9 @@ MAINTENANCE_INTERVAL = 0.5  # seconds
 EXPIRY_INTERVAL = 120  # rounds of maintenance: a minute
 TOKEN_PURGE_INTERVAL = 7200  # rounds of maintenance: an hour
 MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
-DELETION_REST = 4  # the pause after a step of a deletion, in multiples of the step's time: up to 0.2 s with a million messages
+DELETION_PAUSE_FACTOR = 4  # the pause after a step of a deletion, in multiples of the step: up to 0.2 s with a million messages
 DELETION_SECONDS = 1.0  # then the rest of maintenance has its turn
-SEARCH_LAG = 50_000  # messages that may wait to be indexed: a search then indexes them first, in some 2 seconds
+MAX_UNINDEXED = 50_000  # messages that may wait to be indexed: a search then indexes them first, in some 2 seconds
 KEEPALIVE = 20.0
 WATCHDOG_SECONDS = 2.0  # between two notices to systemd
 PUBLIC_URL = re.compile(rf"(?i:https?://{HOST.pattern}){PATH.pattern}", re.ASCII)
@@ -9040,20 +9040,20 @@ def qr_code(link: str) -> Any:
 
 
 @functools.lru_cache(MAX_CACHED_PICTURES)
-def draw(link: str) -> bytes:
+def qr_code_svg(link: str) -> bytes:
     """Return the QR code of a link as SVG."""
     picture = io.BytesIO()
     qr_code(link).save(picture, kind="svg", scale=8, border=2, light="#fff")
     return picture.getvalue()
 
 
-async def send_invite_code(hub: Hub, request: web.Request) -> web.Response:
+async def send_invite_qr_code(hub: Hub, request: web.Request) -> web.Response:
     """Send the QR code of an invite's link. Raises ChatError."""
     caller = Caller(NOBODY, client_address(request, hub.sio.eio.options), request)
     args = read_args(CodeArgs, dict(request.match_info))
     invite = (await run_operation(hub, OPERATIONS["get_invite"], caller, args)).value
     async with hub.qr_lock:  # one at a time: each takes 10 ms, in which the event loop's thread waits for the GIL
-        picture = await asyncio.to_thread(draw, f"{public_address(hub, request, '/invites/')}/#/invite/{invite.code}")
+        picture = await asyncio.to_thread(qr_code_svg, f"{public_address(hub, request, '/invites/')}/#/invite/{invite.code}")
     return WatchedResponse(body=picture, headers=HEADERS | {"Content-Type": "image/svg+xml"})
 
 
@@ -9081,8 +9081,8 @@ async def expire_messages(hub: Hub) -> None:
 
 async def run_maintenance(hub: Hub) -> None:
     """Trim the commit log, delete purged messages and removed files, index new messages and erase deleted texts, in short steps
-    that stop while clients write. Even then, one step of each deletion runs, and the index stays within SEARCH_LAG messages of
-    the newest."""
+    that stop while clients write. Even then, one step of each deletion runs, and the index stays within MAX_UNINDEXED messages
+    of the newest."""
     if hub.store.read_inline(has_old_log, time.time()):
         await hub.store.write(lambda db: trim_log(db, time.time()), slow=True, frees_space=True)
     for pending, step in (
@@ -9096,9 +9096,9 @@ async def run_maintenance(hub: Hub) -> None:
             await hub.store.write(step, slow=True, frees_space=True)
             if hub.store.is_busy() or time.monotonic() > ends_at:
                 break
-            await asyncio.sleep(min(DELETION_REST * (time.monotonic() - began), DELETION_SECONDS))
+            await asyncio.sleep(min(DELETION_PAUSE_FACTOR * (time.monotonic() - began), DELETION_SECONDS))
     newest, indexed = hub.store.read_inline(load_index_progress)
-    while indexed < newest and (not hub.store.is_busy() or newest - indexed > SEARCH_LAG):
+    while indexed < newest and (not hub.store.is_busy() or newest - indexed > MAX_UNINDEXED):
         indexed = (await hub.store.write(index_messages, slow=True)).value
     if not hub.store.is_busy():
         await erase_texts(hub)
@@ -9254,7 +9254,7 @@ class ChatRTC:
             *([web.get("/", page_file(self.settings, self.hub.identify is not None).__call__)] if page else []),
             web.get("/openapi.json", StaticFile(lambda: msgspec.json.encode(openapi()), JSON).__call__),
             web.get("/asyncapi.json", self._send_asyncapi),
-            web.get("/invites/{code}.svg", functools.partial(send_invite_code, self.hub)),
+            web.get("/invites/{code}.svg", functools.partial(send_invite_qr_code, self.hub)),
             *(
                 # An emoji may contain a brace or a slash.
                 web.route(op.method, op.path.replace("{emoji}", r"{emoji:[\s\S]+}"), Route(self.hub, op).__call__)
@@ -9440,7 +9440,7 @@ def lan_address() -> str:
     return "127.0.0.1"
 
 
-def self_signed(database: Path) -> str:
+def self_signed_certificate(database: Path) -> str:
     """Return the path of a file with a certificate and its key, valid for a year and kept. Raises StartError."""
     try:
         from cryptography import x509
@@ -9474,7 +9474,7 @@ def self_signed(database: Path) -> str:
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
     """Return the TLS context to serve with, or None to serve plain HTTP. Raises StartError."""
-    cert = self_signed(Path(settings.database)) if settings.tls_self_signed else settings.tls_cert
+    cert = self_signed_certificate(Path(settings.database)) if settings.tls_self_signed else settings.tls_cert
     if cert is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -9784,7 +9784,7 @@ def main() -> None:
     """ChatRTC: a chat server in one file."""
 
 
-def options(*names: str) -> Callable[[Any], Any]:
+def setting_options(*names: str) -> Callable[[Any], Any]:
     """Return a decorator that adds these settings, or all, to a command as options."""
 
     def decorate(command: Any) -> Any:
@@ -9821,7 +9821,7 @@ def index_all(db: sqlite3.Connection) -> None:
     with click.progressbar(length=count_rows(db)[2], label="Indexing", **BAR) as bar:
         while (state := load_index_progress(db))[1] < state[0]:
             with db:
-                begin(db, [index_messages])
+                run_jobs(db, [index_messages])
             bar.update(INDEX_STEP)
 
 
@@ -9843,7 +9843,7 @@ def migrate_file(path: Path) -> None:
     """Migrate a database to the newest format if it has an older one. Raises StartError."""
     try:
         if is_older(path):
-            with locked(path), contextlib.closing(prepare(path)) as db:
+            with locked(path), contextlib.closing(check_and_open(path)) as db:
                 index_all(db)
     except StartError:
         if is_older(path):  # otherwise another server has just migrated it
@@ -9851,7 +9851,7 @@ def migrate_file(path: Path) -> None:
 
 
 @main.command()
-@options()
+@setting_options()
 def serve(**settings: Any) -> None:
     """Run the server until Ctrl-C or SIGTERM."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -9895,8 +9895,8 @@ def run_admin_job(database: str, name: str, *args: Any) -> Any:
     read_sqlite_header(path)
     with Turn(path).hold(), contextlib.closing(FileLock(path)) as lock:
         alone = lock.acquire()
-        with contextlib.closing(prepare(path, may_migrate=False) if alone else join_writers(path)) as db, db:
-            outcome = begin(db, [lambda db: ADMIN_JOBS[name](db, *args)])[0]
+        with contextlib.closing(check_and_open(path, may_migrate=False) if alone else join_writers(path)) as db, db:
+            outcome = run_jobs(db, [lambda db: ADMIN_JOBS[name](db, *args)])[0]
             if isinstance(outcome, Result) and not alone:
                 append_log(db, [*outcome.effects, LogLine(f"{name} on the command line for {args[0]!a}: done")])
     if isinstance(outcome, ChatError):
@@ -9910,7 +9910,7 @@ main.add_command(user)
 main.add_command(server)
 
 
-def ask_password() -> str:
+def read_password_hash() -> str:
     """Return the hash of a password, typed twice or read from standard input. An argument would be visible to other users."""
     if sys.stdin.isatty():
         password = click.prompt("Password", hide_input=True, confirmation_prompt=True)
@@ -9922,15 +9922,15 @@ def ask_password() -> str:
 
 @user.command("add")
 @click.argument("username")
-@options("database")
+@setting_options("database")
 def user_add(username: str, database: str) -> None:
     """Create an account. Asks for the password, or reads it from standard input."""
     read_args(NewIdentity, {"username": username})
-    click.echo(f"{username} has the id {run_admin_job(database, 'add_user', username, ask_password())}")
+    click.echo(f"{username} has the id {run_admin_job(database, 'add_user', username, read_password_hash())}")
 
 
 @user.command("list")
-@options("database")
+@setting_options("database")
 def user_list(database: str) -> None:
     """List the accounts: id, username and creation time."""
     with open_reader(database) as db:
@@ -9940,17 +9940,17 @@ def user_list(database: str) -> None:
 
 @user.command("password")
 @click.argument("username")
-@options("database")
+@setting_options("database")
 def user_password(username: str, database: str) -> None:
     """Set a new password. Signs the account out everywhere."""
-    run_admin_job(database, "set_password", username, ask_password())
+    run_admin_job(database, "set_password", username, read_password_hash())
     click.echo(f"{username} has a new password")
 
 
 @user.command("delete")
 @click.argument("username")
 @click.option("--messages", is_flag=True, help="Also delete its messages.")
-@options("database")
+@setting_options("database")
 @click.confirmation_option(
     prompt="Delete this account? Its servers pass to other members; a server that has none (or only bots) is deleted."
 )
@@ -9963,7 +9963,7 @@ def user_delete(username: str, messages: bool, database: str) -> None:
 @server.command("add")
 @click.argument("name")
 @click.option("--owner", required=True, metavar="USERNAME", help="The account that owns it.")
-@options("database")
+@setting_options("database")
 def server_add(name: str, owner: str, database: str) -> None:
     """Create a server (a community) with the channel general."""
     click.echo(f"{name} has the id {run_admin_job(database, 'add_server', name, owner)}")
@@ -9971,7 +9971,7 @@ def server_add(name: str, owner: str, database: str) -> None:
 
 @main.command()
 @click.argument("username")
-@options("database", "secret", "token_ttl")
+@setting_options("database", "secret", "token_ttl")
 def token(username: str, database: str, secret: str | None, token_ttl: int) -> None:
     """Print a token for an account, for scripts and demos."""
     read_settings({"database": database, "secret": secret, "token_ttl": token_ttl})
@@ -10009,7 +10009,7 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
 
 @main.command()
 @click.argument("dest", type=click.Path(path_type=Path))
-@options("database")
+@setting_options("database")
 def backup(dest: Path, database: str) -> None:
     """Back up the database to a new file DEST. Verifies the copy; works while the server runs."""
     if dest.exists():
@@ -10023,7 +10023,7 @@ def backup(dest: Path, database: str) -> None:
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@options("database")
+@setting_options("database")
 def restore(source: Path, database: str) -> None:
     """Replace the database with the backup SOURCE. Stop the server first. The old database is kept under another name."""
     path = Path(database).resolve()
@@ -10047,7 +10047,7 @@ def restore(source: Path, database: str) -> None:
 
 
 @main.command("migrate")
-@options("database")
+@setting_options("database")
 def migrate_database(database: str) -> None:
     """Migrate the database to this version's format. This cannot be undone. Starting the server does the same."""
     if not Path(database).is_file():
@@ -10057,7 +10057,7 @@ def migrate_database(database: str) -> None:
 
 
 @main.command()
-@options("database")
+@setting_options("database")
 def check(database: str) -> None:
     """Check the database and its references. The exit status is 1 if something is wrong."""
     with open_reader(database) as db:
@@ -10117,7 +10117,7 @@ def export_records(db: sqlite3.Connection, servers: list[dict[str, Any]], folder
 @click.option(
     "--files", type=click.Path(file_okay=False, path_type=Path), help="Also write the files of messages into this folder."
 )
-@options("database")
+@setting_options("database")
 def export(format: str, server: int | None, output: typing.TextIO, files: Path | None, database: str) -> None:
     """Export one server or all, as JSON lines or as one HTML file."""
     with open_reader(database) as db:

@@ -2416,7 +2416,7 @@ def schema_of(db: sqlite3.Connection) -> Any:
 
 def migrated_schema(path: Path, version: int) -> Any:
     released_database(path, version)
-    with contextlib.closing(chatrtc.prepare(path)) as db:
+    with contextlib.closing(chatrtc.check_and_open(path)) as db:
         return schema_of(db)
 
 
@@ -2437,7 +2437,7 @@ def test_a_change_of_the_schema_is_a_new_format(tmp_path: Path) -> None:
 @pytest.mark.portable
 @pytest.mark.parametrize("version", RELEASED)
 def test_a_migrated_database_equals_a_new_one(tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with contextlib.closing(chatrtc.prepare(tmp_path / "new.db")) as db:
+    with contextlib.closing(chatrtc.check_and_open(tmp_path / "new.db")) as db:
         new = schema_of(db)
     assert migrated_schema(tmp_path / "old.db", version) == new, (
         f"a migrated database of format {version} differs from a new one: change MIGRATIONS until it makes the same schema"
@@ -2455,7 +2455,7 @@ def test_a_migrated_database_equals_a_new_one(tmp_path: Path, version: int, monk
         assert before in schema
         changed = schema.replace(before, after, 1)
         monkeypatch.setattr(chatrtc, "asset", lambda name, changed=changed: changed.encode())
-        with contextlib.closing(chatrtc.prepare(tmp_path / f"{number}.db")) as db:
+        with contextlib.closing(chatrtc.check_and_open(tmp_path / f"{number}.db")) as db:
             assert schema_of(db) != new
 
 
@@ -2496,7 +2496,7 @@ chatrtc.migrate(db)
         _, errors = await process.communicate()
     assert process.returncode == {"an error": 1, "a kill": -signal.SIGKILL}[way], errors
     assert dump(path) == before
-    with contextlib.closing(chatrtc.prepare(path)) as db:
+    with contextlib.closing(chatrtc.check_and_open(path)) as db:
         assert chatrtc.read_format(db) == chatrtc.SCHEMA_FORMAT
         assert chatrtc.check_integrity(db) == []
 
@@ -3023,7 +3023,7 @@ async def test_settling_waits_for_earlier_commits_only(tmp_path: Path) -> None:
     await store.open(lambda db, first: None)
     commit_as_another_process(path)
     async with asyncio.timeout(PATIENCE):
-        await store.settle()
+        await store.wait_until_applied()
     settled = applied > 0
     await store.close()
     assert settled
@@ -3040,7 +3040,7 @@ async def test_jobs_run_once_although_the_log_cannot_be_read(tmp_path: Path) -> 
 
     store = chatrtc.Store(path, lambda effects, foreign: None, shared=True)
     await store.open(lambda db, first: None)
-    store.lost = lost.set
+    store.on_gap = lost.set
     assert store._inline_reader is not None
     store._inline_reader.close()
     commit_as_another_process(path)
@@ -3676,7 +3676,7 @@ COLUMN_VALUES = {  # valid values of columns that have a CHECK
 @pytest.fixture
 def filled_tables(tmp_path: Path) -> Iterator[sqlite3.Connection]:
     """Return a database with one row in each table and a value in each column; all refer to user, server and message 1."""
-    with contextlib.closing(chatrtc.prepare(tmp_path / "filled.db")) as db:
+    with contextlib.closing(chatrtc.check_and_open(tmp_path / "filled.db")) as db:
         for table in tables_of(db):
             columns = db.execute(f"PRAGMA table_info({table})").fetchall()
             by_type = {"INTEGER": 1, "REAL": 1.0, "TEXT": "x", "BLOB": b"x"}
@@ -3964,7 +3964,7 @@ async def test_a_transcript_of_a_million_messages_needs_little_memory(launch: La
     place = await world.place(ana, ben)
     other = await ana.channel(place.server_id, "other")
     await server.stop_well()
-    with contextlib.closing(chatrtc.prepare(tmp_path / "chat.db")) as db:
+    with contextlib.closing(chatrtc.check_and_open(tmp_path / "chat.db")) as db:
         row = "INSERT INTO messages (server_id, channel_id, author_id, content, created_at, seq) VALUES (?, ?, ?, ?, ?, ?)"
         text, last = "message {} of the lesson, about the causes of the revolution", chatrtc.load_seq(db, place.server_id)
         many = ((*place, ana.user_id, text.format(n), "2026-01-01T00:00:00Z", last + n) for n in range(1, 1_000_001))
@@ -4581,7 +4581,7 @@ async def test_the_hashing_queue_is_shared_fairly_by_address() -> None:
     order = [turns.get_nowait() for _ in range(turns.qsize())]
     assert len(order) == 4 * 64 - 3 + 1
     assert "good" in order[:5]
-    assert (passwords._free, passwords._queues) == (chatrtc.HASHERS, {})
+    assert (passwords._free, passwords._queues) == (chatrtc.HASHER_THREADS, {})
     passwords.close()
 
 
@@ -5620,7 +5620,7 @@ async def test_each_rule_refuses_what_the_table_says(scene: Scene, rule: str, ro
 
 
 def test_every_way_to_speak_is_in_the_table() -> None:
-    """Each operation that declares how it speaks has its route and its event among the ways that are tried."""
+    """Each operation that declares its `action` has its route and its event among the ways that are tried."""
     tried = {
         "post": SAY_POST,
         "edit": SAY_EDIT,
@@ -5631,8 +5631,8 @@ def test_every_way_to_speak_is_in_the_table() -> None:
         "hook": ("hook",),  # see test_a_hook_posts_whatever_the_rules_of_its_channel
     }
     for op in chatrtc.OPERATIONS.values():
-        assert op.speaks is None or (op.event or op.speaks) in tried[op.speaks], f"add the event of {op.name} to WAYS"
-    assert {way for ways in chatrtc.REFUSED.values() for way in ways} == {*tried}
+        assert op.action is None or (op.event or op.action) in tried[op.action], f"add the event of {op.name} to WAYS"
+    assert {way for ways in chatrtc.FORBIDDEN_ACTIONS.values() for way in ways} == {*tried}
 
 
 @pytest.mark.portable
@@ -10393,7 +10393,7 @@ async def test_the_qr_code_of_an_invite_contains_the_public_address(
     code = await ana.invite(place.server_id)
     reply = await world.call("GET", f"/invites/{code}.svg", headers=headers)
     assert reply.headers["Content-Type"] == "image/svg+xml"
-    assert reply.body == chatrtc.draw(f"{link}/#/invite/{code}")
+    assert reply.body == chatrtc.qr_code_svg(f"{link}/#/invite/{code}")
     assert (await world.call("GET", "/config")).body.get("public_url") == settings.get("public_url")
 
 
@@ -10416,7 +10416,7 @@ async def test_a_standalone_server_ignores_the_host_header_for_its_address(
             code = await ana.invite(place.server_id)
             reply = await world.call("GET", f"/invites/{code}.svg", headers=headers)
         address = link.format(port=urlsplit(process.url).port, lan=chatrtc.lan_address())
-        assert reply.body == chatrtc.draw(f"{address}/#/invite/{code}")
+        assert reply.body == chatrtc.qr_code_svg(f"{address}/#/invite/{code}")
     finally:
         assert (await process.stop())[0] == 0
 
@@ -10506,7 +10506,7 @@ async def test_errors_and_administration_are_logged(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert log.count(f" {act}") == 1, log
     assert not re.search(r"horse|staple|wrong one|eyJ|\x1b", log)
-    assert set(chatrtc.OPERATIONS) >= chatrtc.LOGGED
+    assert set(chatrtc.OPERATIONS) >= chatrtc.PROGRAM_LOG_OPERATIONS
 
 
 @pytest.mark.portable
@@ -11335,7 +11335,7 @@ def database(tmp_path: Path) -> DatabaseOption:
 def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a database with messages, after a normal stop and after a kill, which leaves a -wal."""
     path = tmp_path_factory.mktemp("filled") / "chat.db"
-    with contextlib.closing(chatrtc.prepare(path)) as db:
+    with contextlib.closing(chatrtc.check_and_open(path)) as db:
         user_id = chatrtc.insert_user(db, "ana", None, "2026-01-01T00:00:00Z")
         server_id = chatrtc.insert_server(db, "class", "2026-01-01T00:00:00Z")
         chatrtc.insert_member(db, server_id, user_id, "owner", "2026-01-01T00:00:00Z")
@@ -11393,7 +11393,7 @@ def is_sound(path: Path) -> bool:
 def start_error(path: Path) -> str:
     """Return the reason why the database is not opened, or an empty string."""
     try:
-        chatrtc.prepare(path).close()
+        chatrtc.check_and_open(path).close()
     except chatrtc.StartError as error:
         return str(error)
     return ""
@@ -11434,7 +11434,7 @@ def test_a_damaged_wal_loses_only_its_end(kind: str, filled: dict[str, bytes], t
         path = tmp_path / f"{case}.db"
         path.write_bytes(filled["killed"])
         Path(f"{path}-wal").write_bytes(with_damage(filled["wal"], kind, random) if case else filled["wal"])
-        with contextlib.closing(chatrtc.prepare(path)) as db:
+        with contextlib.closing(chatrtc.check_and_open(path)) as db:
             assert chatrtc.check_integrity(db) == []
             assert chatrtc.count_rows(db)[2] == 2500 if case == 0 else chatrtc.count_rows(db)[2] in (2000, 2500)
 
@@ -11907,13 +11907,13 @@ os.kill(os.getpid(), signal.SIGKILL)
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(tmp_path / "copy"))
     assert await process.wait() == -signal.SIGKILL
     assert (tmp_path / "copy-journal").stat().st_size > 0
-    with contextlib.closing(chatrtc.prepare(tmp_path / "copy")) as db:
+    with contextlib.closing(chatrtc.check_and_open(tmp_path / "copy")) as db:
         assert chatrtc.check_integrity(db) == []
         assert db.execute("SELECT count(*) FROM messages WHERE content = 'half of it'").fetchone() == (0,)
         seq, after, until = db.execute("SELECT seq, after_seq, until_seq FROM servers JOIN gaps USING (server_id)").fetchone()
         assert after < 3000 < until == seq
-    chatrtc.prepare(tmp_path / "copy").close()
-    with contextlib.closing(chatrtc.prepare(tmp_path / "copy")) as db:
+    chatrtc.check_and_open(tmp_path / "copy").close()
+    with contextlib.closing(chatrtc.check_and_open(tmp_path / "copy")) as db:
         assert db.execute("SELECT count(*) FROM gaps").fetchone() == (1,)
 
 
@@ -16157,7 +16157,7 @@ async def test_redis_is_an_extra(tmp_path: Path) -> None:
 
 
 async def test_redis_may_need_tls_and_a_password(make_world: MakeWorld, tmp_path: Path) -> None:
-    pem = chatrtc.self_signed(tmp_path / "redis")
+    pem = chatrtc.self_signed_certificate(tmp_path / "redis")
     tls = ("--port", "0", "--tls-auth-clients", "no", "--tls-cert-file", pem, "--tls-key-file", pem, "--requirepass", "s3cret")
     server = Redis()
     await server.start("--tls-port", str(server.port), *tls)
@@ -16887,7 +16887,7 @@ async def test_servers_and_commands_that_start_together_wait_for_each_other(
 ) -> None:
     """A command that checks the file has it alone. A server that starts meanwhile waits instead of being refused."""
     path, checking, end, check = tmp_path / "chat.db", threading.Event(), threading.Event(), chatrtc.check_openable
-    chatrtc.prepare(path).close()
+    chatrtc.check_and_open(path).close()
 
     def slow_check(path: Path) -> int:
         checking.set()
@@ -16914,7 +16914,7 @@ async def test_one_of_several_servers_migrates(tmp_path: Path) -> None:
         turn.acquire()
         second = asyncio.create_task(asyncio.to_thread(chatrtc.migrate_file, path))
         await asyncio.sleep(0.2)  # it waits for its turn
-        chatrtc.prepare(path).close()
+        chatrtc.check_and_open(path).close()
         assert lock.acquire(shared=True)
         turn.release()
         await second
@@ -16945,7 +16945,7 @@ async def test_the_log_forgets_deleted_texts(
 
 @pytest.mark.parametrize(("rows", "size"), [(5000, 100), (40, 1 << 20)])
 def test_the_log_is_bounded_in_rows_and_bytes(tmp_path: Path, rows: int, size: int) -> None:
-    with contextlib.closing(chatrtc.prepare(tmp_path / "chat.db")) as db:
+    with contextlib.closing(chatrtc.check_and_open(tmp_path / "chat.db")) as db:
         db.execute("BEGIN IMMEDIATE")
         for _ in range(rows):
             last_id = chatrtc.append_log(db, [chatrtc.LogLine("x" * size)])
