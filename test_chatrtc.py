@@ -8983,14 +8983,14 @@ async def test_two_polls_end_the_session_but_a_lost_poll_does_not(bare):
     assert (await first) == (200, "1")
 
 
-async def test_queues_of_packets_take_turns():
+async def test_queues_of_packets_take_turns() -> None:
     """Although their handlers wait for nothing: else one loop would handle all that many clients have sent."""
     handled: list[str] = []
 
     async def handle(job: str) -> None:
         handled.append(job)
 
-    queues = [chatrtc.PacketQueue(handle, pytest.fail, 3) for _ in range(3)]
+    queues = [chatrtc.PacketQueue(handle, lambda error: pytest.fail(str(error)), 3) for _ in range(3)]
     for number in range(3):
         for name, queue in zip("abc", queues, strict=True):
             queue.put(f"{name}{number}")
