@@ -5832,31 +5832,6 @@ class EngineOptions:
     frames_per_second: float | None = 100  # average of one client, with bursts of four times as many; None or 0: unlimited
 
 
-class Heartbeats:
-    """Calls each session's `beat` when it is due. Sessions that are due within the same fraction of the ping interval share a
-    timer, so that the pings and pongs of idle clients share rounds of the event loop."""
-
-    def __init__(self, options: EngineOptions) -> None:
-        self.step = min(options.ping_interval, options.ping_timeout) / 40
-        self.slots: dict[float, set[Session]] = {}
-
-    def add(self, session: Session, due: float) -> float:
-        """Add a session, and return the time when its `beat` will be called."""
-        due = math.ceil(due / self.step) * self.step
-        if due not in self.slots:
-            self.slots[due] = set()
-            session.loop.call_at(due, self._beat, due)
-        self.slots[due].add(session)
-        return due
-
-    def remove(self, session: Session) -> None:
-        self.slots.get(session.due, set()).discard(session)
-
-    def _beat(self, due: float) -> None:
-        for session in self.slots.pop(due):
-            session.beat()
-
-
 class Session(asyncio.Transport):
     """One client's Engine.IO connection: polling, WebSocket, or in the middle of an upgrade. While the client polls, packets
     wait in `outbox` for the next poll or the upgrade, and `SlowClients` watches the session as if it were a transport. A
@@ -5876,8 +5851,9 @@ class Session(asyncio.Transport):
         self.loop = asyncio.get_running_loop()
         self.charged_until = 0.0  # see `_charge`
         self.pinged = False
-        self.due = 0.0  # the time of the next ping, or until which a pong must arrive
-        self._set_due(self.loop.time() + engine.options.ping_interval)
+        self.due = (
+            self.loop.time() + engine.options.ping_interval
+        )  # the time of the next ping, or until which a pong must arrive
 
     # Sending
 
@@ -5986,19 +5962,12 @@ class Session(asyncio.Transport):
         if not self.pinged:
             self.pinged = True
             self.send(PING)
-        else:
-            self.due = self.loop.time()
-        self._set_due(self.due + self.engine.options.ping_timeout)
-
-    def _set_due(self, due: float) -> None:
-        if not self.closed:
-            self.engine.heartbeats.remove(self)
-            self.due = self.engine.heartbeats.add(self, due)
+        self.due = self.loop.time() + self.engine.options.ping_timeout
 
     def _pong(self) -> None:
         if self.pinged and PING not in self.outbox:
             self.pinged = False
-            self._set_due(self.loop.time() + self.engine.options.ping_interval)
+            self.due = self.loop.time() + self.engine.options.ping_interval
 
     def is_overdue(self) -> bool:
         """Return whether the pong is overdue, even if the timer has not run yet."""
@@ -6056,7 +6025,6 @@ class Session(asyncio.Transport):
         if self.closed:
             return
         self.closed = True
-        self.engine.heartbeats.remove(self)
         if self.upgraded:
             self._close_websocket()
         else:
@@ -6272,7 +6240,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.tasks: set[asyncio.Task[Any]] = set()
         self.slow_clients, self.client_log, self.draining = SlowClients(), RateLimitedLog(), False
         self.flushers = {LATE: Flusher(9, 0.25), SOON: Flusher(1, 0.05)}
-        self.numbers, self.heartbeats = itertools.count(), Heartbeats(options)  # numbers: of the events for rooms
+        self.numbers, self.ticking = itertools.count(), False  # numbers: of the events for rooms
 
     # Methods that the Socket.IO server and the application call
 
@@ -6351,6 +6319,8 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         sid = options.sid_prefix + self.generate_id()
         session = self.sockets[sid] = Session(sid, address, self)
         self.per_address[address] += 1
+        if not self.ticking:
+            self._tick()
         if options.max_anonymous_per_address is not None:
             self.anonymous[sid] = session
             self.anonymous_at[address] += 1
@@ -6363,6 +6333,16 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             session.end(REASON.SERVER_DISCONNECT, final_packet=None)
             raise ChatError("FORBIDDEN", "The connection was rejected", status=401)
         return session
+
+    def _tick(self) -> None:
+        """Call `beat` of the sessions that are due, a few times a second while there are any. Because they share the timer, the
+        pings and pongs of idle clients share rounds of the event loop."""
+        loop = asyncio.get_running_loop()
+        self.ticking, now = bool(self.sockets), loop.time()
+        if self.ticking:
+            loop.call_later(min(self.options.ping_interval, self.options.ping_timeout, 20) / 40, self._tick)
+        for session in [session for session in self.sockets.values() if session.due <= now]:
+            session.beat()
 
     def _find(self, sid: str) -> Session:
         session = self.sockets.get(sid)
