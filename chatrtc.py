@@ -2887,7 +2887,7 @@ class Store:
 
 INVITE_ROWS = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
 CHANNEL_ROWS = "SELECT server_id, channel_id, name, kind, topic, posting, slow_seconds, keep_days FROM channels "
-PRINCIPAL_ROWS = "SELECT u.user_id, u.username, u.status, u.generation, u.name, u.source = 'bot', u.password FROM users u "
+PRINCIPAL_ROWS = "SELECT u.user_id, u.username, u.generation, u.name, u.source = 'bot', u.password FROM users u "
 HOOK_ROWS = "SELECT hook_id, channel_id, name, user_id, created_at FROM hooks "
 # A conversation without a name gets the names of the other participants; one of two people, also if the other has left.
 SERVER_FIELDS = """SELECT s.server_id, CASE WHEN s.name <> '' THEN s.name ELSE (SELECT substr(coalesce(
@@ -2948,7 +2948,6 @@ class Principal(NamedTuple):
 
     user_id: int
     username: str
-    status: Status = "online"
     generation: int = 0
     name: str | None = None
     bot: bool = False
@@ -3173,7 +3172,7 @@ probe_write = statement("UPDATE search SET indexed_id = indexed_id + 1", "UPDATE
 
 
 def principal_from_row(row: Sequence[Any]) -> Principal:
-    return Principal(*row[:5])._replace(bot=bool(row[5]))
+    return Principal(*row[:4])._replace(bot=bool(row[4]))
 
 
 def load_principal(db: sqlite3.Connection, user_id: int, digest: bytes) -> Principal | None:
@@ -3205,7 +3204,7 @@ def load_host_user(db: sqlite3.Connection, args: HostUser) -> tuple[Principal, b
     `external_id`, an account of a person is never returned. Raises UNAUTHORIZED if the account is deleted, CONFLICT if it is a
     bot."""
     row = db.execute(
-        """SELECT user_id, username, status, generation, name, source = 'bot', deleted, ?1 IS NULL OR external_id IS NOT NULL
+        """SELECT user_id, username, generation, name, source = 'bot', deleted, ?1 IS NULL OR external_id IS NOT NULL
            FROM users WHERE external_id = ?1 OR (username_key = ?2 AND (
                ?1 IS NULL OR (source = 'host' AND external_id IS NULL AND deleted = 0)))
            ORDER BY external_id IS NULL LIMIT 1""",
@@ -3213,7 +3212,7 @@ def load_host_user(db: sqlite3.Connection, args: HostUser) -> tuple[Principal, b
     ).fetchone()
     if row is None:
         return None
-    user, (is_bot, deleted, is_known) = Principal(*row[:5]), row[5:]
+    user, (is_bot, deleted, is_known) = Principal(*row[:4]), row[4:]
     if deleted or is_bot:
         raise chat_error("ACCOUNT_DELETED" if deleted else "USERNAME_TAKEN", field="username")
     return user, bool(is_known) and args.name in (None, user.name or user.username)
@@ -3222,7 +3221,7 @@ def load_host_user(db: sqlite3.Connection, args: HostUser) -> tuple[Principal, b
 def load_account(db: sqlite3.Connection, username: str) -> tuple[Principal, str | None] | None:
     """Return the account with that username, in any spelling, and its password hash."""
     row = db.execute(PRINCIPAL_ROWS + "WHERE username_key = ? AND deleted = 0", (name_key(username),)).fetchone()
-    return (principal_from_row(row), row[6]) if row else None
+    return (principal_from_row(row), row[5]) if row else None
 
 
 def is_free_username(db: sqlite3.Connection, username: str) -> bool:
@@ -4195,7 +4194,7 @@ class Presence:
     the `sid` of that process, in place of the sockets there. Each process announces only its own users."""
 
     def __init__(self) -> None:
-        self.invisible: set[int] = set()
+        self.invisible: set[int] = set()  # all users with that status, connected or not
         self._online: dict[int, dict[int, set[str]]] = {}  # server -> user -> sockets
         self._ids: dict[int, list[int]] = {}  # server -> its users, ascending
 
@@ -7179,9 +7178,6 @@ class Hub:
     def connections_of(self, user_id: int) -> list[Connection]:
         return [self.connections[sid] for sid in self.sio.sids_in(f"user:{user_id}") if sid in self.connections]
 
-    def has_sockets(self, user_id: int) -> bool:
-        return f"user:{user_id}" in self.sio.manager.rooms.get("/", ())
-
     def add_channel_room(self, server_id: int, channel_id: int) -> None:
         for sid in self.sio.sids_in(f"server:{server_id}"):
             self.connections[sid].servers[server_id].add(channel_id)
@@ -7249,19 +7245,6 @@ class Hub:
             for server_id in self.presence.servers(user_id):
                 self.emit(event, server_id, ServerUser(server_id, user_id, username, name=name))
 
-    def is_present(self, user_id: int) -> bool:
-        """Return whether the user has sockets here, or has joined a server on another process."""
-        return self.has_sockets(user_id) or bool(self.presence.servers(user_id))
-
-    def apply_status(self, user: Principal | Profile) -> None:
-        """Make a user who connects with the status "invisible" invisible. While they are connected, `emit_status` does it."""
-        if user.status == "invisible" and not self.is_present(user.user_id):
-            self.presence.invisible.add(user.user_id)
-
-    def forget_status(self, user_id: int) -> None:
-        if user_id in self.presence.invisible and not self.is_present(user_id):
-            self.presence.invisible.discard(user_id)
-
     # Sockets
 
     def add_connection(self, sid: str) -> Connection:
@@ -7279,7 +7262,6 @@ class Hub:
         others = self.connections_of(user.user_id)
         if len(others) >= SOCKETS_PER_USER and connection not in others and not self.settings.no_rate_limit:
             raise chat_error("TOO_MANY_SOCKETS", retry_after=30, n=SOCKETS_PER_USER)
-        self.apply_status(user)
         connection.user = user
         if (session := self.sio.session(connection.sid)) is not None:
             self.sio.eio.mark_authenticated(session.sid)
@@ -7302,7 +7284,6 @@ class Hub:
         for server_id in list(connection.servers):
             self.leave_server(connection, server_id)
         self.stop_activity(connection)
-        self.forget_status(connection.user.user_id)
 
     def stop_activity(self, connection: Connection, server_id: int | None = None) -> None:
         """End the typing and the voice call of a socket, in that server or in all."""
@@ -7699,11 +7680,9 @@ class Bus:
         user = read(load_profile, user_id)
         match event:
             case "user:connected":
-                hub.apply_status(user)
                 hub.show(server_id, user, sid)
             case "user:disconnected":
                 hub.hide(server_id, user, sid)
-                hub.forget_status(user_id)
             case "user:typing":
                 hub.start_typing(server_id, place, user, sid)
             case "typing_stop" if (place, user_id) in hub.typing_tracker.of_socket(sid):
@@ -9343,6 +9322,7 @@ class ChatRTC:
                 stack.callback(self._name.close)
             await hub.store.open(self._set_up)
             stack.push_async_callback(hub.store.close)
+            hub.presence.invisible = set(hub.store.read_inline(load_invisible))
             stack.callback(hub.password_hasher.close)
             stack.callback(self.sio.eio.client_log.flush, now=True)
             if self.settings.redis is not None:

@@ -11340,7 +11340,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         server_id = chatrtc.insert_server(db, "class", "2026-01-01T00:00:00Z")
         chatrtc.insert_member(db, server_id, user_id, "owner", "2026-01-01T00:00:00Z")
         channel, _ = chatrtc.insert_channel(db, server_id, "general", "text", "")
-        author = chatrtc.Principal(user_id, "ana", "online", 0)
+        author = chatrtc.Principal(user_id, "ana")
 
         def post(first: int, last: int) -> None:
             db.execute("BEGIN")
