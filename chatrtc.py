@@ -8892,12 +8892,6 @@ def add_server(db: sqlite3.Connection, name: str, owner: str) -> Result[int]:
     return Result(server_id, [server_joined(db, server_id, owner_id)])
 
 
-# Jobs that the command line runs on the database.
-ADMIN_JOBS: dict[str, Callable[..., Result[Any]]] = {
-    job.__name__: job for job in (add_user, set_password, delete_user, add_server)
-}
-
-
 def check_addresses(settings: Settings) -> None:
     """Raise StartError if an origin, a proxy, the public URL or the URL of Redis is invalid."""
     redis = REDIS_URL.fullmatch("redis://localhost" if settings.redis is None else settings.redis)
@@ -9810,8 +9804,8 @@ def open_reader(database: str, *, any_format: bool = False) -> Iterator[sqlite3.
         yield db
 
 
-def run_admin_job(database: str, name: str, *args: Any) -> Any:
-    """Run a job of ADMIN_JOBS and return its value. Servers that have the database open apply it from the table `log`."""
+def run_admin_job(database: str, job: Callable[..., Result[Any]], *args: Any) -> Any:
+    """Run a job on the database and return its value. Servers that have the database open apply it from the table `log`."""
     path = Path(database)
     if not path.exists() and name != "add_user":
         raise StartError(f"There is no database {path}")
@@ -9819,9 +9813,9 @@ def run_admin_job(database: str, name: str, *args: Any) -> Any:
     with Turn(path).hold(), contextlib.closing(FileLock(path)) as lock:
         alone = lock.acquire()
         with contextlib.closing(check_and_open(path, may_migrate=False) if alone else join_writers(path)) as db, db:
-            outcome = run_jobs(db, [lambda db: ADMIN_JOBS[name](db, *args)])[0]
+            outcome = run_jobs(db, [lambda db: job(db, *args)])[0]
             if isinstance(outcome, Result) and not alone:
-                append_log(db, [*outcome.effects, LogLine(f"{name} on the command line for {args[0]!a}: done")])
+                append_log(db, [*outcome.effects, LogLine(f"{job.__name__} on the command line for {args[0]!a}: done")])
     if isinstance(outcome, ChatError):
         raise outcome
     return outcome.value
@@ -9849,7 +9843,7 @@ def read_password_hash() -> str:
 def user_add(username: str, database: str) -> None:
     """Create an account. Asks for the password, or reads it from standard input."""
     read_args(NewIdentity, {"username": username})
-    click.echo(f"{username} has the id {run_admin_job(database, 'add_user', username, read_password_hash())}")
+    click.echo(f"{username} has the id {run_admin_job(database, add_user, username, read_password_hash())}")
 
 
 @user.command("list")
@@ -9866,7 +9860,7 @@ def user_list(database: str) -> None:
 @setting_options("database")
 def user_password(username: str, database: str) -> None:
     """Set a new password. Signs the account out everywhere."""
-    run_admin_job(database, "set_password", username, read_password_hash())
+    run_admin_job(database, set_password, username, read_password_hash())
     click.echo(f"{username} has a new password")
 
 
@@ -9879,7 +9873,7 @@ def user_password(username: str, database: str) -> None:
 )
 def user_delete(username: str, messages: bool, database: str) -> None:
     """Delete an account. Its messages stay, under its name, unless you give --messages."""
-    run_admin_job(database, "delete_user", username, messages)
+    run_admin_job(database, delete_user, username, messages)
     click.echo(f"{username} is deleted")
 
 
@@ -9889,7 +9883,7 @@ def user_delete(username: str, messages: bool, database: str) -> None:
 @setting_options("database")
 def server_add(name: str, owner: str, database: str) -> None:
     """Create a server (a community) with the channel general."""
-    click.echo(f"{name} has the id {run_admin_job(database, 'add_server', name, owner)}")
+    click.echo(f"{name} has the id {run_admin_job(database, add_server, name, owner)}")
 
 
 @main.command()

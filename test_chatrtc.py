@@ -11570,9 +11570,9 @@ async def test_a_command_waits_for_its_turn(world: World, tmp_path: Path, monkey
     turn = chatrtc.Turn(Path(database))
     assert turn.try_acquire()
     with pytest.raises(chatrtc.StartError, match="does not let others write"):
-        await asyncio.to_thread(chatrtc.run_admin_job, database, "delete_user", "ana")
+        await asyncio.to_thread(chatrtc.run_admin_job, database, chatrtc.delete_user, "ana")
     turn.release()
-    await asyncio.to_thread(chatrtc.run_admin_job, database, "delete_user", "ana")
+    await asyncio.to_thread(chatrtc.run_admin_job, database, chatrtc.delete_user, "ana")
     await asyncio.wait_for(socket.closed.wait(), PATIENCE)
     turn.close()
 
@@ -13324,9 +13324,9 @@ class RevocationCase:
     async def call(self, person: Person, method: str, path: str, body: Any = None) -> None:
         await person.ok(method, path.format(server=self.place.server_id, channel=self.place.channel_id), body)
 
-    async def admin(self, name: str) -> None:
+    async def admin(self, job: Callable[..., chatrtc.Result[Any]]) -> None:
         """Run a job as the command line has a running server do it."""
-        await self.chat.hub.store.write(lambda db: chatrtc.ADMIN_JOBS[name](db, self.member.name))
+        await self.chat.hub.store.write(lambda db: job(db, self.member.name))
 
 
 async def expire(stage: RevocationCase) -> None:
@@ -13349,7 +13349,7 @@ REVOCATIONS: dict[str, tuple[Revocation, bool]] = {  # the action, and if it clo
         True,
     ),
     "expiry": (expire, True),
-    "deleted user": (lambda s: s.admin("delete_user"), True),
+    "deleted user": (lambda s: s.admin(chatrtc.delete_user), True),
 }
 
 
@@ -16478,8 +16478,8 @@ class DistantCase(RevocationCase):
         self.place, self.owner, self.member, self.witness = place, owner, member, witness
         self.database = group.database
 
-    async def admin(self, name: str) -> None:
-        assert name == "delete_user"
+    async def admin(self, job: Callable[..., chatrtc.Result[Any]]) -> None:
+        assert job is chatrtc.delete_user
         await run_ok("user", "delete", self.member.name, "--yes", "--database", str(self.database))
 
 
