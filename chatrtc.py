@@ -9157,6 +9157,7 @@ class ChatRTC:
         name = settings.get("process")  # a generated one is unique, and its file would stay
         self._name = FileLock(Path(self.settings.database), f".process-{name}.lock") if name is not None else None
         self._running = contextlib.AsyncExitStack()  # what `stop` undoes
+        self._asyncapi = StaticFile(lambda: msgspec.json.encode(asyncapi(self.hub.host_events.values())), JSON)
         add_socket_handlers(self.hub)
 
     def attach(self, app: web.Application, prefix: str = "", *, page: bool = True) -> None:
@@ -9169,7 +9170,7 @@ class ChatRTC:
         routes = [
             *([web.get("/", page_file(self.settings, self.hub.identify is not None).__call__)] if page else []),
             web.get("/openapi.json", StaticFile(lambda: msgspec.json.encode(openapi()), JSON).__call__),
-            web.get("/asyncapi.json", self._send_asyncapi),
+            web.get("/asyncapi.json", self._asyncapi.__call__),
             web.get("/invites/{code}.svg", functools.partial(send_invite_qr_code, self.hub)),
             *(
                 # An emoji may contain a brace or a slash.
@@ -9222,7 +9223,7 @@ class ChatRTC:
 
         def register(function: Function) -> Function:
             self.hub.host_events[name] = host_operation(name, function)
-            self.__dict__.pop("_asyncapi", None)
+            self._asyncapi.versions = None
             return function
 
         return register
@@ -9274,13 +9275,6 @@ class ChatRTC:
         """Close all sockets of an account, on all processes. Its tokens stay valid. Raises NOT_FOUND."""
         args = read_args(UserArgs, {"user_id": user_id})
         await self.hub.store.write(lambda db: Result(None, [Revoke(require_user(db, args.user_id).user_id)]), frees_space=True)
-
-    @functools.cached_property
-    def _asyncapi(self) -> StaticFile:
-        return StaticFile(lambda: msgspec.json.encode(asyncapi(self.hub.host_events.values())), JSON)
-
-    async def _send_asyncapi(self, request: web.Request) -> web.Response:
-        return await self._asyncapi(request)
 
     async def _call(self, op: Operation, args: dict[str, Any]) -> Any:
         """Perform an operation for the embedding program. Raises ChatError."""
