@@ -2965,11 +2965,6 @@ def rows_as(kind: Callable[..., R], query: str) -> Query[list[R]]:
     return lambda db, *values: [kind(*row) for row in db.execute(query, values)]
 
 
-def rows_by_key(query: str) -> Query[dict[Any, Any]]:
-    """Return a query that takes keys and returns a dict of the two columns of its rows. The statement gets the keys as JSON."""
-    return lambda db, keys: dict(db.execute(query, (json.dumps(list(keys)),)).fetchall())
-
-
 def named(kind: Callable[..., R]) -> Callable[..., R]:
     """Return a constructor that takes the display name as the last positional argument."""
     return lambda *values: kind(*values[:-1], name=values[-1])
@@ -3005,12 +3000,8 @@ load_profile = row_as(
     ),
     "SELECT user_id, username, status, created_at, guest, source = 'bot', name FROM users WHERE user_id = ?",
 )
-load_names = rows_by_key(  # id -> name that is shown
-    "SELECT u.user_id, coalesce(u.name, u.username) FROM json_each(?) k JOIN users u ON u.user_id = k.value"
-)
-load_user_ids = rows_by_key(  # name key -> id
-    "SELECT u.username_key, u.user_id FROM json_each(?) k JOIN users u ON u.username_key = k.value"
-)
+load_shown_name: Query[str] = first_value("SELECT coalesce(name, username) FROM users WHERE user_id = ?")
+load_user_id: Query[int | None] = first_value("SELECT user_id FROM users WHERE username_key = ?")
 load_invisible: Query[list[int]] = rows_as(int, "SELECT user_id FROM users WHERE status = 'invisible'")
 load_password_hash: Query[str | None] = first_value("SELECT password FROM users WHERE user_id = ?")
 load_address_seen_at: Query[float | None] = first_value("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?")
@@ -4075,9 +4066,6 @@ class Transcript:
         self.places, self.hidden, self.folder = places, hidden, folder
         self.count = 0  # the number of messages so far
         self.numbers: dict[int, int] = {}  # user id -> number
-        self.names: dict[int, str] = {}  # user id -> name, for the messages of the current part
-        self.handles: dict[str, int] = {}  # name key of a username -> user id, for them
-        self.originals: dict[int, Message] = {}  # id -> message that one of them replies to
         self._parts = self._write_page()
 
     def read(self, db: sqlite3.Connection) -> str | None:
@@ -4101,28 +4089,15 @@ class Transcript:
     def _write_channel(self, channel_id: int, newest: int) -> Iterator[str]:
         page = load_page_part(self._db, channel_id, ">", 0, TRANSCRIPT_STEP, TRANSCRIPT_BYTES)
         while messages := [message for message in page.messages if message.message_id <= newest]:
-            self._look_up(messages)
             for message in messages:
                 yield from self._write_message(message)
                 self.count += 1
             page = load_page_part(self._db, channel_id, ">", messages[-1].message_id, TRANSCRIPT_STEP, TRANSCRIPT_BYTES)
 
-    def _look_up(self, messages: list[Message]) -> None:
-        """Load what these messages need: the messages they reply to, and names or, if these are hidden, usernames."""
-        originals = [load_message(self._db, message.reply_to) for message in messages if message.reply_to]
-        self.originals = {message.message_id: message for message in originals if message}
-        shown = [*messages, *self.originals.values()]
-        if self.hidden:
-            handles = {handle for message in shown for handle in HANDLE.findall(message.content)}
-            self.handles = load_user_ids(self._db, {key for handle in handles for key in handle_keys(handle)})
-        else:
-            people = {user_id for message in messages for one in message.reactions for user_id in one.user_ids}
-            self.names = load_names(self._db, people)
-
     def _name(self, user_id: int) -> str:
         if self.hidden:
             return f"Person {self.numbers.setdefault(user_id, len(self.numbers) + 1)}"
-        return html.escape(self.names[user_id])
+        return html.escape(load_shown_name(self._db, user_id))
 
     def _author(self, message: Message) -> str:
         return self._name(message.author_id) if self.hidden else html.escape(message.author_name or message.author_username)
@@ -4132,16 +4107,16 @@ class Transcript:
         return HANDLE.sub(self._hide_handle, message.content) if self.hidden else message.content
 
     def _hide_handle(self, found: re.Match[str]) -> str:
-        key = next((key for key in reversed(handle_keys(found[1])) if key in self.handles), None)
-        if key is None:
-            return found[0]
-        end = next(end for end in range(1, len(found[1]) + 1) if name_key(found[1][:end]).startswith(key))
-        return f"@{self._name(self.handles[key])}{found[1][end:]}"
+        for key in reversed(handle_keys(found[1])):
+            if (user_id := load_user_id(self._db, key)) is not None:
+                end = next(end for end in range(1, len(found[1]) + 1) if name_key(found[1][:end]).startswith(key))
+                return f"@{self._name(user_id)}{found[1][end:]}"
+        return found[0]
 
     def _write_message(self, message: Message) -> Iterator[str]:
         yield f"<p id=m{message.message_id}>"
         if message.reply_to is not None:
-            original, quote = self.originals.get(message.reply_to), "a deleted message"
+            original, quote = load_message(self._db, message.reply_to), "a deleted message"
             if original is not None:
                 quote = f"{self._author(original)}: {html.escape(' '.join(self._text(original)[:100].split()))}"
             yield f'<small>In reply to <a href="#m{message.reply_to}">{quote}</a></small>'
