@@ -3877,46 +3877,23 @@ def load_page(db: sqlite3.Connection, args: PageArgs) -> Messages:
     return Messages(older.messages + newer.messages, newer.has_more or older.has_more)
 
 
-class PageCache(dict[tuple[int | None, ...], tuple[int, Messages]]):
-    """A cache of the most recent pages, by arguments. An entry is valid while its server's `seq` is unchanged. When 30 pupils
-    open a channel, all request the same page: loading it takes 120 us, a look-up here 5 us."""
-
-    MAX_PAGES = 256
-    MAX_CHARACTERS = 32_768  # in a cached page, so that all pages together take at most 64 MiB
-
-    def load(self, db: sqlite3.Connection, server_id: int, args: PageArgs) -> Messages:
-        key, seq = msgspec.structs.astuple(args), load_seq(db, server_id)
-        cached_seq, page = self.pop(key, (-1, None))
-        if page is None or cached_seq != seq:
-            page = load_page(db, args)
-        texts = (len(message.content) + sum(len(file.alt or "") + 200 for file in message.files) for message in page.messages)
-        if sum(texts) <= self.MAX_CHARACTERS:
-            self[key] = seq, page
-        if len(self) > self.MAX_PAGES:
-            del self[next(iter(self))]
-        return page
-
-
-class ChangesCache(dict[tuple[int, int], tuple[int, msgspec.Raw]]):
-    """A cache of a server's changes since a sequence number, as JSON: after a restart, everybody requests the same. Changes
-    with a list are not cached, because members see it differently. An entry is valid while the server's `seq` is unchanged."""
+class AnswerCache(dict[tuple[Any, ...], tuple[int, Any]]):
+    """A cache of answers, by arguments. An entry is valid while its server's `seq` is unchanged. When 30 pupils open a channel,
+    or come back after a restart, all request the same: loading a page takes 120 us, a look-up here 5 us."""
 
     MAX_ENTRIES = 256
-    MAX_BYTES = 131_072  # of an entry, so that all entries together take at most 32 MiB
+    MAX_BYTES = 131_072  # of text in an entry, so that all entries together take at most 64 MiB
 
-    def find(self, since: ChangesArgs, seq: int) -> msgspec.Raw | None:
-        cached_seq, changes = self.get((since.server_id, since.after), (-1, None))
-        return changes if cached_seq == seq else None
+    def find(self, args: Args, seq: int) -> Any:
+        """Return the answer, or None if there is none, or the server has changed since."""
+        cached_seq, answer = self.get(msgspec.structs.astuple(args), (-1, None))
+        return answer if cached_seq == seq else None
 
-    def encode(self, since: ChangesArgs, changes: Changes) -> msgspec.Raw:
-        """Return the JSON of changes, and keep it if it is the same for all members."""
-        data = msgspec.json.encode(changes)
-        has_list = changes.members is not UNSET or changes.channels is not UNSET or changes.name is not UNSET
-        if not has_list and not changes.has_more and len(data) <= self.MAX_BYTES:
-            self[since.server_id, since.after] = changes.seq, msgspec.Raw(data)
+    def keep(self, args: Args, seq: int, answer: Any, size: int) -> None:
+        if size <= self.MAX_BYTES:
+            self[msgspec.structs.astuple(args)] = seq, answer
         if len(self) > self.MAX_ENTRIES:
             del self[next(iter(self))]
-        return msgspec.Raw(data)
 
 
 def load_pins(db: sqlite3.Connection, args: PinsArgs) -> Messages:
@@ -4601,7 +4578,7 @@ class OperationContext:
     user: Principal
     clock: float  # Unix seconds
     presence: Presence
-    pages: PageCache
+    pages: AnswerCache
     settings: Settings
     server_id: int = 0
     channel_id: int = 0
@@ -5385,7 +5362,12 @@ def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
 @read("GET /channels/{channel_id}/messages", Access.MEMBER)
 def list_messages(ctx: OperationContext, args: PageArgs) -> Result[Messages]:
     """List messages of a channel: the newest, or those before, after or around a message."""
-    return Result(ctx.pages.load(ctx.db, ctx.server_id, args))
+    seq = load_seq(ctx.db, ctx.server_id)
+    if (page := ctx.pages.find(args, seq)) is None:
+        page = load_page(ctx.db, args)
+        texts = (len(message.content) + sum(len(file.alt or "") + 200 for file in message.files) for message in page.messages)
+        ctx.pages.keep(args, seq, page, 4 * sum(texts))
+    return Result(page)
 
 
 @read("GET /messages/{message_id}", Access.MEMBER)
@@ -6974,7 +6956,7 @@ class Hub:
         self.downloads = FairQueue(DOWNLOADS, DOWNLOADS_PER_USER)
         self.password_hasher = PasswordHasher(bounded=not settings.no_rate_limit)
         self.limiter, self.unlimited = Limiter(enabled=not settings.no_rate_limit), Limiter(enabled=False)
-        self.presence, self.pages, self.missed = Presence(), PageCache(), ChangesCache()
+        self.presence, self.pages, self.missed = Presence(), AnswerCache(), AnswerCache()
         self.typing_tracker, self.voice_peers = TypingTracker(), VoicePeers()
         self.hands: dict[tuple[int, int], Hand] = {}  # (server, user) -> a raised hand
         self._hand_timers: dict[tuple[int, int], asyncio.TimerHandle] = {}  # (server, user) -> lowers the hand
@@ -8148,7 +8130,12 @@ async def load_missed(hub: Hub, caller: Caller, since: ChangesArgs) -> tuple[int
         return seq, found or load_changes(ctx.db, since, ctx.visible_users(), ctx.user.user_id)
 
     seq, loaded = await hub.query_slow(caller, since, load)
-    return seq, loaded if isinstance(loaded, msgspec.Raw) else hub.missed.encode(since, loaded)
+    if isinstance(loaded, msgspec.Raw):
+        return seq, loaded
+    data = msgspec.json.encode(loaded)
+    if loaded.members is loaded.channels is loaded.name is UNSET and not loaded.has_more:  # it is the same for all members
+        hub.missed.keep(since, loaded.seq, msgspec.Raw(data), len(data))
+    return seq, msgspec.Raw(data)
 
 
 @operation("async", None, Access.MEMBER, event="join_server", emits=["user:connected"])

@@ -4168,7 +4168,7 @@ async def test_many_who_missed_the_same_changes_get_the_same(scene: Scene) -> No
     acks = [await socket.ok("join_server", join) for socket in (scene.ana_socket, scene.ben_socket)]
     assert acks[0]["changes"] == acks[1]["changes"]
     assert [one["message_id"] for one in acks[0]["changes"]["messages"]] == [message["message_id"]]
-    assert list(hub.missed) == [(server_id, join["after"])]
+    assert [key[:2] for key in hub.missed] == [(server_id, join["after"])]
     await scene.ana.ok("PATCH", f"/messages/{message['message_id']}", {"content": "other"})
     assert (await scene.ben_socket.ok("join_server", join))["changes"]["messages"][0]["content"] == "other"
     await scene.ana.ok("DELETE", f"/messages/{message['message_id']}")
