@@ -7061,12 +7061,9 @@ class Hub:
 
     def apply_effects(self, effects: Iterable[Effect], foreign: bool = False) -> None:
         """Apply the effects of operations. Called once their changes are on disk, in the order of the commits."""
-        self.foreign = foreign  # set directly, because a context manager would cost 2 % of a post
-        try:
+        with self.as_foreign(foreign):
             for effect in effects:
                 self._effect_handlers[type(effect)](*effect)
-        finally:
-            self.foreign = False
 
     @contextlib.contextmanager
     def as_foreign(self, foreign: bool = True) -> Iterator[None]:
