@@ -4485,24 +4485,6 @@ class Limiter:
                 self.charge(name, key)
             raise
 
-    @contextlib.contextmanager
-    def attempt(self, limits: Sequence[LimitKey]) -> Iterator[Callable[[], None]]:
-        """Count one attempt under each limit, and refund it at the end unless the yielded function was called. Counting first
-        keeps concurrent attempts within the limits. Raises RATE_LIMITED."""
-        for limit in limits:
-            self.check(*limit)
-        for limit in limits:
-            self.count(*limit)
-        failed = asyncio.Event()
-        try:
-            yield failed.set
-        finally:
-            for limit in limits:
-                if failed.is_set():
-                    self.announce(*limit)
-                else:
-                    self.count(*limit, times=-1)
-
 
 LOGGED_REASONS = {
     "WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code",
@@ -7781,10 +7763,19 @@ async def is_password(hub: Hub, caller: Caller, user: Principal, password: str, 
     for limit in limits:
         limiter.check(*limit)
     async with hub.password_hasher.turn(caller.address, caller.is_program):
-        with limiter.attempt(limits) as failed:
+        for limit in limits:
+            limiter.check(*limit)
+        for limit in limits:  # counted first, so that concurrent attempts stay within the limits
+            limiter.count(*limit)
+        right = None
+        try:
             right = await hub.password_hasher.run(verify_password, password, stored)
-            if not right:
-                failed()
+        finally:
+            for limit in limits:
+                if right is False:
+                    limiter.announce(*limit)
+                else:
+                    limiter.count(*limit, times=-1)
     return right
 
 

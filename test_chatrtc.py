@@ -4622,21 +4622,20 @@ def test_a_full_limit_table_drops_only_full_buckets(monkeypatch: pytest.MonkeyPa
     assert len(limiter._tables["post"]) <= 101
 
 
-def test_an_attempt_that_succeeds_is_refunded() -> None:
-    limiter, limits = chatrtc.Limiter(enabled=True), [("login", "ana"), ("login_address", "here")]
-    for _ in range(20):
-        with contextlib.suppress(TimeoutError), limiter.attempt(limits):
-            raise TimeoutError
-    with contextlib.ExitStack() as stack:
-        for _ in range(5):
-            stack.enter_context(limiter.attempt(limits))
-        with pytest.raises(chatrtc.ChatError, match="RATE_LIMITED"), limiter.attempt(limits):
-            pass
-    for _ in range(5):
-        with limiter.attempt(limits) as failed:
-            failed()
+async def test_an_attempt_that_succeeds_is_refunded(make_world: MakeWorld) -> None:
+    """So is one that is cancelled. Those in progress are counted, so that concurrent attempts stay within the limits."""
+    hub, account = (await make_world(no_rate_limit=False)).chat.hub, chatrtc.Principal(1, "ana")
+    caller = chatrtc.Caller(chatrtc.NOBODY, "192.0.2.1", chatrtc.Connection("sid", "192.0.2.1"))
+    attempt = functools.partial(chatrtc.is_password, hub, caller, account, stored=chatrtc.hash_password("correct horse"))
+    for _ in range(6):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(attempt("a wrong one"), 0.005)
+    assert all([await attempt("correct horse") for _ in range(6)])
+    outcomes = await asyncio.gather(*(attempt("a wrong one") for _ in range(8)), return_exceptions=True)
+    refused = [outcome.code for outcome in outcomes if isinstance(outcome, chatrtc.ChatError)]
+    assert (outcomes.count(False), refused) == (5, ["RATE_LIMITED"] * 3)
     with pytest.raises(chatrtc.ChatError, match="RATE_LIMITED"):
-        limiter.check("login", "ana")
+        await attempt("correct horse")
 
 
 LIMITED_CALLS = {  # how often one user makes the call at once, how many of these succeed at least, and how many fail at least
