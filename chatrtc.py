@@ -7223,7 +7223,8 @@ class Hub:
 
     def stop_activity(self, connection: Connection, server_id: int | None = None) -> None:
         """End the typing and the voice call of a socket, in that server or in all."""
-        self.stop_all_typing(connection, server_id)
+        for key in self.typing_tracker.of_socket(connection.sid, server_id):
+            self.stop_typing(*key)
         peer = self.voice_peers.get(connection.sid)
         if peer is not None and server_id in (None, peer.server_id):
             self.leave_voice(connection.sid)
@@ -7285,10 +7286,6 @@ class Hub:
         typing_user = self.typing_tracker.pop((channel_id, user_id), None)
         if typing_user is not None and user_id not in self.presence.invisible:
             self.emit("typing_stop", channel_id, typing_user.notice, typing_user.server_id, skip_sid=typing_user.sid)
-
-    def stop_all_typing(self, connection: Connection, server_id: int | None = None) -> None:
-        for channel_id, user_id in self.typing_tracker.of_socket(connection.sid, server_id):
-            self.stop_typing(channel_id, user_id)
 
     def leave_voice(self, sid: str) -> None:
         if (peer := self.voice_peers.pop(sid, None)) is not None:
