@@ -22475,10 +22475,10 @@ def test_calls_that_point_down_the_page_are_listed() -> None:
     listed = re.findall(r"^     (\w+)\(.*\)  +[A-Z]", SCRIPT, re.M)
     added = [
         name
-        for found in re.findall(r"Object\.assign\(below, \{(.*)\}\)", SCRIPT)
+        for found in re.findall(r"Object\.assign\(callbacks, \{(.*)\}\)", SCRIPT)
         for name in re.findall(r"(\w+)(?=,|:| )", found)
     ]
-    assert set(listed) == set(re.findall(r"\bbelow\.(\w+)\(", SCRIPT)) <= set(added)
+    assert set(listed) == set(re.findall(r"\bcallbacks\.(\w+)\(", SCRIPT)) <= set(added)
 
 
 def test_each_button_of_the_page_has_an_action() -> None:
