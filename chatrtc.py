@@ -4731,27 +4731,41 @@ def authorize_on_member(access: Access, ctx: OperationContext, role: Role, user_
     return is_self and role != "owner"
 
 
-def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
-    """Resolve the target and check the caller's access. Raises UNAUTHORIZED, NOT_FOUND or FORBIDDEN."""
-    if access is Access.ANYONE:
-        return
-    exists = resolve_target(ctx, args)
+def authorize_account(access: Access, ctx: OperationContext, args: Args) -> None:
+    """Check an access that needs no role in a server."""
     if access in (Access.PERSON, Access.CREATOR) and ctx.user.bot:
         raise chat_error("NOT_FOR_BOTS")
     if access is Access.CREATOR:
         check_settings(access, ctx)
     if isinstance(args, NewConversation):
         authorize_start(ctx, args)
-    if access in (Access.USER, Access.PERSON, Access.CREATOR, Access.STARTER):
+
+
+def no_target(args: Args) -> ChatError:
+    """Return the error for a target that does not exist."""
+    key = target_key(type(args))
+    return chat_error("INVITE_UNKNOWN" if key == "code" else f"NO_{key.removesuffix('_id').upper()}", field=key)
+
+
+def check_guest(ctx: OperationContext, user_id: int) -> None:
+    """Raise FORBIDDEN unless the member is a guest whom the caller outranks in all the guest's servers."""
+    if not load_profile(ctx.db, user_id).guest:
+        raise chat_error("NOT_A_GUEST")
+    if not outranks_everywhere(ctx.db, ctx.user.user_id, user_id):  # a sign-in code opens all of them
+        raise chat_error("LINK_ELSEWHERE")
+
+
+def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
+    """Resolve the target and check the caller's access. Raises UNAUTHORIZED, NOT_FOUND or FORBIDDEN."""
+    if access is Access.ANYONE:
         return
-    if not exists and isinstance(args, CodeArgs):
-        raise chat_error("INVITE_UNKNOWN", field="code")
+    exists, user_id = resolve_target(ctx, args), getattr(args, "user_id", None)
+    if access in (Access.USER, Access.PERSON, Access.CREATOR, Access.STARTER):
+        return authorize_account(access, ctx, args)
     if not exists:
-        key = target_key(type(args))
-        raise chat_error(f"NO_{key.removesuffix('_id').upper()}", field=key)
-    user_id: Any = getattr(args, "user_id", None)
+        raise no_target(args)
     if access is Access.PARTICIPANT:
-        return authorize_participant(ctx, user_id)
+        return authorize_participant(ctx, user_id or 0)
     if ctx.role is None:
         raise chat_error("NOT_MEMBER")
     if user_id is not None and authorize_on_member(access, ctx, ctx.role, user_id):
@@ -4763,10 +4777,7 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     if access in (Access.INVITER, Access.OUTRANKS_GUEST):
         check_settings(access, ctx)
     if access is Access.OUTRANKS_GUEST:
-        if not load_profile(ctx.db, user_id).guest:
-            raise chat_error("NOT_A_GUEST")
-        if not outranks_everywhere(ctx.db, ctx.user.user_id, user_id):  # a sign-in code opens all the guest's servers
-            raise chat_error("LINK_ELSEWHERE")
+        check_guest(ctx, user_id or 0)
 
 
 def find_rule_error(ctx: OperationContext, action: ChannelAction) -> ChatError | None:
