@@ -2172,7 +2172,7 @@ def test_every_event_is_emitted_by_an_operation() -> None:
 async def test_a_failed_event_without_an_ack_gets_an_error_event(scene: Scene) -> None:
     await scene.ben_socket.client.emit("typing_start", {"channel_id": 999})
     received = await scene.ben_socket.receive("error")
-    assert set(received) == {"event", "error", "code", "reason"}
+    assert set(received) == {"event", "error", "code", "reason", "field"}
     assert (received["event"], received["code"], received["reason"]) == ("typing_start", "NOT_FOUND", "NO_CHANNEL")
     assert (await scene.ben_socket.call("typing_start", {"channel_id": 999}))["code"] == "NOT_FOUND"
     await scene.ben_socket.receive_none("error")  # an event with an ack gets its error in the ack
