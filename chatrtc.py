@@ -9887,7 +9887,7 @@ def backup(dest: Path, database: str) -> None:
         part = copy_verified(db, dest)
     os.replace(part, dest)
     sync_folder(dest.parent)
-    click.echo(f"Backed up to {dest}: {dest.stat().st_size} bytes, verified")
+    click.echo(f"{dest} holds {dest.stat().st_size} bytes, verified")
 
 
 @main.command()
@@ -9934,8 +9934,8 @@ def check(database: str) -> None:
     for line in lines:
         click.echo(line)
     if lines:
-        raise StartError(f"{database}: {len(lines)} errors found")
-    click.echo("No errors: {} users, {} servers, {} messages".format(*counts))
+        raise StartError(f"{database} has errors: {len(lines)}")
+    click.echo("sound: {} users, {} servers, {} messages".format(*counts))
 
 
 Record = tuple[str, dict[str, Any]]  # the type of an exported object, and the object as the API has it
