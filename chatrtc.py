@@ -1668,6 +1668,18 @@ class Rename(NamedTuple):  # the user's sockets and cached tokens get the new di
     name: str | None
 
 
+class MarkOwnPost(NamedTuple):  # a post moved its author's read mark: emit `channel:read` soon, once for several posts
+    server_id: int
+    user_id: int
+    channel_id: int
+    message_id: int
+    foreign: bool = False  # whether another process committed the post
+
+
+class EmitReadMark(NamedTuple):  # emit the channel's read mark now, if `MarkOwnPost` delayed one
+    channel_id: int
+
+
 class StopTyping(NamedTuple):
     channel_id: int
     user_id: int
@@ -1698,8 +1710,8 @@ class LogLine(NamedTuple):  # a line about a command, for the log of each server
 
 
 Effect = (
-    Emit | AddChannelRoom | RemoveRoom | Evict | Revoke | SetStatus | Rename | StopTyping | StopForbiddenActivity | SetHand
-    | EmitCustom | LogLine
+    Emit | AddChannelRoom | RemoveRoom | Evict | Revoke | SetStatus | Rename | StopTyping | MarkOwnPost | EmitReadMark
+    | StopForbiddenActivity | SetHand | EmitCustom | LogLine
 )  # fmt: skip
 EFFECTS: dict[str, Any] = {kind.__name__: kind for kind in typing.get_args(Effect)}
 
@@ -5346,8 +5358,8 @@ def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
     update_last_read(ctx.db, ctx.user.user_id, args.channel_id, message.message_id, ctx.clock)
     effects: list[Effect] = [
         StopTyping(args.channel_id, ctx.user.user_id),
+        MarkOwnPost(ctx.server_id, ctx.user.user_id, args.channel_id, message.message_id),
         Emit("message:new", ctx.server_id, message),
-        Emit("channel:read", ctx.user.user_id, ReadState(args.channel_id, message.message_id, 0, 0), ctx.server_id),
     ]
     return Result(message, effects + mention_events(ctx, message, ()))
 
@@ -5472,7 +5484,7 @@ def mark_read(ctx: OperationContext, args: MarkReadArgs) -> Result[None]:
     state = move_read_mark(ctx.db, ctx.user.user_id, args)
     if state is None:
         return Result(None)
-    return Result(None, [Emit("channel:read", ctx.user.user_id, state, ctx.server_id)])
+    return Result(None, [EmitReadMark(ctx.channel_id), Emit("channel:read", ctx.user.user_id, state, ctx.server_id)])
 
 
 @write(None, Access.MEMBER, event="hand:raise", emits=["hand:raised"], limit="post", frees_space=True)
@@ -6838,6 +6850,7 @@ def socket_server(**options: Any) -> SocketServer:
 # between two awaits, so that nothing else sees half of a change.
 
 LOGIN_SECONDS = 10  # time limit for a socket to authenticate
+OWN_MARK_SECONDS = 0.05  # delay of the `channel:read` for a user's own post; emitted with each, it would cost the post 15 us
 MAX_CACHED_TOKENS = 10_000
 HOST_SECONDS = 5.0  # time limit for a coroutine of the embedding program; shorter than CALL_TIMEOUT
 PRESENCE_EVENTS = ("user:connected", "user:disconnected")  # of which there are many when everybody connects at once
@@ -6965,12 +6978,13 @@ class Hub:
         self.foreign = False  # whether the effects that are applied come from another process
         self.erase_after = 0.0  # see `erase_texts`
         self.identify: Identify | None = None
+        self._own_marks: dict[int, MarkOwnPost] = {}  # channel -> a read mark to emit soon
         self._token_cache: dict[str, Principal] = {}  # valid token -> its user
         self._effect_handlers: dict[type[Effect], Callable[..., None]] = {
             Emit: self.emit, AddChannelRoom: self.add_channel_room, RemoveRoom: self.remove_room, Evict: self.evict,
             Revoke: self.revoke, SetStatus: self.emit_status, Rename: self.rename, StopTyping: self.stop_typing,
-            StopForbiddenActivity: self.stop_forbidden_activity, SetHand: self.set_hand, EmitCustom: self.emit_custom,
-            LogLine: log.info,
+            MarkOwnPost: self.mark_own_post, EmitReadMark: self.emit_read_mark, EmitCustom: self.emit_custom, LogLine: log.info,
+            StopForbiddenActivity: self.stop_forbidden_activity, SetHand: self.set_hand,
         }  # fmt: skip
 
     def limiter_for(self, caller: Caller) -> Limiter:
@@ -7130,6 +7144,27 @@ class Hub:
             self.connections[sid].servers[server_id].add(channel_id)
             self.sio.enter(sid, f"channel:{channel_id}")
 
+    def mark_own_post(self, server_id: int, user_id: int, channel_id: int, message_id: int, foreign: bool) -> None:
+        """Emit `channel:read` for an own post a moment later, so that posting quickly does not double the number of events."""
+        before = self._own_marks.get(channel_id)
+        if before is not None and before.user_id != user_id:
+            self.emit_read_mark(channel_id)  # before the other user's post
+        has_sockets = f"user:{user_id}" in self.sio.manager.rooms.get("/", ())
+        if has_sockets or ("channel:read" in self.listeners and not self.foreign):
+            if channel_id not in self._own_marks:
+                asyncio.get_running_loop().call_later(OWN_MARK_SECONDS, self.emit_read_mark, channel_id)
+            self._own_marks[channel_id] = MarkOwnPost(server_id, user_id, channel_id, message_id, self.foreign)
+
+    def emit_read_mark(self, channel_id: int) -> None:
+        if (mark := self._own_marks.pop(channel_id, None)) is not None:
+            with self.as_foreign(mark.foreign):
+                self.emit("channel:read", mark.user_id, ReadState(channel_id, mark.message_id, 0, 0), mark.server_id)
+
+    def forget_marks(self, server_id: int, user_id: int | None = None) -> None:
+        """Drop the delayed read marks of a user in a server that the user has left, or of all users if it is deleted."""
+        marks = self._own_marks.items()
+        self._own_marks = {k: mark for k, mark in marks if mark.server_id != server_id or user_id not in (None, mark.user_id)}
+
     def remove_room(self, server_id: int, channel_id: int | None) -> None:
         """Take all sockets out of a deleted channel or server, without events other than the one about the deletion."""
         peers = self.voice_peers.in_server(server_id) if channel_id is None else self.voice_peers.in_channel(channel_id)
@@ -7137,16 +7172,19 @@ class Hub:
             del self.voice_peers[peer.sid]
         if channel_id is None:
             self.hands = {key: hand for key, hand in self.hands.items() if key[0] != server_id}
+            self.forget_marks(server_id)
             self.typing_tracker.remove(server_id=server_id)
             for sid in self.sio.sids_in(f"server:{server_id}"):
                 self.leave_server(self.connections[sid], server_id, quietly=True)
         else:
+            self._own_marks.pop(channel_id, None)
             self.typing_tracker.remove(channel_id=channel_id)
             for sid in self.sio.sids_in(f"channel:{channel_id}"):
                 self.connections[sid].servers[server_id].discard(channel_id)
                 self.sio.leave(sid, f"channel:{channel_id}")
 
     def evict(self, server_id: int, user_id: int) -> None:
+        self.forget_marks(server_id, user_id)
         connections = [one for one in self.connections_of(user_id) if server_id in one.servers]
         for connection in connections:  # all before the first leaves, so that none hears what that ends
             self.leave_rooms(connection, server_id)
