@@ -118,8 +118,8 @@ import jwt  # noqa: E402
 import socketio  # noqa: E402
 from socketio import packet as wire  # noqa: E402
 
-for name in hidden:
-    del sys.modules[name]
+for module in hidden:
+    del sys.modules[module]
 
 # ---- Settings ------------------------------------------------------------------------------------------------------
 # Each field is an option of `serve`, an environment variable CHATRTC_<NAME>, a keyword argument of ChatRTC() and a row of the
@@ -2422,9 +2422,11 @@ def empty_wal(db: sqlite3.Connection) -> Result[bool]:
     return Result(not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
 
 
-def is_bug(error: sqlite3.OperationalError) -> bool:
-    """Return whether the error is in the SQL statement, not in the file or the disk."""
-    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR
+def is_bug(error: Exception) -> bool:
+    """Return whether the error is in the SQL statement or its values, not in the file or the disk."""
+    if type(error) not in (sqlite3.OperationalError, sqlite3.DatabaseError):  # the second one: the file is damaged
+        return True
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF == sqlite3.SQLITE_ERROR
 
 
 def in_snapshot(db: sqlite3.Connection, query: Query[R], *args: Any) -> R:
@@ -2432,7 +2434,7 @@ def in_snapshot(db: sqlite3.Connection, query: Query[R], *args: Any) -> R:
     db.execute("BEGIN")
     try:
         return query(db, *args)
-    except sqlite3.OperationalError as error:
+    except sqlite3.DatabaseError as error:
         if is_bug(error):
             raise
         if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
@@ -2739,7 +2741,7 @@ class Store:
 
     def _write_failure(self, error: Exception) -> Exception:
         """Return the error for the caller of a job whose transaction failed."""
-        if not isinstance(error, StartError) and (not isinstance(error, sqlite3.OperationalError) or is_bug(error)):
+        if not isinstance(error, StartError) and is_bug(error):
             return error
         self._record_write_failure(error)
         detail = f"The database cannot be written at the moment ({error}); nothing was changed"
@@ -2844,7 +2846,7 @@ class Store:
         try:
             effects = decode_effects(data)
         except (msgspec.DecodeError, KeyError) as error:
-            log.error("row %d of the log cannot be read: %s", row_id, error)
+            log.error("row %d of the commit log cannot be read: %s", row_id, error)
             self._report_gap(row_id)
         else:
             self._mark_applied(row_id)
@@ -2864,7 +2866,7 @@ class Store:
             self.pull()
             await asyncio.sleep(APPLIED_POLL_SECONDS)
 
-    def _record_write_failure(self, error: sqlite3.OperationalError | StartError) -> None:
+    def _record_write_failure(self, error: Exception) -> None:
         """Log a write error. After a failed sync the connection's state is unknown, so it is reopened."""
         if time.monotonic() - self._failure_logged_at > FAILURE_LOG_SECONDS:
             self._failure_logged_at = time.monotonic()
@@ -2977,6 +2979,11 @@ def rows_as(kind: Callable[..., R], query: str) -> Query[list[R]]:
     return lambda db, *values: [kind(*row) for row in db.execute(query, values)]
 
 
+def rows_by_key(query: str) -> Query[dict[Any, Any]]:
+    """Return a query that takes keys and returns a dict of the two columns of its rows. The statement gets the keys as JSON."""
+    return lambda db, keys: dict(db.execute(query, (json.dumps(list(keys)),)).fetchall())
+
+
 def named(kind: Callable[..., R]) -> Callable[..., R]:
     """Return a constructor that takes the display name as the last positional argument."""
     return lambda *values: kind(*values[:-1], name=values[-1])
@@ -3012,8 +3019,12 @@ load_profile = row_as(
     ),
     "SELECT user_id, username, status, created_at, guest, source = 'bot', name FROM users WHERE user_id = ?",
 )
-load_shown_name: Query[str] = first_value("SELECT coalesce(name, username) FROM users WHERE user_id = ?")
-load_user_id: Query[int | None] = first_value("SELECT user_id FROM users WHERE username_key = ?")
+load_names = rows_by_key(  # id -> name that is shown
+    "SELECT u.user_id, coalesce(u.name, u.username) FROM json_each(?) k JOIN users u ON u.user_id = k.value"
+)
+load_user_ids = rows_by_key(  # name key -> id
+    "SELECT u.username_key, u.user_id FROM json_each(?) k JOIN users u ON u.username_key = k.value"
+)
 load_invisible: Query[list[int]] = rows_as(int, "SELECT user_id FROM users WHERE status = 'invisible'")
 load_password_hash: Query[str | None] = first_value("SELECT password FROM users WHERE user_id = ?")
 load_address_seen_at: Query[float | None] = first_value("SELECT seen_at FROM known_addresses WHERE user_id = ? AND digest = ?")
@@ -4055,6 +4066,9 @@ class Transcript:
         self.places, self.hidden, self.folder = places, hidden, folder
         self.count = 0  # the number of messages so far
         self.numbers: dict[int, int] = {}  # user id -> number
+        self.names: dict[int, str] = {}  # user id -> name, for the messages of the current part
+        self.handles: dict[str, int] = {}  # name key of a username -> user id, for them
+        self.originals: dict[int, Message] = {}  # id -> message that one of them replies to
         self._parts = self._write_page()
 
     def read(self, db: sqlite3.Connection) -> str | None:
@@ -4078,15 +4092,30 @@ class Transcript:
     def _write_channel(self, channel_id: int, newest: int) -> Iterator[str]:
         page = load_page_part(self._db, channel_id, ">", 0, TRANSCRIPT_STEP, TRANSCRIPT_BYTES)
         while messages := [message for message in page.messages if message.message_id <= newest]:
+            self._look_up(messages)
             for message in messages:
                 yield from self._write_message(message)
                 self.count += 1
             page = load_page_part(self._db, channel_id, ">", messages[-1].message_id, TRANSCRIPT_STEP, TRANSCRIPT_BYTES)
 
+    def _look_up(self, messages: list[Message]) -> None:
+        """Load what these messages need: the messages they reply to, and names or, if these are hidden, usernames."""
+        originals = [load_message(self._db, message.reply_to) for message in messages if message.reply_to]
+        self.originals = {message.message_id: message for message in originals if message}
+        for message in self.originals.values():
+            message.content = message.content[:1000]  # 100 characters of it are shown, after names are hidden
+        shown = [*messages, *self.originals.values()]
+        if self.hidden:
+            handles = {handle for message in shown for handle in HANDLE.findall(message.content)}
+            self.handles = load_user_ids(self._db, {key for handle in handles for key in handle_keys(handle)})
+        else:
+            people = {user_id for message in messages for one in message.reactions for user_id in one.user_ids}
+            self.names = load_names(self._db, people)
+
     def _name(self, user_id: int) -> str:
         if self.hidden:
             return f"Person {self.numbers.setdefault(user_id, len(self.numbers) + 1)}"
-        return html.escape(load_shown_name(self._db, user_id))
+        return html.escape(self.names[user_id])
 
     def _author(self, message: Message) -> str:
         return self._name(message.author_id) if self.hidden else html.escape(message.author_name or message.author_username)
@@ -4096,16 +4125,16 @@ class Transcript:
         return HANDLE.sub(self._hide_handle, message.content) if self.hidden else message.content
 
     def _hide_handle(self, found: re.Match[str]) -> str:
-        for key in reversed(handle_keys(found[1])):
-            if (user_id := load_user_id(self._db, key)) is not None:
-                end = next(end for end in range(1, len(found[1]) + 1) if name_key(found[1][:end]).startswith(key))
-                return f"@{self._name(user_id)}{found[1][end:]}"
-        return found[0]
+        key = next((key for key in reversed(handle_keys(found[1])) if key in self.handles), None)
+        if key is None:
+            return found[0]
+        end = next(end for end in range(1, len(found[1]) + 1) if name_key(found[1][:end]).startswith(key))
+        return f"@{self._name(self.handles[key])}{found[1][end:]}"
 
     def _write_message(self, message: Message) -> Iterator[str]:
         yield f"<p id=m{message.message_id}>"
         if message.reply_to is not None:
-            original, quote = load_message(self._db, message.reply_to), "a deleted message"
+            original, quote = self.originals.get(message.reply_to), "a deleted message"
             if original is not None:
                 quote = f"{self._author(original)}: {html.escape(' '.join(self._text(original)[:100].split()))}"
             yield f'<small>In reply to <a href="#m{message.reply_to}">{quote}</a></small>'
@@ -4604,11 +4633,11 @@ class Access(enum.Enum):
     CREATOR = "signed-in users, as `--create-servers` allows"
     STARTER = "signed-in users, as `--conversations` allows"
     MEMBER = "members"
-    WRITER = "members (in conversations, as `--conversations` allows)"
-    PARTICIPANT = "participants of a conversation (former participants: only to return)"
-    FILE = "members (until a message has the file, only its uploader)"
+    WRITER = "members, in conversations as `--conversations` allows"
+    PARTICIPANT = "participants of a conversation; former ones only to return"
+    FILE = "members; until a message has the file, only its uploader"
     ADMIN = "admins and the owner"
-    RENAMER = "admins and the owner (in a conversation, every participant)"
+    RENAMER = "admins and the owner, in a conversation every participant"
     INVITER = "admins and the owner (with `--registration invite`, guests only if `--create-servers everyone` is set)"
     OWNER = "the owner"
     AUTHOR = "the message's author"
@@ -7609,10 +7638,12 @@ class Bus:
         """Redis is up, and all that was published before has arrived: remove the processes that have been silent. Of those that
         are left, only the first calls its listeners."""
         self._hub.redis, self._own_beat_at = "up", self._loop.time()
-        for instance, process in list(self._others.items()):
-            if self._own_beat_at - max(process.last_packet_at, self._listening_since) > GONE_SECONDS:
-                del self._others[instance]
-                await self._keep_only(process, set(), foreign=self._instance > min(self._others, default=self._instance))
+        silent_since = self._own_beat_at - GONE_SECONDS
+        gone = {name for name, one in self._others.items() if max(one.last_packet_at, self._listening_since) < silent_since}
+        removed = [self._others.pop(name) for name in gone]
+        foreign = self._instance > min(self._others, default=self._instance)
+        for process in removed:
+            await self._keep_only(process, set(), foreign=foreign)
 
     async def _apply_packet(self, process: OtherProcess, packet: BusPacket) -> None:
         process.last_packet_at = now = self._loop.time()
@@ -7662,6 +7693,8 @@ class Bus:
         user = read(load_profile, user_id)
         match event:
             case "user:connected":
+                if user.status == "invisible" and not hub.presence.servers(user_id):
+                    hub.presence.invisible.add(user_id)  # the commit log may say so later
                 hub.show(server_id, user, sid)
             case "user:disconnected":
                 hub.hide(server_id, user, sid)
@@ -7994,7 +8027,13 @@ async def create_hook(hub: Hub, caller: Caller, args: NewHook) -> Result[Hook]:
 
 
 @operation(
-    "async", "POST /hooks/{secret}", Access.ANYONE, emits=["message:new", "mention"], status=201, limit="invite", action="hook"
+    "async",
+    "POST /hooks/{secret}",
+    Access.ANYONE,
+    emits=["message:new", "channel:read", "mention"],
+    status=201,
+    limit="invite",
+    action="hook",
 )
 async def post_hook(hub: Hub, caller: Caller, args: HookPost) -> Result[HookMessage]:
     """Post in the channel of an incoming hook: `content`, or a message in Slack's format. The channel's rules do not apply, but
@@ -9797,7 +9836,7 @@ def open_reader(database: str, *, any_format: bool = False) -> Iterator[sqlite3.
 def run_admin_job(database: str, job: Callable[..., Result[Any]], *args: Any) -> Any:
     """Run a job on the database and return its value. Servers that have the database open apply it from the table `log`."""
     path = Path(database)
-    if not path.exists() and name != "add_user":
+    if not path.exists() and job is not add_user:
         raise StartError(f"There is no database {path}")
     read_sqlite_header(path)
     with Turn(path).hold(), contextlib.closing(FileLock(path)) as lock:

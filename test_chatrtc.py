@@ -1962,7 +1962,10 @@ async def test_an_event_reaches_its_room_and_nobody_else(scene: Scene, name: str
 def test_every_event_of_the_contract_has_its_story() -> None:
     tested_below = {"mention", "channel:read", "member:updated", "voice:signal", "error"}
     missing = set(chatrtc.EVENTS) - {story.event for story in STORIES.values()} - tested_below
-    assert not missing, f"write a function with @story for {missing}: it causes the event, once for each way to cause it"
+    assert not missing, (
+        f"write a function with @story for {missing}: it causes the event, once for each way to cause it, and Ben receives it. "
+        "If only the user's own sockets receive it, write a test of its own and add the event to `tested_below`."
+    )
 
 
 @pytest.mark.portable
@@ -2424,11 +2427,13 @@ def migrated_schema(path: Path, version: int) -> Any:
 def test_a_change_of_the_schema_is_a_new_format(tmp_path: Path) -> None:
     newest = chatrtc.SCHEMA_FORMAT
     expected = set(range(1, newest + 1))
-    assert set(RELEASED) == expected, f"add the new schema.sql to RELEASED:\n    {newest}: (\n{packed_schema()}\n    ),"
+    is_complete = set(RELEASED) == expected
+    assert is_complete, f"add the new schema.sql to RELEASED:\n    {newest}: (\n{packed_schema()}\n    ),"
     with contextlib.closing(sqlite3.connect(":memory:")) as released, contextlib.closing(sqlite3.connect(":memory:")) as now:
         released.executescript(zlib.decompress(base64.b85decode(RELEASED[newest])).decode())
         now.executescript(chatrtc.asset("schema.sql").decode())
-        assert schema_of(now) == schema_of(released), (
+        is_same = schema_of(now) == schema_of(released)
+        assert is_same, (
             f"schema.sql differs from format {newest}, which is in use: append a step to MIGRATIONS that makes the same change "
             "to an existing database, and run this test again. It will print the new entry of RELEASED."
         )
@@ -5019,6 +5024,8 @@ class PermissionMatrix:
             values["code"] = self.outside_invite.code
         fields = msgspec.structs.fields(op.args)
         optional = ("token", "username", "content")
+        missing = {field.name for field in fields if field.required} - set(values)
+        assert not missing, f"add a valid value of {missing}, arguments of {op.name}, to `values` above"
         return {field.name: values[field.name] for field in fields if field.required or field.name in optional}
 
 
@@ -14693,6 +14700,27 @@ async def test_a_failing_disk_turns_health_red(launch: Launch, tmp_path: Path, f
     await writers.check(process.world())
 
 
+async def test_pages_that_are_damaged_while_the_server_runs_are_no_bug(
+    filled: dict[str, bytes], tmp_path: Path, launch: Launch, database: DatabaseOption
+) -> None:
+    path = tmp_path / "chat.db"
+    path.write_bytes(filled["stopped"])
+    token = (await run_ok("token", "ana", *database)).strip()
+    process = await launch(path)
+    async with process.world() as world:
+        with path.open("r+b") as file:  # all but the pages of the schema, which every query needs
+            file.seek(40 * 4096)
+            file.write(b"\xff" * (path.stat().st_size - 40 * 4096))
+        replies = [
+            await world.call("GET", f"/channels/1/messages?limit=100&after={after}", token=token)
+            for after in range(0, 2000, 100)
+        ]
+        assert {(reply.status, reply.body.get("reason")) for reply in replies} <= {(200, None), (503, "DATABASE_DOWN")}
+        assert 503 in {reply.status for reply in replies}
+    status, log = await process.stop()
+    assert (status, "Traceback" in log, "malformed" in log) == (0, False, True), log
+
+
 @pytest.mark.parametrize("name", ["_committer", "_follower"])
 async def test_a_dead_task_of_the_store_turns_health_red(world: World, name: str) -> None:
     assert await is_healthy(world)
@@ -21690,23 +21718,37 @@ async def test_language_and_theme_can_be_chosen(api: World, tab: Any) -> None:
     await expect(maya.locator("#text")).to_have_attribute("placeholder", "Write to general")
 
 
-TEXT = r'((?:"(?:[^"\\]|\\.)*"\s*(?:\+\s*)?)+)'
-PAGE_TEXTS = re.compile(rf"\b([A-Z_]{{3,}}): \[\s*{TEXT},\s*{TEXT}")
+STRINGS = r'((?:"(?:[^"\\]|\\.)*"\s*(?:\+\s*)?)+)'
+PAGE_TEXTS = re.compile(rf"^  (\w+): \[\s*{STRINGS},\s*{STRINGS},?\s*\],", re.MULTILINE)
+
+
+def page_texts(table: str) -> dict[str, tuple[str, ...]]:
+    """Return the English and the French text of each entry of a table of chatrtc.html."""
+    text = PAGE.split(f"const {table} = {{")[1].split("\n}")[0] + "\n"
+    words = {
+        name: tuple("".join(re.findall(r'"((?:[^"\\]|\\.)*)"', text)) for text in texts)
+        for name, *texts in PAGE_TEXTS.findall(text)
+    }
+    missing = set(re.findall(r"^  (\w+):", text, re.MULTILINE)) - set(words)
+    assert not missing, f"give {missing} in {table} of chatrtc.html an English and a French text"
+    for name, texts in words.items():
+        places = [set(re.findall(r"\{\w+\}", text)) for text in texts]
+        assert places[0] == places[1], f"the two texts of {name} have different places"
+    return words
+
+
+def test_each_text_of_the_page_is_in_both_languages() -> None:
+    assert len(page_texts("TEXTS")) > 300
 
 
 def test_each_reason_has_a_text_in_both_languages() -> None:
     """A new code or reason needs its English and its French text in ERROR_TEXTS of chatrtc.html."""
-    table = PAGE.split("const ERROR_TEXTS = {")[1].split("\n};")[0]
-    words = {
-        reason: tuple("".join(re.findall(r'"((?:[^"\\]|\\.)*)"', text)) for text in texts)
-        for reason, *texts in PAGE_TEXTS.findall(table)
-    }
+    words = page_texts("ERROR_TEXTS")
     assert set(words) == {*chatrtc.REASONS, *chatrtc.ERRORS, "OFFLINE", "CODE_UNKNOWN", "FILE_LOST", "NO_STEP"}
     for reason, (english, french) in words.items():
         assert english != french, reason
         assert english[-1] == french[-1] == ".", reason
-        places = [set(re.findall(r"\{\w+\}", text)) for text in (english, french)]
-        assert places[0] == places[1] <= {"{n}"}, reason
+        assert set(re.findall(r"\{\w+\}", english)) <= {"{n}"}, reason
 
 
 async def test_ten_thousand_messages_scroll_without_jumps(api: World, tab: Any, tmp_path: Path) -> None:
@@ -22333,7 +22375,7 @@ async def test_all_operations_match_their_descriptions(make_world: MakeWorld) ->
     await rest("create_session")
     await rest("change_password", {"old_password": "correct horse", "new_password": "another horse"}, who=cy)
     await rest("logout")
-    assert tried == set(chatrtc.OPERATIONS), "call the operation once in this test"
+    assert tried == set(chatrtc.OPERATIONS), f"call {set(chatrtc.OPERATIONS) - tried} once in this test"
     for event, payload in listener.received + talker.received + listening.received:
         check_schema(asyncapi, resolve(asyncapi, f"#/channels/socket/messages/{event}")["payload"], payload)
     assert set(chatrtc.EVENTS) - {name for name, _ in listener.received + talker.received + listening.received} <= {
