@@ -2166,7 +2166,7 @@ class FileLock:
         """Open the lock file, creating it if it is missing. Raises StartError."""
         if self._file is None:
             if self.database.name == ":memory:":
-                raise StartError("':memory:' is not supported: the database must be a file")
+                raise StartError("':memory:' would keep nothing: the database must be a file")
             if not self.path.parent.is_dir():
                 raise StartError(f"The directory {self.path.parent} does not exist")
             self._file = open_private(self.path, os.O_RDWR | os.O_CREAT)
@@ -9836,7 +9836,7 @@ def open_reader(database: str, *, any_format: bool = False) -> Iterator[sqlite3.
 def run_admin_job(database: str, job: Callable[..., Result[Any]], *args: Any) -> Any:
     """Run a job on the database and return its value. Servers that have the database open apply it from the table `log`."""
     path = Path(database)
-    if not path.exists() and job is not add_user:
+    if path.parent.is_dir() and not path.exists() and job is not add_user:
         raise StartError(f"There is no database {path}")
     read_sqlite_header(path)
     with Turn(path).hold(), contextlib.closing(FileLock(path)) as lock:
