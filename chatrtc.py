@@ -2980,8 +2980,8 @@ def rows_as(kind: Callable[..., R], query: str) -> Query[list[R]]:
 
 
 def rows_by_key(query: str) -> Query[dict[Any, Any]]:
-    """Return a query that takes keys and returns a dict of the two columns of its rows. The statement gets the keys as JSON."""
-    return lambda db, keys: dict(db.execute(query, (json.dumps(list(keys)),)).fetchall())
+    """Return a query that takes keys (?1, JSON) and other values, and returns a dict of the two columns of its rows."""
+    return lambda db, keys, *values: dict(db.execute(query, (msgspec.json.encode(list(keys)).decode(), *values)).fetchall())
 
 
 def named(kind: Callable[..., R]) -> Callable[..., R]:
@@ -3648,11 +3648,10 @@ load_last_read: Query[int] = first_value(
     """SELECT max(m.read_from, coalesce(r.last_read_id, 0)) FROM channels c JOIN members m ON m.server_id = c.server_id
        LEFT JOIN reads r ON r.user_id = m.user_id AND r.channel_id = c.channel_id WHERE c.channel_id = ? AND m.user_id = ?"""
 )
-# The members of a server (?1) with these name keys (?2, JSON), as key and id.
-load_members_by_key: Query[list[tuple[str, int]]] = rows_as(
-    lambda *row: row,
-    """SELECT u.username_key, m.user_id FROM json_each(?2) AS key CROSS JOIN users u ON u.username_key = key.value
-       CROSS JOIN members m ON m.server_id = ?1 AND m.user_id = u.user_id""",
+# The members of a server (?2) with these name keys, as key -> id.
+load_members_by_key = rows_by_key(
+    """SELECT u.username_key, m.user_id FROM json_each(?1) AS key CROSS JOIN users u ON u.username_key = key.value
+       CROSS JOIN members m ON m.server_id = ?2 AND m.user_id = u.user_id"""
 )
 load_posted_at: Query[float | None] = first_value("SELECT posted_at FROM reads WHERE user_id = ? AND channel_id = ?")
 # The author of a message (?2), unless it is ?3, if they are still a member of the server (?1).
@@ -3723,8 +3722,7 @@ def load_mentions(
     if not any(mentioned):
         return replied, False
 
-    keys = msgspec.json.encode(list(itertools.chain(*mentioned))).decode()
-    ids = dict(load_members_by_key(db, server_id, keys))
+    ids = load_members_by_key(db, itertools.chain(*mentioned), server_id)
     ids |= {EVERYONE: 0} if by_staff else {}
     longest = {ids[key] for keys in mentioned for key in [one for one in keys if one in ids][-1:]}
     return sorted(list(dict.fromkeys(replied + sorted(longest - {0})))[:MAX_MENTIONS]), 0 in longest
@@ -4800,13 +4798,14 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     """Resolve the target and check the caller's access. Raises UNAUTHORIZED, NOT_FOUND or FORBIDDEN."""
     if access is Access.ANYONE:
         return
-    exists, user_id = resolve_target(ctx, args), getattr(args, "user_id", None)
+    exists = resolve_target(ctx, args)
+    user_id: Any = getattr(args, "user_id", None)
     if access in (Access.USER, Access.PERSON, Access.CREATOR, Access.STARTER):
         return authorize_account(access, ctx, args)
     if not exists:
         raise no_target(args)
     if access is Access.PARTICIPANT:
-        return authorize_participant(ctx, user_id or 0)
+        return authorize_participant(ctx, user_id)
     if ctx.role is None:
         raise chat_error("NOT_MEMBER")
     if user_id is not None and authorize_on_member(access, ctx, ctx.role, user_id):
@@ -4818,7 +4817,7 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     if access in (Access.INVITER, Access.OUTRANKS_GUEST):
         check_settings(access, ctx)
     if access is Access.OUTRANKS_GUEST:
-        check_guest(ctx, user_id or 0)
+        check_guest(ctx, user_id)
 
 
 def find_rule_error(ctx: OperationContext, action: ChannelAction) -> ChatError | None:
@@ -5841,9 +5840,8 @@ class Session(asyncio.Transport):
         self.loop = asyncio.get_running_loop()
         self.charged_until = 0.0  # see `_charge`
         self.pinged = False
-        self.due = (
-            self.loop.time() + engine.options.ping_interval
-        )  # the time of the next ping, or until which a pong must arrive
+        # The time of the next ping, or until which a pong must arrive.
+        self.due = self.loop.time() + engine.options.ping_interval
 
     # Sending
 
