@@ -17376,6 +17376,22 @@ class Tab:
         body = {"error": "Not today", "code": code, **more}
         await self.page.route(pattern, lambda route: route.fulfill(status=status, headers=headers, json=body))
 
+    async def hold_answer(self, pattern: str, method: str = "GET", number: int = 1) -> tuple[asyncio.Event, asyncio.Event]:
+        """Hold the answer to the `number`th of these requests. The first event is set once the server has answered; set the
+        second one to let the answer through."""
+        requests, held, released = itertools.count(1), asyncio.Event(), asyncio.Event()
+
+        async def hold(route: Any) -> None:
+            if route.request.method != method or next(requests) != number:
+                return await route.continue_()
+            answer = await route.fetch()
+            held.set()
+            await released.wait()
+            await route.fulfill(response=answer)
+
+        await self.page.route(pattern, hold)
+        return held, released
+
     async def intercept_posts(self) -> None:
         """Answer the posts by sockets that the page opens from now on with `post_answer`, if it is set."""
 
@@ -17881,6 +17897,28 @@ async def test_a_conversation_without_a_name_is_named_after_its_people(api: Worl
     await expect(name).to_have_text("Pond project")
 
 
+async def test_people_who_change_while_they_are_loaded_are_shown_as_they_are_now(api: World, tab: Any) -> None:
+    """A new name and a new status arrive after the server has read the members, and before the page has them."""
+    (maya_api, jonas), (server_id, _) = await create_class(api, "Maya", "Jonas")
+    pair = await maya_api.ok("POST", "/conversations", {"user_ids": [jonas.user_id]})
+    socket = await jonas.socket(server_id)
+    await socket.ok("join_server", {"server_id": pair["server_id"]})
+    maya = await tab()
+    held, released = await maya.hold_answer(f"**/servers/{pair['server_id']}/members")
+    channel_id = pair["channels"][0]["channel_id"]
+    await maya.store_session(maya_api)
+    await maya.open(f"/#/channel/{channel_id}")
+    async with asyncio.timeout(15):
+        await held.wait()
+    await jonas.ok("PATCH", "/users/me", {"name": "Jonas Weber"})
+    await socket.ok("user:status", {"status": "busy"})
+    await jonas.post(channel_id, "this comes after both")
+    await maya.sees("this comes after both")
+    released.set()
+    await expect(maya.locator('.person[aria-label*="Jonas Weber"]')).to_have_attribute("aria-label", re.compile("Busy"))
+    await expect(maya.locator("#room-name")).to_have_text("Jonas Weber")
+
+
 async def test_ctrl_k_goes_to_channels_conversations_and_people(two: Any) -> None:
     maya, jonas, (server_id, _) = two
     await maya.api.channel(server_id, "homework")
@@ -18316,6 +18354,32 @@ delete URL.canParse;
 delete AbortSignal.timeout;
 delete CanvasRenderingContext2D.prototype.roundRect;
 """
+
+
+async def test_events_in_the_answer_to_a_poll_come_after_its_acknowledgement(api: World, proxy: Proxy, tab: Any) -> None:
+    """Jonas comes online before the page has fetched the answer to its `join_server`. The list in that answer lacks him."""
+    proxy.rejected = b"Upgrade: websocket"
+    (maya_api, jonas_api), (server_id, _) = await create_class(api, "Maya", "Jonas")
+    maya = await tab(at=proxy.url)
+    maya.ignored = NETWORK_ERRORS
+    polls, joining, released = itertools.count(1), asyncio.Event(), asyncio.Event()
+
+    async def hold(route: Any) -> None:
+        if route.request.method == "GET" and next(polls) > 2:  # the first two open the session
+            await released.wait()
+        if "join_server" not in (route.request.post_data or ""):
+            return await route.continue_()
+        answer = await route.fetch()
+        joining.set()
+        await route.fulfill(response=answer)
+
+    await maya.page.route("**/socket.io/*polling*", hold)
+    await maya.store_session(maya_api)
+    async with asyncio.timeout(15):
+        await joining.wait()
+    await jonas_api.socket(server_id)
+    released.set()
+    await expect(maya.locator('.person[aria-label^="Jonas"]')).to_have_attribute("aria-label", re.compile("Online"))
 
 
 async def test_the_page_works_in_the_oldest_supported_browsers(api: World, tab: Any) -> None:
@@ -18799,16 +18863,8 @@ async def test_an_answer_for_the_previous_user_of_a_tab_is_dropped(api: World, t
     next, does not see her servers, and nothing is requested without a token (a 401 would fail the test)."""
     maya_api, _ = await api.people("Maya", "Jonas")
     await api.place(maya_api, name="Biology 3B")
-    held, released = asyncio.Event(), asyncio.Event()
-
-    async def hold(route: Any) -> None:
-        answer = await route.fetch()
-        held.set()
-        await released.wait()
-        await route.fulfill(response=answer)
-
     maya = await tab()
-    await maya.page.route("**/users/me/reads", hold, times=1)
+    held, released = await maya.hold_answer("**/users/me/reads")
     await maya.store_session(maya_api)
     async with asyncio.timeout(15):
         await held.wait()
@@ -18950,19 +19006,8 @@ async def test_a_line_marks_where_the_tab_was_left(two: Any) -> None:
 async def test_a_late_answer_does_not_lower_the_unread_count(api: World, tab: Any, path: str, number: int) -> None:
     """A message arrives while an older read mark is on its way: it stays counted, and the page fetches the mark again."""
     (maya, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
-    requests, held, released = itertools.count(1), asyncio.Event(), asyncio.Event()
-
-    async def hold(route: Any) -> None:
-        if route.request.method != "GET" or next(requests) != number:
-            await route.continue_()
-            return
-        answer = await route.fetch()
-        held.set()
-        await released.wait()
-        await route.fulfill(response=answer)
-
     jonas = await tab()
-    await jonas.page.route(path, hold)
+    held, released = await jonas.hold_answer(path, number=number)
     await jonas.enter(jonas_api)
     await jonas.evaluate(LEAVE)
     first = await maya.post(channel_id, "first")
@@ -19317,10 +19362,16 @@ class Device:
         await self.keys(text)
 
     async def click(self, selector: str, text: str = "") -> None:
-        """Click on the element as soon as nothing covers it."""
+        """Click on the element as soon as nothing covers it and it does not move."""
         at = """(() => { const {x, y, width, height} = one.getBoundingClientRect(), at = [x + width / 2, y + height / 2];
             return one.contains(document.elementFromPoint(...at)) && at.map(Math.round).join(" "); })()"""
-        await self.point(*map(int, (await self.find(selector, text, at)).split()))
+        places = [""]
+
+        async def stays() -> str:
+            places.append(await self.find(selector, text, at))
+            return places[-1] if places[-1] == places[-2] else ""
+
+        await self.point(*map(int, (await eventually(stays, f"{selector} does not move", 30)).split()))
 
 
 class Chromium(Device):
@@ -19515,7 +19566,7 @@ async def test_a_newcomers_class_talks_on_all_its_devices(api: World, device: An
     await leo.click("#preferences button", "Sign out")
     await leo.click("#ask button", "Sign out")
     await leo.sees("Sign in", "#sign-in-title")
-    await maya.click("#people .person", "Léo Martin")
+    await maya.click("#people .person[aria-label$=Offline]", "Léo Martin")
     await maya.click("#menu button", "Sign-in link")
     await maya.sees("Sign-in link for Léo Martin", "#invite-title")
     tomorrow = await device()
