@@ -17383,7 +17383,8 @@ class Tab:
 
         async def hold(route: Any) -> None:
             if route.request.method != method or next(requests) != number:
-                return await route.continue_()
+                await route.continue_()
+                return
             answer = await route.fetch()
             held.set()
             await released.wait()
@@ -18368,7 +18369,8 @@ async def test_events_in_the_answer_to_a_poll_come_after_its_acknowledgement(api
         if route.request.method == "GET" and next(polls) > 2:  # the first two open the session
             await released.wait()
         if "join_server" not in (route.request.post_data or ""):
-            return await route.continue_()
+            await route.continue_()
+            return
         answer = await route.fetch()
         joining.set()
         await route.fulfill(response=answer)
@@ -19026,6 +19028,26 @@ async def test_a_late_answer_does_not_lower_the_unread_count(api: World, tab: An
     await (await again.value).response()
     await expect(jonas.page).to_have_title(re.compile(r"^\(2\)"))
     assert [one for one in await jonas.evaluate("titles") if not one.startswith("(2)")] == []
+
+
+async def test_a_late_answer_does_not_undo_an_event(api: World, tab: Any) -> None:
+    """A post is refused by a rule that the page does not know. It loads the server anew, and a channel is renamed meanwhile."""
+    (maya_api, jonas_api), (server_id, channel_id) = await create_class(api, "Maya", "Jonas")
+    jonas = await tab()
+    await jonas.intercept_posts()
+    await jonas.enter(jonas_api)
+    held, released = await jonas.hold_answer(f"**/servers/{server_id}")
+    jonas.post_answer = {"code": "FORBIDDEN", "reason": "READ_ONLY", "error": "Only admins may write here"}
+    await jonas.write("may I?")
+    async with asyncio.timeout(15):
+        await held.wait()
+    await maya_api.ok("PATCH", f"/channels/{channel_id}", {"name": "announcements"})
+    await maya_api.channel(server_id, "homework")
+    async with jonas.page.expect_response(f"**/servers/{server_id}") as answer:
+        released.set()
+    await (await answer.value).finished()
+    await expect(jonas.locator("#room-name")).to_have_text("announcements")
+    await expect(jonas.locator("#text-channels")).to_contain_text(re.compile("announcements.*homework", re.DOTALL))
 
 
 async def test_rows_have_days_reactions_and_times(api: World, tab: Any) -> None:
