@@ -4689,7 +4689,7 @@ def resolve_target(ctx: OperationContext, args: Args) -> bool:
 
 
 def check_settings(access: Access, ctx: OperationContext) -> None:
-    """Raise FORBIDDEN unless the settings let the caller create servers or invites. The embedding program always may."""
+    """Raise FORBIDDEN unless the settings let the caller create servers or let somebody in. The program always may."""
     may, by_invite = ctx.settings.create_servers, ctx.settings.registration == "invite"
     if may == "everyone" or not ctx.user.digest:
         return
@@ -7981,12 +7981,12 @@ def add_hook(ctx: OperationContext, args: NewHook, secret: str) -> Result[Hook]:
 
 
 @operation(
-    "async", "POST /servers/{server_id}/bots", Access.ADMIN, emits=["member:joined"], status=201, limit="post", logged="bot"
+    "async", "POST /servers/{server_id}/bots", Access.INVITER, emits=["member:joined"], status=201, limit="post", logged="bot"
 )
 async def create_bot(hub: Hub, caller: Caller, args: NewBot) -> Result[AuthResponse]:
     """Create a bot: an account for a program, with a token that does not expire and is not shown again."""
     run: Callable[..., Result[Principal]] = functools.partial(run_logged, OPERATIONS["create_bot"], add_bot)
-    bot = (await hub.store.write(hub.authorized(Access.ADMIN, caller.user, args, run))).value
+    bot = (await hub.store.write(hub.authorized(Access.INVITER, caller.user, args, run))).value
     return issue_token(hub, bot, LAST_SECOND)
 
 

@@ -6569,8 +6569,10 @@ async def test_create_servers_decides_who_creates_servers(make_world: MakeWorld,
             await world.chat.set_role(**place, user_id=ids[number], role="admin")
             assert await reason("/servers", tokens[number], {"name": "mine"}) == expected, (options, number)
         for number, expected in ((0, ""), (1, host)):
-            for path in ("invites", f"members/{ids[2]}/link"):
-                assert await reason(f"/servers/{server.server_id}/{path}", tokens[number]) == expected, (options, number, path)
+            bot = {"username": f"robot{number}"}
+            for path, body in (("invites", {}), (f"members/{ids[2]}/link", {}), ("bots", bot)):
+                given = await reason(f"/servers/{server.server_id}/{path}", tokens[number], body)
+                assert given == expected, (options, number, path)
 
 
 @pytest.mark.portable
