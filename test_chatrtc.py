@@ -20696,6 +20696,65 @@ async def test_tab_stays_in_a_drawer_without_inert(api: World, tab: Any) -> None
     await reach(phone, "#text")
 
 
+async def test_the_focus_returns_to_what_opened_something(two: Any) -> None:
+    """Even to the buttons of a message or channel, which are hidden unless it has the focus."""
+    maya, jonas, (server_id, _) = two
+    await maya.api.channel(server_id, "homework")
+    await maya.write("who brings boots?")
+    row = await maya.sees("who brings boots?")
+    press = maya.keyboard.press
+    await row.focus()
+    for name in ("react", "messageMenu", "remove"):
+        await row.locator(f'[data-do="{name}"]').focus()
+        await press("Enter")
+        await expect(maya.locator("dialog[open] :focus")).to_have_count(1)
+        await press("Escape")
+        await expect(row.locator(f'[data-do="{name}"]')).to_be_focused()
+    await row.locator('[data-do="react"]').focus()
+    for key in ("Enter", "Enter"):
+        await press(key)
+    await expect(row.locator(".reactions button")).to_have_text("👍 1")
+    await expect(row.locator('.row-tools [data-do="react"]')).to_be_focused()
+    # the message is drawn again while its button has the focus, and while its menu is open
+    reactions = f"/messages/{await row.get_attribute('data-id')}/reactions"
+    await jonas.api.ok("PUT", f"{reactions}/🎉")
+    await expect(row.locator(".reactions button")).to_have_count(2)
+    await expect(row.locator('.row-tools [data-do="react"]')).to_be_focused()
+    await press("Enter")
+    await jonas.api.ok("PUT", f"{reactions}/🔥")
+    await expect(row.locator(".reactions button")).to_have_count(3)
+    await press("Escape")
+    await expect(row).to_be_focused()
+    homework = maya.locator("#text-channels li", has_text="homework")
+    await homework.locator("button").first.focus()
+    await press("Tab")
+    await press("Enter")
+    await expect(maya.locator("#menu :focus")).to_have_count(1)
+    await press("Escape")
+    await expect(homework.locator(".tool")).to_be_focused()
+    # on narrower screens: the side panel and the drawer
+    for width, opener in ((820, "#show-people"), (390, "#show-people"), (390, "#open-nav")):
+        await maya.set_viewport_size({"width": width, "height": 800})
+        await maya.focus(opener)
+        await press("Enter")
+        await expect(maya.locator("#side button:focus, #nav button:focus")).to_have_count(1)
+        await press("Escape")
+        await expect(maya.locator(opener)).to_be_focused()
+
+
+async def test_the_tap_that_shows_buttons_presses_none(api: World, tab: Any) -> None:
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    await maya_api.post(channel_id, "who brings boots?")
+    phone = await tab(maya_api, viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
+    row = await phone.sees("who brings boots?")
+    box = await row.locator('[data-do="edit"]').bounding_box()
+    for shown in ("hidden", "visible"):
+        await expect(phone.locator("#about")).to_be_hidden()
+        await expect(row.locator(".row-tools")).to_have_css("visibility", shown)
+        await phone.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    await expect(phone.locator("#about")).to_be_visible()
+
+
 # Rules, mutes and raised hands
 
 
