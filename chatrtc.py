@@ -3568,13 +3568,13 @@ def load_file_part(db: sqlite3.Connection, file_id: int, start: int, size: int) 
 
 
 def purge_removed_file(db: sqlite3.Connection) -> Result[None]:
-    """Delete the next pieces of a removed file, or its row if it has none left."""
+    """Delete the next pieces of a removed file, and its row after the last ones."""
     file_id = load_removed_file(db)
     query = "SELECT length(data), rowid FROM pieces WHERE file_id = ? ORDER BY number DESC LIMIT ?"
     pieces = db.execute(query, (file_id, PIECES_PER_STEP)).fetchall()
     db.executemany("DELETE FROM pieces WHERE rowid = ?", [piece[1:] for piece in pieces])
     db.execute("UPDATE stored SET bytes = bytes - ?", (sum(size for size, _ in pieces),))
-    if not pieces:
+    if len(pieces) < PIECES_PER_STEP:
         db.execute("DELETE FROM files WHERE file_id = ?", (file_id,))
         db.execute("UPDATE search SET stale = 1")  # the -wal may still contain its bytes
     return Result(None)

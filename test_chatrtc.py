@@ -15326,7 +15326,7 @@ async def test_uploads_that_are_never_attached_are_limited_and_removed(
     assert (await post_file(ben, place.channel_id, b"mine")).status == 201, "the limit is for each account"
     monkeypatch.setattr(chatrtc, "UNATTACHED_SECONDS", -1)
     monkeypatch.setattr(chatrtc, "EXPIRY_INTERVAL", 1)
-    await until(lambda: stored_files(tmp_path / "chat.db") == (1, 1, 4))
+    await until(lambda: stored_files(tmp_path / "chat.db") == (1, 1, 4), 4 * PATIENCE)  # 101 commits, with pauses
     assert (await ana.call("GET", f"/files/{kept}")).body == b"kept"
 
 
