@@ -18897,6 +18897,53 @@ async def test_the_page_works_under_a_prefix(tmp_path: Path, tab: Any) -> None:
     await process.communicate()
 
 
+# Answers that arrive late
+
+
+async def happens(event: asyncio.Event) -> None:
+    """Wait for an event, such as the answer that `hold_answer` holds."""
+    async with asyncio.timeout(PATIENCE):
+        await event.wait()
+
+
+async def test_a_message_that_arrives_before_the_first_unread_ones_leaves_no_gap(two: Any) -> None:
+    """A channel with many unread messages opens at the first one, which takes two requests."""
+    maya, jonas, (server_id, channel_id) = two
+    await maya.api.channel(server_id, "homework")
+    await jonas.open_channel("homework")
+    for start in range(0, 130, 65):
+        await asyncio.gather(*(maya.api.post(channel_id, f"number {start + one};") for one in range(65)))
+    await expect(jonas.page).to_have_title(re.compile(r"^\(130\)"))
+    held, released = await jonas.hold_answer(f"**/channels/{channel_id}/messages?*", number=2)
+    await jonas.open_channel("general")
+    await happens(held)
+    await maya.api.post(channel_id, "the newest")
+    await expect(jonas.page).to_have_title(re.compile(r"^\(131\)"))
+    released.set()
+    await expect(jonas.locator("#log .row")).to_have_count(100)
+    await jonas.press("#text", "Escape")
+    await jonas.sees("the newest")
+
+
+async def test_changes_of_messages_that_are_being_loaded_are_shown(two: Any) -> None:
+    maya, jonas, (server_id, channel_id) = two
+    homework = await maya.api.channel(server_id, "homework")
+    ids = [(await maya.api.post(channel_id, text))["message_id"] for text in ("to edit", "to react to", "to delete")]
+    await jonas.open_channel("homework")
+    held, released = await jonas.hold_answer(f"**/channels/{channel_id}/messages?*")
+    await jonas.open_channel("general")
+    await happens(held)
+    await maya.api.ok("PATCH", f"/messages/{ids[0]}", {"content": "edited meanwhile"})
+    await maya.api.ok("PUT", f"/messages/{ids[1]}/reactions/🎉")
+    await maya.api.ok("DELETE", f"/messages/{ids[2]}")
+    await maya.api.post(homework, "this comes after them")
+    await expect(jonas.locator(BADGE % homework)).to_have_text("1")
+    released.set()
+    await jonas.sees("edited meanwhile")
+    await expect(jonas.row("to react to").locator(".reactions")).to_have_text("🎉 1")
+    await expect(jonas.locator("#log .row")).to_have_count(2)
+
+
 # Reading
 
 
