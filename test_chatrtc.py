@@ -18944,6 +18944,26 @@ async def test_changes_of_messages_that_are_being_loaded_are_shown(two: Any) -> 
     await expect(jonas.locator("#log .row")).to_have_count(2)
 
 
+async def test_a_quoted_message_that_changes_while_it_is_loaded_is_shown_as_it_is_now(two: Any) -> None:
+    maya, jonas, (server_id, channel_id) = two
+    homework = await maya.api.channel(server_id, "homework")
+    first = await maya.api.post(channel_id, "before")
+    for start in range(0, 130, 65):
+        await asyncio.gather(*(maya.api.post(channel_id, f"number {start + one};") for one in range(65)))
+    await maya.api.post(channel_id, "an answer", reply_to=first["message_id"])
+    await eventually(lambda: fewer_unread(jonas.api, channel_id, 1), "all are read")
+    held, released = await jonas.hold_answer(f"**/channels/{channel_id}/messages?around=*")
+    await jonas.reload()
+    await happens(held)
+    await maya.api.ok("PATCH", f"/messages/{first['message_id']}", {"content": "after"})
+    await maya.api.post(homework, "this comes after it")
+    await expect(jonas.locator(BADGE % homework)).to_have_text("1")
+    released.set()
+    await expect(jonas.row("an answer").locator(".quote")).to_have_text(re.compile("Maya.*after", re.DOTALL))
+    await maya.api.ok("PATCH", "/users/me", {"name": "Maya Weber"})
+    await expect(jonas.row("an answer").locator(".quote")).to_contain_text("Maya Weber")
+
+
 # Reading
 
 
