@@ -18964,6 +18964,22 @@ async def test_a_quoted_message_that_changes_while_it_is_loaded_is_shown_as_it_i
     await expect(jonas.row("an answer").locator(".quote")).to_contain_text("Maya Weber")
 
 
+async def test_a_conversation_that_begins_while_the_page_starts_stays(api: World, tab: Any) -> None:
+    """The list of servers on its way to the page is older than the conversation."""
+    (maya_api, jonas_api), _ = await create_class(api, "Maya", "Jonas")
+    jonas = await tab()
+    held, released = await jonas.hold_answer("**/servers")
+    await jonas.store_session(jonas_api)
+    await happens(held)
+    async with jonas.page.expect_response("**/channels/*/read") as joined:
+        pair = await maya_api.ok("POST", "/conversations", {"user_ids": [jonas_api.user_id]})
+    await joined.value
+    released.set()
+    await maya_api.post(pair["channels"][0]["channel_id"], "hello in private")
+    await jonas.sees("hello in private")
+    await expect(jonas.locator("#toasts")).to_have_text("")
+
+
 # Reading
 
 
