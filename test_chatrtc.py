@@ -18980,6 +18980,24 @@ async def test_a_conversation_that_begins_while_the_page_starts_stays(api: World
     await expect(jonas.locator("#toasts")).to_have_text("")
 
 
+async def test_a_late_answer_does_not_undo_a_read_mark(api: World, tab: Any) -> None:
+    """Jonas reads a message on his phone while an older read mark is on its way to this page."""
+    (maya, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    jonas = await tab(jonas_api)
+    held, released = await jonas.hold_answer(f"**/channels/{channel_id}/read")
+    await jonas.evaluate(LEAVE)
+    first = await maya.post(channel_id, "first")
+    await maya.ok("PATCH", f"/messages/{first['message_id']}", {"content": "first, edited"})
+    await happens(held)
+    await jonas_api.ok("PUT", f"/channels/{channel_id}/read", {"message_id": first["message_id"]})
+    await expect(jonas.page).to_have_title(re.compile("^general"))
+    async with jonas.page.expect_request(f"**/channels/{channel_id}/read") as again:
+        released.set()
+    await (await again.value).response()
+    await maya.post(channel_id, "second")
+    await expect(jonas.page).to_have_title(re.compile(r"^\(1\)"))
+
+
 # Reading
 
 
