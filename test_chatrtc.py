@@ -18998,6 +18998,50 @@ async def test_a_late_answer_does_not_undo_a_read_mark(api: World, tab: Any) -> 
     await expect(jonas.page).to_have_title(re.compile(r"^\(1\)"))
 
 
+async def test_nothing_is_requested_without_a_session(two: Any) -> None:
+    """Maya signs out while two quotes are loaded, one after the other. A 401 would fail the test."""
+    maya, jonas, (_, channel_id) = two
+    quoted = [(await jonas.api.post(channel_id, text))["message_id"] for text in ("quoted 1;", "quoted 2;")]
+    for start in range(0, 130, 65):
+        await asyncio.gather(*(jonas.api.post(channel_id, f"number {start + one};") for one in range(65)))
+    for number, message_id in enumerate(quoted):
+        await jonas.api.post(channel_id, f"answer {number};", reply_to=message_id)
+    await eventually(lambda: fewer_unread(maya.api, channel_id, 1), "all are read")
+    path = f"**/channels/{channel_id}/messages?around=*"
+    held, released = await maya.hold_answer(path)
+    await maya.reload()
+    await happens(held)
+    await maya.sign_out()
+    await expect(maya.locator("#sign-in-title")).to_have_text("Sign in")
+    async with maya.page.expect_response(path) as answer:
+        released.set()
+    await (await answer.value).finished()
+    await maya.sign_in("Maya", "correct horse")
+    for number in range(2):
+        await expect(maya.row(f"answer {number};").locator(".quote")).to_contain_text(f"quoted {number + 1};")
+
+
+async def test_a_late_error_is_not_shown_to_the_next_user(two: Any) -> None:
+    maya, _, (server_id, _) = two
+    path = f"**/servers/{server_id}/bans"
+    held, released = await maya.hold_answer(path)
+    await maya.choose("#server", "Banned people")
+    await happens(held)
+    await maya.sign_out()
+    await maya.sign_in("Jonas", "correct horse")
+    await expect(maya.locator("#my-status b")).to_have_text("Jonas")
+    await maya.evaluate(
+        "window.told = []; new MutationObserver(([one]) => told.push(one.target.textContent))"
+        ".observe(document.querySelector('#toasts'), {childList: true})"
+    )
+    async with maya.page.expect_response(path) as answer:
+        released.set()
+    await (await answer.value).finished()
+    await maya.write("this comes after it")
+    await maya.sees("this comes after it")
+    assert await maya.evaluate("told") == []
+
+
 # Reading
 
 
