@@ -19042,6 +19042,71 @@ async def test_a_late_error_is_not_shown_to_the_next_user(two: Any) -> None:
     assert await maya.evaluate("told") == []
 
 
+async def test_the_last_of_two_jumps_counts(two: Any) -> None:
+    """The message of the first jump is loaded last; it is neither shown nor called deleted."""
+    maya, _, (server_id, channel_id) = two
+    homework = await maya.api.channel(server_id, "homework")
+    ids = [(await maya.api.post(channel_id, f"pinned {one};"))["message_id"] for one in range(2)]
+    for message_id in ids:
+        await maya.api.ok("PUT", f"/messages/{message_id}/pin")
+    for start in range(0, 130, 65):
+        await asyncio.gather(*(maya.api.post(channel_id, f"number {start + one};") for one in range(65)))
+    await maya.reload()
+    await maya.click("#show-pins")
+    path = f"**/channels/{channel_id}/messages?*around={ids[0]}"
+    held, released = await maya.hold_answer(path)
+    await maya.click("#pinned .hit >> text=pinned 0;")
+    await happens(held)
+    await maya.click("#pinned .hit >> text=pinned 1;")
+    await expect(maya.row("pinned 1;")).to_be_focused()
+    async with maya.page.expect_response(path) as answer:
+        released.set()
+    await (await answer.value).finished()
+    await maya.api.ok("PATCH", f"/channels/{homework}", {"name": "exercises"})
+    await expect(maya.locator("#text-channels")).to_contain_text("exercises")
+    await expect(maya.row("pinned 1;")).to_be_focused()
+    await expect(maya.locator("#toasts")).to_have_text("")
+
+
+async def test_a_message_is_sent_before_the_newest_ones_are_loaded(two: Any) -> None:
+    """Jonas writes while he reads old messages, and goes to another channel before the newest have arrived."""
+    maya, jonas, (server_id, channel_id) = two
+    await maya.api.channel(server_id, "homework")
+    first = await maya.api.post(channel_id, "long ago")
+    for start in range(0, 250, 50):
+        await asyncio.gather(*(maya.api.post(channel_id, f"number {start + one};") for one in range(50)))
+    await eventually(lambda: fewer_unread(jonas.api, channel_id, 1), "all are read")
+    await jonas.reload()
+    await jonas.open(f"/#/channel/{channel_id}/message/{first['message_id']}")
+    await expect(jonas.row("long ago")).to_be_focused()
+    held, released = await jonas.hold_answer(f"**/channels/{channel_id}/messages?limit=50")
+    await jonas.write("an answer to this")
+    await maya.sees("an answer to this")
+    await happens(held)
+    await jonas.open_channel("homework")
+    await jonas.fill("#text", "typed here")
+    released.set()
+    await jonas.open_channel("general")
+    await jonas.sees("an answer to this")
+
+
+async def test_a_found_message_of_a_deleted_channel_is_gone(two: Any) -> None:
+    maya, jonas, (server_id, _) = two
+    homework = await maya.api.channel(server_id, "homework")
+    await maya.api.post(homework, "the needle")
+
+    async def found() -> bool:
+        await jonas.search("needle")
+        await expect(jonas.locator("#found > *").first).not_to_have_text("Searching…")
+        return bool(await jonas.locator(".hit").count())
+
+    await eventually(found, "the search index")
+    await maya.api.ok("DELETE", f"/channels/{homework}")
+    await expect(jonas.locator("#text-channels")).not_to_contain_text("homework")
+    await jonas.click(".hit")
+    await expect(jonas.locator("#toasts")).to_contain_text("This message was deleted")
+
+
 # Reading
 
 
