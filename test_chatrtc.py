@@ -19107,6 +19107,25 @@ async def test_a_found_message_of_a_deleted_channel_is_gone(two: Any) -> None:
     await expect(jonas.locator("#toasts")).to_contain_text("This message was deleted")
 
 
+async def test_two_clicks_on_a_voice_channel_open_one_microphone(two: Any) -> None:
+    maya, jonas, (server_id, _) = two
+    await maya.api.channel(server_id, "Study room", "voice")
+    await jonas.page.add_init_script(
+        "const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);"
+        "window.tracks = []; window.allowed = new Promise((done) => { window.allow = done; });"
+        "navigator.mediaDevices.getUserMedia = async (wanted) => { await allowed; const stream = await ask(wanted);"
+        " tracks.push(...stream.getTracks()); return stream; }"
+    )
+    await jonas.reload()
+    await jonas.join_voice()
+    await jonas.join_voice()
+    await jonas.evaluate("allow()")
+    await expect(jonas.locator("#call li")).to_have_count(1)
+    await jonas.click("#hang-up")
+    await expect(jonas.locator("#call")).to_be_hidden()
+    assert await jonas.evaluate("tracks.map((one) => one.readyState)") == ["ended"]
+
+
 # Reading
 
 
