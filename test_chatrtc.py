@@ -19107,6 +19107,52 @@ async def test_a_found_message_of_a_deleted_channel_is_gone(two: Any) -> None:
     await expect(jonas.locator("#toasts")).to_contain_text("This message was deleted")
 
 
+async def test_invites_are_those_of_the_server_for_which_they_were_opened(api: World, tab: Any) -> None:
+    """Maya goes to another server before the invites have arrived, and before she creates one and a bot."""
+    (maya_api,), (biology, channel_id) = await create_class(api, "Maya")
+    _, other = await api.place(maya_api, name="Chemistry")
+    maya = await tab(maya_api)
+    await maya.click('#rail [aria-label="Biology 3B"]')
+    held, released = await maya.hold_answer(f"**/servers/{biology}/invites")
+    await maya.choose("#server", "Invite people")
+    await happens(held)
+    await maya.click('#rail [aria-label="Chemistry"]')
+    await expect(maya.locator("#server span")).to_have_text("Chemistry")
+    released.set()
+    await expect(maya.locator("#invite-title")).to_have_text("Invite people to Biology 3B")
+    await maya.click('[data-do="newInvite"]')
+    await maya.confirm()
+    await expect(maya.locator("#invites li")).to_have_count(2)
+    assert len((await maya_api.ok("GET", f"/servers/{biology}/invites"))["invites"]) == 2
+    await maya.keyboard.press("Escape")
+    await maya.evaluate("id => { location.hash = `#/channel/${id}`; }", channel_id)
+    await expect(maya.locator("#server span")).to_have_text("Biology 3B")
+    await maya.choose("#server", "Bots and hooks")
+    await maya.evaluate("id => { location.hash = `#/channel/${id}`; }", other)
+    await expect(maya.locator("#server span")).to_have_text("Chemistry")
+    await maya.click('[data-do="newBot"]')
+    await maya.answer(username="helper")
+    await maya.click("#secret .ends button")
+    await expect(maya.locator("#bots-list")).to_contain_text("helper")
+    members = (await maya_api.ok("GET", f"/servers/{biology}/members"))["members"]
+    assert "helper" in [one["username"] for one in members]
+
+
+async def test_opening_the_invites_twice_creates_one(api: World, tab: Any) -> None:
+    """The answer is late, so Maya opens them again."""
+    (maya_api,), (server_id, _) = await create_class(api, "Maya")
+    maya = await tab(maya_api)
+    held, released = await maya.hold_answer(f"**/servers/{server_id}/invites")
+    await maya.choose("#server", "Invite people")
+    await happens(held)
+    await maya.choose("#server", "Invite people")
+    released.set()
+    await expect(maya.locator("#invites li")).to_have_count(1)
+    await maya.click('[data-do="newInvite"]')
+    await maya.confirm()
+    await expect(maya.locator("#invites li")).to_have_count(2)
+
+
 async def test_two_clicks_on_a_voice_channel_open_one_microphone(two: Any) -> None:
     maya, jonas, (server_id, _) = two
     await maya.api.channel(server_id, "Study room", "voice")
