@@ -19107,6 +19107,22 @@ async def test_a_found_message_of_a_deleted_channel_is_gone(two: Any) -> None:
     await expect(jonas.locator("#toasts")).to_contain_text("This message was deleted")
 
 
+async def test_suggested_names_end_with_their_text(two: Any) -> None:
+    """Jonas goes to another channel while names are suggested: Enter there sends the draft as it is."""
+    maya, jonas, (server_id, _) = two
+    await maya.api.channel(server_id, "homework")
+    await jonas.open_channel("homework")
+    await jonas.fill("#text", "a draft")
+    await jonas.open_channel("general")
+    await jonas.locator("#text").press_sequentially("hello @ma")
+    await expect(jonas.locator("#names li")).to_have_count(1)
+    await jonas.press("#text", "Alt+ArrowDown")
+    await expect(jonas.locator("#text")).to_have_value("a draft")
+    await expect(jonas.locator("#names")).to_be_hidden()
+    await jonas.press("#text", "Enter")
+    await jonas.sees("a draft")
+
+
 async def test_invites_are_those_of_the_server_for_which_they_were_opened(api: World, tab: Any) -> None:
     """Maya goes to another server before the invites have arrived, and before she creates one and a bot."""
     (maya_api,), (biology, channel_id) = await create_class(api, "Maya")
