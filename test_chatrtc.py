@@ -19123,6 +19123,25 @@ async def test_suggested_names_end_with_their_text(two: Any) -> None:
     await jonas.sees("a draft")
 
 
+async def test_a_late_conversation_closes_no_other_dialog(two: Any) -> None:
+    maya, _, _ = two
+    held, released = await maya.hold_answer("**/conversations", "POST")
+    await maya.click("#private")
+    await maya.click('#private-list [data-do="newMessage"]')
+    await maya.keyboard.type("jonas")
+    await expect(maya.locator("#found-names li")).to_have_count(1)
+    await maya.keyboard.press("Enter")
+    await maya.keyboard.press("Enter")
+    await happens(held)
+    await maya.keyboard.press("Escape")
+    await maya.keyboard.press("Control+k")
+    await maya.keyboard.type("gen")
+    released.set()
+    await expect(maya.locator("#room-name")).to_have_text("Jonas")
+    await expect(maya.locator("#find")).to_have_value("gen")
+    await expect(maya.locator("#finder")).to_be_visible()
+
+
 async def test_invites_are_those_of_the_server_for_which_they_were_opened(api: World, tab: Any) -> None:
     """Maya goes to another server before the invites have arrived, and before she creates one and a bot."""
     (maya_api,), (biology, channel_id) = await create_class(api, "Maya")
@@ -19186,6 +19205,21 @@ async def test_two_clicks_on_a_voice_channel_open_one_microphone(two: Any) -> No
     await jonas.click("#hang-up")
     await expect(jonas.locator("#call")).to_be_hidden()
     assert await jonas.evaluate("tracks.map((one) => one.readyState)") == ["ended"]
+
+
+async def test_the_selected_person_stays_selected_while_more_are_found(api: World, tab: Any) -> None:
+    (maya_api, _), _ = await create_class(api, "Maya", "Jonas")
+    server_id, _ = await api.place(maya_api, await api.person("Joachim"))
+    maya = await tab(maya_api)
+    held, released = await maya.hold_answer(f"**/servers/{server_id}/members")
+    await maya.keyboard.press("Control+k")
+    await maya.keyboard.type("jo")
+    await happens(held)
+    await expect(maya.locator("#found-names li")).to_have_count(1)
+    released.set()
+    await expect(maya.locator("#found-names li")).to_have_count(2)
+    await maya.keyboard.press("Enter")
+    await expect(maya.locator("#room-name")).to_have_text("Jonas")
 
 
 # Reading
