@@ -19142,6 +19142,31 @@ async def test_a_late_conversation_closes_no_other_dialog(two: Any) -> None:
     await expect(maya.locator("#finder")).to_be_visible()
 
 
+async def test_the_last_of_two_edits_counts(two: Any) -> None:
+    """The first edit is slow, and the second one waits for it."""
+    maya, jonas, _ = two
+    requests, held, released = itertools.count(1), asyncio.Event(), asyncio.Event()
+
+    async def hold(route: Any) -> None:
+        if route.request.method == "PATCH" and next(requests) == 1:
+            held.set()
+            await released.wait()
+        await route.continue_()
+
+    await jonas.write("first")
+    await jonas.sees("first")
+    await jonas.page.route("**/messages/*", hold)
+    for text in ("second", "third"):
+        await jonas.press("#text", "ArrowUp")
+        await jonas.write(text)
+        await happens(held)
+    await jonas.write("and a message")
+    await maya.sees("and a message")
+    released.set()
+    await jonas.sees("third")
+    await maya.sees("third")
+
+
 async def test_invites_are_those_of_the_server_for_which_they_were_opened(api: World, tab: Any) -> None:
     """Maya goes to another server before the invites have arrived, and before she creates one and a bot."""
     (maya_api,), (biology, channel_id) = await create_class(api, "Maya")
