@@ -19213,6 +19213,22 @@ async def test_opening_the_invites_twice_creates_one(api: World, tab: Any) -> No
     await expect(maya.locator("#invites li")).to_have_count(2)
 
 
+async def test_a_menu_whose_button_is_drawn_again_keeps_its_place(two: Any) -> None:
+    maya, jonas, (server_id, _) = two
+    homework = await maya.api.channel(server_id, "homework")
+    row = maya.locator(f'#text-channels [data-id="{homework}"] .channel')
+    await row.hover()
+    await row.locator('[data-do="channelMenu"]').click()
+    await expect(maya.locator("#menu")).to_be_visible()
+    box = await maya.locator("#menu").bounding_box()
+    await jonas.api.post(homework, "the row of the channel gets a badge")
+    await expect(maya.locator(BADGE % homework)).to_have_text("1")
+    await maya.click("#menu >> text=Slow mode")
+    await expect(maya.locator("#menu header")).to_contain_text("Slow mode")
+    after = await maya.locator("#menu").bounding_box()
+    assert after["x"] == box["x"]
+
+
 async def test_two_clicks_on_a_voice_channel_open_one_microphone(two: Any) -> None:
     maya, jonas, (server_id, _) = two
     await maya.api.channel(server_id, "Study room", "voice")
