@@ -19167,6 +19167,23 @@ async def test_the_last_of_two_edits_counts(two: Any) -> None:
     await maya.sees("third")
 
 
+async def test_an_invite_that_is_loaded_slowly_keeps_the_chosen_form(api: World, tab: Any) -> None:
+    (maya_api,), (server_id, _) = await create_class(api, "Maya")
+    await api.person("Jonas")
+    code = await maya_api.invite(server_id)
+    jonas = await tab()
+    held, released = await jonas.hold_answer("**/invites/*")
+    await jonas.open(f"/#/invite/{code}")
+    await happens(held)
+    await jonas.locator("#swap").get_by_role("button", name="I already have an account").click()
+    await jonas.fill("#username", "Jonas")
+    released.set()
+    await expect(jonas.locator("#invited strong")).to_have_text("Biology 3B")
+    await expect(jonas.locator("#sign-in-title")).to_have_text("Sign in")
+    await jonas.sign_in("Jonas", "correct horse")
+    await expect(jonas.locator("#room-name")).to_have_text("general")
+
+
 async def test_invites_are_those_of_the_server_for_which_they_were_opened(api: World, tab: Any) -> None:
     """Maya goes to another server before the invites have arrived, and before she creates one and a bot."""
     (maya_api,), (biology, channel_id) = await create_class(api, "Maya")
