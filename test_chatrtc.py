@@ -19230,6 +19230,18 @@ async def test_opening_the_invites_twice_creates_one(api: World, tab: Any) -> No
     await expect(maya.locator("#invites li")).to_have_count(2)
 
 
+async def test_a_second_click_does_nothing_while_the_first_is_answered(api: World, tab: Any) -> None:
+    """The second request to revoke an invite would fail."""
+    (maya_api,), (server_id, _) = await create_class(api, "Maya")
+    code = await maya_api.invite(server_id, max_uses=5)
+    maya = await tab(maya_api)
+    await maya.choose("#server", "Invite people")
+    row = maya.locator("#invites li", has_text=code)
+    await row.get_by_role("button", name="Revoke").dblclick()
+    await expect(row).to_have_count(0)
+    await expect(maya.locator("#toasts")).to_have_text("")
+
+
 async def test_a_menu_whose_button_is_drawn_again_keeps_its_place(two: Any) -> None:
     maya, jonas, (server_id, _) = two
     homework = await maya.api.channel(server_id, "homework")
