@@ -19292,6 +19292,37 @@ async def test_the_selected_person_stays_selected_while_more_are_found(api: Worl
     await expect(maya.locator("#room-name")).to_have_text("Jonas")
 
 
+async def test_a_late_menu_does_not_open_in_another_place(api: World, tab: Any) -> None:
+    """Maya opens the menu of a person in a conversation, which needs the members of her servers, and goes to one of them."""
+    (maya_api, jonas), (server_id, _) = await create_class(api, "Maya", "Jonas")
+    pair = await maya_api.ok("POST", "/conversations", {"user_ids": [jonas.user_id]})
+    maya = await tab()
+    held, released = await maya.hold_answer(f"**/servers/{server_id}/members")
+    await maya.store_session(maya_api)
+    await maya.open(f"/#/channel/{pair['channels'][0]['channel_id']}")
+    await expect(maya.locator("#room-name")).to_have_text("Jonas")
+    await maya.click('.person[aria-label^="Jonas"]')
+    await happens(held)
+    await maya.click('#rail [aria-label="Biology 3B"]')
+    await expect(maya.locator("#room-name")).to_have_text("general")
+    released.set()
+    await expect(maya.locator(".person")).to_have_count(2)
+    await expect(maya.locator("#menu")).to_be_hidden()
+
+
+async def test_keys_do_not_reach_behind_a_dialog(two: Any) -> None:
+    maya, jonas, (server_id, _) = two
+    await maya.api.channel(server_id, "homework")
+    await expect(jonas.locator("#text-channels")).to_contain_text("homework")
+    await maya.write("hello")
+    await jonas.sees("hello")
+    await jonas.tool("hello", "messageMenu")
+    await jonas.keyboard.press("Alt+ArrowDown")
+    await jonas.click("#menu >> text=Mark unread from here")
+    await expect(jonas.locator("#log .fresh + .row")).to_contain_text("hello")
+    await expect(jonas.locator("#room-name")).to_have_text("general")
+
+
 # Reading
 
 
