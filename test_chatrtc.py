@@ -19323,6 +19323,20 @@ async def test_keys_do_not_reach_behind_a_dialog(two: Any) -> None:
     await expect(jonas.locator("#room-name")).to_have_text("general")
 
 
+async def test_a_long_press_of_enter_saves_an_edit_and_keeps_the_draft(two: Any) -> None:
+    maya, jonas, _ = two
+    await maya.write("hello")
+    await maya.sees("hello")
+    await maya.fill("#text", "half a sentence")
+    await maya.tool("hello", "edit")
+    await maya.fill("#text", "hello again")
+    for _ in range(2):
+        await maya.keyboard.down("Enter")
+    await maya.keyboard.up("Enter")
+    await jonas.sees("hello again")
+    await expect(maya.locator("#text")).to_have_value("half a sentence")
+
+
 # Reading
 
 
