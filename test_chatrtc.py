@@ -19337,6 +19337,24 @@ async def test_a_long_press_of_enter_saves_an_edit_and_keeps_the_draft(two: Any)
     await expect(maya.locator("#text")).to_have_value("half a sentence")
 
 
+async def test_tabs_of_a_browser_share_unsaved_edits(api: World, tab: Any) -> None:
+    """An edit that one tab discards is no longer shown by the other one."""
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    message = await maya_api.post(channel_id, "hello")
+    maya = await tab(maya_api)
+    maya.ignored = NETWORK_ERRORS
+    await maya.reject("**/messages/*", 403, "FORBIDDEN")
+    await maya.press("#text", "ArrowUp")
+    await maya.write("hello again")
+    fate = maya.row("hello again").locator(".fate")
+    await expect(fate).to_contain_text("Not saved")
+    second = await second_tab(maya)
+    await expect(second.row("hello again").locator(".fate")).to_contain_text("Not saved")
+    await fate.get_by_role("button", name="Discard").click()
+    for one in (maya, second):
+        await expect(one.locator(f'.row[data-id="{message["message_id"]}"] .said')).to_have_text("hello")
+
+
 # Reading
 
 
