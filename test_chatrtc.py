@@ -19355,6 +19355,18 @@ async def test_tabs_of_a_browser_share_unsaved_edits(api: World, tab: Any) -> No
         await expect(one.locator(f'.row[data-id="{message["message_id"]}"] .said')).to_have_text("hello")
 
 
+async def test_a_search_waits_for_the_members_that_are_being_loaded(api: World, tab: Any) -> None:
+    (_, jonas_api), (server_id, _) = await create_class(api, "Maya", "Jonas")
+    jonas = await tab()
+    held, released = await jonas.hold_answer(f"**/servers/{server_id}/members")
+    await jonas.enter(jonas_api)
+    await happens(held)
+    await jonas.search("from:Maya needle")
+    await expect(jonas.locator("#found")).to_have_text("Searching…")
+    released.set()
+    await expect(jonas.locator("#found")).to_have_text("No message contains this.")
+
+
 # Reading
 
 
