@@ -19277,6 +19277,30 @@ async def test_two_clicks_on_a_voice_channel_open_one_microphone(two: Any) -> No
     assert await jonas.evaluate("tracks.map((one) => one.readyState)") == ["ended"]
 
 
+async def test_a_microphone_that_does_not_start_is_tried_again(two: Any) -> None:
+    """Once; then the page says what may be wrong. Only a refusal is called one."""
+    maya, jonas, (server_id, _) = two
+    await maya.api.channel(server_id, "Study room", "voice")
+    await jonas.page.add_init_script(
+        "const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices); window.failures = [];"
+        "navigator.mediaDevices.getUserMedia = (wanted) => failures.length"
+        " ? Promise.reject(new DOMException('Timeout starting audio source', failures.shift())) : ask(wanted);"
+    )
+    await jonas.reload()
+    for failures, text in (
+        (["NotReadableError", "AbortError"], "The microphone did not start"),
+        (["NotFoundError"], "No microphone was found"),
+        (["NotAllowedError"], "The browser refused access"),
+    ):
+        await jonas.evaluate(f"failures.push(...{json.dumps(failures)})")
+        await jonas.join_voice()
+        await expect(jonas.locator("#toasts")).to_contain_text(text)
+        assert await jonas.evaluate("failures.length") == 0
+    await jonas.evaluate("failures.push('AbortError')")
+    await jonas.join_voice()
+    await expect(jonas.locator("#call li")).to_have_count(1)
+
+
 async def test_the_selected_person_stays_selected_while_more_are_found(api: World, tab: Any) -> None:
     (maya_api, _), _ = await create_class(api, "Maya", "Jonas")
     server_id, _ = await api.place(maya_api, await api.person("Joachim"))
