@@ -9674,7 +9674,7 @@ def get_build_hook() -> type[Any]:
 # ---- Command line --------------------------------------------------------------------------------------------------
 # `chatrtc serve` and the other commands. A StartError or ChatError becomes one line on standard error, and exit status 1.
 
-BAR: dict[str, Any] = {"file": sys.stderr, "hidden": not sys.stderr.isatty()}  # options of progress bars, which are for people
+BAR: dict[str, Any] = {"file": sys.stderr, "hidden": not (sys.stderr and sys.stderr.isatty())}  # of progress bars, for people
 LOG_LINES = 60  # of each level, in a minute
 
 
@@ -9710,7 +9710,10 @@ class Group(click.Group):
         super().add_command(cmd, name)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        for stream in (sys.stdin, sys.stdout, sys.stderr):
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            stream = getattr(sys, name)
+            if stream is None:  # it is closed, and the next file that is opened would get its number
+                setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
             if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
                 stream.reconfigure(encoding="utf-8", errors=stream.errors)  # Windows has another encoding for files and pipes
         with cli_errors():

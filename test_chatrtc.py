@@ -11652,6 +11652,45 @@ def test_private_files_are_next_to_the_database_that_a_link_names(tmp_path: Path
 
 
 @pytest.mark.parametrize(
+async def run_shell(script: str, *args: str) -> Finished:
+    """Run a script of the shell, in which "$@" is a command of chatrtc with these arguments."""
+    process = await asyncio.create_subprocess_exec(
+        "sh", "-c", script, "sh", *PROGRAM, *args, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 3 * PATIENCE)
+    return Finished(process.returncode or 0, out.decode(), err.decode())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs sh")
+async def test_commands_work_with_closed_streams(tmp_path: Path) -> None:
+    database = "--database", str(tmp_path / "chat.db")
+    await run_ok("user", "add", "ana", *database, stdin="correct horse\n")
+    listed = await run_shell('exec "$@" 2>&-', "user", "list", *database)
+    assert listed.out.startswith("1\tana\t")
+    assert listed.status == 0
+    expect_error(await run_shell('exec "$@" <&-', "user", "add", "ben", *database), "new_password")
+    for command in ("export", "check"):
+        assert await run_shell('exec "$@" <&- >&- 2>&-', command, *database) == Finished(0, "", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs sh")
+async def test_a_server_runs_with_closed_streams(tmp_path: Path) -> None:
+    port = free_port()
+    command = [*PROGRAM, "serve", "--port", str(port), "--database", str(tmp_path / "chat.db")]
+    process = await asyncio.create_subprocess_exec("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command)
+    async with World(f"http://127.0.0.1:{port}", aiohttp.ClientSession()) as world:
+
+        async def answers() -> bool:
+            assert process.returncode is None
+            with contextlib.suppress(aiohttp.ClientError):
+                return (await world.call("GET", "/healthz")).status == 200
+            return False
+
+        await eventually(answers, "the server answers")
+    process.send_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
+
+
     ("name", "kind", "word"),
     [
         *((".secret", mode, "chmod 600") for mode in ("644", "640", "604", "620", "601")),
