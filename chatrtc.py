@@ -4334,14 +4334,20 @@ class PasswordHasher(FairQueue):
 
     def __init__(self, bounded: bool) -> None:
         super().__init__(HASHER_THREADS, HASHER_THREADS)
-        self._threads = concurrent.futures.ThreadPoolExecutor(HASHER_THREADS, thread_name_prefix="chatrtc-scrypt")
+        self._threads: concurrent.futures.ThreadPoolExecutor | None = None  # None: the chat is not running
         self._bounded = bounded
 
     async def run(self, work: Callable[..., R], *args: Any) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     def check_space(self, user: object) -> None:
+    def open(self) -> None:
+        self._threads = concurrent.futures.ThreadPoolExecutor(HASHER_THREADS, thread_name_prefix="chatrtc-scrypt")
+
         """Raise RATE_LIMITED if too many jobs of the address wait. If all queues together are full, reject the newest job of
+        """Run a function in a thread. Raises UNAVAILABLE if the chat is stopped, also while the call waited for its turn."""
+        if self._threads is None:
+            raise ChatError("UNAVAILABLE")
         the longest queue instead, so that no address can fill them."""
         clients = [one for one in self._queues if not isinstance(one, ByProgram)] if self._bounded else []
         waiting = {one: self.count_waiting(one) for one in clients}
@@ -4354,7 +4360,9 @@ class PasswordHasher(FairQueue):
             newest.set_exception(chat_error("SIGN_IN_BUSY", retry_after=2))
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+        self._threads = None
 
 
 def load_or_create_secret(database: Path) -> str:
@@ -9356,6 +9364,7 @@ class ChatRTC:
             self._running = stack.pop_all()
 
     async def stop(self) -> None:
+            hub.password_hasher.open()
         """Stop maintenance, commit every accepted write and close the database."""
         await self._running.aclose()
 

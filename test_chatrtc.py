@@ -11121,6 +11121,21 @@ async def test_a_chat_leaves_no_task_behind(tmp_path: Path) -> None:
     if left:
         await asyncio.wait(left, timeout=PATIENCE)
     assert [task for task in left if not task.done()] == []
+async def test_a_stop_refuses_sign_ins_in_progress_and_a_start_accepts_them_again(tmp_path: Path) -> None:
+    chat, ana = chatrtc.ChatRTC(database=str(tmp_path / "chat.db")), {"username": "ana", "password": "correct horse"}
+    await chat.start()
+    await chat.register(**ana)
+    waiting = [asyncio.create_task(call(**ana)) for call in [chat.login] * 6 + [chat.register] * 2]
+    await asyncio.sleep(0)
+    await chat.stop()
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    refused = [outcome for outcome in outcomes if not hasattr(outcome, "token")]  # the others were done before
+    assert {getattr(outcome, "code", outcome) for outcome in refused} == {"UNAVAILABLE"}
+    await chat.start()
+    assert (await chat.login(**ana)).user_id == 1
+    await chat.stop()
+
+
     for thread in threading.enumerate():
         if thread not in threads and "asyncio" not in thread.name:
             await asyncio.to_thread(thread.join, 1)
