@@ -339,6 +339,10 @@ async def result_or_exception(work: Awaitable[Any]) -> Any:
         return await work
     except Exception as error:
         return error
+    except asyncio.CancelledError as error:
+        if (task := asyncio.current_task()) is None or task.cancelling():
+            raise
+        return RuntimeError("awaited something that was cancelled").with_traceback(error.__traceback__)
 
 
 class StartError(Exception):

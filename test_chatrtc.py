@@ -9544,6 +9544,27 @@ async def test_a_slow_listener_delays_no_other(world: World) -> None:
 
 
 @pytest.mark.portable
+async def test_a_listener_that_awaits_something_cancelled_hears_the_next_event(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    received: list[str] = []
+
+    @world.chat.on("message:new")
+    async def listen(payload: Any) -> None:
+        received.append(payload["content"])
+        cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        cancelled.cancel()
+        await cancelled
+
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    await asyncio.gather(ana.post(place.channel_id, "first"), ana.post(place.channel_id, "second"))
+    await until(lambda: sorted(received) == ["first", "second"])
+    failed = [record for record in caplog.records if record.message == "a listener failed"]
+    assert [record.exc_info is not None for record in failed] == [True, True]
+    caplog.clear()
+
+
 async def test_a_listener_that_falls_behind_misses_the_oldest_with_a_warning(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
