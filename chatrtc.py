@@ -127,6 +127,7 @@ for module in hidden:
 
 SECRET_BYTES = 32  # minimum length of the key that signs tokens
 ProcessName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9]{1,32}\Z")]
+Encodable = Annotated[str, Meta(pattern=r"^[^\ud800-\udfff]*\Z")]  # an argument may have bytes that are not UTF-8
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -136,7 +137,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str, Meta(min_length=1, pattern=r"^[^\x00]+$", description="SQLite file in which everything is stored.")
     ] = "chatrtc.db"
     secret: Annotated[
-        str | None,
+        Encodable | None,
         Meta(description="Token signing key, 32 bytes or more (default: generated). `ps` shows it: use CHATRTC_SECRET."),
     ] = None
     token_ttl: Annotated[int, Meta(ge=1, le=10**9, description="Token lifetime in seconds.")] = 30 * 86400
@@ -156,7 +157,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["everyone", "staff", "nobody"],
         Meta(description="Which private conversations are allowed: all, those with an admin or owner, or none."),
     ] = "everyone"
-    ice_server: Annotated[tuple[str, ...], Meta(description="STUN or TURN URL for voice: stun:HOST:PORT (repeatable).")] = ()
+    ice_server: Annotated[
+        tuple[Encodable, ...], Meta(description="STUN or TURN URL for voice: stun:HOST:PORT (repeatable).")
+    ] = ()
     tls_cert: Annotated[str | None, Meta(description="Certificate file (PEM) for https.")] = None
     tls_key: Annotated[str | None, Meta(description="Private key file (PEM) of that certificate.")] = None
     tls_self_signed: Annotated[bool, Meta(description="Serve https with a generated certificate (needs chatrtc[tls]).")] = False
@@ -4341,17 +4344,17 @@ class PasswordHasher(FairQueue):
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None  # None: the chat is not running
         self._bounded = bounded
 
-    async def run(self, work: Callable[..., R], *args: Any) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
-
-    def check_space(self, user: object) -> None:
     def open(self) -> None:
         self._threads = concurrent.futures.ThreadPoolExecutor(HASHER_THREADS, thread_name_prefix="chatrtc-scrypt")
 
-        """Raise RATE_LIMITED if too many jobs of the address wait. If all queues together are full, reject the newest job of
+    async def run(self, work: Callable[..., R], *args: Any) -> R:
         """Run a function in a thread. Raises UNAVAILABLE if the chat is stopped, also while the call waited for its turn."""
         if self._threads is None:
             raise ChatError("UNAVAILABLE")
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    def check_space(self, user: object) -> None:
+        """Raise RATE_LIMITED if too many jobs of the address wait. If all queues together are full, reject the newest job of
         the longest queue instead, so that no address can fill them."""
         clients = [one for one in self._queues if not isinstance(one, ByProgram)] if self._bounded else []
         waiting = {one: self.count_waiting(one) for one in clients}
@@ -8938,7 +8941,11 @@ def add_server(db: sqlite3.Connection, name: str, owner: str) -> Result[int]:
 
 
 def check_addresses(settings: Settings) -> None:
-    """Raise StartError if an origin, a proxy, the public URL or the URL of Redis is invalid."""
+    """Raise StartError if the host, an origin, a proxy, the public URL or the URL of Redis is invalid."""
+    try:
+        settings.host.encode("idna")
+    except UnicodeError:
+        raise StartError(f"--host {settings.host}: is not a host name") from None
     redis = REDIS_URL.fullmatch("redis://localhost" if settings.redis is None else settings.redis)
     if redis is None or int(redis[2] or 0) > PORT_MAX:  # the URL may contain a password, so it is not shown
         raise StartError("--redis: must be redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH; %-encode the password")
@@ -9356,6 +9363,7 @@ class ChatRTC:
             await hub.store.open(self._set_up)
             stack.push_async_callback(hub.store.close)
             hub.presence.invisible = set(hub.store.read_inline(load_invisible))
+            hub.password_hasher.open()
             stack.callback(hub.password_hasher.close)
             stack.callback(self.sio.eio.client_log.flush, now=True)
             if self.settings.redis is not None:
@@ -9368,7 +9376,6 @@ class ChatRTC:
             self._running = stack.pop_all()
 
     async def stop(self) -> None:
-            hub.password_hasher.open()
         """Stop maintenance, commit every accepted write and close the database."""
         await self._running.aclose()
 

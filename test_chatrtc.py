@@ -1067,7 +1067,8 @@ def test_an_invalid_setting_is_rejected(tmp_path: Path) -> None:
     wrongs: tuple[dict[str, Any], ...] = (
         {"port": "3000"}, {"port": 65536}, {"token_ttl": 0}, {"registration": "maybe"}, {"nonsense": 1},
         {"conversations": "some"}, {"database": ""}, {"max_sockets": 0},
-        {"tls_cert": "cert.pem"}, {"secret": "short"}, {"secret": ""}, {"secret": "é" * 15},
+        {"tls_cert": "cert.pem"}, {"secret": "short"}, {"secret": ""}, {"secret": "é" * 15}, {"secret": "\udcff" * 32},
+        {"ice_server": ["stun:\udcff"]}, *({"host": host} for host in ("\udcff", "a" * 64, "..")),
         *({"cors_origin": [origin]} for origin in (
             "https://x/", "x.example", "ftp://x", "https://x/path", "https://x?", "https://a b", "null", "",
             "https://x:65536", "https://bücher.example", "https://u@x",
@@ -9543,7 +9544,6 @@ async def test_a_slow_listener_delays_no_other(world: World) -> None:
     await until(lambda: received["slow"] == posted)
 
 
-@pytest.mark.portable
 async def test_a_listener_that_awaits_something_cancelled_hears_the_next_event(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -9565,6 +9565,7 @@ async def test_a_listener_that_awaits_something_cancelled_hears_the_next_event(
     caplog.clear()
 
 
+@pytest.mark.portable
 async def test_a_listener_that_falls_behind_misses_the_oldest_with_a_warning(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -11120,6 +11121,21 @@ async def test_a_chat_cannot_be_attached_twice(tmp_path: Path) -> None:
     assert asyncio.all_tasks() == before
 
 
+async def test_a_stop_refuses_sign_ins_in_progress_and_a_start_accepts_them_again(tmp_path: Path) -> None:
+    chat, ana = chatrtc.ChatRTC(database=str(tmp_path / "chat.db")), {"username": "ana", "password": "correct horse"}
+    await chat.start()
+    await chat.register(**ana)
+    waiting = [asyncio.create_task(call(**ana)) for call in [chat.login] * 6 + [chat.register] * 2]
+    await asyncio.sleep(0)
+    await chat.stop()
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    refused = [outcome for outcome in outcomes if not hasattr(outcome, "token")]  # the others were done before
+    assert {getattr(outcome, "code", outcome) for outcome in refused} == {"UNAVAILABLE"}
+    await chat.start()
+    assert (await chat.login(**ana)).user_id == 1
+    await chat.stop()
+
+
 async def test_a_chat_leaves_no_task_behind(tmp_path: Path) -> None:
     before = asyncio.all_tasks()
     threads = threading.enumerate()
@@ -11142,21 +11158,6 @@ async def test_a_chat_leaves_no_task_behind(tmp_path: Path) -> None:
     if left:
         await asyncio.wait(left, timeout=PATIENCE)
     assert [task for task in left if not task.done()] == []
-async def test_a_stop_refuses_sign_ins_in_progress_and_a_start_accepts_them_again(tmp_path: Path) -> None:
-    chat, ana = chatrtc.ChatRTC(database=str(tmp_path / "chat.db")), {"username": "ana", "password": "correct horse"}
-    await chat.start()
-    await chat.register(**ana)
-    waiting = [asyncio.create_task(call(**ana)) for call in [chat.login] * 6 + [chat.register] * 2]
-    await asyncio.sleep(0)
-    await chat.stop()
-    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
-    refused = [outcome for outcome in outcomes if not hasattr(outcome, "token")]  # the others were done before
-    assert {getattr(outcome, "code", outcome) for outcome in refused} == {"UNAVAILABLE"}
-    await chat.start()
-    assert (await chat.login(**ana)).user_id == 1
-    await chat.stop()
-
-
     for thread in threading.enumerate():
         if thread not in threads and "asyncio" not in thread.name:
             await asyncio.to_thread(thread.join, 1)
@@ -11651,43 +11652,6 @@ async def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
     assert (await process.stop())[0] == 0
 
 
-OTHER_OWNER = 12345  # a user id and group id that own no file
-
-
-def occupy(folder: Path, name: str, kind: str) -> Path:
-    """Create something else at the path of a server's file; return the file that a link leads to."""
-    path, target = folder / name, folder / "target"
-    target.write_text("t" * 64)
-    target.chmod(0o600)
-    match kind:
-        case "a link":
-            path.symlink_to(target)
-        case "a pipe":
-            os.mkfifo(path, 0o600)
-        case "another user's":
-            path.write_text("s" * 64)
-            path.chmod(0o600)
-            os.chown(path, OTHER_OWNER, OTHER_OWNER)
-        case mode:
-            path.write_text("s" * 64)
-            path.chmod(int(mode, 8))
-    return target
-
-
-@pytest.mark.parametrize("suffix", [".secret", ".tls.pem"])
-def test_private_files_are_next_to_the_database_that_a_link_names(tmp_path: Path, suffix: str) -> None:
-    database, real = tmp_path / "link.db", tmp_path / "data" / "chat.db"
-    real.parent.mkdir()
-    database.symlink_to(real)
-    old, new = Path(f"{database}{suffix}"), Path(f"{real}{suffix}")
-    assert chatrtc.private_path(database, suffix) == new
-    old.touch()
-    assert chatrtc.private_path(database, suffix) == old, "a file that an older version made is still used"
-    new.touch()
-    assert chatrtc.private_path(database, suffix) == new
-
-
-@pytest.mark.parametrize(
 async def run_shell(script: str, *args: str) -> Finished:
     """Run a script of the shell, in which "$@" is a command of chatrtc with these arguments."""
     process = await asyncio.create_subprocess_exec(
@@ -11727,6 +11691,43 @@ async def test_a_server_runs_with_closed_streams(tmp_path: Path) -> None:
     assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
 
 
+OTHER_OWNER = 12345  # a user id and group id that own no file
+
+
+def occupy(folder: Path, name: str, kind: str) -> Path:
+    """Create something else at the path of a server's file; return the file that a link leads to."""
+    path, target = folder / name, folder / "target"
+    target.write_text("t" * 64)
+    target.chmod(0o600)
+    match kind:
+        case "a link":
+            path.symlink_to(target)
+        case "a pipe":
+            os.mkfifo(path, 0o600)
+        case "another user's":
+            path.write_text("s" * 64)
+            path.chmod(0o600)
+            os.chown(path, OTHER_OWNER, OTHER_OWNER)
+        case mode:
+            path.write_text("s" * 64)
+            path.chmod(int(mode, 8))
+    return target
+
+
+@pytest.mark.parametrize("suffix", [".secret", ".tls.pem"])
+def test_private_files_are_next_to_the_database_that_a_link_names(tmp_path: Path, suffix: str) -> None:
+    database, real = tmp_path / "link.db", tmp_path / "data" / "chat.db"
+    real.parent.mkdir()
+    database.symlink_to(real)
+    old, new = Path(f"{database}{suffix}"), Path(f"{real}{suffix}")
+    assert chatrtc.private_path(database, suffix) == new
+    old.touch()
+    assert chatrtc.private_path(database, suffix) == old, "a file that an older version made is still used"
+    new.touch()
+    assert chatrtc.private_path(database, suffix) == new
+
+
+@pytest.mark.parametrize(
     ("name", "kind", "word"),
     [
         *((".secret", mode, "chmod 600") for mode in ("644", "640", "604", "620", "601")),
