@@ -9952,8 +9952,9 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
     """Copy a database next to `dest`, verify it, pass it to `finish`, return its path. Raises StartError, leaving no copy."""
     if not dest.parent.is_dir():
         raise StartError(f"The directory {dest.parent} does not exist")
-    part = dest.with_name(dest.name + ".part")
-    with click.progressbar(length=1, label="Copying", **BAR) as bar:
+    part, errors = dest.with_name(dest.name + ".part"), list[str]()
+    with contextlib.ExitStack() as undo, click.progressbar(length=1, label="Copying", **BAR) as bar:
+        undo.callback(part.unlink, missing_ok=True)  # also on Ctrl-C
 
         def show(status: int, remaining: int, total: int) -> None:
             bar.length = total
@@ -9968,9 +9969,9 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
                     finish(copy)
         except (OSError, sqlite3.Error) as error:
             errors = [str(error)]
-    if errors:
-        part.unlink(missing_ok=True)
-        raise StartError(f"Cannot write {dest}: {errors[0]}. The incomplete copy was deleted")
+        if errors:
+            raise StartError(f"Cannot write {dest}: {errors[0]}. The incomplete copy was deleted")
+        undo.pop_all()
     return part
 
 

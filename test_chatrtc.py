@@ -11924,6 +11924,15 @@ async def test_a_restore_reuses_no_number(
         await replica.connect()
     posted = [await ana.post(place.channel_id, str(number)) for number in range(5)]
     for replica in (early, stayed, missed):
+def test_an_interrupted_copy_is_deleted(tmp_path: Path) -> None:
+    def interrupt(copy: sqlite3.Connection) -> None:
+        raise KeyboardInterrupt
+
+    with contextlib.closing(sqlite3.connect(":memory:")) as db, pytest.raises(KeyboardInterrupt):
+        chatrtc.copy_verified(db, tmp_path / "copy.db", interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
         await replica.receive()
     await early.disconnect()
     await ana.ok("DELETE", f"/messages/{posted[0]['message_id']}")
