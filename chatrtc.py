@@ -4426,13 +4426,14 @@ class TokenSigner:
         claims = {"aud": "file", "sub": str(file_id), "exp": expires, "user": user.user_id, "gen": user.generation}
         return jwt.encode(claims | {"token": user.digest.hex()}, self._secret, algorithm=ALGORITHM)
 
-    def verify_link(self, link: str, file_id: str) -> Principal:
-        """Return the user and token of a link. Raises UNAUTHORIZED if it is not one of ours, for another file or expired."""
+    def verify_link(self, link: str, file_id: str) -> tuple[int, int, float, bytes]:
+        """Return what `verify` returns and the token's digest. Raises UNAUTHORIZED if it is not our link, for another file or
+        expired."""
         try:
             claims = jwt.decode(link, self._secret, algorithms=[ALGORITHM], audience="file", subject=file_id)
         except (jwt.PyJWTError, ValueError, RecursionError):
             raise chat_error("TOKEN_INVALID") from None
-        return Principal(claims["user"], "", generation=claims["gen"], digest=bytes.fromhex(claims["token"]))
+        return claims["user"], claims["gen"], float(claims["exp"]), bytes.fromhex(claims["token"])
 
     def check_digest(self) -> bytes:
         """Return a keyed hash by which servers recognize that they have the same secret."""
@@ -7072,15 +7073,18 @@ class Hub:
         cached = self._token_cache.get(token)
         if cached is not None and cached.expires > time.time():
             return cached
-        user_id, generation, expires = self.signer.verify(token)
-        digest = hashlib.sha256(token.encode()).digest()
+        user = self.load_user(*self.signer.verify(token), hashlib.sha256(token.encode()).digest())
+        if len(self._token_cache) >= MAX_CACHED_TOKENS:
+            del self._token_cache[next(iter(self._token_cache))]
+        self._token_cache[token] = user
+        return user
+
+    def load_user(self, user_id: int, generation: int, expires: float, digest: bytes) -> Principal:
+        """Return the user of a token with this content and digest. Raises UNAUTHORIZED if it is revoked."""
         user = self.store.read_inline(load_principal, user_id, digest)
         if user is None or user.generation != generation:
             raise chat_error("TOKEN_INVALID")
-        if len(self._token_cache) >= MAX_CACHED_TOKENS:
-            del self._token_cache[next(iter(self._token_cache))]
-        user = self._token_cache[token] = user._replace(digest=digest, expires=expires)
-        return user
+        return user._replace(digest=digest, expires=expires)
 
     def forget_tokens(self, user_id: int) -> None:
         self._token_cache = {token: user for token, user in self._token_cache.items() if user.user_id != user_id}
@@ -8596,7 +8600,7 @@ class Route:
         """Return the user of the token or, for reading a file, of the link. Raises UNAUTHORIZED."""
         header, link = request.headers.get("Authorization"), request.query.get("link")
         if self.op.args is ReadFile and header is None and link is not None:
-            return self.hub.signer.verify_link(link, request.match_info["file_id"])
+            return self.hub.load_user(*self.hub.signer.verify_link(link, request.match_info["file_id"]))
         scheme, _, token = (header or "").partition(" ")
         if scheme.lower() != "bearer":
             raise chat_error("TOKEN_INVALID")

@@ -10156,6 +10156,21 @@ async def test_before_can_change_and_refuse_what_clients_do(scene: Scene) -> Non
 
 
 @pytest.mark.portable
+async def test_before_knows_who_follows_the_link_of_a_file(scene: Scene) -> None:
+    callers: list[chatrtc.CallerInfo] = []
+
+    @scene.world.chat.before("read_file")
+    async def watch(caller: chatrtc.CallerInfo, args: chatrtc.ReadFile) -> None:
+        callers.append(caller)
+
+    file_id = (await uploaded(scene.ana, scene.place.channel_id))["file_id"]
+    await scene.ana.ok("PATCH", "/users/me", {"name": "Ana B."})
+    link = await scene.ana.ok("POST", f"/files/{file_id}/link")
+    await scene.world.call("GET", link["url"])
+    await scene.ana.ok("GET", f"/files/{file_id}")
+    assert callers == [(scene.ana.user_id, "ana", "Ana B.", "127.0.0.1")] * 2
+
+
 async def test_before_does_not_turn_bytes_into_text(scene: Scene) -> None:
     @scene.world.chat.before("voice_signal")
     async def watch(caller: chatrtc.CallerInfo, args: chatrtc.SignalArgs) -> None: ...
@@ -11909,6 +11924,15 @@ async def test_a_live_database_is_backed_up_and_restored(tmp_path: Path, databas
         assert {row[0] for row in db.execute("SELECT message_id FROM messages")} >= set(kept)
 
 
+def test_an_interrupted_copy_is_deleted(tmp_path: Path) -> None:
+    def interrupt(copy: sqlite3.Connection) -> None:
+        raise KeyboardInterrupt
+
+    with contextlib.closing(sqlite3.connect(":memory:")) as db, pytest.raises(KeyboardInterrupt):
+        chatrtc.copy_verified(db, tmp_path / "copy.db", interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("way", ["restore", "restore of a lost one", "a copy by hand", "a clock set back"])
 async def test_a_restore_reuses_no_number(
     tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch, database: DatabaseOption
@@ -11924,15 +11948,6 @@ async def test_a_restore_reuses_no_number(
         await replica.connect()
     posted = [await ana.post(place.channel_id, str(number)) for number in range(5)]
     for replica in (early, stayed, missed):
-def test_an_interrupted_copy_is_deleted(tmp_path: Path) -> None:
-    def interrupt(copy: sqlite3.Connection) -> None:
-        raise KeyboardInterrupt
-
-    with contextlib.closing(sqlite3.connect(":memory:")) as db, pytest.raises(KeyboardInterrupt):
-        chatrtc.copy_verified(db, tmp_path / "copy.db", interrupt)
-    assert list(tmp_path.iterdir()) == []
-
-
         await replica.receive()
     await early.disconnect()
     await ana.ok("DELETE", f"/messages/{posted[0]['message_id']}")
