@@ -21641,7 +21641,7 @@ async def test_rules_are_set_with_the_keyboard_alone(api: World, tab: Any) -> No
     await jonas.click("#text")
     await jonas.keyboard.type("bonjour")
     await jonas.keyboard.press("Enter")
-    await expect(jonas.locator("#rule")).to_have_text(re.compile(r"^Mode lent : 1 min \d+ s$"))
+    await expect(jonas.locator("#rule")).to_have_text(re.compile(r"^Mode lent\s: 1 min \d+ s$"))
     await jonas.keyboard.type("encore")
     await jonas.keyboard.press("Enter")
     await expect(jonas.locator("#text")).to_have_value("encore")
@@ -22439,6 +22439,11 @@ async def test_language_and_theme_can_be_chosen(api: World, tab: Any) -> None:
     maya.ignored = NETWORK_ERRORS
     await maya.write("un lien")
     await expect(maya.row("un lien").locator(".fate")).to_contain_text("Non envoyé. Pas de liens ici.")
+    # no line starts with a sign that belongs to the word before it
+    await maya.choose("#room-menu", "Supprimer le salon")
+    for text in ("#ask-title", "#ask p"):
+        assert re.search(r"«\u00a0general\u00a0»|\u00a0: general", str(await maya.locator(text).first.text_content()))
+    await maya.keyboard.press("Escape")
     await maya.click('[data-do="settings"]')
     await maya.select_option("#language", "en")
     await maya.select_option("#theme", "light")
