@@ -19837,7 +19837,7 @@ async def test_search_marks_its_matches(two: Any) -> None:
             hit = mark.locator("xpath=ancestor::p")
             box, edge = await mark.bounding_box(), await hit.bounding_box()
             assert box["y"] + box["height"] <= edge["y"] + edge["height"] + 1, "the excerpt contains the mark"
-    for q in ("home from:jonas", 'home in:"lab notes"', "from:@Jonas home"):
+    for q in ("home from:jonas", 'home in:"lab notes"', "from:@Jonas home", "home from:jo in:lab"):
         assert await ask(q, 1)
         await expect(jonas.locator(".hit")).to_contain_text("from Jonas")
     await ask("home from:nobody", 0)
