@@ -4052,7 +4052,8 @@ TRANSCRIPT_HEAD = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"
 <meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{TRANSCRIPT_POLICY}"><style>
 body {{ font: 1em/1.5 sans-serif; margin: 2em auto; max-width: 45em; padding: 0 1em; overflow-wrap: anywhere }}
-p {{ margin: .5em 0; white-space: pre-wrap }} img {{ display: block; max-width: 100%%; height: auto }}
+p {{ margin: .5em 0; white-space: pre-wrap; unicode-bidi: plaintext }} b, time {{ unicode-bidi: isolate }}
+img {{ display: block; max-width: 100%%; height: auto }}
 time, small {{ font-size: .8em; opacity: .8 }} small {{ display: block }}</style></head><body>
 """
 HANDLE = re.compile(f"@({AFTER_AT.pattern})")

@@ -21983,6 +21983,22 @@ async def test_a_transcript_is_saved(two: Any) -> None:
     await expect(maya.locator("#steps li.failed")).to_contain_text("The server does not answer.")
 
 
+async def test_names_stand_beside_their_face_and_time_in_each_direction(api: World, tab: Any) -> None:
+    (maya_api, zoe), (_, channel_id) = await create_class(api, "Maya", "Zoe")
+    await zoe.ok("PATCH", "/users/me", {"name": "محمد علي"})
+    await zoe.post(channel_id, "مرحبا بالجميع")
+    maya = await tab(maya_api)
+    await maya.keyboard.press("Control+k")
+    await maya.keyboard.type("zoe")
+    gap = """one => { const words = document.createRange(); words.selectNodeContents(one);
+        return words.getBoundingClientRect().left - one.previousElementSibling.getBoundingClientRect().right; }"""
+    assert await maya.locator("#found-names li .grow").evaluate(gap) < 20
+    transcript = await maya_api.call("GET", f"/channels/{channel_id}/transcript")
+    saved = await maya.context.new_page()
+    await saved.set_content(transcript.body.decode())
+    assert 0 <= await saved.locator("time").evaluate(gap) < 20
+
+
 async def test_a_channel_is_cleared(two: Any) -> None:
     maya, jonas, (_, channel_id) = two
     for number in range(120):
