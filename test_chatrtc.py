@@ -18050,6 +18050,26 @@ async def test_ctrl_k_goes_to_channels_conversations_and_people(two: Any) -> Non
     await expect(maya.locator("#finder")).to_be_hidden()
 
 
+async def test_the_open_channel_is_in_sight_in_a_long_list(api: World, tab: Any) -> None:
+    (maya_api,), (server_id, channel_id) = await create_class(api, "Maya")
+    last = [await maya_api.channel(server_id, f"group {number}") for number in range(40)][-1]
+    for width in (1280, 390):
+        maya = await tab(maya_api, viewport={"width": width, "height": 600})
+        for one in (last, channel_id):
+            await maya.open(f"/#/channel/{one}")
+            if width == 390:
+                await maya.click("#open-nav")
+            await expect(maya.locator(f'#text-channels [data-id="{one}"] .here')).to_be_in_viewport()
+            if width == 390:
+                await maya.keyboard.press("Escape")
+
+
+async def test_people_with_numbers_are_in_their_order(api: World, tab: Any) -> None:
+    (maya_api, *_), _ = await create_class(api, "Maya", "Group.10", "Group.9")
+    maya = await tab(maya_api)
+    await expect(maya.locator("#people .person")).to_have_text([re.compile(name) for name in ("Maya", "Group.9", "Group.10")])
+
+
 async def test_the_page_offers_only_conversations_that_the_settings_allow(tmp_path: Path, tab: Any) -> None:
     """With `staff`, pupils find the teacher only, and classmates together with the teacher."""
     database = tmp_path / "rules.db"
