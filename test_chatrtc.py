@@ -21356,6 +21356,31 @@ async def test_the_focus_returns_to_what_opened_something(two: Any) -> None:
         await expect(maya.locator(opener)).to_be_focused()
 
 
+async def test_the_focus_stays_where_an_attempt_failed(api: World, tab: Any) -> None:
+    await create_class(api, "Maya")
+    maya = await tab()
+    maya.ignored = NETWORK_ERRORS
+    await maya.open()
+    await maya.get_by_text("I already have an account").click()
+    await maya.sign_in("Maya", "a wrong one")
+    await expect(maya.locator("#sign-in-wrong")).to_be_visible()
+    await expect(maya.locator("#password")).to_be_focused()
+    await maya.reject("**/auth/login", 503, "UNAVAILABLE")
+    await maya.keyboard.type("correct horse")  # replaces the wrong one
+    await maya.click("#enter")
+    await expect(maya.locator("#sign-in-wrong")).to_have_text("Not today")
+    await expect(maya.locator("#enter")).to_be_focused()
+    await maya.page.unroute("**/auth/login")
+    await maya.keyboard.press("Enter")
+    await expect(maya.locator("#room-name")).to_have_text("general")
+    await maya.click('#channels [data-do="addChannel"]')
+    await maya.fill('#ask input[name="name"]', "homework")
+    await maya.reject("**/channels", 503, "UNAVAILABLE")
+    await maya.confirm()
+    await expect(maya.locator("#ask .wrong")).to_be_visible()
+    await expect(maya.locator("#ask .main")).to_be_focused()
+
+
 async def test_the_tap_that_shows_buttons_presses_none(api: World, tab: Any) -> None:
     (maya_api,), (_, channel_id) = await create_class(api, "Maya")
     await maya_api.post(channel_id, "who brings boots?")
