@@ -21320,7 +21320,7 @@ async def test_tab_stays_in_a_drawer_without_inert(api: World, tab: Any) -> None
 async def test_the_focus_returns_to_what_opened_something(two: Any) -> None:
     """Even to the buttons of a message or channel, which are hidden unless it has the focus."""
     maya, jonas, (server_id, _) = two
-    await maya.api.channel(server_id, "homework")
+    homework_id = await maya.api.channel(server_id, "homework")
     await maya.write("who brings boots?")
     row = await maya.sees("who brings boots?")
     press = maya.keyboard.press
@@ -21353,6 +21353,11 @@ async def test_the_focus_returns_to_what_opened_something(two: Any) -> None:
     await expect(maya.locator("#menu :focus")).to_have_count(1)
     await press("Escape")
     await expect(homework.locator(".tool")).to_be_focused()
+    await press("Enter")
+    await jonas.api.post(homework_id, "the channel gets a badge")
+    await expect(homework.locator(".badge")).to_have_text("1")
+    await press("Escape")
+    await expect(homework.locator("button").first).to_be_focused()
     # on narrower screens: the side panel and the drawer
     for width, opener in ((820, "#show-people"), (390, "#show-people"), (390, "#open-nav")):
         await maya.set_viewport_size({"width": width, "height": 800})
