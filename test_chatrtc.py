@@ -19443,6 +19443,20 @@ async def test_the_selected_person_stays_selected_while_more_are_found(api: Worl
     await expect(maya.locator("#room-name")).to_have_text("Jonas")
 
 
+async def test_people_are_found_although_their_servers_were_being_synced(api: World, tab: Any) -> None:
+    (maya_api, _), _ = await create_class(api, "Maya", "Jonas")
+    await api.place(maya_api, await api.person("Joachim"))
+    maya = await tab()
+    held, released = await maya.hold_answer("**/servers", number=2)  # the channels, after the servers were joined
+    await maya.store_session(maya_api)
+    await happens(held)
+    await maya.keyboard.press("Control+k")
+    await maya.keyboard.type("jo")
+    await expect(maya.locator("#none-found")).to_be_visible()
+    released.set()
+    await expect(maya.locator("#found-names li")).to_have_count(2)
+
+
 async def test_a_late_menu_does_not_open_in_another_place(api: World, tab: Any) -> None:
     """Maya opens the menu of a person in a conversation, which needs the members of her servers, and goes to one of them."""
     (maya_api, jonas), (server_id, _) = await create_class(api, "Maya", "Jonas")
