@@ -2055,8 +2055,11 @@ def read_sqlite_header(path: Path) -> bytes:
     """Return a database file's header, empty if there is no file. Raises StartError if it is not an SQLite database. Call
     this before creating any file next to it."""
     header = b""
-    with as_start_error(path), contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
-        header = file.read(100)
+    with as_start_error(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if path.exists() and not (path.is_file() or path.is_dir()):  # opening a named pipe would wait
+            raise StartError(f"{path} is not a regular file")
+        with path.open("rb") as file:
+            header = file.read(100)
     if header and not header.startswith(SQLITE_MAGIC):
         raise StartError(f"{path} is not an SQLite database; it was left unchanged")
     return header
@@ -2955,7 +2958,7 @@ NEXT_SEQ = {
     "name": "UPDATE servers SET seq = seq + 1, name_seq = seq + 1 WHERE server_id = ?",
 }
 MAX_OWNED_SERVERS = 100  # per account
-MAX_STARTED_GROUPS = 100  # per account
+MAX_STARTED_GROUPS = 100  # per account, without those that everybody has left
 MAX_PARTICIPANTS = 51  # per conversation
 MAX_CHANNELS = 500  # per server
 MAX_INVITES = 200  # per server
@@ -3063,7 +3066,10 @@ insert_conversation: Query[int] = first_value(
        VALUES ('direct', ?, ?, ?, nullif(?, 'group')) RETURNING server_id"""
 )
 find_pair: Query[int | None] = first_value("SELECT server_id FROM servers WHERE pair = ?")
-count_started_groups: Query[int] = first_value("SELECT count(*) FROM servers WHERE started_by = ? AND pair IS NULL")
+count_started_groups: Query[int] = first_value(
+    """SELECT count(*) FROM servers s WHERE s.started_by = ? AND s.pair IS NULL
+       AND EXISTS (SELECT 1 FROM members m WHERE m.server_id = s.server_id)"""
+)
 update_server_name = server_change("name", "UPDATE servers SET name = ?2 WHERE server_id = ?1")
 delete_server_row = statement("DELETE FROM servers WHERE server_id = ?")
 load_channels = rows_as(Channel, CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id")

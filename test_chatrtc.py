@@ -6937,10 +6937,15 @@ async def test_conversations_have_limits(world: World) -> None:
     reply = await ana.call("PUT", f"/servers/{full.server_id}/members/{cy.user_id}")
     assert (reply.code, reply.body["reason"]) == ("CONFLICT", "TOO_MANY")
     for _ in range(chatrtc.MAX_STARTED_GROUPS - 1):
-        await chat.start_conversation(author_id=ana.user_id, user_ids=[ben.user_id, cy.user_id])
+        group = await chat.start_conversation(author_id=ana.user_id, user_ids=[ben.user_id, cy.user_id])
     reply = await ana.call("POST", "/conversations", {"user_ids": [ben.user_id, cy.user_id]})
     assert (reply.code, reply.body["reason"]) == ("CONFLICT", "TOO_MANY")
     await start(ana, cy)  # conversations of two are not counted
+    for person in (ben, cy, ana):  # nor are groups that everybody has left
+        assert reply.status == 409
+        await person.ok("DELETE", f"/servers/{group.server_id}/members/{person.user_id}")
+        reply = await ana.call("POST", "/conversations", {"user_ids": [ben.user_id, cy.user_id]})
+    assert reply.status == 201
     await start(ben, ana, cy)
     await chat.create_server(author_id=ana.user_id, name="conversations are no owned servers")
 
@@ -11546,12 +11551,15 @@ def write_unusable(folder: Path, name: str, filled: dict[str, bytes]) -> str:
         case "a folder":
             path.mkdir()
             return "Is a directory"
+        case "a pipe":
+            os.mkfifo(path)
+            return "is not a regular file"
     raise ValueError(name)
 
 
 UNUSABLE = [
     "text", "foreign", "foreign in WAL mode", "newer", "zeroed", "cut off", "cut off in its header", "emptied",
-    "missing next to its -wal", "damaged next to its -wal", "a folder",
+    "missing next to its -wal", "damaged next to its -wal", "a folder", "a pipe",
 ]  # fmt: skip
 
 
