@@ -20088,8 +20088,11 @@ class Firefox(Device):
         return Firefox(self.ws, made["context"], self.numbers)
 
     async def frame(self) -> Device:
-        tree = await self.ask("browsingContext.getTree", root=self.context)
-        return Firefox(self.ws, tree["contexts"][0]["children"][0]["context"], self.numbers, self.context)
+
+        async def children() -> Any:
+            return (await self.ask("browsingContext.getTree", root=self.context))["contexts"][0]["children"]
+
+        return Firefox(self.ws, (await eventually(children, "the frame", 30))[0]["context"], self.numbers, self.context)
 
     async def evaluate(self, expression: str) -> Any:
         target = {"context": self.context}
