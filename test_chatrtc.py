@@ -15879,6 +15879,7 @@ async def test_an_invisible_user_is_invisible_on_all_servers(split: Split) -> No
     await second.close()
     await split.ben_socket.close()
     await third.close()
+    await until(lambda: not any(map(chatrtc.is_foreign, sids_of(ana.world))))
     fourth = await ben.socket(server_id)
     await until(lambda: any(map(chatrtc.is_foreign, sids_of(ana.world))))
     ack = await split.ana_socket.ok("join_server", {"server_id": server_id})
