@@ -150,6 +150,12 @@ async def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> flo
     return time.monotonic() - began
 
 
+async def happens(event: asyncio.Event) -> None:
+    """Wait for an event, such as the answer that `hold_answer` holds."""
+    async with asyncio.timeout(PATIENCE):
+        await event.wait()
+
+
 async def eventually(check: Callable[[], Awaitable[Any]], what: str, seconds: float = PATIENCE) -> Any:
     """Wait until the check returns something true, and return it."""
     try:
@@ -18027,8 +18033,7 @@ async def test_people_who_change_while_they_are_loaded_are_shown_as_they_are_now
     channel_id = pair["channels"][0]["channel_id"]
     await maya.store_session(maya_api)
     await maya.open(f"/#/channel/{channel_id}")
-    async with asyncio.timeout(15):
-        await held.wait()
+    await happens(held)
     await jonas.ok("PATCH", "/users/me", {"name": "Jonas Weber"})
     await socket.ok("user:status", {"status": "busy"})
     await jonas.post(channel_id, "this comes after both")
@@ -18515,8 +18520,7 @@ async def test_events_in_the_answer_to_a_poll_come_after_its_acknowledgement(api
 
     await maya.page.route("**/socket.io/*polling*", hold)
     await maya.store_session(maya_api)
-    async with asyncio.timeout(15):
-        await joining.wait()
+    await happens(joining)
     await jonas_api.socket(server_id)
     released.set()
     await expect(maya.locator('.person[aria-label^="Jonas"]')).to_have_attribute("aria-label", re.compile("Online"))
@@ -19006,8 +19010,7 @@ async def test_an_answer_for_the_previous_user_of_a_tab_is_dropped(api: World, t
     maya = await tab()
     held, released = await maya.hold_answer("**/users/me/reads")
     await maya.store_session(maya_api)
-    async with asyncio.timeout(15):
-        await held.wait()
+    await happens(held)
     await maya.sign_out()
     await expect(maya.locator("#sign-in-title")).to_have_text("Sign in")
     async with maya.page.expect_response("**/users/me/reads") as answer:
@@ -19034,12 +19037,6 @@ async def test_the_page_works_under_a_prefix(tmp_path: Path, tab: Any) -> None:
 
 
 # Answers that arrive late
-
-
-async def happens(event: asyncio.Event) -> None:
-    """Wait for an event, such as the answer that `hold_answer` holds."""
-    async with asyncio.timeout(PATIENCE):
-        await event.wait()
 
 
 async def test_a_message_that_arrives_before_the_first_unread_ones_leaves_no_gap(two: Any) -> None:
@@ -19661,8 +19658,7 @@ async def test_a_late_answer_does_not_lower_the_unread_count(api: World, tab: An
     first = await maya.post(channel_id, "first")
     await expect(jonas.page).to_have_title(re.compile(r"^\(1\)"))
     await maya.ok("PATCH", f"/messages/{first['message_id']}", {"content": "first, edited"})
-    async with asyncio.timeout(15):
-        await held.wait()
+    await happens(held)
     await maya.post(channel_id, "second")
     await expect(jonas.page).to_have_title(re.compile(r"^\(2\)"))
     await jonas.evaluate(
@@ -19685,8 +19681,7 @@ async def test_a_late_answer_does_not_undo_an_event(api: World, tab: Any) -> Non
     held, released = await jonas.hold_answer(f"**/servers/{server_id}")
     jonas.post_answer = {"code": "FORBIDDEN", "reason": "READ_ONLY", "error": "Only admins may write here"}
     await jonas.write("may I?")
-    async with asyncio.timeout(15):
-        await held.wait()
+    await happens(held)
     await maya_api.ok("PATCH", f"/channels/{channel_id}", {"name": "announcements"})
     await maya_api.channel(server_id, "homework")
     async with jonas.page.expect_response(f"**/servers/{server_id}") as answer:
