@@ -17452,7 +17452,8 @@ class Tab:
     async def enter(self, person: Person) -> Tab:
         await self.store_session(person)
         await expect(self.page.locator("#my-status b")).to_have_text(person.name)
-        await expect(self.page.locator("#log")).to_have_attribute("aria-busy", "false")
+        for part in ("#log", "#people"):
+            await expect(self.page.locator(part)).to_have_attribute("aria-busy", "false")
         return self
 
     async def sign_in(self, username: str, password: str) -> None:
@@ -19447,6 +19448,21 @@ async def test_the_selected_person_stays_selected_while_more_are_found(api: Worl
     await expect(maya.locator("#found-names li")).to_have_count(2)
     await maya.keyboard.press("Enter")
     await expect(maya.locator("#room-name")).to_have_text("Jonas")
+
+
+async def test_the_first_person_is_selected_although_nobody_was_known_at_first(api: World, tab: Any) -> None:
+    (maya_api, _), _ = await create_class(api, "Maya", "Jonas")
+    server_id, _ = await api.place(maya_api, await api.person("Lina"))
+    maya = await tab(maya_api)
+    held, released = await maya.hold_answer(f"**/servers/{server_id}/members")
+    await maya.keyboard.press("Control+k")
+    await maya.keyboard.type("lin")
+    await happens(held)
+    await expect(maya.locator("#none-found")).to_be_visible()
+    released.set()
+    await expect(maya.locator("#found-names li")).to_have_count(1)
+    await maya.keyboard.press("Enter")
+    await expect(maya.locator("#room-name")).to_have_text("Lina")
 
 
 async def test_people_are_found_although_their_servers_were_being_synced(api: World, tab: Any) -> None:
