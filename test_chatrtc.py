@@ -17494,6 +17494,7 @@ class Tab:
 
     async def open_channel(self, name: str) -> None:
         await self.page.click(f'[data-do="openChannel"] >> text={name}')
+        await expect(self.page.locator("#room-name")).to_have_text(name)  # until then the message box is that of another
 
     async def reject(self, pattern: str, status: int, code: str, **more: Any) -> None:
         """Answer the requests to these addresses with an error, until `unroute`."""
