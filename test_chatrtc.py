@@ -21972,6 +21972,7 @@ async def test_a_message_has_a_link(api: World, tab: Any) -> None:
     await expect(maya.row("message 0;")).to_be_focused()
     await expect(maya.row("message 0;")).to_be_in_viewport()
     await maya.choose_for("message 0;", "Copy link")
+    await expect(maya.locator("#toasts")).to_have_text("Copied")
     link = await maya.evaluate(COPIED)
     assert link == f"{api.url}/#/channel/{channel_id}/message/{first}"
     await maya.open_channel("homework")
