@@ -21435,6 +21435,8 @@ async def test_the_focus_returns_to_what_opened_something(two: Any) -> None:
     # on narrower screens: the side panel and the drawer
     for width, opener in ((820, "#show-people"), (390, "#show-people"), (390, "#open-nav")):
         await maya.set_viewport_size({"width": width, "height": 800})
+        await expect(maya.locator("#side")).to_be_hidden()  # it was open beside the messages
+        await expect(maya.locator(opener)).to_be_visible()
         await maya.focus(opener)
         await press("Enter")
         await expect(maya.locator("#side button:focus, #nav button:focus")).to_have_count(1)
@@ -22001,6 +22003,7 @@ async def test_quiet_lines_tell_what_happens(two: Any, tab: Any, api: World) -> 
     notes = maya.locator("#log .note")
     await maya.api.channel(server_id, "homework")
     await maya.write("before")
+    await maya.sees("before")
     zoe, lea = await api.people("Zoë", "Léa")
     code = await maya.api.invite(server_id)
     for person in (zoe, lea):
