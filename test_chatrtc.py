@@ -17615,6 +17615,7 @@ class Proxy:
             await expect(tab.locator("#offline")).to_be_visible()
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.add(writer)  # `cut` can come before there is a connection to the server
         there, back = await asyncio.open_connection(self.target.hostname, self.target.port)
         await asyncio.gather(self._pump(reader, back), self._pump(there, writer), return_exceptions=True)
 
