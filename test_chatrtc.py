@@ -19547,7 +19547,7 @@ async def test_a_search_waits_for_the_members_that_are_being_loaded(api: World, 
     (_, jonas_api), (server_id, _) = await create_class(api, "Maya", "Jonas")
     jonas = await tab()
     held, released = await jonas.hold_answer(f"**/servers/{server_id}/members")
-    await jonas.enter(jonas_api)
+    await jonas.store_session(jonas_api)
     await happens(held)
     await jonas.search("from:Maya needle")
     await expect(jonas.locator("#found")).to_have_text("Searching…")
