@@ -19146,6 +19146,7 @@ async def test_nothing_is_requested_without_a_session(two: Any) -> None:
     held, released = await maya.hold_answer(path)
     await maya.reload()
     await happens(held)
+    await expect(maya.locator("#people")).to_have_attribute("aria-busy", "false")  # no other request is under way
     await maya.sign_out()
     await expect(maya.locator("#sign-in-title")).to_have_text("Sign in")
     async with maya.page.expect_response(path) as answer:
