@@ -20241,6 +20241,7 @@ async def test_a_newcomers_class_talks_on_all_its_devices(api: World, device: An
     await leo.sees("Maya", "#room-name")
     await leo.type("#text", "may I ask you something?\n")
     await maya.click("#unread-conversations button")
+    await phone.sees("1", "#home .badge")
     await phone.click("#private")
     for one in (maya, phone):
         await one.sees("may I ask you something?", "#log .said")
