@@ -18684,6 +18684,21 @@ async def test_a_late_configuration_keeps_the_chosen_form(tab: Any) -> None:
     await expect(visitor.locator("#code")).to_be_visible()
 
 
+async def test_a_late_configuration_does_not_move_the_focus(tab: Any) -> None:
+    """What is typed meanwhile must not continue in another field: it may be a password."""
+    visitor = await tab()
+    held, released = await visitor.hold_answer("**/config")
+    await visitor.open()
+    await happens(held)
+    await visitor.click("#password")
+    await visitor.keyboard.type("correct")
+    released.set()
+    await expect(visitor.locator("#sign-in-title")).to_have_text("Create an account")
+    await visitor.keyboard.type(" horse")
+    await expect(visitor.locator("#password")).to_have_value("correct horse")
+    await expect(visitor.locator("#username")).to_have_value("")
+
+
 async def test_a_username_is_made_of_the_name(tab: Any) -> None:
     """A name with a space yields a username, which is shown and is used to sign in."""
     leo = await tab()
