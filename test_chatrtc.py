@@ -17573,6 +17573,7 @@ class Tab:
     async def create_class(self) -> None:
         """Create an account and a server, as somebody who opens the page for the first time."""
         await self.open()
+        await expect(self.locator("#sign-in-title")).to_have_text("Create an account")
         await self.sign_in("Maya", "correct horse")
         await self.locator("#empty").get_by_role("button", name="Create a server").click()
         await self.answer(name="Biology 3B")
@@ -18704,6 +18705,7 @@ async def test_a_username_is_made_of_the_name(tab: Any) -> None:
     leo = await tab()
     leo.ignored = "401"
     await leo.open()
+    await expect(leo.locator("#sign-in-title")).to_have_text("Create an account")
     await leo.fill("#username", "Léo Martin")
     await leo.fill_and_enter("#password", "correct horse")
     await expect(leo.locator("#ask")).to_contain_text("You sign in as Léo.Martin")
@@ -18889,6 +18891,7 @@ async def test_errors_are_shown_in_french(api: World, tab: Any) -> None:
     visitor = await tab(locale="fr-FR")
     visitor.ignored = "4[0-9]{2}"
     await visitor.open(f"/#/invite/{code}")
+    await expect(visitor.locator("#invited strong")).to_have_text("Biology 3B")
     await visitor.fill_and_enter("#username", "Maya")
     await expect(visitor.locator("#username-bad")).to_contain_text("Ce nom est déjà pris.")
     await visitor.click('#swap [data-mode="signIn"]')
@@ -20213,6 +20216,7 @@ async def test_a_newcomers_class_talks_on_all_its_devices(api: World, device: An
     """A teacher creates a server, a guest joins by its code, talks, and returns by a sign-in link; two devices agree."""
     maya, leo, phone = await device(), await device(), await device()
     await maya.open(api.url)
+    await maya.sees("Create an account", "#sign-in-title")
     await give_name(maya, "Maya", "correct horse")
     await maya.click("#empty button", "Create a server")
     await maya.type("#ask input", "Biology 3B\n")
@@ -20272,6 +20276,7 @@ async def test_a_newcomers_class_talks_on_all_its_devices(api: World, device: An
     await maya.sees("Sign-in link for Léo Martin", "#invite-title")
     tomorrow = await device()
     await tomorrow.open(await maya.evaluate("document.querySelector('#invite-link').value"))
+    await tomorrow.sees("Welcome back", "#sign-in-title")
     await tomorrow.click("#enter")
     await tomorrow.sees("Léo Martin", "#my-status b")
     await tomorrow.sees("welcome, @Léo.Martin", "#log .said")
