@@ -19078,6 +19078,32 @@ async def test_a_message_that_arrives_before_the_first_unread_ones_leaves_no_gap
     await jonas.sees("the newest")
 
 
+async def test_no_message_is_lost_while_the_page_subscribes(api: World, tab: Any) -> None:
+    """A message arrives after the page has asked for those of the channel, and before the server lets it subscribe."""
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    await maya_api.post(channel_id, "already there")
+    released = asyncio.Event()
+
+    def connect(socket: Any) -> None:
+        server = socket.connect_to_server()
+
+        async def forward(frame: str) -> None:
+            if '"join_server"' in frame:
+                await released.wait()
+            server.send(frame)
+
+        socket.on_message(forward)
+
+    jonas = await tab()
+    await jonas.page.route_web_socket("**/socket.io/**", connect)
+    await jonas.store_session(jonas_api)
+    await expect(jonas.locator("#room-name")).to_have_text("general")
+    await maya_api.post(channel_id, "posted meanwhile")
+    released.set()
+    await jonas.sees("already there")
+    await jonas.sees("posted meanwhile")
+
+
 async def test_changes_of_messages_that_are_being_loaded_are_shown(two: Any) -> None:
     maya, jonas, (server_id, channel_id) = two
     homework = await maya.api.channel(server_id, "homework")
