@@ -4156,8 +4156,15 @@ async def test_everybody_who_connects_at_once_knows_who_is_there(scene: Scene) -
 
     async def connect(number: int, token: str) -> None:
         socket = sockets[number] = await scene.world.socket(token, transports=["websocket"] if number % 8 else ["polling"])
-        ack = await socket.ok("join_server", {"server_id": server_id})
-        socket._read = len(socket.received)
+        acked: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def note(ack: Any) -> None:
+            """Remember which events came before the ack: others may come with it, before its future is awaited."""
+            socket._read = len(socket.received)
+            acked.set_result(ack)
+
+        await socket.client.emit("join_server", {"server_id": server_id}, callback=note)
+        ack = await asyncio.wait_for(acked, PATIENCE)
         copies[number] = set(ack["connected_users"])
         assert ack["connected_users"] == sorted(copies[number])
         if number % 5 == 0:
