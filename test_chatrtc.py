@@ -8326,13 +8326,19 @@ async def test_the_smaller_limit_of_channel_and_server_counts(
 
 
 @pytest.mark.portable
-async def test_old_messages_are_not_deleted_while_people_write(make_world: MakeWorld, rounds: list[int]) -> None:
+async def test_old_messages_are_not_deleted_while_people_write(
+    make_world: MakeWorld, rounds: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle = chatrtc.MAINTENANCE_IDLE_SECONDS
+    monkeypatch.setattr(chatrtc, "MAINTENANCE_IDLE_SECONDS", PATIENCE)  # however slow the posts are
     scene = await Scene.make(await make_world(keep_days=30))
     held = await make_old(scene, 30)
-    seen = len(rounds)
+    store, seen, began = scene.world.chat.hub.store, len(rounds), asyncio.get_running_loop().time()
     while len(rounds) < seen + 5:
         await scene.post()
+    assert store._wrote_at > began
     await scene.ben_socket.receive_none("message:deleted")
+    monkeypatch.setattr(chatrtc, "MAINTENANCE_IDLE_SECONDS", idle)
     for _ in held.old:
         await scene.ben_socket.receive("message:deleted")
 
