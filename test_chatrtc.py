@@ -8236,14 +8236,14 @@ async def make_old(scene: Scene, days: float, number: int = 40) -> Old:
     await scene.ben_socket.receive("message:deleted")
     other = await scene.ana.channel(scene.place.server_id, "other")
 
-    def insert(db: sqlite3.Connection, age: float) -> chatrtc.Result[list[int]]:
-        author, at = chatrtc.Principal(scene.ana.user_id, "ana"), chatrtc.utc(time.time() - age * 86400)
-        channels = [scene.place.channel_id, other]
+    def insert(db: sqlite3.Connection) -> chatrtc.Result[list[list[int]]]:
+        author, channels = chatrtc.Principal(scene.ana.user_id, "ana"), [scene.place.channel_id, other]
         many = [chatrtc.NewMessage(channels[n % 2], f"number {n}") for n in range(number)]
-        return chatrtc.Result([chatrtc.insert_message(db, scene.place.server_id, author, one, at).message_id for one in many])
+        times = [chatrtc.utc(time.time() - (days + more) * 86400) for more in (0.01, -0.01)]
+        place = scene.place.server_id
+        return chatrtc.Result([[chatrtc.insert_message(db, place, author, one, at).message_id for one in many] for at in times])
 
-    store = scene.world.chat.hub.store
-    old, new = [(await store.write(functools.partial(insert, age=days + more))).value for more in (0.01, -0.01)]
+    old, new = (await scene.world.chat.hub.store.write(insert)).value  # at once: the old ones may be deleted from then on
     return Old(scene, other, old, new)
 
 
