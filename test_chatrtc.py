@@ -4098,9 +4098,10 @@ async def test_typing_is_emitted_once_a_second_and_ends_after_three(scene: Scene
     start = loop.time()
     for _ in range(5):
         await scene.ana_socket.ok("typing_start", typing)
+    took = loop.time() - start
     assert await scene.ben_socket.receive("user:typing") == typing | {"user_id": scene.ana.user_id, "username": "ana"}
-    await scene.ben_socket.receive_none("user:typing")
     stop = await scene.ben_socket.receive("typing_stop")
+    assert scene.ben_socket.names().count("user:typing") <= 1 + took
     assert stop == typing | {"user_id": scene.ana.user_id, "username": "ana"}
     assert 2.9 <= loop.time() - start < bound(4.5)
     await scene.ana_socket.ok("typing_start", typing)
