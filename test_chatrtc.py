@@ -2253,7 +2253,8 @@ async def test_a_socket_stays_joined_to_its_users_other_servers(scene: Scene, tr
 
 
 @pytest.mark.portable
-async def test_a_socket_must_join_a_server_to_type_or_talk(scene: Scene) -> None:
+async def test_a_socket_must_join_a_server_to_type_or_talk(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatrtc, "TYPING_SECONDS", 2 * PATIENCE)  # it does not end by itself, however slow the calls are
     channel_id, peer = await join_voice(scene)
     typing = {"channel_id": scene.place.channel_id}
     second = await scene.ana.socket()  # another tab of a user who types and talks here
