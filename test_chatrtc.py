@@ -7146,12 +7146,12 @@ async def test_a_hand_is_lowered_by_its_owner_or_by_admins(scene: Scene) -> None
 async def test_a_hand_is_kept_while_its_owner_reconnects(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten seconds after the last socket has gone, it is lowered. Each absence has its own ten seconds."""
     assert chatrtc.HAND_SECONDS == 10
-    monkeypatch.setattr(chatrtc, "HAND_SECONDS", 1.5)
+    monkeypatch.setattr(chatrtc, "HAND_SECONDS", 3)  # enough to reconnect on a busy machine
     server = {"server_id": scene.place.server_id}
     await scene.ben_socket.ok("hand:raise", server)
     await scene.ana_socket.ok("hand:raise", server)
     began = time.monotonic()
-    while time.monotonic() - began < 2:
+    while time.monotonic() - began < 3.5:
         await scene.ben_socket.close()
         await scene.ana_socket.receive("user:disconnected")
         scene.ben_socket = await scene.ben.socket(scene.place.server_id)
@@ -7164,7 +7164,7 @@ async def test_a_hand_is_kept_while_its_owner_reconnects(scene: Scene, monkeypat
     began = time.monotonic()
     await second.ok("leave_server", server)
     await scene.ana_socket.receive("hand:lowered", user_id=scene.ben.user_id)
-    assert 1.4 < time.monotonic() - began < bound(2)
+    assert 2.9 < time.monotonic() - began < bound(3.5)
 
 
 @pytest.mark.portable
