@@ -5801,13 +5801,12 @@ async def test_a_mute_ends_after_its_time(scene: Scene) -> None:
     path, before = f"{scene.server}/members/{scene.ben.user_id}", time.time()
     member = await scene.ana.ok("PUT", path + "/mute", {"seconds": 1})
     assert chatrtc.utc(before + 1) <= member["muted_until"] <= chatrtc.utc(time.time() + 2)
-    assert (await scene.ben.call("POST", "/messages", {"channel_id": scene.place.channel_id, "content": "x"})).body[
-        "reason"
-    ] == "MUTED"
+    body = {"channel_id": scene.place.channel_id, "content": "x"}
+    refused = await scene.ben.call("POST", "/messages", body)
+    assert refused.body.get("reason") == "MUTED" or time.time() - before > 1
 
     async def over() -> bool:
-        reply = await scene.ben.call("POST", "/messages", {"channel_id": scene.place.channel_id, "content": "x"})
-        return reply.status == 201
+        return (await scene.ben.call("POST", "/messages", body)).status == 201
 
     await eventually(over, "the end of the mute")
     assert time.time() - before >= 1
