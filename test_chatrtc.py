@@ -9523,7 +9523,7 @@ async def test_engine_handlers_can_be_replaced(bare):
 @pytest.mark.parametrize("transports", [["websocket"], ["polling"], ["polling", "websocket"]])
 async def test_the_client_of_python_socketio(bare, transports):
     client = socketio.AsyncClient(reconnection=False)
-    await client.connect(f"http://127.0.0.1:{bare.port}", transports=transports)
+    await client.connect(f"http://127.0.0.1:{bare.port}", transports=transports, wait_timeout=PATIENCE)
     assert await client.call("echo", {"a": b"\x01"}, timeout=PATIENCE) == {"a": b"\x01"}
     assert await client.call("nope", timeout=PATIENCE) == {"unknown": "nope"}
     await client.disconnect()
