@@ -8946,7 +8946,7 @@ async def test_too_many_frames_end_the_connection():
         ws = await bare.join()
         await ws.send(*[event("echo")] * 30)
         assert await ws.ask(event("echo", ack=1)) == "431[]"
-        await ws.send(*[event("echo")] * 30)
+        await ws.send(*[event("echo")] * 60)
         assert await ws.closed() and (await bare.next_disconnect())[0] == ws.sid
         client = await bare.poller()
         status, body = await client.post("\x1e".join([event("echo")] * 60))
