@@ -8437,9 +8437,9 @@ class BareServer:
         return await asyncio.wait_for(self.events.get(), PATIENCE)
 
     async def is_empty(self):
-        """Return whether the server has released everything of its clients within two seconds."""
-        sio = self.sio
-        for _ in range(200):
+        """Return whether the server has released everything of its clients in time."""
+        sio, began = self.sio, time.monotonic()
+        while time.monotonic() - began < bound(2):
             rest = [sio.eio.sockets, sio.manager.rooms, sio.packet_queues, sio.environ, sio._binary_packet]
             rest += [sio.eio.per_address, sio.manager.callbacks, sio.eio.tasks]
             if not any(rest):
