@@ -8991,9 +8991,10 @@ async def raw(bare, text):
 
 
 async def test_posts_without_a_length_and_without_a_body(bare, monkeypatch):
+    headers = ("Transfer-Encoding: chunked", "Content-Length: 131073", "Content-Length: 9")
+    clients = [await bare.poller() for _ in headers]
     monkeypatch.setattr(chatrtc, "POST_SECONDS", 0.1)
-    for header in ("Transfer-Encoding: chunked", "Content-Length: 131073", "Content-Length: 9"):
-        client = await bare.poller()
+    for client, header in zip(clients, headers, strict=True):
         text = f"POST {client.path} HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n"
         assert b"HTTP/1.1 4" in await raw(bare, text)
     assert await bare.is_empty()
