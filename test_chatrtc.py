@@ -3396,6 +3396,8 @@ class RawUpload:
 
 async def stop_sending(scene: Scene, upload: RawUpload, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing more is sent."""
+    monkeypatch.setattr(chatrtc, "UPLOAD_STALL_SECONDS", 0.5)
+    upload.writer.write(b"x")  # the server waits for the next one only half a second
 
 
 async def disconnect(scene: Scene, upload: RawUpload, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3427,7 +3429,9 @@ async def send_too_much(scene: Scene, upload: RawUpload, monkeypatch: pytest.Mon
 
 
 async def break_the_chunks(scene: Scene, upload: RawUpload, monkeypatch: pytest.MonkeyPatch) -> None:
-    upload.writer.write(b"this is not a chunk\r\n")
+    """Aiohttp does not tell of a wrong chunk: it waits for a right one."""
+    monkeypatch.setattr(chatrtc, "UPLOAD_STALL_SECONDS", 0.5)
+    upload.writer.write(b"1\r\nx\r\nthis is not a chunk\r\n")
 
 
 FAILED_UPLOADS: dict[Callable[[Scene, RawUpload, pytest.MonkeyPatch], Awaitable[None]], tuple[int, str]] = {
@@ -3446,8 +3450,6 @@ FAILED_UPLOADS: dict[Callable[[Scene, RawUpload, pytest.MonkeyPatch], Awaitable[
 @pytest.mark.parametrize("fail", FAILED_UPLOADS, ids=lambda fail: fail.__name__)
 async def test_a_failed_upload_leaves_nothing(make_world: MakeWorld, fail: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = await Scene.make(await make_world(file_max=1))
-    if fail in (stop_sending, break_the_chunks):  # aiohttp does not tell of a wrong chunk: it waits for a right one
-        monkeypatch.setattr(chatrtc, "UPLOAD_STALL_SECONDS", 0.5)
     chunked = fail in (send_too_much, break_the_chunks)
     started = await RawUpload.start(scene.ben, scene.place.channel_id, None if chunked else 10**6)
     try:
