@@ -10933,7 +10933,7 @@ async def test_a_session_needs_the_hosts_login_and_its_own_page(
     await world.chat.delete_user(user_id=maya.user_id)
     reply = await world.call("POST", "/auth/session", headers=OWN_PAGE | cookie)
     assert (reply.code, reply.body["reason"]) == ("UNAUTHORIZED", "ACCOUNT_DELETED")
-    monkeypatch.setitem(chatrtc.LIMITS, "session", chatrtc.LIMITS["session"]._replace(burst=2))
+    monkeypatch.setitem(chatrtc.LIMITS, "session", chatrtc.LIMITS["session"]._replace(burst=2, per_second=0.001))
     limits = {"token_ttl": 60, "no_rate_limit": False}
     brief = await make_world(identify=identify_by_cookie, database=world.chat.settings.database + "2", **limits)
     replies = [await brief.call("POST", "/auth/session", headers=OWN_PAGE | cookie) for _ in range(3)]
