@@ -16244,8 +16244,8 @@ async def test_missed_messages_are_repaired(split: Split, redis_server: Redis) -
 
 
 async def test_a_server_that_stops_says_good_bye(launch: Launch, tmp_path: Path, redis_server: Redis) -> None:
-    options = ("--redis", redis_server.url)
-    one, two = [await launch(tmp_path / "chat.db", *options) for _ in range(2)]
+    options, silent = ("--redis", redis_server.url), patched("chatrtc.GONE_SECONDS = 1000.0")  # only a good-bye removes a server
+    one, two = [await launch(tmp_path / "chat.db", *options, prefix=silent) for _ in range(2)]
     world = one.world()
     ana, ben = await world.people("ana", "ben")
     place = await world.place(ana, ben)
@@ -16253,9 +16253,7 @@ async def test_a_server_that_stops_says_good_bye(launch: Launch, tmp_path: Path,
     await at(two.world(), ben).socket(place.server_id)
     await socket.receive("user:connected", user_id=ben.user_id)
     await two.stop_well()
-    began = time.monotonic()
     await socket.receive("user:disconnected", user_id=ben.user_id)
-    assert time.monotonic() - began < 1
     await one.stop_well()
 
 
