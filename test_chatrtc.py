@@ -16104,7 +16104,7 @@ async def test_hands_are_raised_on_all_servers(split: Split, make_world: MakeWor
 
 async def test_a_hand_survives_a_reconnect_to_another_server(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its owner has ten seconds, and keeps the place. When they have gone from all servers, it is lowered on all."""
-    monkeypatch.setattr(chatrtc, "HAND_SECONDS", 1.0)
+    monkeypatch.setattr(chatrtc, "HAND_SECONDS", PATIENCE)
     ana, ben, server = split.ana, split.ben, {"server_id": split.place.server_id}
     hubs, heard = [world.chat.hub for world in (ana.world, ben.world)], list[str]()
     for world in (ana.world, ben.world):
@@ -16120,6 +16120,7 @@ async def test_a_hand_survives_a_reconnect_to_another_server(split: Split, monke
     moved = await at(ana.world, ben).socket(split.place.server_id)
     await until(lambda: all(hub.presence.is_connected(1, ben.user_id) and not hub._hand_timers for hub in hubs))
     assert await hands_of(ana, split.place.server_id) == [ben.user_id, ana.user_id]
+    monkeypatch.setattr(chatrtc, "HAND_SECONDS", 0.1)
     await moved.close()
     await split.ana_socket.receive("hand:lowered", user_id=ben.user_id)
     await until(lambda: all(hub.hands.keys() == {(1, ana.user_id)} for hub in hubs))
