@@ -17112,7 +17112,6 @@ async def test_the_log_forgets_deleted_texts(
     make_world: MakeWorld, redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once the rows have been deleted, the files do not contain them either, although nobody writes any more."""
-    monkeypatch.setattr(chatrtc, "LOG_SECONDS", 3.0)
     (tmp_path / "data").mkdir()
     world = await make_world(redis=redis_server.url, database=str(tmp_path / "data" / "chat.db"))
     ana = await world.person("ana")
@@ -17123,6 +17122,7 @@ async def test_the_log_forgets_deleted_texts(
     stored = functools.partial(database_bytes, tmp_path / "data")
     await until(lambda: not world.chat.hub.store.read_inline(chatrtc.has_stale_texts))
     assert b"zirkonium" in stored() and b"quetzal" in stored()  # in the log
+    monkeypatch.setattr(chatrtc, "LOG_SECONDS", 0.0)
     await until(lambda: b"zirkonium" not in stored() and b"quetzal" not in stored())
 
 
