@@ -17141,11 +17141,13 @@ def test_the_log_is_bounded_in_rows_and_bytes(tmp_path: Path, rows: int, size: i
 
 
 async def test_maintenance_waits_while_another_server_writes(split: Split) -> None:
-    store = split.ben.world.chat.hub.store
+    store, clock = split.ben.world.chat.hub.store, asyncio.get_running_loop().time
     await until(lambda: not store.is_busy())
+    posted_at = clock()
     await split.ana.post(split.place.channel_id)
     await split.ben_socket.receive("message:new")
-    assert store.is_busy()
+    assert store._wrote_at >= posted_at, "it is busy for a moment from now on"
+    assert store.is_busy() or clock() - posted_at > chatrtc.MAINTENANCE_IDLE_SECONDS
 
 
 async def test_a_server_that_has_missed_events_knows_who_is_invisible(group: Group) -> None:
