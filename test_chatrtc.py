@@ -14452,11 +14452,11 @@ async def status_of(url: str, data: bytes, feed: bytes = b"", most: int = 0) -> 
     with contextlib.suppress(OSError):
         await wire.send(data)
         reading = asyncio.create_task(wire.receive())
-        while feed and sent < most and not reading.done():
-            await wire.send(feed)
-            sent += len(feed)
-        with contextlib.suppress(OSError):
-            await reading
+        with contextlib.suppress(OSError):  # the server may have answered and closed the connection
+            while feed and sent < most and not reading.done():
+                await wire.send(feed)
+                sent += len(feed)
+        await reading
     await wire.end()
     return int(wire.data.split()[1]) if wire.data else 0
 
