@@ -16252,7 +16252,7 @@ async def test_missed_messages_are_repaired(split: Split, redis_server: Redis) -
 
 
 async def test_a_server_that_stops_says_good_bye(launch: Launch, tmp_path: Path, redis_server: Redis) -> None:
-    options, silent = ("--redis", redis_server.url), patched("chatrtc.GONE_SECONDS = 1000.0")  # only a good-bye removes a server
+    options, silent = ("--redis", redis_server.url), patched("chatrtc.GONE_SECONDS = 1000.0")  # silence removes no server
     one, two = [await launch(tmp_path / "chat.db", *options, prefix=silent) for _ in range(2)]
     world = one.world()
     ana, ben = await world.people("ana", "ben")
