@@ -16916,7 +16916,7 @@ async def test_nothing_is_missed_between_servers(group: Group, tries: int) -> No
     replicas = [Replica(group.on("b", person), place.server_id, page=500) for person in people]
     await asyncio.gather(*(replica.connect() for replica in replicas))
     ban, excluded = f"{server}/bans/{victim.user_id}", await group.on("b", victim).socket()
-    channels, outcomes = [], []
+    channels, outcomes, pause = [], [], 0.005
 
     async def rejoin(replica: Replica) -> None:
         await replica.receive()
@@ -16926,10 +16926,12 @@ async def test_nothing_is_missed_between_servers(group: Group, tries: int) -> No
         replica.merge(ack["changes"])
 
     async def join_and_be_banned() -> None:
+        nonlocal pause
         await victim.ok("POST", f"/invites/{code}")
         banning = asyncio.create_task(owner.ok("PUT", ban))
-        await asyncio.sleep(dice.uniform(0, 0.005))
+        await asyncio.sleep(dice.uniform(0, pause))
         outcomes.append((await excluded.call("join_server", {"server_id": place.server_id}))["success"])
+        pause *= 2 if outcomes[-1] else 0.5  # so that now the one comes first and now the other, on any disk
         await banning
         told = await owner.post(place.channel_id, "not for the banned")
         await replicas[0].socket.receive("message:new", message_id=told["message_id"])
