@@ -11220,7 +11220,7 @@ async def test_a_chat_leaves_no_task_behind(tmp_path: Path) -> None:
     assert [task for task in left if not task.done()] == []
     for thread in threading.enumerate():
         if thread not in threads and "asyncio" not in thread.name:
-            await asyncio.to_thread(thread.join, 1)
+            await asyncio.to_thread(thread.join, PATIENCE)
     assert [thread for thread in threading.enumerate() if thread not in threads and "asyncio" not in thread.name] == []
 
 
