@@ -11670,15 +11670,16 @@ async def test_the_command_line_needs_no_temporary_folder(tmp_path: Path) -> Non
 
 
 async def test_a_command_waits_for_its_turn(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chatrtc, "TURN_SECONDS", 0.2)
     database = str(tmp_path / "chat.db")
     ana = await world.person("ana")
     place = await world.place(ana)
     socket = await ana.socket(place.server_id)
     turn = chatrtc.Turn(Path(database))
-    assert turn.try_acquire()
+    await until(turn.try_acquire)
+    monkeypatch.setattr(chatrtc, "TURN_SECONDS", 0.2)
     with pytest.raises(chatrtc.StartError, match="does not let others write"):
         await asyncio.to_thread(chatrtc.run_admin_job, database, chatrtc.delete_user, "ana")
+    monkeypatch.undo()
     turn.release()
     await asyncio.to_thread(chatrtc.run_admin_job, database, chatrtc.delete_user, "ana")
     await asyncio.wait_for(socket.closed.wait(), PATIENCE)
