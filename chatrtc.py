@@ -6904,6 +6904,7 @@ OWN_MARK_SECONDS = 0.05  # delay of the `channel:read` for a user's own post; em
 MAX_CACHED_TOKENS = 10_000
 HOST_SECONDS = 5.0  # time limit for a coroutine of the embedding program; shorter than CALL_TIMEOUT
 PRESENCE_EVENTS = ("user:connected", "user:disconnected")  # of which there are many when everybody connects at once
+MAX_LOWERED_HANDS = 10_000  # whose times are kept; see `Bus._apply_hand`
 HAND_SECONDS = 10  # from the end of a user's last socket until their raised hand is lowered
 LISTENER_EVENTS = 4096  # maximum number of events that wait for one listener of the program
 LISTENER_END_SECONDS = 1.0  # time limit of the listeners for ending when the chat stops
@@ -7015,6 +7016,7 @@ class Hub:
         self.presence, self.pages, self.missed = Presence(), AnswerCache(), AnswerCache()
         self.typing_tracker, self.voice_peers = TypingTracker(), VoicePeers()
         self.hands: dict[tuple[int, int], Hand] = {}  # (server, user) -> a raised hand
+        self.lowered: dict[tuple[int, int], str] = {}  # (server, user) -> when that hand was lowered, the oldest first
         self._hand_timers: dict[tuple[int, int], asyncio.TimerHandle] = {}  # (server, user) -> lowers the hand
         self.own_url = self.lan_url = ""  # the address it listens on, and its address in the local network; set by `serve`
         self.mount = ""  # the prefix under which it is attached
@@ -7424,6 +7426,11 @@ class Hub:
         """Raise or lower a hand. A hand that is raised again keeps its place."""
         key = server_id, user_id
         before = self.hands.get(key)
+        self.lowered.pop(key, None)
+        if not raised:
+            self.lowered[key] = utc(time.time())
+            if len(self.lowered) > MAX_LOWERED_HANDS:
+                del self.lowered[next(iter(self.lowered))]
         if raised and not before:
             self.hands[key] = Hand(raised, self.foreign)
             self.emit("hand:raised", server_id, raised)
@@ -7732,9 +7739,10 @@ class Bus:
                 hub.leave_voice(peer_sid)
 
     def _apply_hand(self, server_id: int, user_id: int, at: str) -> None:
-        """Add a hand that was raised before this process started, if the database has this member."""
-        hub, read = self._hub, self._hub.store.read_inline
-        if (server_id, user_id) not in hub.hands and read(load_role, server_id, user_id) is not None:
+        """Add a hand that was raised before this process started, if the database has this member. The list may be older than
+        this process's last news of the hand: if that was lowered since, it stays so."""
+        hub, read, key = self._hub, self._hub.store.read_inline, (server_id, user_id)
+        if key not in hub.hands and hub.lowered.get(key, "") < at and read(load_role, server_id, user_id) is not None:
             user = read(load_profile, user_id)
             hub.set_hand(server_id, user_id, HandRaised(server_id, user_id, user.username, at, name=user.name))
 

@@ -16110,6 +16110,20 @@ async def test_hands_are_raised_on_all_servers(split: Split, make_world: MakeWor
     await until(lambda: all(world.chat.hub.hands.keys() == {(1, ana.user_id)} for world in (ana.world, ben.world, third)))
 
 
+async def test_a_list_that_is_late_raises_no_hand_again(split: Split, redis_server: Redis) -> None:
+    """A process may have made its list before a hand was lowered. Control: the same list raises Ana's hand."""
+    ana, ben, server = split.ana, split.ben, {"server_id": split.place.server_id}
+    await split.ben_socket.ok("hand:raise", server)
+    at = (await split.ana_socket.receive("hand:raised"))["at"]
+    await split.ben_socket.ok("hand:lower", server)
+    await split.ana_socket.receive("hand:lowered")
+    redis_server.tell(["late", 1, [["Hello", "first", [], [], [[1, one.user_id, at] for one in (ben, ana)]]]])
+    await split.ana_socket.receive("hand:raised", user_id=ana.user_id)
+    assert await hands_of(ana, split.place.server_id) == [ana.user_id]
+    await split.ben_socket.ok("hand:raise", server)
+    await split.ana_socket.receive("hand:raised", user_id=ben.user_id)
+
+
 async def test_a_hand_survives_a_reconnect_to_another_server(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its owner has ten seconds, and keeps the place. When they have gone from all servers, it is lowered on all."""
     monkeypatch.setattr(chatrtc, "HAND_SECONDS", PATIENCE)
