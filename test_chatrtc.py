@@ -19029,6 +19029,31 @@ async def test_a_password_change_keeps_the_tabs_of_this_browser(api: World, tab:
         await expect(one.locator("#sign-in-title")).to_have_text("Sign in")
 
 
+async def test_a_request_with_the_previous_token_does_not_end_the_session(api: World, tab: Any) -> None:
+    """A password change replaces the token while a request of the page is under way: the server refuses that request."""
+    (maya_api,), _ = await create_class(api, "Maya")
+    maya, asked, changed = await tab(), asyncio.Event(), asyncio.Event()
+    maya.ignored = "401"
+
+    async def hold(route: Any) -> None:
+        asked.set()
+        await changed.wait()
+        await route.continue_()
+
+    await maya.page.route("**/users/me/reads", hold, times=1)
+    await maya.store_session(maya_api)
+    await happens(asked)
+    await maya.click('[data-do="settings"]')
+    await maya.click("#set-password")
+    await maya.answer(old_password="correct horse", new_password="a better one")
+    await expect(maya.locator("#toasts")).to_have_text("Password saved.")
+    async with maya.page.expect_response(lambda one: one.status == 401) as answer:
+        changed.set()
+    await (await answer.value).finished()
+    await maya.write("still here")
+    await maya.sees("still here")
+
+
 async def test_a_dialog_keeps_what_was_typed(api: World, tab: Any) -> None:
     """A selection that ends outside does not close it, Escape keeps the text, and an error keeps the fields."""
     (maya_api,), _ = await create_class(api, "Maya")
