@@ -18012,6 +18012,7 @@ async def test_a_group_of_five_is_started_with_the_keyboard_and_nobody_brings_ba
     await jonas.press("#find", "Enter")
     await expect(jonas.locator("#finder")).to_be_hidden()
     await eve.click("#private")
+    await eve.click("#conversations >> text=Boots")  # which is open if it had already arrived
     await eve.sees("who brings boots?")
     await expect(maya.locator("#topic")).to_have_text("6 people")
     # leave, and come back
@@ -18396,6 +18397,7 @@ async def page_time(cdp: Any) -> float:
 async def test_names_are_completed_regardless_of_case_and_accents(two: Any) -> None:
     maya, jonas, _ = two
     await jonas.api.ok("PATCH", "/users/me", {"name": "José Ángel"})
+    await expect(maya.locator("#people")).to_contain_text("José Ángel")
     for typed in ("@jo", "(@JOSE", "hi @angel", "@sé"):
         await maya.fill("#text", "")
         await maya.locator("#text").press_sequentially(typed)
@@ -19149,6 +19151,7 @@ async def test_a_message_that_arrives_before_the_first_unread_ones_leaves_no_gap
     maya, jonas, (server_id, channel_id) = two
     await maya.api.channel(server_id, "homework")
     await jonas.open_channel("homework")
+    await expect(jonas.locator("#room-name")).to_have_text("homework")
     for start in range(0, 130, 65):
         await asyncio.gather(*(maya.api.post(channel_id, f"number {start + one};") for one in range(65)))
     await expect(jonas.page).to_have_title(re.compile(r"^\(130\)"))
