@@ -18728,23 +18728,28 @@ async def test_a_signed_in_person_follows_an_invite(two: Any, api: World) -> Non
     await expect(jonas.locator("#server")).to_contain_text("Robotics club")
 
 
-async def test_a_late_configuration_keeps_the_chosen_form(tab: Any) -> None:
-    visitor, notified = await tab(), asyncio.Event()
+@pytest.mark.parametrize("field", ["code", "password"])
+async def test_a_late_configuration_keeps_the_form_in_use(tab: Any, field: str) -> None:
+    """Else the rest of a password that is being typed would go, in clear, into the field for the name."""
+    visitor, released = await tab(), asyncio.Event()
 
     async def hold(route: Any) -> None:
-        await notified.wait()
-        await route.continue_()
+        answer = await route.fetch()
+        await released.wait()
+        await route.fulfill(response=answer, json=await answer.json() | {"registration": "invite"})
 
     await visitor.page.route("**/config", hold)
     await visitor.open()
-    await visitor.click('#swap [data-mode="code"]')
-    await visitor.fill("#code", "K7QF2")
-    async with visitor.page.expect_response("**/config") as answer:
-        notified.set()
-    await (await answer.value).finished()
+    if field == "code":
+        await visitor.click('#swap [data-mode="code"]')
+    await visitor.click(f"#{field}")
+    await visitor.keyboard.type("K7QF2")
     await expect(visitor.locator('#swap [data-mode="register"]')).to_be_visible()
-    await expect(visitor.locator("#code")).to_have_value("K7QF2")
-    await expect(visitor.locator("#code")).to_be_visible()
+    released.set()
+    await expect(visitor.locator('#swap [data-mode="register"]')).to_be_hidden()
+    await visitor.keyboard.type("-M9XPD")
+    await expect(visitor.locator(f"#{field}")).to_have_value("K7QF2-M9XPD")
+    await expect(visitor.locator(f"#{field}")).to_be_visible()
 
 
 async def test_a_late_configuration_does_not_move_the_focus(tab: Any) -> None:
