@@ -17530,6 +17530,15 @@ class Tab:
     async def write(self, text: str) -> None:
         await self.fill_and_enter("#text", text)
 
+    async def type_before(self, reader: Tab, name: str) -> None:
+        """Type until the other page shows it, which it does for a few seconds only."""
+
+        async def shown() -> bool:
+            await self.page.locator("#text").press_sequentially("hm ")
+            return bool(await reader.locator("#typing").inner_text() == f"{name} is typing…")
+
+        await eventually(shown, f"{name} is typing")
+
     async def search(self, query: str) -> None:
         await self.fill_and_enter("#q", query)
 
@@ -17797,8 +17806,7 @@ async def two(api: World, tab: Any) -> tuple[Tab, Tab, Place]:
 async def test_typing_presence_edit_delete_reaction_reply(two: Any) -> None:
     maya, jonas, _ = two
     await expect(maya.locator('.person[aria-label="Jonas, Online"]')).to_be_visible()
-    await jonas.locator("#text").press_sequentially("good mo")
-    await expect(maya.locator("#typing")).to_have_text("Jonas is typing…")
+    await jonas.type_before(maya, "Jonas")
     await jonas.write("good mornng")
     await maya.sees("good mornng")
     await expect(maya.locator("#typing")).to_be_empty()
@@ -17898,8 +17906,7 @@ async def test_two_people_talk_in_private(two: Any, tab: Any) -> None:
     await jonas.sees("may I ask you something?")
     await expect(jonas.page).to_have_title("Maya · ChatRTC")
     await expect(jonas.locator("#home .badge")).to_be_hidden()
-    await jonas.locator("#text").press_sequentially("of cou")
-    await expect(maya.locator("#typing")).to_have_text("Jonas is typing…")
+    await jonas.type_before(maya, "Jonas")
     await jonas.write("of course, @maya!")
     await expect((await maya.sees("of course")).locator(".at")).to_have_text("@maya")
     # the other device, on a phone: the list, the conversation, and the way back
@@ -18545,8 +18552,7 @@ async def test_long_polling_if_a_proxy_rejects_websocket(api: World, proxy: Prox
     await jonas.sees("through the proxy")
     await asyncio.gather(*(jonas_api.post(1, f"many at once {number};") for number in range(40)))
     await maya.sees("many at once 39;")
-    await maya.locator("#text").press_sequentially("typing now", delay=250)
-    await expect(jonas.locator("#typing")).to_have_text("Maya is typing…")
+    await maya.type_before(jonas, "Maya")
     await proxy.cut(maya)
     await jonas.write("while it was cut")
     proxy.rejected = b"transport=polling"
@@ -18801,8 +18807,7 @@ async def test_a_new_name_is_shown_at_once(two: Any) -> None:
     await expect(maya.row("who am I?").locator(".who")).to_have_text("Jonas Weber")
     await expect(maya.locator('.person[aria-label="Jonas Weber, Online"]')).to_have_attribute("title", re.compile("^@Jonas"))
     await expect(jonas.locator("#my-status b")).to_have_text("Jonas Weber")
-    await jonas.locator("#text").press_sequentially("hm, hm, hm", delay=400)
-    await expect(maya.locator("#typing")).to_have_text("Jonas Weber is typing…")
+    await jonas.type_before(maya, "Jonas Weber")
     await maya.click(".person >> text=Jonas Weber")
     await expect(maya.locator("#menu header")).to_have_text(re.compile("Jonas Weber *@Jonas"))
     await maya.keyboard.press("Escape")
