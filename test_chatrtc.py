@@ -17614,6 +17614,7 @@ class Tab:
 
     async def tool(self, text: str, name: str) -> None:
         row = self.row(text)
+        await row.focus()  # its buttons stay visible if a new message moves it away from the pointer
         await row.hover()
         await row.locator(f'[data-do="{name}"]').click()
 
