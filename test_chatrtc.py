@@ -18169,6 +18169,7 @@ async def test_the_page_offers_only_conversations_that_the_settings_allow(tmp_pa
     async with page_server(database, "--conversations", "staff") as api:
         (_, jonas_api, zoe_api), _ = await create_class(api, "Maya", "Jonas", "Zoe")
         jonas = await tab(jonas_api, at=api.url)
+        await expect(jonas.locator("#attach")).to_be_visible()  # once the configuration is there
         await jonas.click(".person >> text=Zoe")
         await expect(jonas.locator("#menu button")).to_have_text(["Mention"])
         await jonas.keyboard.press("Escape")
@@ -18691,8 +18692,8 @@ async def test_people_are_managed(api: World, tab: Any, two: Any) -> None:
     await expect(zoe.locator("#server")).to_contain_text("Biology 4A")
     await jonas.choose(".person >> text=Zoë", "Ban")
     await jonas.confirm()
+    await expect(zoe.locator("#toasts")).to_contain_text("no longer in Biology 4A")  # for five seconds
     await expect(zoe.locator("#empty")).to_be_visible()
-    await expect(zoe.locator("#toasts")).to_contain_text("no longer in Biology 4A")
     await maya.choose("#server", "Banned people")
     await maya.locator("#people-list").get_by_role("button", name="Lift the ban").click()
     await eventually(lambda: none_banned(maya.api, server_id), "the ban is lifted")
@@ -18839,6 +18840,7 @@ async def test_a_guest_returns_on_another_device(guest_class: Any, tab: Any) -> 
     """A guest who signs out is warned, and returns by a link or a code from an admin; then all guests are removed."""
     maya, leo, _, _ = guest_class
     await leo.write("good evening")
+    await leo.sees("good evening")
     await leo.sign_out()
     await expect(leo.locator("#ask")).to_contain_text("you will need a sign-in link from an admin")
     await leo.confirm()
@@ -18866,8 +18868,10 @@ async def test_a_guest_returns_on_another_device(guest_class: Any, tab: Any) -> 
         await phone.click("#enter")
         await expect(phone.locator("#my-status b")).to_have_text("Léo Martin")
         await phone.sees("good evening")
+        await expect(phone.locator("#people")).to_contain_text("Maya")  # requests of removed guests would be refused
         await expect(phone.locator("dialog[open]")).to_have_count(0)
         await maya.keyboard.press("Escape")
+        await expect(maya.locator('.person[aria-label="Léo Martin guest, Online"]')).to_be_visible()  # the row has moved
     await maya.choose("#server", "Remove all guests")
     await maya.confirm()
     await expect(maya.locator("#toasts")).to_have_text("1 guest removed")
