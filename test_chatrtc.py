@@ -19577,6 +19577,7 @@ async def test_the_selected_person_stays_selected_while_more_are_found(api: Worl
     maya = await tab(maya_api)
     held, released = await maya.hold_answer(f"**/servers/{server_id}/members")
     await maya.keyboard.press("Control+k")
+    await expect(maya.locator("#finder")).to_be_visible()
     await maya.keyboard.type("jo")
     await happens(held)
     await expect(maya.locator("#found-names li")).to_have_count(1)
@@ -19599,6 +19600,20 @@ async def test_the_first_person_is_selected_although_nobody_was_known_at_first(a
     await expect(maya.locator("#found-names li")).to_have_count(1)
     await maya.keyboard.press("Enter")
     await expect(maya.locator("#room-name")).to_have_text("Lina")
+
+
+async def test_people_are_found_although_the_connection_was_lost(api: World, proxy: Proxy, tab: Any) -> None:
+    (maya_api, _), _ = await create_class(api, "Maya", "Jonas")
+    await api.place(maya_api, await api.person("Lina"))
+    maya = await tab(at=proxy.url)
+    maya.ignored = NETWORK_ERRORS
+    await maya.enter(maya_api)
+    await proxy.cut(maya)
+    await maya.keyboard.press("Control+k")
+    await maya.keyboard.type("lin")
+    await expect(maya.locator("#none-found")).to_be_visible()
+    await proxy.start(maya)
+    await expect(maya.locator("#found-names li")).to_have_count(1)
 
 
 async def test_people_are_found_although_their_servers_were_being_synced(api: World, tab: Any) -> None:
