@@ -17661,7 +17661,7 @@ class Proxy:
     """A proxy whose connections can be cut, and that rejects requests which contain `rejected`."""
 
     def __init__(self, url: str) -> None:
-        self.target, self.port, self.rejected = urlsplit(url), 0, b""
+        self.target, self.port, self.rejected = urlsplit(url), free_port(), b""
         self.server: asyncio.Server | None = None
         self.writers: set[asyncio.StreamWriter] = set()
 
@@ -17672,7 +17672,6 @@ class Proxy:
     async def start(self, *tabs: Tab) -> None:
         """Accept connections, and wait until these pages are online again."""
         self.server = await asyncio.start_server(self._join, "127.0.0.1", self.port)
-        self.port = self.server.sockets[0].getsockname()[1]
         for tab in tabs:
             await expect(tab.locator("#offline")).to_be_hidden(timeout=30000)
 
@@ -20129,10 +20128,10 @@ async def test_an_unknown_event_makes_the_page_fetch_changes(api: World, tab: An
     await maya.sees("and on Saturday")
 
 
-async def test_the_page_reloads_its_data_after_a_restore(tmp_path: Path, tab: Any, unused_tcp_port: int) -> None:
+async def test_the_page_reloads_its_data_after_a_restore(tmp_path: Path, tab: Any) -> None:
     """A page with messages that the restored database lacks discards its copy and loads everything again."""
     database = ("--database", str(tmp_path / "restored.db"))
-    address = ("--port", str(unused_tcp_port), "--no-rate-limit")
+    address = ("--port", str(free_port()), "--no-rate-limit")
     process = await Process.start(tmp_path / "restored.db", *address)
     async with process.world() as restored:
         (maya_api,), (_, channel_id) = await create_class(restored, "Maya")
