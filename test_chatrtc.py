@@ -16407,6 +16407,8 @@ class Group:
                     await until(turn.try_acquire, 0.5)
                     return
                 self.thaw(name)
+                await until(turn.try_acquire)  # it has gone on
+                turn.release()
         pytest.fail(f"{name} always has the turn")
 
     def thaw(self, name: str) -> None:
