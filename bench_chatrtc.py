@@ -250,6 +250,16 @@ server.listen(0, "127.0.0.1", 1024, () =>
   console.log(`listening on http://127.0.0.1:${server.address().port}`));
 """
 
+# The modules that ChatRTC imports, without those that it hides from the libraries too.
+LIBRARIES = """
+import sys
+sys.modules.update(redis=None, cryptography=None)
+import asyncio, signal, sqlite3, ssl
+import aiohttp.web, aiosqlite, click, jwt, msgspec, socketio, uvloop
+print("listening on http://127.0.0.1:0", flush=True)
+signal.pause()
+"""
+
 
 def message_payload(message_id: int, seq: int, channel: int, content: str) -> dict[str, Any]:
     created_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -1084,6 +1094,8 @@ class Bench:
             options = ["--port", "0", "--database", str(database), "--no-rate-limit"]
             start = [str(self.chatrtc)] if name == "chatrtc" else ["-c", self.install()]
             return [sys.executable, *start, "serve", *options]
+        if name == "libraries":
+            return [sys.executable, "-c", LIBRARIES]
         if name in ("node", "turn"):
             script = self.directory / "server.js"
             script.write_text(NODE)
@@ -1127,7 +1139,7 @@ class Bench:
             log.seek(0)
             raise BenchError(f"{name} does not start: {log.read()[-2000:]}")
         server.port = int(found[1])
-        if name != "ceiling":
+        if name not in ("ceiling", "libraries"):
             server.call("GET", "/healthz")
         server.started = time.perf_counter() - before
         return server
@@ -1374,11 +1386,13 @@ def processes(bench: Bench, count: int) -> None:
 
 
 def installed(bench: Bench) -> None:
-    """Measure the start and the memory of an installed program, of which Python keeps compiled code only."""
-    server = bench.launch("installed")
-    figures = {"installed ms": server.started * 1000, "installed MiB": rss_kib(server.process.pid) / 1024}
-    bench.note(replace(server, name="chatrtc"), figures)
-    bench.stop(server)
+    """Measure the start and the memory of an installed program, of which Python keeps compiled code only, and then those of a
+    program that only imports the libraries."""
+    for name in ("installed", "libraries"):
+        server = bench.launch(name)
+        figures = {f"{name} ms": server.started * 1000, f"{name} MiB": rss_kib(server.process.pid) / 1024}
+        bench.note(replace(server, name="chatrtc"), figures)
+        bench.stop(server)
 
 
 def storm(bench: Bench, name: str) -> None:
@@ -1590,7 +1604,9 @@ ROWS = (  # title, key, decimals
     ("idle process, MiB", "idle MiB", 1),
     ("start to first answer, ms", "start ms", 0),
     ("... installed, not run as a script", "installed ms", 0),
+    ("... the libraries alone", "libraries ms", 0),
     ("idle process, installed, MiB", "installed MiB", 1),
+    ("... the libraries alone", "libraries MiB", 1),
     ("newest 50 of {rows}: ms, 1 connection", "newest ms", 2),
     ("... pages/s, 16 connections", "newest /s", 0),
     ("50 deep in {rows}: ms, 1 connection", "deep ms", 2),
