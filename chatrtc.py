@@ -6480,9 +6480,11 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         ws.headers.update(HEADERS)
         try:
             await ws.prepare(request)
-        except web.HTTPException:
+        except (web.HTTPException, ConnectionError) as error:
             if sid is None:
                 session.end(REASON.TRANSPORT_ERROR)
+            if isinstance(error, ConnectionError):  # the client has disconnected
+                return web.Response(status=400)
             raise ChatError("BAD_REQUEST", "Not a WebSocket handshake") from None
         tcp = request.transport
         if tcp is not None and session.tcp is None and not session.closed:
@@ -8568,9 +8570,9 @@ async def send_parts(
     """Send the parts of a body. If the client loses access or disconnects meanwhile, the connection is aborted."""
     complete = False
     async with hub.downloads.turn(user.user_id):
-        await answer.prepare(request)
         try:
             with contextlib.suppress(ChatError, ConnectionError):
+                await answer.prepare(request)
                 async for part in parts:
                     await hub.sio.eio.slow_clients.send(request, answer, part)
                 complete = True

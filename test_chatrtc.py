@@ -3575,6 +3575,23 @@ async def test_a_download_ends_when_its_reader_loses_access(make_world: MakeWorl
     assert (await scene.ana.call("GET", f"/files/{file['file_id']}")).status == 200
 
 
+async def test_a_client_that_leaves_before_its_download_begins_is_no_error(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = await uploaded(scene.ana, scene.place.channel_id, os.urandom(1000))
+    downloads, wire = scene.world.chat.hub.downloads, await Wire.reach(scene.world.url)
+    async with contextlib.AsyncExitStack() as others:
+        for _ in range(chatrtc.DOWNLOADS_PER_USER):
+            await others.enter_async_context(downloads.turn(scene.ana.user_id))
+        head = f"GET /files/{file['file_id']} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {scene.ana.token}\r\n\r\n"
+        await wire.send(head.encode())
+        await until(lambda: downloads._queues)
+        wire.reset()
+        assert (await scene.world.call("GET", "/healthz")).status == 200  # the server has noticed it by now
+    await until(lambda: not downloads._running)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_a_slow_reader_takes_little_memory_and_is_disconnected(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -13305,6 +13322,14 @@ def event_packet(kind: str, event: str, payload: Any) -> str:
     return kind + json.dumps([event, payload])
 
 
+def handshake(sid: str = "") -> bytes:
+    """Return the request for a WebSocket, of a new session or of one that polls (`sid=...`)."""
+    return (
+        f"GET /socket.io/?EIO=4&transport=websocket&{sid} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
+        "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
+    ).encode()
+
+
 class Wire:
     """A Socket.IO client over a bare connection, which reads only on demand."""
 
@@ -13344,11 +13369,7 @@ class Wire:
 
     async def upgrade(self, sid: str = "") -> None:
         """Upgrade to a WebSocket: of a new session or, with `sid=...`, of one that polls."""
-        await self.send(
-            f"GET /socket.io/?EIO=4&transport=websocket&{sid} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
-            "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-            "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n".encode()
-        )
+        await self.send(handshake(sid))
         while b"\r\n\r\n" not in self.data:
             await self.receive()
         head, _, self.data = self.data.partition(b"\r\n\r\n")
@@ -14185,6 +14206,19 @@ def cycles() -> Iterator[list[object]]:
         gc.garbage.clear()
         gc.enable()
         held.clear()
+
+
+async def test_a_client_that_leaves_during_the_handshake_is_no_error(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Its request and its end arrive together. Nothing is logged, and no session stays."""
+    port = urlsplit(world.url).port
+    for _ in range(10):
+        for _ in range(20):
+            with socket_module.create_connection(("127.0.0.1", port)) as connection:
+                connection.sendall(handshake())
+                connection.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_LINGER, struct.pack("ii", 1, 0))
+        assert (await world.call("GET", "/healthz")).status == 200
+    await until(lambda: not world.chat.sio.eio.sockets)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
