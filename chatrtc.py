@@ -91,7 +91,7 @@ import msgspec
 from aiohttp import WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-if __name__ not in sys.modules:  # if hatchling loads it for `get_build_hook`; typing looks up annotations in sys.modules
+if __name__ not in sys.modules:  # hatchling imports it without an entry, which `typing` needs (see `get_build_hook`)
     sys.path.insert(0, str(Path(__file__).parent))
     sys.modules[__name__] = importlib.import_module("chatrtc")
 
@@ -337,7 +337,7 @@ def chat_error(reason: str, *, field: str | None = None, retry_after: float | No
 
 
 async def result_or_exception(work: Awaitable[Any]) -> Any:
-    """Return the result of `work` or the exception it raised. Only here are all exceptions caught and not raised again."""
+    """Return the result of `work` or the exception it raised. No other function catches all exceptions without raising them."""
     try:
         return await work
     except Exception as error:
@@ -582,7 +582,7 @@ def possible_mentions(content: str) -> list[list[str]]:
 
 
 def shorten(name: str, length: int) -> str:
-    """Return the beginning of a name whose key has at most `length` characters."""
+    """Return a name, shortened until it and its key have at most `length` characters."""
     while len(name) > length or len(name_key(name)) > length:
         name = name[:-1]
     return name.rstrip("._-" + JOINERS)
@@ -755,12 +755,12 @@ def search_phrases(q: str) -> str:
 # first piece of the content against a short list. Files that a browser could execute (SVG, HTML, scripts) get the type
 # text/plain and are sent as downloads. If a file is valid as two types, its first bytes decide.
 
-PIECE_BYTES = 256 * 1024  # of a stored file; the first piece contains a JPEG's size, often after 64 KiB of metadata
-MAX_PIXELS = 50_000_000  # of a picture: browsers need 4 bytes of memory for each
+PIECE_BYTES = 256 * 1024  # pieces of a stored file; the first one contains a JPEG's size, often after 64 KiB of metadata
+MAX_PIXELS = 50_000_000  # maximum for a picture; browsers need 4 bytes of memory for each
 MAX_FILE_NAME_CHARS, MAX_FILE_NAME_BYTES = 120, 200  # file systems allow 255 bytes
 UNSAFE_IN_FILE_NAME = re.compile(f"[{CONTROLS}\u2028\u2029{INVISIBLE_CHARS}\ud800-\udfff]")
 RESERVED_ON_WINDOWS = str.maketrans('"<>:|?*', "'______")
-MAX_JPEG_SEGMENTS = 500  # before the size; a color profile may take 255
+MAX_JPEG_SEGMENTS = 500  # segments before the size; a color profile may take 255
 JPEG_SEGMENT = re.compile(rb"\xff{1,9}(?:[\xc4\xc8\xcc\xdb-\xfe](..)|[\xc0-\xcf].{3}(.{4}))", re.DOTALL)
 AVIF_SIZE = re.compile(rb"\0\0\0\x14ispe\0{4}(.{8})", re.DOTALL)
 FILE_TYPES = {  # media type -> a pattern of the first bytes
@@ -851,7 +851,7 @@ def detect_type(head: bytes) -> str:
         if re.match(signature, head, re.DOTALL):
             return media_type if media_type not in PICTURE_SIZES or picture_size(head) else UNKNOWN_TYPE
     with contextlib.suppress(UnicodeDecodeError):
-        codecs.utf_8_decode(head)  # the last character may be cut
+        codecs.utf_8_decode(head)  # the last character may be incomplete
         if head == head.translate(None, NOT_IN_TEXT):
             return "text/plain"
     return UNKNOWN_TYPE
@@ -1414,7 +1414,7 @@ class Changes(Payload):
     channels: list[Channel] | UnsetType = UNSET
     members: list[Member] | UnsetType = UNSET
     name: str | UnsetType = UNSET
-    reset: bool = False  # true: the client discards its copy, which has changes that a restored database never had
+    reset: bool = False  # true: the client discards its copy, which may have changes that a restored database lacks
     former: list[Identity] = []
 
 
@@ -1529,8 +1529,8 @@ def read_args(kind: type[T], raw: Any) -> T:
 # Hub applies after the transaction is committed.
 
 Instance = Annotated[str, Meta(pattern=r"^[A-Za-z0-9-]{0,64}\Z")]  # a run of a process: its name and a random suffix
-HELLO_ENTRIES = 200  # at most, in one Hello
-PACKET_MESSAGES = 100  # at most, in one BusPacket
+HELLO_ENTRIES = 200  # maximum length of each list in a Hello
+PACKET_MESSAGES = 100  # maximum number of messages in a BusPacket
 
 
 class MentionNotice(Message, kw_only=True):
@@ -1634,7 +1634,7 @@ EVENTS = {
     "voice:signal": EventKind(VoiceSignal, "socket", "A peer's WebRTC signal."),
     "error": EventKind(ErrorNotice, "socket", "An event sent without an ack failed."),
 }
-BUS_EVENTS = {"user:typing", "typing_stop", "voice:join", "voice:leave"}  # emitted on all processes, not by the commit log
+BUS_EVENTS = {"user:typing", "typing_stop", "voice:join", "voice:leave"}  # reach other processes by Redis, not the commit log
 
 
 class Emit(NamedTuple):
@@ -1749,7 +1749,7 @@ class Notice(BusMessage):
     instance: Instance = ""  # from this process or, if empty, from all
 
 
-class Change(BusMessage):  # of the sender's own users
+class Change(BusMessage):  # an event of one of the sender's own users
     event: Annotated[str, Meta(max_length=20)]  # user:connected, user:disconnected or one of BUS_EVENTS
     place: Id  # the server for the first two, else the channel
     user_id: Id
@@ -1776,7 +1776,7 @@ class Hello(BusMessage):  # the list of the sender's users and voice peers, and 
 
 class BusPacket(Struct, array_like=True):
     sender: Instance
-    number: Annotated[int, Meta(ge=0, le=2**63 - 1)]  # of its last message
+    number: Annotated[int, Meta(ge=0, le=2**63 - 1)]  # the number of its last message
     messages: Annotated[list[Notice | Change | Signal | Counted | Hello], Meta(max_length=PACKET_MESSAGES)]
 
 
@@ -1793,7 +1793,7 @@ class Result(NamedTuple, Generic[T]):
 # program's is left unchanged, and a StartError says so in one line.
 
 APPLICATION_ID = int.from_bytes(b"CRTC", "big")
-# MIGRATIONS[n - 1] converts format n to n + 1; schema.sql has the newest format. Afterwards all messages are indexed again.
+# MIGRATIONS[n - 1] converts format n to n + 1; schema.sql has the newest format. The first one resets the search index.
 MIGRATIONS = (
     """
     ALTER TABLE users ADD COLUMN name TEXT;
@@ -1891,7 +1891,7 @@ MIGRATIONS = (
 SCHEMA_FORMAT = len(MIGRATIONS) + 1
 MAX_FULL_CHECK_BYTES = 64 * 1024 * 1024  # largest file whose indexes are compared with its tables at startup (about 1 s)
 SQLITE_MAGIC = b"SQLite format 3\0"
-BACKUP_MODE = b"\1"  # header[18:19] of a backup; a database in use is in WAL mode (2), from the beginning
+BACKUP_MODE = b"\1"  # header[18:19] of a backup; a database that a server has created or opened is in WAL mode (2)
 TURN_SECONDS = 10.0  # longest wait for the turn, by a command or by a server that starts or stops
 TURN_POLL_SECONDS = 0.0002
 READER_CACHE_KIB = 16 * 1024  # cache of a connection that reads
@@ -2119,7 +2119,7 @@ def skip_ids(db: sqlite3.Connection, known: int = 0) -> None:
     """Make a restored database continue above every id and sequence number that was ever assigned, in one transaction.
 
     Numbers continue at 100,000 times the Unix time: servers make fewer than 100,000 changes a second on average, and JavaScript
-    is exact up to 2**53. If the clock was set back: a million above the highest number here and `known`, the replaced file's.
+    is exact up to 2**53. If the clock was set back, they continue at a million above the highest (`known`: in the old file).
     """
     base = max(int(time.time() * 100_000), max(known, highest_id(db)) + 1_000_000)
     with db:
@@ -2224,8 +2224,8 @@ class FileLock:
 class Turn:
     """The right to write to a database, which its writers take in turn: they commit, checkpoint and close only in their turn.
 
-    Two locks make it fair: a writer waits for its turn holding the lock `next`, so a writer that has just had its turn cannot
-    overtake it.
+    Two locks make it fair: a writer that waits for its turn holds the lock `next`, so that a writer that has just had its turn
+    cannot overtake it.
     """
 
     def __init__(self, database: Path) -> None:
@@ -2335,7 +2335,7 @@ def replace_database(path: Path, part: Path) -> Path | None:
 
 SLOW_READERS = 3
 PARTS_CACHE_KIB = 1024  # cache of the connection that reads files, which are larger than any cache
-SLOW_READS_PER_USER = 2  # at a time; fewer than there are readers, so that one user cannot occupy them all
+SLOW_READS_PER_USER = 2  # running at a time; fewer than there are readers, so that one user cannot occupy them all
 MAX_QUEUED_SLOW_READS = 64  # per user: a page that reconnects reads all its servers at once
 SLOW_READ_SECONDS = 4.0  # time limit of a slow read
 READER_WAIT_SECONDS = 3.5  # time limit of the wait for a free reader; the two add up to less than CALL_TIMEOUT
@@ -2632,7 +2632,7 @@ class Store:
         """Close the writer in its turn, because the last connection that is closed checkpoints."""
         error = await result_or_exception(asyncio.to_thread(self._turn.acquire))
         if isinstance(error, StartError):
-            log.error("closing without a checkpoint: %s", error)  # the other process has the database open, and will do it
+            log.error("closing without a checkpoint: %s", error)  # the process that has the turn will do it
         await writer.close()
 
     def read_inline(self, query: Query[R], *args: Any) -> R:
@@ -2742,7 +2742,7 @@ class Store:
         """Commit the jobs in one transaction or, if that fails, one by one, so that one bad job does not fail the others."""
         outcomes = await result_or_exception(self._transact(batch))
         if isinstance(outcomes, Exception):
-            if len(batch) > 1 and not isinstance(outcomes, StartError):  # not caused by a job; each would wait for the turn
+            if len(batch) > 1 and not isinstance(outcomes, StartError):  # a StartError concerns all jobs alike
                 for queued in batch:
                     await self._commit([queued])
                 return
@@ -2916,7 +2916,7 @@ INVITE_ROWS = "SELECT code, server_id, max_uses, uses, expires_at FROM invites "
 CHANNEL_ROWS = "SELECT server_id, channel_id, name, kind, topic, posting, slow_seconds, keep_days FROM channels "
 PRINCIPAL_ROWS = "SELECT u.user_id, u.username, u.generation, u.name, u.source = 'bot', u.password FROM users u "
 HOOK_ROWS = "SELECT hook_id, channel_id, name, user_id, created_at FROM hooks "
-# A conversation without a name gets the names of the other participants; one of two people, also if the other has left.
+# The name of a conversation without one: the names of the other participants, in a pair also if the other person has left.
 SERVER_FIELDS = """SELECT s.server_id, CASE WHEN s.name <> '' THEN s.name ELSE (SELECT substr(coalesce(
         group_concat(coalesce(u.name, u.username), ', ') FILTER (WHERE u.user_id <> :user_id),
         group_concat(coalesce(u.name, u.username), ', '), ''), 1, 100) FROM users u WHERE u.user_id IN (
@@ -3128,7 +3128,7 @@ load_next_owner: Query[int | None] = first_value(
     """SELECT m.user_id FROM members m JOIN users u ON u.user_id = m.user_id AND u.source <> 'bot' WHERE m.server_id = ?
        ORDER BY m.role = 'admin' DESC, m.joined_at, m.user_id LIMIT 1"""
 )
-# 1 if a user (?1) has a higher role than another user (?2) in each of the other user's servers, conversations left out, else 0.
+# 1 if a user (?1) has a higher role than another user (?2) in each of the other user's servers (not conversations), else 0.
 outranks_everywhere: Query[int] = first_value(
     """SELECT NOT EXISTS (SELECT 1 FROM members t JOIN servers s USING (server_id)
            WHERE t.user_id = ?2 AND s.kind = 'server' AND NOT EXISTS (
@@ -3261,7 +3261,7 @@ def is_free_username(db: sqlite3.Connection, username: str) -> bool:
 
 
 def find_free_username(db: sqlite3.Connection, name: str) -> str:
-    """Return a free username for a display name: `Tim.Meier`, `Tim.Meier2`, ... Few look-ups, even if many share it."""
+    """Return a free username for a display name: `Tim.Meier`, `Tim.Meier2`, ... Takes few look-ups if many share it."""
     handle = handle_of(name)
 
     def is_free(number: int) -> bool:
@@ -3562,7 +3562,7 @@ def insert_file(db: sqlite3.Connection, user_id: int, channel_id: int, size: int
 
 
 def insert_piece(db: sqlite3.Connection, file_id: int, number: int, data: bytes, most: int, quota: int) -> None:
-    """Store a piece of an upload. Raises ChatError if the file is too large or has been removed, or above the quota."""
+    """Store a piece of an upload. Raises ChatError if the file is too large, was removed, or would exceed the quota."""
     check_file_size(db, number * PIECE_BYTES + len(data), most, len(data), quota)
     if not db.execute("SELECT 1 FROM files WHERE file_id = ? AND channel_id IS NOT NULL", (file_id,)).fetchone():
         raise chat_error("NO_FILE")
@@ -3645,7 +3645,7 @@ READ_STATE_ROWS = """  -- a user's channels: the last message read, how many are
 MAX_UNREAD = 1000  # unread messages and mentions are counted up to this number
 READ_LIMITS = {"most": MAX_UNREAD, "steps": 2 * MAX_UNREAD}  # steps: messages examined, the user's own included
 MAX_RESULT_BYTES = 448 * 1024  # JSON bytes of the messages and lists in one result, which then stays below 512 KiB
-VARIATION = "\ufe0f"  # selects the coloured form of an emoji; a reaction is the same with and without it
+VARIATION = "\ufe0f"  # selects the colored form of an emoji; a reaction is the same with and without it
 MAX_REACTIONS = 50  # different emojis on one message
 INDEX_STEP = 500  # messages indexed, or deleted with their channel, in one transaction
 PURGE_STEP = 50  # messages deleted in one transaction if each deletion is emitted
@@ -4284,7 +4284,7 @@ class TypingTracker(dict[tuple[int, int], TypingUser]):
         return [key for key, one in self.items() if one.expires_at <= now]
 
     def of_socket(self, sid: str, server_id: int | None = None) -> list[tuple[int, int]]:
-        """Return the keys of a socket's user, in all servers or in that one."""
+        """Return the keys of a socket's entries, in all servers or in that one."""
         return [key for key, one in self.items() if one.sid == sid and server_id in (None, one.server_id)]
 
     def remove(self, *, server_id: int = 0, channel_id: int = 0) -> None:
@@ -4432,13 +4432,13 @@ class TokenSigner:
             raise chat_error("TOKEN_INVALID") from None
 
     def sign_link(self, file_id: int, user: Principal, expires: int) -> str:
-        """Return a link to a file, which replaces the user's token for this file until it expires."""
+        """Return the signed part of a link to a file. Until it expires, it replaces the user's token for reading this file."""
         claims = {"aud": "file", "sub": str(file_id), "exp": expires, "user": user.user_id, "gen": user.generation}
         return jwt.encode(claims | {"token": user.digest.hex()}, self._secret, algorithm=ALGORITHM)
 
     def verify_link(self, link: str, file_id: str) -> tuple[int, int, float, bytes]:
-        """Return what `verify` returns and the token's digest. Raises UNAUTHORIZED if it is not our link, for another file or
-        expired."""
+        """Return what `verify` returns, and the digest of the user's token. Raises UNAUTHORIZED if the link has expired, is for
+        another file or is not ours."""
         try:
             claims = jwt.decode(link, self._secret, algorithms=[ALGORITHM], audience="file", subject=file_id)
         except (jwt.PyJWTError, ValueError, RecursionError):
@@ -4556,7 +4556,7 @@ LOGGED_REASONS = {
     "LINK_UNKNOWN": "unknown code", "HOOK_UNKNOWN": "unknown code",
 }  # fmt: skip
 REFUSED_FOR = "Refused for "  # begins the subjects that are addresses
-MAX_LOG_SUBJECTS = 30  # that can have a line of their own in a minute; further addresses share one
+MAX_LOG_SUBJECTS = 30  # subjects with a line of their own in a minute; further addresses share one line
 
 
 class RateLimitedLog:
@@ -4715,7 +4715,7 @@ def resolve_target(ctx: OperationContext, args: Args) -> bool:
 
 
 def check_settings(access: Access, ctx: OperationContext) -> None:
-    """Raise FORBIDDEN unless the settings let the caller create servers or let somebody in. The program always may."""
+    """Raise FORBIDDEN unless the settings allow the caller to create servers or admit people. The program always may."""
     may, by_invite = ctx.settings.create_servers, ctx.settings.registration == "invite"
     if may == "everyone" or not ctx.user.digest:
         return
@@ -5200,7 +5200,7 @@ def unmute(ctx: OperationContext, args: MemberArgs) -> Result[None]:
 
 
 def end_membership(ctx: OperationContext, user_id: int) -> list[Effect]:
-    """Remove a member. A bot is for one server: if it leaves that, its account is deleted."""
+    """Remove a member. A bot belongs to one server: if it leaves, its account is deleted."""
     if ctx.conversation is None and load_profile(ctx.db, user_id).bot:
         return remove_account(ctx.db, user_id)
     return remove_from_server(ctx.db, ctx.server_id, user_id)
@@ -5618,8 +5618,8 @@ def unsent_bytes(client: asyncio.Transport) -> int:
 
 
 class SlowClients:
-    """The clients for which bytes wait. It disconnects those that receive none of them for 20 s and, while more than 16 MiB
-    wait for all clients together, those that have received nothing for the longest time."""
+    """The clients for which bytes wait. A client that receives none of them for 20 s is disconnected. While more than 16 MiB
+    wait for all clients together, so is the one that has received nothing for the longest time."""
 
     def __init__(self) -> None:
         # For each client: bytes held in memory, bytes not yet received (also in the kernel), time of the last progress.
@@ -5744,7 +5744,7 @@ class Flusher:
 
 class RoomBuffer:
     """Consecutive events for a room, shared by all its clients. An event is appended once, and the joined events are sent to
-    each client by one write per round. 64 messages to 1,000 clients take 0.3 ms; with a list for each client they took 26. A
+    each client by one write per round. 64 messages to 1,000 clients take 0.3 ms; a list for each client took 26 ms. A
     client that enters the room receives the events from then on."""
 
     __slots__ = ("__weakref__", "data", "is_open", "parts", "polling", "sessions", "size", "urgency")
@@ -5789,7 +5789,7 @@ def merge(pieces: tuple[tuple[RoomBuffer, int, int], ...]) -> bytes:
 
 class PacketQueue:
     """Handles items one by one, in order, in its own task, so that queues take turns. `failed` is called with the exception of
-    a handler. Each client has a queue: an idle one takes 0.2 KiB, and with a deque and an `asyncio.Event` it would take 1.5."""
+    a handler. Each client has a queue: an idle one takes 0.2 KiB; a deque and an `asyncio.Event` would take 1.5 KiB."""
 
     __slots__ = ("failed", "handle", "jobs", "length", "running", "space")
 
@@ -5827,7 +5827,7 @@ class PacketQueue:
                 self._announce_space()
                 if isinstance(error := await result_or_exception(self.handle(job)), Exception):
                     self.failed(error)
-                if self.jobs:  # other clients have their turn, although the handler may not have waited for anything
+                if self.jobs:  # let other queues run, even if the handler has not waited for anything
                     await asyncio.sleep(0)
         finally:
             self.running = None
@@ -6075,7 +6075,7 @@ class Session(asyncio.Transport):
 
 POST_PACKETS = 256  # maximum number of packets in one POST
 POST_SECONDS = 10.0  # time limit for the body of a POST, and for an upgrade
-HEADERS = {  # of every response
+HEADERS = {  # in every response
     "Server": "ChatRTC",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
@@ -6277,7 +6277,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.tasks: set[asyncio.Task[Any]] = set()
         self.slow_clients, self.client_log, self.draining = SlowClients(), RateLimitedLog(), False
         self.flushers = {LATE: Flusher(9, 0.25), SOON: Flusher(1, 0.05)}
-        self.numbers, self.ticking = itertools.count(), False  # numbers: of the events for rooms
+        self.numbers, self.ticking = itertools.count(), False  # numbers: one for each event for a room
 
     # Methods that the Socket.IO server and the application call
 
@@ -6474,7 +6474,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
     async def _websocket(self, request: web.Request, sid: str | None) -> web.StreamResponse:
         session = self._find(sid) if sid else await self._open(request, "websocket")
-        # Not compressed: deflating would cost each connection 200 KiB and its share of a core.
+        # Not compressed: that would cost each connection 200 KiB of memory, and CPU time.
         size = self.options.max_payload + 1
         ws = web.WebSocketResponse(timeout=CLOSE_GRACE, autoclose=False, autoping=False, compress=False, max_msg_size=size)
         ws.headers.update(HEADERS)
@@ -6588,7 +6588,7 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
             valid = valid and self.id is None and (data is None or isinstance(data, dict))
         elif kind in (wire.EVENT, wire.BINARY_EVENT):
             valid = valid and isinstance(data, list) and bool(data)
-        elif kind in (wire.ACK, wire.BINARY_ACK):  # the library stores its counter under the id 0
+        elif kind in (wire.ACK, wire.BINARY_ACK):  # the id 0 is not an event's: the library stores its counter there
             valid = valid and isinstance(data, list) and bool(self.id) and attachments <= ATTACHMENTS
         if not valid:
             raise ValueError("a malformed Socket.IO packet")
@@ -6628,7 +6628,7 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
 
     def basic_leave_room(self, sid: str, namespace: str, room: str | None) -> None:
         if self.server.session(sid, namespace) is not None:
-            self.server.room_buffers.pop((namespace, room), None)  # the next event is for other clients
+            self.server.room_buffers.pop((namespace, room), None)  # the next event gets a new buffer, without this client
         super().basic_leave_room(sid, namespace, room)
         self.rooms_of.get((namespace, sid), {}).pop(room, None)
 
@@ -6660,7 +6660,7 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
             await self.server.share(EmitCustom(str(parts[0]), parts[1:], namespace, room, list(skipped)))
 
 
-# The libraries' private API, as far as it is used.
+# The private names of the libraries that this file uses.
 PRIVATE_NAMES: dict[type, str] = {
     engineio.AsyncServer: "_trigger_event _get_socket handlers",
     socketio.AsyncServer: "_engineio_server_class _handle_eio_connect _handle_eio_message _handle_eio_disconnect"
@@ -6935,17 +6935,17 @@ def socket_server(**options: Any) -> SocketServer:
 # between two awaits, so that nothing else sees half of a change.
 
 LOGIN_SECONDS = 10  # time limit for a socket to authenticate
-OWN_MARK_SECONDS = 0.05  # delay of the `channel:read` for a user's own post; emitted with each, it would cost the post 15 us
+OWN_MARK_SECONDS = 0.05  # delay of `channel:read` after a user's own post: an event for each post would cost 15 us
 MAX_CACHED_TOKENS = 10_000
 HOST_SECONDS = 5.0  # time limit for a coroutine of the embedding program; shorter than CALL_TIMEOUT
-PRESENCE_EVENTS = ("user:connected", "user:disconnected")  # of which there are many when everybody connects at once
-MAX_LOWERED_HANDS = 10_000  # whose times are kept; see `Bus._apply_hand`
-HAND_SECONDS = 10  # from the end of a user's last socket until their raised hand is lowered
+PRESENCE_EVENTS = ("user:connected", "user:disconnected")  # very many when everybody connects at once
+MAX_LOWERED_HANDS = 10_000  # lowered hands whose times are kept; see `Bus._apply_hand`
+HAND_SECONDS = 10  # time after which a raised hand is lowered if its user has no socket any more
 LISTENER_EVENTS = 4096  # maximum number of events that wait for one listener of the program
 LISTENER_END_SECONDS = 1.0  # time limit of the listeners for ending when the chat stops
 UPLOADS, UPLOADS_PER_USER = 64, 3  # at a time; each takes up to 0.5 MiB of memory
 DOWNLOADS, DOWNLOADS_PER_USER = 128, 8  # at a time; each takes up to 0.2 MiB of memory
-PART_BYTES = 64 * 1024  # of a file, read and sent at a time
+PART_BYTES = 64 * 1024  # size of the parts in which a file is read and sent
 NOBODY = Principal(0, "")  # the user of a call without a token, and of a socket before it authenticates
 
 
@@ -7139,7 +7139,7 @@ class Hub:
         self, what: str, work: Coroutine[Any, Any, T], may_refuse: bool = False, failure: ChatError | None = None
     ) -> T:
         """Await a coroutine of the embedding program. Raises `failure` (default: UNAVAILABLE), and logs why, if it fails or
-        takes too long. If it `may_refuse`, its ChatErrors are for the client."""
+        takes too long. With `may_refuse`, its ChatErrors are sent to the client."""
         task = self.sio.eio.spawn(sendable(work))
         try:
             await asyncio.wait([task], timeout=HOST_SECONDS)
@@ -7278,7 +7278,7 @@ class Hub:
     def evict(self, server_id: int, user_id: int) -> None:
         self.forget_marks(server_id, user_id)
         connections = [one for one in self.connections_of(user_id) if server_id in one.servers]
-        for connection in connections:  # all before the first leaves, so that none hears what that ends
+        for connection in connections:  # first, so that none of them receives the events that follow
             self.leave_rooms(connection, server_id)
         for connection in connections:
             self.leave_server(connection, server_id)
@@ -7431,7 +7431,7 @@ class Hub:
     def leave_voice(self, sid: str) -> None:
         if (peer := self.voice_peers.pop(sid, None)) is not None:
             self.emit("voice:leave", peer.server_id, peer.notice)
-            if self.foreign and not is_foreign(sid):  # because of another process's commit: that process has the peer as well
+            if self.foreign and not is_foreign(sid):  # `emit` announces no foreign effect, but this peer is ours
                 self.say(Change("voice:leave", peer.notice.channel_id, peer.notice.user_id, peer.notice.peer_id))
 
     def join_voice(self, sid: str, server_id: int, notice: VoicePeer) -> None:
@@ -7538,14 +7538,14 @@ class Document(NamedTuple):
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 2.5  # if the own beat has not come back for this time, Redis counts as down
 GONE_SECONDS = 2.9  # a process that was silent for this time is removed at the next beat, so in less than 4 seconds
-REDIS_SECONDS = 1.0  # to connect, and to publish
+REDIS_SECONDS = 1.0  # time limit to connect, and to publish a packet
 RECONNECT_SECONDS = 0.2
 PUBLISH_INTERVAL = 0.005  # seconds between two packets: to publish after each commit would double what a single post costs
 BUS_QUEUE_LENGTH = 10_000  # messages that wait; if there are more, the oldest are dropped
 PACKET_BYTES = 1 << 16  # size of a packet to which no further message is added
 PACKET_BYTES_MAX = 1 << 18  # size of a received packet; a larger one is ignored
 MAX_PROCESSES = 64
-KEY_PARTS = {"address": 1, "account": 1, "account and address": 2, "hook": 1}  # of the limits that count on all processes
+KEY_PARTS = {"address": 1, "account": 1, "account and address": 2, "hook": 1}  # limits of all processes: length of a key
 
 decode_bus_packet = msgspec.json.Decoder(BusPacket).decode
 
@@ -7553,7 +7553,7 @@ decode_bus_packet = msgspec.json.Decoder(BusPacket).decode
 class OtherProcess:
     def __init__(self, instance: str) -> None:
         self.sid = f"{FOREIGN}{instance}/"  # the sid of its users in Presence, and the beginning of its voice peers' sids
-        self.number = -1  # of its last message
+        self.number = -1  # the number of its last message
         self.in_sync = False  # whether every packet since its last list has arrived
         self.last_packet_at = self.asked_at = -math.inf
         self.listed: set[object] | None = None  # the users and peers in the parts of its list so far
@@ -7574,7 +7574,7 @@ class Bus:
         # Only processes that have the same database file and the same secret know the channel.
         self._channel = f"chatrtc:{hub.signer.address_digest(0, f'redis {hub.store.files[:1]}').hex()}"
         self._queue, self._queued = deque[BusMessage](maxlen=BUS_QUEUE_LENGTH), asyncio.Event()
-        self._number = 0  # of the last message
+        self._number = 0  # the number of the last message
         self._wake_is_queued = self._hello_is_due = self._stopping = self._connected = False
         self._list_sent_at = self._listening_since = self._own_beat_at = -math.inf
         self._others: dict[str, OtherProcess] = {}
@@ -7776,8 +7776,8 @@ class Bus:
                 hub.leave_voice(peer_sid)
 
     def _apply_hand(self, server_id: int, user_id: int, at: str) -> None:
-        """Add a hand that was raised before this process started, if the database has this member. The list may be older than
-        this process's last news of the hand: if that was lowered since, it stays so."""
+        """Add a hand that was raised before this process started, if the database has this member. The list may be out
+        of date: a hand that was lowered later stays lowered."""
         hub, read, key = self._hub, self._hub.store.read_inline, (server_id, user_id)
         if key not in hub.hands and hub.lowered.get(key, "") < at and read(load_role, server_id, user_id) is not None:
             user = read(load_profile, user_id)
@@ -7847,8 +7847,8 @@ def sign_in(hub: Hub, caller: Caller, user: Principal) -> Result[AuthResponse]:
 
 
 def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: str | None, clock: float) -> Result[Principal]:
-    """Create an account and, with an invite, join its server. The invite is checked first: without a valid one nobody learns
-    which usernames are taken."""
+    """Create an account and, with an invite, join its server. The invite is checked first, so that an invalid one
+    does not reveal which usernames are taken."""
     invite = load_valid_invite(db, args.code, utc(clock)) if args.code is not None else None
     username = args.username or find_free_username(db, args.name or "")
     user_id = insert_user(db, username, password, utc(clock), args.name)
@@ -8161,7 +8161,7 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
     async def run(step: Callable[..., R], *values: Any) -> R:
         """Run a step in a transaction of its own, in which the caller's permission is checked again."""
         job = hub.authorized(Access.WRITER, caller.user, args, lambda ctx, _: Result(step(ctx.db, *values)), caller.action)
-        async with hub.piece_lock:  # one step of all uploads at a time, so that other people's posts wait for one at most
+        async with hub.piece_lock:  # one step at a time for all uploads, so that a post waits for at most one
             value: R = (await hub.store.write(job, slow=True)).value
         return value
 
@@ -8409,7 +8409,7 @@ async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[Non
 # into a response or an ack. Routes, events, OpenAPI and AsyncAPI all follow from the table of operations.
 
 BODY_MAX = 256 * 1024
-HOOK_BODY_MAX = 64 * 1024  # decoding and converting it takes at most some 20 ms
+HOOK_BODY_MAX = 64 * 1024  # decoding and converting it takes at most about 20 ms
 BODY_SECONDS = 10
 UPLOAD_STALL_SECONDS = 20.0  # an upload is aborted if no bytes arrive for this time
 PROGRAM_LOG_OPERATIONS = {"ban", "unban", "set_role", "change_password", "delete_server"}
@@ -8553,7 +8553,7 @@ def requested_range(request: web.Request, size: int, tag: str) -> tuple[int, int
     with contextlib.suppress(ValueError):
         wanted = request.http_range
         if wanted.start is not None and request.method == "GET" and request.headers.get("If-Range", tag) == tag:
-            is_empty = re.fullmatch(r"bytes=-0+", request.headers["Range"])  # the last 0 bytes; aiohttp takes it for all
+            is_empty = re.fullmatch(r"bytes=-0+", request.headers["Range"])  # the last 0 bytes, which aiohttp reads as all
             return (size, size) if is_empty else wanted.indices(size)[:2]
     return None
 
@@ -8660,7 +8660,7 @@ class Route:
         return self.hub.authenticate_token(token.strip())
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
-        """Raises ChatError, TimeoutError."""
+        """Return the response to a request. Raises ChatError, TimeoutError."""
         hub, op, user = self.hub, self.op, NOBODY
         if op.access is not Access.ANYONE:
             user = self.authenticate(request)
@@ -8709,7 +8709,7 @@ async def call_handler(handler: HttpHandler, request: web.Request) -> web.Stream
 
 
 def error_middleware(engine: Engine, handlers: Collection[object]) -> Callable[..., Awaitable[web.StreamResponse]]:
-    """Return the middleware of our handlers. It checks host and origin, and makes a response of every error."""
+    """Return the middleware of our handlers. It checks host and origin, and turns every error into a response."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: HttpHandler) -> web.StreamResponse:
@@ -8734,7 +8734,7 @@ def error_middleware(engine: Engine, handlers: Collection[object]) -> Callable[.
 # Socket.IO.
 
 CLIENT_EVENTS = {op.event: op for op in OPERATIONS.values() if op.event is not None}
-EVENT_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")  # of the embedding program
+EVENT_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")  # an event of the embedding program
 TAKEN_EVENTS = RESERVED | EVENTS.keys() | CLIENT_EVENTS.keys() | {"message"}
 
 
@@ -8904,7 +8904,7 @@ def asyncapi(host_events: Collection[Operation] = ()) -> dict[str, Any]:
     """Return the events as an AsyncAPI 3.0 document: those that a client may emit, with their acks, and those it receives."""
     types = [kind for op in CLIENT_EVENTS.values() for kind in (op.args, op.result)]
     schemas = component_schemas([*types, *(kind.payload for kind in EVENTS.values())])
-    # The embedding program's types have names of their own, which could be equal to ours.
+    # The embedding program's types may have the same names as ours, so they get a prefix.
     host_args, host_schemas = msgspec.json.schema_components(
         [op.args for op in host_events], ref_template=reference("host.{name}")["$ref"]
     )
@@ -8939,10 +8939,10 @@ def asyncapi(host_events: Collection[Operation] = ()) -> dict[str, Any]:
 MAINTENANCE_INTERVAL = 0.5  # seconds
 EXPIRY_INTERVAL = 120  # rounds of maintenance: a minute
 TOKEN_PURGE_INTERVAL = 7200  # rounds of maintenance: an hour
-MAX_CACHED_PICTURES = 64  # QR codes, of some 20 KiB
+MAX_CACHED_PICTURES = 64  # QR codes, of about 20 KiB each
 DELETION_PAUSE_FACTOR = 4  # the pause after a step of a deletion, in multiples of the step: up to 0.2 s with a million messages
-DELETION_SECONDS = 1.0  # then the rest of maintenance has its turn
-MAX_UNINDEXED = 50_000  # messages that may wait to be indexed: a search then indexes them first, in some 2 seconds
+DELETION_SECONDS = 1.0  # longest time for one kind of deletion before other maintenance runs, and longest pause
+MAX_UNINDEXED = 50_000  # messages that may wait to be indexed: a search then indexes them first, in about 2 seconds
 KEEPALIVE = 20.0
 WATCHDOG_SECONDS = 2.0  # between two notices to systemd
 PUBLIC_URL = re.compile(rf"(?i:https?://{HOST.pattern}){PATH.pattern}", re.ASCII)
@@ -9263,7 +9263,7 @@ class ChatRTC:
         self.sio = socket_server(**engine_options(self.settings))
         self.hub = Hub(self.settings, self.sio)
         self.hub.identify, self._page = identify, page
-        name = settings.get("process")  # a generated one is unique, and its file would stay
+        name = settings.get("process")  # a generated name is unique, and its lock file would remain
         self._name = FileLock(Path(self.settings.database), f".process-{name}.lock") if name is not None else None
         self._running = contextlib.AsyncExitStack()  # what `stop` undoes
         self._asyncapi = StaticFile(lambda: msgspec.json.encode(asyncapi(self.hub.host_events.values())), JSON)
@@ -9437,7 +9437,7 @@ class ChatRTC:
         await self._running.aclose()
 
     def _set_up(self, db: sqlite3.Connection, first: bool) -> None:
-        """Load the secret. Raises StartError if servers that share the database have another one, or one of them this name."""
+        """Load the secret. Raises StartError if other servers on the database have another secret, or one has this name."""
         if self._name is not None and not self._name.acquire():
             raise StartError(f"Another server on this database is called {self.settings.process}: give each its own --process")
         if first:
@@ -9751,8 +9751,8 @@ def get_build_hook() -> type[Any]:
 # ---- Command line --------------------------------------------------------------------------------------------------
 # `chatrtc serve` and the other commands. A StartError or ChatError becomes one line on standard error, and exit status 1.
 
-BAR: dict[str, Any] = {"file": sys.stderr, "hidden": not (sys.stderr and sys.stderr.isatty())}  # of progress bars, for people
-LOG_LINES = 60  # of each level, in a minute
+BAR: dict[str, Any] = {"file": sys.stderr, "hidden": not (sys.stderr and sys.stderr.isatty())}  # for progress bars
+LOG_LINES = 60  # maximum for each level in a minute
 
 
 @contextlib.contextmanager
