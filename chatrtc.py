@@ -1751,7 +1751,7 @@ class Notice(BusMessage):
 
 class Change(BusMessage):  # an event of one of the sender's own users
     event: Annotated[str, Meta(max_length=20)]  # user:connected, user:disconnected or one of BUS_EVENTS
-    place: Id  # the server for the first two, else the channel
+    target_id: Id  # the server for the first two, else the channel
     user_id: Id
     peer_id: PeerId = "-"
 
@@ -2402,7 +2402,7 @@ def trim_log(db: sqlite3.Connection, clock: float) -> Result[int]:
            RETURNING instr(effects, CAST(':deleted"' AS BLOB)) + instr(effects, CAST('message:edit"' AS BLOB))""",
         (LOG_STEP, last_id - LOG_ROWS + TRIM_EVERY, total - LOG_BYTES, clock - LOG_SECONDS),
     ).fetchall()
-    if any(place for (place,) in deleted):
+    if any(found for (found,) in deleted):
         db.execute("UPDATE search SET stale = 1")
     return Result(len(deleted))
 
@@ -3914,21 +3914,21 @@ def load_page(db: sqlite3.Connection, args: PageArgs) -> Messages:
     return Messages(older.messages + newer.messages, newer.has_more or older.has_more)
 
 
-class AnswerCache(dict[tuple[Any, ...], tuple[int, Any]]):
-    """A cache of answers, by arguments. An entry is valid while its server's `seq` is unchanged. When 30 pupils open a channel,
+class ResultCache(dict[tuple[Any, ...], tuple[int, Any]]):
+    """A cache of results, by arguments. An entry is valid while its server's `seq` is unchanged. When 30 pupils open a channel,
     or come back after a restart, all request the same: loading a page takes 120 us, a look-up here 5 us."""
 
     MAX_ENTRIES = 256
     MAX_BYTES = 131_072  # of text in an entry, so that all entries together take at most 64 MiB
 
     def find(self, args: Args, seq: int) -> Any:
-        """Return the answer, or None if there is none, or the server has changed since."""
-        cached_seq, answer = self.get(msgspec.structs.astuple(args), (-1, None))
-        return answer if cached_seq == seq else None
+        """Return the result, or None if there is none, or the server has changed since."""
+        cached_seq, result = self.get(msgspec.structs.astuple(args), (-1, None))
+        return result if cached_seq == seq else None
 
-    def keep(self, args: Args, seq: int, answer: Any, size: int) -> None:
+    def store(self, args: Args, seq: int, result: Any, size: int) -> None:
         if size <= self.MAX_BYTES:
-            self[msgspec.structs.astuple(args)] = seq, answer
+            self[msgspec.structs.astuple(args)] = seq, result
         if len(self) > self.MAX_ENTRIES:
             del self[next(iter(self))]
 
@@ -4074,11 +4074,11 @@ def export_name(file: File) -> str:
 
 
 class Transcript:
-    """The messages of channels as an HTML page with pictures and without scripts. `places`: each server's name and channels.
+    """The messages of channels as an HTML page with pictures and without scripts. `servers`: their names and channels.
     With `hidden`, people are called "Person 1", "Person 2" and so on, also in mentions. `folder`: where the files are."""
 
-    def __init__(self, places: Sequence[tuple[str, list[Channel]]], hidden: bool = False, folder: str | None = None) -> None:
-        self.places, self.hidden, self.folder = places, hidden, folder
+    def __init__(self, servers: Sequence[tuple[str, list[Channel]]], hidden: bool = False, folder: str | None = None) -> None:
+        self.servers, self.hidden, self.folder = servers, hidden, folder
         self.count = 0  # the number of messages so far
         self.numbers: dict[int, int] = {}  # user id -> number
         self.names: dict[int, str] = {}  # user id -> name, for the messages of the current part
@@ -4096,8 +4096,8 @@ class Transcript:
 
     def _write_page(self) -> Iterator[str]:
         newest, _ = load_index_progress(self._db)  # messages posted from now on are left out
-        yield TRANSCRIPT_HEAD % html.escape(", ".join(name for name, _ in self.places))
-        for name, channels in self.places:
+        yield TRANSCRIPT_HEAD % html.escape(", ".join(name for name, _ in self.servers))
+        for name, channels in self.servers:
             yield f"<h1>{html.escape(name)}</h1>\n"
             for channel in channels:
                 yield f"<h2>{html.escape(channel.name)}</h2>\n"
@@ -4625,7 +4625,7 @@ class OperationContext:
     user: Principal
     clock: float  # Unix seconds
     presence: Presence
-    pages: AnswerCache
+    pages: ResultCache
     settings: Settings
     server_id: int = 0
     channel_id: int = 0
@@ -4934,8 +4934,8 @@ def describe_action(ctx: OperationContext, args: Args) -> str | None:
     """Return the detail of an entry of the moderation log: the channel, and the arguments that are not ids."""
     fields = [field for field in msgspec.structs.fields(args) if not field.name.endswith("_id")]
     given = [(field.name, getattr(args, field.name)) for field in fields if getattr(args, field.name) != field.default]
-    places = [load_channel(ctx.db, ctx.channel_id).name] if ctx.channel_id else []
-    return ", ".join(places + [f"{name}: {value}" for name, value in given])[:MAX_DETAIL] or None
+    channels = [load_channel(ctx.db, ctx.channel_id).name] if ctx.channel_id else []
+    return ", ".join(channels + [f"{name}: {value}" for name, value in given])[:MAX_DETAIL] or None
 
 
 def run_logged(op: Operation, run: Callable[..., Result[T]], ctx: OperationContext, args: Args) -> Result[T]:
@@ -5425,7 +5425,7 @@ def list_messages(ctx: OperationContext, args: PageArgs) -> Result[Messages]:
     if (page := ctx.pages.find(args, seq)) is None:
         page = load_page(ctx.db, args)
         texts = (len(message.content) + sum(len(file.alt or "") + 200 for file in message.files) for message in page.messages)
-        ctx.pages.keep(args, seq, page, 4 * sum(texts))
+        ctx.pages.store(args, seq, page, 4 * sum(texts))
     return Result(page)
 
 
@@ -7050,7 +7050,7 @@ class Hub:
         self.downloads = FairQueue(DOWNLOADS, DOWNLOADS_PER_USER)
         self.password_hasher = PasswordHasher(bounded=not settings.no_rate_limit)
         self.limiter, self.unlimited = Limiter(enabled=not settings.no_rate_limit), Limiter(enabled=False)
-        self.presence, self.pages, self.missed = Presence(), AnswerCache(), AnswerCache()
+        self.presence, self.pages, self.missed = Presence(), ResultCache(), ResultCache()
         self.typing_tracker, self.voice_peers = TypingTracker(), VoicePeers()
         self.hands: dict[tuple[int, int], Hand] = {}  # (server, user) -> a raised hand
         self.lowered: dict[tuple[int, int], str] = {}  # (server, user) -> when that hand was lowered, the oldest first
@@ -7062,7 +7062,7 @@ class Hub:
         self.before: dict[str, list[HostFunction]] = {}  # operation -> functions of the embedding program
         self.host_events: dict[str, Operation] = {}  # events of the embedding program
         self.listening = False
-        self.say: Callable[[BusMessage], None] = lambda message: None  # sends to all other processes; set by `Bus`
+        self.broadcast: Callable[[BusMessage], None] = lambda message: None  # sends to all other processes; set by `Bus`
         self.redis: Literal["up", "down"] | UnsetType = UNSET  # whether Redis connects the processes
         self.foreign = False  # whether the effects that are applied come from another process
         self.erase_after = 0.0  # see `erase_texts`
@@ -7135,7 +7135,7 @@ class Hub:
     def forget_tokens(self, user_id: int) -> None:
         self._token_cache = {token: user for token, user in self._token_cache.items() if user.user_id != user_id}
 
-    async def ask_program(
+    async def call_program(
         self, what: str, work: Coroutine[Any, Any, T], may_refuse: bool = False, failure: ChatError | None = None
     ) -> T:
         """Await a coroutine of the embedding program. Raises `failure` (default: UNAVAILABLE), and logs why, if it fails or
@@ -7187,7 +7187,7 @@ class Hub:
         self.pages.clear()
         self.missed.clear()
         self.hands.clear()
-        self.say(Notice("want"))  # the others list the raised hands
+        self.broadcast(Notice("want"))  # the others list the raised hands
         with contextlib.suppress(ChatError):
             self.presence.invisible = set(self.store.read_inline(load_invisible))
         for session in list(self.sio.eio.sockets.values()):
@@ -7199,7 +7199,7 @@ class Hub:
     ) -> None:  # fmt: skip
         """Send an event to its room, and to the program's own listeners."""
         if isinstance(payload, ChannelUser) and event in BUS_EVENTS and not self.foreign:
-            self.say(Change(event, payload.channel_id, payload.user_id, getattr(payload, "peer_id", "-")))
+            self.broadcast(Change(event, payload.channel_id, payload.user_id, getattr(payload, "peer_id", "-")))
         room, urgency = room or EVENTS[event].room, LATE if event in PRESENCE_EVENTS else SOON
         self.sio.publish(event, payload, f"{room}:{to}", skip_sid, urgency)
         for queue in self.listeners.get(event, ()) if self.listening and not self.foreign else ():
@@ -7377,7 +7377,7 @@ class Hub:
         connection.servers[server_id] = set(channel_ids)
         for channel_id in channel_ids:
             self.sio.enter(connection.sid, f"channel:{channel_id}")
-        self.show(server_id, connection.user, connection.sid)
+        self.mark_connected(server_id, connection.user, connection.sid)
 
     def leave_rooms(self, connection: Connection, server_id: int) -> None:
         for channel_id in connection.servers[server_id]:
@@ -7391,24 +7391,24 @@ class Hub:
         self.stop_activity(connection, server_id)
         self.leave_rooms(connection, server_id)
         del connection.servers[server_id]
-        self.hide(server_id, connection.user, connection.sid, quietly)
+        self.mark_disconnected(server_id, connection.user, connection.sid, quietly)
         return True
 
-    def show(self, server_id: int, user: Principal | Profile, sid: str) -> None:
+    def mark_connected(self, server_id: int, user: Principal | Profile, sid: str) -> None:
         """Record that a user is connected by this socket, or by another process. Emit it if others see a change."""
         was_here = self.presence.has(server_id, user.user_id)
         if self.presence.join(server_id, user.user_id, sid):
             self.emit("user:connected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
         self.watch_hand(server_id, user.user_id)
         if not was_here and not is_foreign(sid):
-            self.say(Change("user:connected", server_id, user.user_id))
+            self.broadcast(Change("user:connected", server_id, user.user_id))
 
-    def hide(self, server_id: int, user: Principal | Profile, sid: str, quietly: bool = False) -> None:
+    def mark_disconnected(self, server_id: int, user: Principal | Profile, sid: str, quietly: bool = False) -> None:
         if self.presence.leave(server_id, user.user_id, sid) and not quietly:
             self.emit("user:disconnected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
         self.watch_hand(server_id, user.user_id)
         if not is_foreign(sid) and not self.presence.has(server_id, user.user_id):
-            self.say(Change("user:disconnected", server_id, user.user_id))
+            self.broadcast(Change("user:disconnected", server_id, user.user_id))
 
     def start_typing(self, server_id: int, channel_id: int, user: Principal | Profile, sid: str) -> None:
         loop = asyncio.get_running_loop()
@@ -7432,7 +7432,7 @@ class Hub:
         if (peer := self.voice_peers.pop(sid, None)) is not None:
             self.emit("voice:leave", peer.server_id, peer.notice)
             if self.foreign and not is_foreign(sid):  # `emit` announces no foreign effect, but this peer is ours
-                self.say(Change("voice:leave", peer.notice.channel_id, peer.notice.user_id, peer.notice.peer_id))
+                self.broadcast(Change("voice:leave", peer.notice.channel_id, peer.notice.user_id, peer.notice.peer_id))
 
     def join_voice(self, sid: str, server_id: int, notice: VoicePeer) -> None:
         """Add a peer to a voice channel, which the user's other devices leave."""
@@ -7493,7 +7493,7 @@ class Hub:
         """Send a WebRTC signal. Return False if the peer is behind: more signals could fill its backlog and disconnect it."""
         session = self.sio.session(peer.sid)
         if is_foreign(peer.sid):
-            self.say(Signal(sender.notice.peer_id, peer.notice.peer_id, StrictJson.dumps(data)))
+            self.broadcast(Signal(sender.notice.peer_id, peer.notice.peer_id, StrictJson.dumps(data)))
         elif session is not None and session.is_behind():
             return False
         else:
@@ -7555,7 +7555,7 @@ class OtherProcess:
         self.sid = f"{FOREIGN}{instance}/"  # the sid of its users in Presence, and the beginning of its voice peers' sids
         self.number = -1  # the number of its last message
         self.in_sync = False  # whether every packet since its last list has arrived
-        self.last_packet_at = self.asked_at = -math.inf
+        self.last_packet_at = self.requested_at = -math.inf
         self.listed: set[object] | None = None  # the users and peers in the parts of its list so far
 
 
@@ -7578,14 +7578,15 @@ class Bus:
         self._wake_is_queued = self._hello_is_due = self._stopping = self._connected = False
         self._list_sent_at = self._listening_since = self._own_beat_at = -math.inf
         self._others: dict[str, OtherProcess] = {}
-        hub.say, hub.store.on_commit, hub.limiter.announce, hub.redis = self.say, self.wake, self.announce_failure, "down"
+        hub.broadcast, hub.redis = self.broadcast, "down"
+        hub.store.on_commit, hub.limiter.announce = self.wake, self.announce_failure
         self._publisher = asyncio.create_task(self._keep_running(self._publish))
         self._tasks = [self._publisher, *map(asyncio.create_task, (self._keep_running(self._listen), self._beat()))]
 
     async def stop(self) -> None:
         """Publish that this process ends, and wait at most a second until everything is published."""
         self._stopping = True
-        self.say(Notice("bye"))
+        self.broadcast(Notice("bye"))
         await asyncio.wait([self._publisher], timeout=REDIS_SECONDS)
         for task in self._tasks:
             task.cancel()
@@ -7593,7 +7594,7 @@ class Bus:
 
     # Sending
 
-    def say(self, message: BusMessage) -> None:
+    def broadcast(self, message: BusMessage) -> None:
         """Queue a message for all other processes. While Redis is down, it is only counted: a list will replace it."""
         self._number += 1
         if self._connected:
@@ -7604,11 +7605,11 @@ class Bus:
         """Notify the other processes that the commit log has new rows. A process that has just started polls it anyway."""
         if self._others and not self._wake_is_queued:
             self._wake_is_queued = True
-            self.say(Notice("wake"))
+            self.broadcast(Notice("wake"))
 
     def announce_failure(self, limit: str, key: object) -> None:
         parts = key if isinstance(key, tuple) else (key,)
-        self.say(Counted(limit, [str(part).encode(errors="replace").decode() for part in parts]))
+        self.broadcast(Counted(limit, [str(part).encode(errors="replace").decode() for part in parts]))
 
     def _send_list(self) -> None:
         """Send the whole list of this process's users and voice peers, and of all raised hands."""
@@ -7616,17 +7617,17 @@ class Bus:
         peers = [(n.channel_id, n.user_id, n.peer_id) for sid, _, n in self._hub.voice_peers.values() if not is_foreign(sid)]
         hands = [(*key, hand.notice.at) for key, hand in self._hub.hands.items()]
         lists: dict[str, Any] = {"users": list(self._hub.presence.users_of()), "peers": peers, "hands": hands}
-        self.say(Hello("first"))
+        self.broadcast(Hello("first"))
         for name, entries in lists.items():
             for at in range(0, len(entries), HELLO_ENTRIES):
-                self.say(Hello(**{name: entries[at : at + HELLO_ENTRIES]}))
-        self.say(Hello("last"))
+                self.broadcast(Hello(**{name: entries[at : at + HELLO_ENTRIES]}))
+        self.broadcast(Hello("last"))
 
     async def _beat(self) -> None:
         while True:
             if self._hello_is_due:
                 self._send_list()
-            self.say(Notice("beat"))
+            self.broadcast(Notice("beat"))
             await asyncio.sleep(BEAT_SECONDS)
 
     async def _keep_running(self, work: Callable[[], Awaitable[None]]) -> None:
@@ -7680,7 +7681,7 @@ class Bus:
             self._listening_since = self._own_beat_at = self._loop.time()
             for process in self._others.values():
                 process.in_sync = False
-            self.say(Notice("want"))
+            self.broadcast(Notice("want"))
             try:
                 while True:
                     async with asyncio.timeout_at(self._own_beat_at + SILENCE_SECONDS):
@@ -7727,9 +7728,9 @@ class Bus:
             else:
                 self._apply(process, message)
             await asyncio.sleep(0)
-        if not process.in_sync and now - process.asked_at >= BEAT_SECONDS:
-            process.asked_at = now
-            self.say(Notice("want", packet.sender))
+        if not process.in_sync and now - process.requested_at >= BEAT_SECONDS:
+            process.requested_at = now
+            self.broadcast(Notice("want", packet.sender))
 
     def _apply(self, process: OtherProcess, message: BusMessage) -> None:
         match message:
@@ -7741,18 +7742,18 @@ class Bus:
                     self._send_list()
             case Change():
                 with self._hub.as_foreign():
-                    self._apply_change(process, message.event, message.place, message.user_id, message.peer_id)
+                    self._apply_change(process, message.event, message.target_id, message.user_id, message.peer_id)
             case Signal():
                 self._deliver(process, message)
             case Counted(name, key) if name in LIMITS and len(key) == KEY_PARTS.get(LIMITS[name].by):
                 self._hub.limiter.count(name, key[0] if len(key) == 1 else tuple(key))
 
-    def _apply_change(self, process: OtherProcess, event: str, place: int, user_id: int, peer_id: str = "") -> None:
+    def _apply_change(self, process: OtherProcess, event: str, target_id: int, user_id: int, peer_id: str = "") -> None:
         """Apply an event of a user of another process. It is ignored unless the user is a member and, for every event but
         `user:connected`, connected to that process."""
         hub, read, sid, peer_sid = self._hub, self._hub.store.read_inline, process.sid, process.sid + peer_id
-        channels = read(find_channel, place) if event in BUS_EVENTS else []
-        server_id = channels[0].server_id if channels else place
+        channels = read(find_channel, target_id) if event in BUS_EVENTS else []
+        server_id = channels[0].server_id if channels else target_id
         is_there = hub.presence.has(server_id, user_id, sid)
         if is_there is (event == "user:connected") or (event in BUS_EVENTS and not channels):
             return
@@ -7763,15 +7764,15 @@ class Bus:
             case "user:connected":
                 if user.status == "invisible" and not hub.presence.servers(user_id):
                     hub.presence.invisible.add(user_id)  # the commit log may say so later
-                hub.show(server_id, user, sid)
+                hub.mark_connected(server_id, user, sid)
             case "user:disconnected":
-                hub.hide(server_id, user, sid)
+                hub.mark_disconnected(server_id, user, sid)
             case "user:typing":
-                hub.start_typing(server_id, place, user, sid)
-            case "typing_stop" if (place, user_id) in hub.typing_tracker.of_socket(sid):
-                hub.stop_typing(place, user_id)
+                hub.start_typing(server_id, target_id, user, sid)
+            case "typing_stop" if (target_id, user_id) in hub.typing_tracker.of_socket(sid):
+                hub.stop_typing(target_id, user_id)
             case "voice:join" if peer_sid not in hub.voice_peers:
-                hub.join_voice(peer_sid, server_id, VoicePeer(place, user_id, user.username, peer_id, name=user.name))
+                hub.join_voice(peer_sid, server_id, VoicePeer(target_id, user_id, user.username, peer_id, name=user.name))
             case "voice:leave":
                 hub.leave_voice(peer_sid)
 
@@ -7963,7 +7964,7 @@ async def create_session(hub: Hub, caller: Caller, args: NoArgs) -> Result[AuthR
         found = await identify(request)
         return None if found is None else read_args(HostUser, found)
 
-    fields = await hub.ask_program("identify", find_user())
+    fields = await hub.call_program("identify", find_user())
     if fields is None:
         raise chat_error("HOST_SIGN_IN")
     return issue_token(hub, await find_or_store_host_user(hub, fields), min(hub.settings.token_ttl, SESSION_SECONDS))
@@ -8276,7 +8277,7 @@ async def load_missed(hub: Hub, caller: Caller, since: ChangesArgs) -> tuple[int
         return seq, loaded
     data = msgspec.json.encode(loaded)
     if loaded.members is loaded.channels is loaded.name is UNSET and not loaded.has_more:  # it is the same for all members
-        hub.missed.keep(since, loaded.seq, msgspec.Raw(data), len(data))
+        hub.missed.store(since, loaded.seq, msgspec.Raw(data), len(data))
     return seq, msgspec.Raw(data)
 
 
@@ -8463,7 +8464,7 @@ async def run_operation(hub: Hub, op: Operation, caller: Caller, args: Any) -> R
     if limit and not limit.failures:
         limiter.charge(name, key_owner)
     if op.name in hub.before and not caller.is_program:
-        args = await hub.ask_program(f"before {op.name}", run_before(hub, op, caller, args), may_refuse=True)
+        args = await hub.call_program(f"before {op.name}", run_before(hub, op, caller, args), may_refuse=True)
     if limit and limit.failures:
         with limiter.charge_unknown_code(name, key_owner):
             return await dispatch(hub, op, caller, args)
@@ -8565,21 +8566,21 @@ def disposition(kind: str, name: str) -> str:
 
 
 async def send_parts(
-    hub: Hub, request: web.Request, user: Principal, answer: web.StreamResponse, parts: AsyncIterator[bytes]
+    hub: Hub, request: web.Request, user: Principal, response: web.StreamResponse, parts: AsyncIterator[bytes]
 ) -> web.StreamResponse:
     """Send the parts of a body. If the client loses access or disconnects meanwhile, the connection is aborted."""
     complete = False
     async with hub.downloads.turn(user.user_id):
         try:
             with contextlib.suppress(ChatError, ConnectionError):
-                await answer.prepare(request)
+                await response.prepare(request)
                 async for part in parts:
-                    await hub.sio.eio.slow_clients.send(request, answer, part)
+                    await hub.sio.eio.slow_clients.send(request, response, part)
                 complete = True
         finally:
             if not complete and request.transport is not None:
                 abort(request.transport)
-    return answer
+    return response
 
 
 async def send_document(hub: Hub, request: web.Request, user: Principal, document: Document) -> web.StreamResponse:
@@ -8600,15 +8601,15 @@ async def send_file(hub: Hub, request: web.Request, content: FileContent) -> web
     part = requested_range(request, file.size, tag)
     start, stop = part or (0, file.size)
     if part is not None and start >= stop:
-        response = error_response(ChatError("BAD_REQUEST", "The range is outside the file", status=416))
-        response.headers["Content-Range"] = f"bytes */{file.size}"
-        return response
+        not_satisfiable = error_response(ChatError("BAD_REQUEST", "The range is outside the file", status=416))
+        not_satisfiable.headers["Content-Range"] = f"bytes */{file.size}"
+        return not_satisfiable
     if part is not None:
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.size}"
-    answer = web.StreamResponse(status=206 if part else 200, headers=headers)
-    answer.content_length = stop - start
+    response = web.StreamResponse(status=206 if part else 200, headers=headers)
+    response.content_length = stop - start
     parts = content.parts(start, stop if request.method == "GET" else start)
-    return await send_parts(hub, request, content.user, answer, parts)
+    return await send_parts(hub, request, content.user, response, parts)
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -8748,7 +8749,7 @@ def host_operation(name: str, function: HostFunction) -> Operation:
     kind: Any = Any if parameters[1].annotation is inspect.Parameter.empty else parameters[1].annotation
     msgspec.json.schema(kind)  # raises TypeError for a type that msgspec does not know
 
-    async def answer(caller: Caller, args: Any) -> dict[str, Any]:
+    async def call(caller: Caller, args: Any) -> dict[str, Any]:
         value = await function(caller.info, args)
         result = msgspec.json.decode(msgspec.json.encode({} if value is None else value))
         if not isinstance(result, dict):
@@ -8757,7 +8758,7 @@ def host_operation(name: str, function: HostFunction) -> Operation:
 
     async def run(hub: Hub, caller: Caller, args: Any) -> Result[dict[str, Any]]:
         failure = ChatError("INTERNAL_ERROR")  # not HOST_FAILED: the function may have changed something
-        return Result(await hub.ask_program(f"event {name}", answer(caller, args), may_refuse=True, failure=failure))
+        return Result(await hub.call_program(f"event {name}", call(caller, args), may_refuse=True, failure=failure))
 
     return Operation(
         name=name, run=run, kind="async", event=name, method=None, path=None, access=Access.USER, args=kind,
@@ -8851,7 +8852,7 @@ def describe_operation(op: Operation) -> dict[str, Any]:
 def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     schema = schemas[op.args.__name__]
     fields, required, in_path = schema["properties"], schema.get("required", []), re.findall(r"{(\w+)}", op.path or "")
-    places = {name: "path" if name in in_path else "query" for name in fields if name in in_path or not op.has_body}
+    locations = {name: "path" if name in in_path else "query" for name in fields if name in in_path or not op.has_body}
     result = op.result.__name__
     success = {"description": "Done."} if op.result is type(None) else json_content(reference(result), description=result)
     if op.result in (FileContent, Document):
@@ -8859,12 +8860,12 @@ def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     route = describe_operation(op) | {
         "operationId": op.name,
         "parameters": [
-            {"name": name, "in": place, "required": name in required, "schema": fields[name]} for name, place in places.items()
+            {"name": name, "in": at, "required": name in required, "schema": fields[name]} for name, at in locations.items()
         ],
         "responses": {str(op.status): success, "default": json_content(reference("Error"), description="An error.")},
         "security": [] if op.access is Access.ANYONE else [{"token": []}],
     }
-    if body := {name: field for name, field in fields.items() if name not in places}:
+    if body := {name: field for name, field in fields.items() if name not in locations}:
         needed = [name for name in required if name in body]
         strict = op.args.__struct_config__.forbid_unknown_fields
         schema = {"type": "object", "properties": body, "additionalProperties": not strict, "required": needed}
@@ -10110,8 +10111,8 @@ def export_file(db: sqlite3.Connection, file: File, folder: Path) -> Iterator[by
 
 def write_html(db: sqlite3.Connection, servers: list[dict[str, Any]], output: typing.TextIO, folder: Path | None) -> None:
     """Write the messages of servers as one HTML file. It links to exported files, whose folder has to be next to it."""
-    places = [(server["name"], load_channels(db, server["server_id"])) for server in servers]
-    transcript = Transcript(places, folder=folder.name if folder else None)
+    contents = [(server["name"], load_channels(db, server["server_id"])) for server in servers]
+    transcript = Transcript(contents, folder=folder.name if folder else None)
     with click.progressbar(length=count_rows(db)[2], label="Exporting", **BAR) as bar:
         while (part := transcript.read(db)) is not None:
             output.write(part)
