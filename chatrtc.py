@@ -182,7 +182,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     voice_max: Annotated[int, Meta(ge=2, le=1000, description="Maximum number of people in a voice channel.")] = 12
     keep_days: Annotated[int, Meta(ge=0, le=36_500, description="Days after which messages are deleted; 0: never.")] = 0
     no_rate_limit: Annotated[
-        bool, Meta(description="Turn off rate limits, and the limits of sockets by user and address, for benchmarks.")
+        bool, Meta(description="Turn off rate limits and the limits on sockets per user and address, for benchmarks.")
     ] = False
 
 
@@ -273,7 +273,7 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "CONVERSATIONS_OFF": ("FORBIDDEN", "Private conversations are turned off"),
     "CONVERSATIONS_STAFF": ("FORBIDDEN", "An admin or owner of a shared server must take part in a private conversation"),
     "TWO_ONLY": ("FORBIDDEN", "Nobody can be added to a conversation of two; start a new one"),
-    "LEFT": ("FORBIDDEN", "This person has left the conversation, and only they can come back"),
+    "LEFT": ("FORBIDDEN", "This person has left the conversation, and nobody else can bring them back"),
     "TOO_MANY": ("CONFLICT", "The limit of {n} is reached"),
     "MESSAGE_DELETED": ("CONFLICT", "This message was posted and has since been deleted"),
     "NO_REPLY_TARGET": ("NOT_FOUND", "The message to reply to was not found in this channel"),
@@ -3435,7 +3435,7 @@ def update_channel(db: sqlite3.Connection, channel: Channel) -> int:
 INTEGRITY_CHECKS = {  # what each query finds
     "a server without an owner, or a conversation with one": """SELECT server_id FROM servers s WHERE (kind = 'direct') =
         EXISTS (SELECT 1 FROM members m WHERE m.server_id = s.server_id AND role = 'owner')""",
-    "a seq beyond its server's last": "SELECT message_id FROM messages m JOIN servers s USING (server_id) WHERE m.seq > s.seq",
+    "a seq above that of its server": "SELECT message_id FROM messages m JOIN servers s USING (server_id) WHERE m.seq > s.seq",
     "a message whose channel is in another server":
         "SELECT message_id FROM messages m JOIN channels c USING (channel_id) WHERE c.server_id <> m.server_id",
     "a reply to a message that is missing or in another channel":
@@ -5185,8 +5185,8 @@ def set_mute(ctx: OperationContext, user_id: int, until: str | None) -> list[Eff
     emits=["member:updated", "typing_stop", "voice:leave"], logged="mute",
 )  # fmt: skip
 def mute(ctx: OperationContext, args: MuteArgs) -> Result[Member]:
-    """Mute a member for `seconds`, or until the mute is lifted. A muted member can read, delete own messages and raise a hand,
-    but cannot post, edit, react, send files, type or talk."""
+    """Mute a member for `seconds`, or until the mute is lifted. A muted member can read, delete their own messages and raise a
+    hand, but cannot post, edit, react, send files, type or talk."""
     until = FOREVER if args.seconds is None else utc(math.ceil(ctx.clock + args.seconds))
     effects = set_mute(ctx, args.user_id, until)
     return Result(load_member(ctx, args.user_id), effects)
@@ -5543,8 +5543,8 @@ def mark_read(ctx: OperationContext, args: MarkReadArgs) -> Result[None]:
 
 @write(None, Access.MEMBER, event="hand:raise", emits=["hand:raised"], limit="post", frees_space=True)
 def raise_hand(ctx: OperationContext, args: ServerArgs) -> Result[None]:
-    """Raise your hand in a server, also while you are muted; a second time changes nothing. It is lowered 10 seconds after your
-    last socket has gone."""
+    """Raise your hand in a server, even while muted; raising it again changes nothing. It is lowered 10 seconds after your last
+    socket disconnects."""
     if not ctx.presence.is_connected(ctx.server_id, ctx.user.user_id):
         raise chat_error("NOT_JOINED")
     raised = HandRaised(ctx.server_id, ctx.user.user_id, ctx.user.username, ctx.now, name=ctx.user.name)
@@ -7182,7 +7182,7 @@ class Hub:
 
     def reconnect_all(self) -> None:
         """Close all sockets, because they have missed events. Their clients reconnect and catch up."""
-        log.warning("this process was away for too long: its clients reconnect")
+        log.warning("this process has missed rows of the commit log: its clients reconnect")
         self._token_cache.clear()
         self.pages.clear()
         self.missed.clear()
@@ -8208,7 +8208,7 @@ async def create_file_link(hub: Hub, caller: Caller, args: FileArgs) -> Result[F
 
 @operation("async", "GET /channels/{channel_id}/transcript", Access.ADMIN)
 async def get_transcript(hub: Hub, caller: Caller, args: TranscriptArgs) -> Result[Document]:
-    """Return the messages of a channel as one HTML file, with `names=hidden` without the names of people."""
+    """Return the messages of a channel as one HTML file; `names=hidden` leaves out people's names."""
 
     def load(ctx: OperationContext, _: TranscriptArgs) -> tuple[str, Channel]:
         return load_servers(ctx.db, ctx.user.user_id, ctx.server_id)[0].name, load_channel(ctx.db, ctx.channel_id)
@@ -8283,7 +8283,7 @@ async def load_missed(hub: Hub, caller: Caller, since: ChangesArgs) -> tuple[int
 
 @operation("async", None, Access.MEMBER, event="join_server", emits=["user:connected"])
 async def join_server(hub: Hub, caller: Caller, args: JoinServer) -> Result[JoinServerResult]:
-    """Subscribe to a server's events and, with `after`, get the changes after that sequence number. None is lost in between."""
+    """Subscribe to a server's events and, with `after`, get the changes since that sequence number, without a gap."""
     since = ChangesArgs(server_id=args.server_id, after=args.after or 0)
 
     def look_up(ctx: OperationContext, _: JoinServer) -> tuple[list[Channel], int, msgspec.Raw | None]:
@@ -9003,7 +9003,7 @@ def check_addresses(settings: Settings) -> None:
     try:
         settings.host.encode("idna")
     except UnicodeError:
-        raise StartError(f"--host {settings.host}: is not a host name") from None
+        raise StartError(f"--host {settings.host}: not a host name") from None
     redis = REDIS_URL.fullmatch("redis://localhost" if settings.redis is None else settings.redis)
     if redis is None or int(redis[2] or 0) > PORT_MAX:  # the URL may contain a password, so it is not shown
         raise StartError("--redis: must be redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH; %-encode the password")
@@ -9019,7 +9019,7 @@ def check_addresses(settings: Settings) -> None:
             raise StartError(f"--trusted-proxy {proxy}: must be an address, a network or 'unix'") from None
     url = settings.public_url
     if url is not None and not (len(url) <= PUBLIC_URL_MAX and PUBLIC_URL.fullmatch(url) and parse_origin(origin_of(url))):
-        raise StartError(f"--public-url {url}: must be http:// or https://, a host name and a path if any, without '?' or '#'")
+        raise StartError(f"--public-url {url}: must be http:// or https:// with a host name and any path, but no '?' or '#'")
 
 
 def read_settings(given: dict[str, Any]) -> Settings:
@@ -9034,7 +9034,7 @@ def read_settings(given: dict[str, Any]) -> Settings:
         raise StartError("--tls-self-signed and --tls-cert cannot be combined")
     check_addresses(settings)
     if settings.process is not None and settings.redis is None:
-        raise StartError("--process: needs --redis")
+        raise StartError("--process needs --redis")
     if settings.redis is not None and settings.process is None:
         settings = msgspec.structs.replace(settings, process=secrets.token_hex(4))
     if settings.lan and settings.host == Settings().host:
@@ -9373,7 +9373,7 @@ class ChatRTC:
         return member
 
     async def delete_user(self, *, user_id: int, messages: bool = False) -> None:
-        """Delete an account, with `messages` its messages too. Its servers pass to other members. Raises NOT_FOUND."""
+        """Delete an account, with `messages` its messages too. Servers that it owns pass to others. Raises NOT_FOUND."""
         args = read_args(DeleteUser, {"user_id": user_id, "messages": messages})
 
         def job(db: sqlite3.Connection) -> Result[None]:
@@ -9414,7 +9414,7 @@ class ChatRTC:
         """Open the database and start maintenance. Raises StartError."""
         hub = self.hub
         if hub.listening:
-            raise StartError("This chat is running already: attach it only once")
+            raise StartError("This chat is already running: attach it only once")
         async with contextlib.AsyncExitStack() as stack:  # undoes the steps before one that fails
             if self._name is not None:
                 stack.callback(self._name.close)
@@ -9977,7 +9977,7 @@ def user_password(username: str, database: str) -> None:
 @click.option("--messages", is_flag=True, help="Also delete its messages.")
 @setting_options("database")
 @click.confirmation_option(
-    prompt="Delete this account? Its servers pass to other members; a server that has none (or only bots) is deleted."
+    prompt="Delete this account? Servers that it owns pass to other members. A server without other people is deleted."
 )
 def user_delete(username: str, messages: bool, database: str) -> None:
     """Delete an account. Its messages stay, under its name, unless you give --messages."""

@@ -23750,7 +23750,7 @@ def readme_tables() -> dict[str, str]:
         for limit in chatrtc.LIMITS.values()
     ]
     settings = [
-        (code(flag), "" if field.default in (None, (), False) else code(str(field.default)), sentence_of(field))
+        (code(flag), "" if str(field.default) in ("None", "()", "False") else code(str(field.default)), sentence_of(field))
         for flag, field in chatrtc.setting_flags()
     ]
     reasons = [(code(name), code(error), text) for name, (error, text) in chatrtc.REASONS.items()]
