@@ -18070,7 +18070,7 @@ async def test_a_group_of_five_is_started_with_the_keyboard_and_nobody_brings_ba
     await maya.choose("#conversation-menu", "Add people")
     await maya.fill_and_enter("#find", "zoe")
     await maya.press("#find", "Enter")
-    await expect(maya.locator("#finder .wrong")).to_contain_text("Only they can come back.")
+    await expect(maya.locator("#finder .wrong")).to_contain_text("Nobody else can bring them back.")
     await maya.keyboard.press("Escape")
     await zoe.click("#private")
     await zoe.click('#notice [data-do="newMessage"]')
@@ -20796,7 +20796,7 @@ async def test_files_are_dropped_cancelled_and_limited(api: World, tab: Any, tmp
     await drag(maya, tmp_path / "notes.txt", tmp_path / "more.txt")
     await expect(maya.locator("#drop")).to_be_hidden()
     await maya.attach(("film.bin", bytes(4_000_000)), ("huge.bin", bytes(11 << 20)))
-    await expect(maya.attachment("huge.bin")).to_contain_text("Larger than 10 MB, the most that is allowed here.")
+    await expect(maya.attachment("huge.bin")).to_contain_text("Larger than 10 MB, the maximum allowed here.")
     await maya.press("#text", "Enter")
     await expect(maya.locator("#toasts")).to_have_text("A file was not uploaded. Try again, or remove it.")
     await maya.click('[aria-label="Remove huge.bin"]')
@@ -22261,14 +22261,14 @@ async def test_the_moderation_log(two: Any, api: World) -> None:
     await maya.choose("#server", "Moderation log")
     entries = maya.locator("#people-list li p")
     expected = [
-        "Maya lifted the ban of Zoë", "Maya banned Zoë", "Maya removed Zoë", "Maya revoked an invite",
+        "Maya lifted the ban on Zoë", "Maya banned Zoë", "Maya removed Zoë", "Maya revoked an invite",
         "Maya deleted all messages of general", "Maya deleted a message of Zoë in general",
         "Maya unpinned a message of Zoë in general", "Maya pinned a message of Zoë in general",
         "Maya deleted the channel homework", "Maya created the channel homework",
         "Maya renamed the server to Biology 4B",
         "Maya changed general: Topic: Ponds · Slow mode: Off · Keep messages: Always",
         "Maya changed general: Who can write: Only admins · Slow mode: 30 seconds · Keep messages: 7 days",
-        "Maya lifted the mute of Zoë", "Maya muted Zoë until lifted", "Maya muted Zoë for 5 minutes",
+        "Maya unmuted Zoë", "Maya muted Zoë until lifted", "Maya muted Zoë for 5 minutes",
         "Maya made Zoë a member", "Maya made Zoë an admin", "Maya created an invite", "Maya created an invite",
     ]  # fmt: skip
     await expect(entries).to_have_text(expected)
