@@ -715,8 +715,7 @@ def attachment_texts(one: SlackAttachment) -> Iterator[str]:
 def read_slack(text: SlackText, blocks: list[SlackBlock] | None, attachments: list[SlackAttachment] | None) -> str:
     """Return a message in Slack's format as Markdown. Blocks replace the text, as in Slack."""
     parts = ["\n".join(filter(None, block_texts(blocks))) or slack_markdown(text)]
-    for one in attachments or ():
-        parts.append("\n".join(filter(None, attachment_texts(one))) or slack_markdown(one.fallback))
+    parts += ["\n".join(filter(None, attachment_texts(one))) or slack_markdown(one.fallback) for one in attachments or ()]
     return "\n".join(filter(None, parts))
 
 
@@ -3574,9 +3573,8 @@ def insert_piece(db: sqlite3.Connection, file_id: int, number: int, data: bytes,
 
 def load_file_part(db: sqlite3.Connection, file_id: int, start: int, size: int) -> bytes:
     """Return at most `size` bytes of a file from `start`, all of one piece. Raises NOT_FOUND if the file was removed."""
-    part = (
-        "SELECT substr(data, ?, ?) FROM pieces JOIN files USING (file_id) WHERE file_id = ? AND number = ? AND channel_id > 0"
-    )
+    part = """SELECT substr(data, ?, ?) FROM pieces JOIN files USING (file_id)
+              WHERE file_id = ? AND number = ? AND channel_id > 0"""
     row = db.execute(part, (start % PIECE_BYTES + 1, size, file_id, start // PIECE_BYTES)).fetchone()
     if not row or not row[0]:
         raise chat_error("NO_FILE")
@@ -7841,9 +7839,8 @@ def sign_in(hub: Hub, caller: Caller, user: Principal) -> Result[AuthResponse]:
     digest, clock = hub.signer.address_digest(user.user_id, caller.address), time.time()
     seen = hub.store.read_inline(load_address_seen_at, user.user_id, digest)
     if seen is None or clock - seen > ADDRESS_SECONDS:
-        hub.sio.eio.spawn(
-            result_or_exception(hub.store.write(lambda db: insert_known_address(db, user.user_id, digest, clock)))
-        )
+        job = functools.partial(insert_known_address, user_id=user.user_id, digest=digest, clock=clock)
+        hub.sio.eio.spawn(result_or_exception(hub.store.write(job)))
     return issue_token(hub, user)
 
 
@@ -8097,14 +8094,9 @@ async def create_hook(hub: Hub, caller: Caller, args: NewHook) -> Result[Hook]:
 
 
 @operation(
-    "async",
-    "POST /hooks/{secret}",
-    Access.ANYONE,
-    emits=["message:new", "channel:read", "mention"],
-    status=201,
-    limit="invite",
-    action="hook",
-)
+    "async", "POST /hooks/{secret}", Access.ANYONE, emits=["message:new", "channel:read", "mention"],
+    status=201, limit="invite", action="hook",
+)  # fmt: skip
 async def post_hook(hub: Hub, caller: Caller, args: HookPost) -> Result[HookMessage]:
     """Post in the channel of an incoming hook: `content`, or a message in Slack's format. The channel's rules do not apply, but
     a mute of the hook's bot does."""
@@ -8944,7 +8936,7 @@ MAX_CACHED_PICTURES = 64  # QR codes, of about 20 KiB each
 DELETION_PAUSE_FACTOR = 4  # the pause after a step of a deletion, in multiples of the step: up to 0.2 s with a million messages
 DELETION_SECONDS = 1.0  # longest time for one kind of deletion before other maintenance runs, and longest pause
 MAX_UNINDEXED = 50_000  # messages that may wait to be indexed: a search then indexes them first, in about 2 seconds
-KEEPALIVE = 20.0
+KEEPALIVE = 20.0  # seconds for which an idle HTTP connection stays open
 WATCHDOG_SECONDS = 2.0  # between two notices to systemd
 PUBLIC_URL = re.compile(rf"(?i:https?://{HOST.pattern}){PATH.pattern}", re.ASCII)
 REDIS_URL = re.compile(
