@@ -2344,7 +2344,7 @@ MAX_QUEUED_JOBS = 20_000
 MAINTENANCE_IDLE_SECONDS = 0.3  # maintenance runs after this time without writes
 DISK_CHECK_SECONDS = 1.0  # time between two checks of the free disk space
 FAILURE_LOG_SECONDS = 60  # time between two log lines about failed writes
-CALL_TIMEOUT = 8.0  # seconds for any call; shorter than the ping timeout
+CALL_TIMEOUT = 8.0  # seconds for a client's call, and for a commit; shorter than the ping timeout
 # Limits of the commit log. A process that is further behind disconnects its clients, which reconnect and catch up.
 LOG_ROWS, LOG_BYTES, LOG_SECONDS = 4096, 32 << 20, 60.0
 LOG_STEP = 256  # rows read in one query
@@ -4085,7 +4085,7 @@ class Transcript:
         self._parts = self._write_page()
 
     def read(self, db: sqlite3.Connection) -> str | None:
-        """Return the next part of the page, None at its end. Each part may be read from another snapshot."""
+        """Return the next part of the page, None at its end. Each part may be read from a different snapshot."""
         self._db, parts, size = db, list[str](), 0
         while size < TRANSCRIPT_PART and (part := next(self._parts, None)) is not None:
             parts.append(part)
@@ -4724,8 +4724,8 @@ def check_settings(access: Access, ctx: OperationContext) -> None:
 
 
 def check_conversation(ctx: OperationContext, people: list[int], must_share: bool = False) -> None:
-    """Raise FORBIDDEN unless these people, who include the caller, may write to each other in a conversation and, if they
-    `must_share` a server, do so. The setting does not restrict the embedding program."""
+    """Raise FORBIDDEN unless these people, who include the caller, may write to each other in a conversation and, with
+    `must_share`, share a server. The setting does not restrict the embedding program."""
     setting = ctx.settings.conversations if ctx.user.digest else "everyone"
     if ctx.conversation != "group" and len(people) < 2:
         raise chat_error("LEFT")
@@ -4773,7 +4773,7 @@ def authorize_participant(ctx: OperationContext, user_id: int) -> None:
 
 
 def is_replay(ctx: OperationContext, args: Args) -> bool:
-    """Return whether this repeats an earlier post (same nonce). That is never refused: it returns the first message."""
+    """Return whether this repeats an earlier post (same nonce). That post is never refused, and returns the first message."""
     nonce = getattr(args, "nonce", None)
     return bool(nonce and load_message_by_nonce(ctx.db, ctx.user.user_id, ctx.channel_id, nonce))
 
@@ -4937,8 +4937,8 @@ def describe_action(ctx: OperationContext, args: Args) -> str | None:
 
 
 def run_logged(op: Operation, run: Callable[..., Result[T]], ctx: OperationContext, args: Args) -> Result[T]:
-    """Run an operation or a step of one. If an admin changed anything by it, other than their own membership or message, record
-    it in the moderation log, in the same transaction."""
+    """Run an operation or a step of one. If an admin thereby changed anything except their own membership or message,
+    record it in the moderation log, in the same transaction."""
     changes, detail = ctx.db.total_changes, describe_action(ctx, args)
     result = run(ctx, args)
     target_id = getattr(args, "user_id", None) or ctx.target_id or ctx.message.author_id or None
@@ -6097,7 +6097,7 @@ HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?", re.ASCII)
 
 @functools.lru_cache(4096)
 def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return the address in `text`, with or without a port or a zone, or None. An IPv4 address within IPv6 is IPv4."""
+    """Return the address in `text`, with or without a port or a zone, or None. An IPv4-mapped IPv6 address is IPv4."""
     text = text.strip()
     if found := re.fullmatch(r"\[(.*)\](?::[0-9]+)?|([0-9.]+):[0-9]+", text):
         text = found[1] or found[2] or ""
@@ -6119,7 +6119,7 @@ def parse_network(text: str) -> Network | None:
 
 @functools.lru_cache(4096)
 def address_key(text: str) -> str:
-    """Return the text by which an address is counted and logged; for IPv6 the /64, all of which belongs to one customer."""
+    """Return the text by which an address is counted and logged; for IPv6 its /64 network, which belongs to one customer."""
     address = parse_address(text)
     if isinstance(address, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
@@ -6177,7 +6177,7 @@ def origin_of(url: str) -> str:
 
 
 def request_scheme(request: web.BaseRequest, options: EngineOptions) -> str:
-    """Return http or https, or an empty string: a proxy that is not trusted may have received https and sent http."""
+    """Return http or https, or "" if unknown: a proxy that is not trusted may have received https and sent http."""
     scheme = forwarded(request, options, "Proto").lower().replace("ws", "http")
     return scheme if scheme in PORTS else "https" if request.secure else ""
 
@@ -7702,8 +7702,8 @@ class Bus:
             await self._apply_packet(self._others.setdefault(packet.sender, OtherProcess(packet.sender)), packet)
 
     async def _note_own_beat(self) -> None:
-        """Redis is up, and all that was published before has arrived: remove the processes that have been silent. Of those that
-        are left, only the first calls its listeners."""
+        """Redis is up, and all that was published before has arrived: remove the processes that have been silent. Only the
+        first of the remaining processes calls its listeners."""
         self._hub.redis, self._own_beat_at = "up", self._loop.time()
         silent_since = self._own_beat_at - GONE_SECONDS
         gone = {name for name, one in self._others.items() if max(one.last_packet_at, self._listening_since) < silent_since}
@@ -9772,7 +9772,7 @@ class Group(click.Group):
     group_class = type
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Add a command, each of whose options can be set as CHATRTC_<OPTION> in the environment."""
+        """Add a command whose options can also be set as CHATRTC_<OPTION> in the environment."""
         cmd.context_settings = {"auto_envvar_prefix": "CHATRTC", "show_default": True, **cmd.context_settings}
         for option in cmd.params:
             if isinstance(option, click.Option) and option.name != "yes":
