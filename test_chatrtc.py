@@ -3585,7 +3585,7 @@ async def test_a_client_that_leaves_before_its_download_begins_is_no_error(
             await others.enter_async_context(downloads.turn(scene.ana.user_id))
         head = f"GET /files/{file['file_id']} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {scene.ana.token}\r\n\r\n"
         await wire.send(head.encode())
-        await until(lambda: downloads._queues)
+        await until(lambda: bool(downloads._queues))
         wire.reset()
         assert (await scene.world.call("GET", "/healthz")).status == 200  # the server has noticed it by now
     await until(lambda: not downloads._running)
