@@ -135,6 +135,10 @@ def node_modules() -> Path | None:
     return next(complete, None) if shutil.which("node") else None
 
 
+def find_browser() -> str | None:
+    return shutil.which("chromium") or shutil.which("chromium-headless-shell")
+
+
 def describe_machine(directory: Path) -> str:
     model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     versions = []
@@ -1495,7 +1499,7 @@ def page_reconnects(bench: Bench) -> None:
         server.call("POST", f"/servers/{server.rooms[number][0]}/channels", {"name": f"more-{number}"})
     session = {"user_id": account["user_id"], "username": account["username"], "token": server.token}
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{server.port}/")
         page.evaluate(KEEP_SESSION, session)
@@ -1775,7 +1779,7 @@ def available(chosen: Names) -> list[str]:
 
 def has_browser() -> bool:
     """Return whether a page can be measured here."""
-    found = bool(shutil.which("chromium") and find_spec("playwright"))
+    found = bool(find_browser() and find_spec("playwright"))
     if not found:
         click.echo(NO_BROWSER, err=True)
     return found
