@@ -9205,7 +9205,8 @@ class Handler(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        super().handle_error(request, status, exc, message)  # logs it
+        if is_connected(request) or not isinstance(exc, ConnectionError):
+            super().handle_error(request, status, exc, message)  # logs it
         code = {413: "TOO_LARGE", 500: "INTERNAL_ERROR"}.get(status, "BAD_REQUEST")
         response = error_response(ChatError(code, status=status))
         response.force_close()

@@ -14208,17 +14208,31 @@ def cycles() -> Iterator[list[object]]:
         held.clear()
 
 
-async def test_a_client_that_leaves_during_the_handshake_is_no_error(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """Its request and its end arrive together. Nothing is logged, and no session stays."""
-    port = urlsplit(world.url).port
+def leave_at_once(url: str, request: bytes) -> None:
+    """Send a request and end the connection, so that both arrive together."""
+    with socket_module.create_connection(("127.0.0.1", urlsplit(url).port or 0)) as connection:
+        connection.sendall(request)
+        connection.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+async def test_a_client_that_leaves_during_the_handshake_leaves_no_session(world: World) -> None:
     for _ in range(10):
         for _ in range(20):
-            with socket_module.create_connection(("127.0.0.1", port)) as connection:
-                connection.sendall(handshake())
-                connection.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_LINGER, struct.pack("ii", 1, 0))
+            leave_at_once(world.url, handshake())
         assert (await world.call("GET", "/healthz")).status == 200
     await until(lambda: not world.chat.sio.eio.sockets)
-    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+EXPECTING = b"POST /auth/login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+
+
+async def test_clients_that_leave_at_once_leave_no_line_in_the_log(launch: Launch, tmp_path: Path) -> None:
+    process = await launch(tmp_path / "chat.db")
+    for request in (handshake(), EXPECTING, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+        for _ in range(200):
+            await asyncio.to_thread(leave_at_once, process.url, request)
+        assert (await process.world().call("GET", "/healthz")).status == 200
+    await process.stop_well()
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
