@@ -5587,6 +5587,10 @@ AsyncCall = Callable[[Any], Awaitable[None]]
 SLOW_CLIENTS: web.RequestKey[SlowClients] = web.RequestKey("SLOW_CLIENTS")  # watches the client of a request
 
 
+# What reading a body raises if it is malformed or late, or if the client has gone (RuntimeError). TimeoutError is an OSError.
+BODY_ERRORS = (web.HTTPException, web.RequestPayloadError, aiohttp.ClientError, EOFError, OSError, RuntimeError, ValueError)
+
+
 def is_connected(request: web.BaseRequest) -> bool:
     return request.transport is not None and not request.transport.is_closing()
 
@@ -6461,7 +6465,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         try:
             async with asyncio.timeout(POST_SECONDS):
                 return decode_payload(await request.content.readexactly(size))
-        except (TimeoutError, EOFError, ConnectionError, web.RequestPayloadError):
+        except BODY_ERRORS:
             raise ChatError("BAD_REQUEST", "The body did not arrive") from None
 
     def end_for_protocol_error(self, session: Session, error: Exception) -> None:
@@ -8506,7 +8510,7 @@ async def read_body(request: web.Request) -> bytes:
             await request.content.readexactly(BODY_MAX + 1)
     except asyncio.IncompleteReadError as error:  # the body ends before the limit
         return error.partial
-    except (web.HTTPException, ValueError, OSError, aiohttp.ClientError):  # TimeoutError is an OSError
+    except BODY_ERRORS:
         raise chat_error("BODY_BROKEN") from None
     raise chat_error("BODY_LONG", n=BODY_MAX)
 
@@ -8526,7 +8530,7 @@ def open_body(request: web.Request) -> Body:
                 if not part:
                     return
                 yield part
-        except (web.HTTPException, web.RequestPayloadError, ValueError, OSError, aiohttp.ClientError):
+        except BODY_ERRORS:
             raise chat_error("BODY_BROKEN") from None
 
     return Body(parts(), request.content_length)

@@ -60,6 +60,7 @@ import pytest_asyncio
 import redis
 import socketio
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings, stateful, strategies
 from hypothesis import strategies as st
@@ -14223,12 +14224,34 @@ async def test_a_client_that_leaves_during_the_handshake_leaves_no_session(world
     await until(lambda: not world.chat.sio.eio.sockets)
 
 
-EXPECTING = b"POST /auth/login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+POST_BEGINNING = b"POST /auth/login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n"
+LEFT_REQUESTS = (
+    handshake(), POST_BEGINNING + b"Expect: 100-continue\r\n\r\n", POST_BEGINNING + b"\r\n{", 2 * (POST_BEGINNING + b"\r\n"),
+    b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", POST_BEGINNING.replace(b"20", b"2") + b"\r\n{}" + POST_BEGINNING + b"\r\n",
+)  # fmt: skip
+
+
+async def test_a_body_that_nobody_sends_any_more_is_refused() -> None:
+    """aiohttp raises a RuntimeError if the client left before the body was read."""
+    loop = asyncio.get_running_loop()
+
+    async def read_part(request: web.Request) -> None:
+        parts = chatrtc.open_body(request).data
+        assert isinstance(parts, AsyncIterator)
+        await anext(parts)
+
+    for read in (chatrtc.read_body, read_part):
+        gone = aiohttp.base_protocol.BaseProtocol(loop)
+        body = aiohttp.StreamReader(gone, 1 << 16, loop=loop)
+        request = make_mocked_request("POST", "/", {"Content-Length": "20"}, payload=body)
+        with pytest.raises(chatrtc.ChatError) as refused:
+            await read(request)
+        assert refused.value.reason == "BODY_BROKEN"
 
 
 async def test_clients_that_leave_at_once_leave_no_line_in_the_log(launch: Launch, tmp_path: Path) -> None:
     process = await launch(tmp_path / "chat.db")
-    for request in (handshake(), EXPECTING, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+    for request in LEFT_REQUESTS:
         for _ in range(200):
             await asyncio.to_thread(leave_at_once, process.url, request)
         assert (await process.world().call("GET", "/healthz")).status == 200
