@@ -3643,7 +3643,7 @@ READ_STATE_ROWS = """  -- a user's channels: the last message read, how many are
 MAX_UNREAD = 1000  # unread messages and mentions are counted up to this number
 READ_LIMITS = {"most": MAX_UNREAD, "steps": 2 * MAX_UNREAD}  # steps: messages examined, the user's own included
 MAX_RESULT_BYTES = 448 * 1024  # JSON bytes of the messages and lists in one result, which then stays below 512 KiB
-VARIATION = "\ufe0f"  # selects the colored form of an emoji; a reaction is the same with and without it
+VARIATIONS = {0xFE0E: None, 0xFE0F: None}  # select the plain or colored form of an emoji; the reaction is the same
 MAX_REACTIONS = 50  # different emojis on one message
 INDEX_STEP = 500  # messages indexed, or deleted with their channel, in one transaction
 PURGE_STEP = 50  # messages deleted in one transaction if each deletion is emitted
@@ -5479,8 +5479,8 @@ def list_pins(ctx: OperationContext, args: PinsArgs) -> Result[Messages]:
 
 
 def same_reactions(ctx: OperationContext, emoji: str) -> list[Reaction]:
-    """Return the message's reactions with this emoji, with or without the variation selector."""
-    return [one for one in ctx.message.reactions if one.emoji.replace(VARIATION, "") == emoji.replace(VARIATION, "")]
+    """Return the message's reactions with this emoji, with or without a variation selector."""
+    return [one for one in ctx.message.reactions if one.emoji.translate(VARIATIONS) == emoji.translate(VARIATIONS)]
 
 
 def reaction_event(ctx: OperationContext, event: str, emoji: str) -> Emit:
@@ -5497,7 +5497,7 @@ def reaction_event(ctx: OperationContext, event: str, emoji: str) -> Emit:
 def add_reaction(ctx: OperationContext, args: ReactionArgs) -> Result[None]:
     """Add your reaction to a message; adding it twice changes nothing."""
     same = same_reactions(ctx, args.emoji)
-    if not same and len({one.emoji.replace(VARIATION, "") for one in ctx.message.reactions}) >= MAX_REACTIONS:
+    if not same and len({one.emoji.translate(VARIATIONS) for one in ctx.message.reactions}) >= MAX_REACTIONS:
         raise chat_error("TOO_MANY_REACTIONS", n=MAX_REACTIONS)
     if any(ctx.user.user_id in reaction.user_ids for reaction in same):
         return Result(None, replayed=True)

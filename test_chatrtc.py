@@ -6125,7 +6125,8 @@ async def test_reactions_are_idempotent(scene: Scene) -> None:
 @pytest.mark.portable
 async def test_an_emoji_with_and_without_its_variation_selector_is_one_reaction(scene: Scene) -> None:
     ana, ben = scene.ana, scene.ben
-    for first, second in (("\u2764\ufe0f", "\u2764"), ("\u2764", "\u2764\ufe0f"), ("🏳\ufe0f\u200d🌈", "🏳\u200d🌈")):
+    hearts = [*itertools.permutations(("\u2764", "\u2764\ufe0e", "\u2764\ufe0f"), 2)]  # as typed, plain, colored
+    for first, second in (*hearts, ("🏳\ufe0f\u200d🌈", "🏳\u200d🌈")):
         path = f"/messages/{(await scene.post())['message_id']}"
         await ana.ok("PUT", f"{path}/reactions/{first}")
         assert (await scene.ben_socket.receive("reaction:add"))["emoji"] == first
@@ -19945,7 +19946,7 @@ async def test_rows_have_days_reactions_and_times(api: World, tab: Any) -> None:
     )
     for row, day in zip(rows, days, strict=True):
         row["created_at"] = day
-    reactions = [("\u2764", [jonas_id]), ("\u2764\ufe0f", [jonas_id, maya_api.user_id])]
+    reactions = [("\u2764", [jonas_id]), ("\u2764\ufe0f", [jonas_id]), ("\u2764\ufe0e", [maya_api.user_id])]
     rows[0]["reactions"] = [{"emoji": emoji, "user_ids": user_ids} for emoji, user_ids in reactions]
     maya = await tab(timezone_id="Europe/Paris")
     await maya.page.route("**/messages?*", lambda route: route.fulfill(json={"messages": rows, "has_more": False}))
