@@ -2092,9 +2092,9 @@ def migrate(db: sqlite3.Connection) -> None:
     """Convert a database to the newest format, in one transaction."""
     version = read_format(db)
     if version < SCHEMA_FORMAT:
-        steps = "\n".join(MIGRATIONS[version - 1 :]) if version else asset("schema.sql").decode()
+        steps = ";\n".join(MIGRATIONS[version - 1 :]) if version else asset("schema.sql").decode()
         with db:  # rolls back on failure
-            db.executescript(f"BEGIN IMMEDIATE;\n{steps}\nPRAGMA user_version = {SCHEMA_FORMAT};\nCOMMIT;")
+            db.executescript(f"BEGIN IMMEDIATE;\n{steps};\nPRAGMA user_version = {SCHEMA_FORMAT};\nCOMMIT;")
 
 
 def open_writer(path: Path) -> sqlite3.Connection:

@@ -2481,6 +2481,13 @@ def test_a_migrated_database_equals_a_new_one(tmp_path: Path, version: int, monk
 
 
 @pytest.mark.portable
+def test_a_migration_need_not_end_with_a_semicolon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = migrated_schema(tmp_path / "old.db", 1)
+    monkeypatch.setattr(chatrtc, "MIGRATIONS", tuple(step.rstrip("; \n") for step in chatrtc.MIGRATIONS))
+    assert migrated_schema(tmp_path / "plain.db", 1) == new
+
+
+@pytest.mark.portable
 async def test_a_migrated_database_has_servers_and_takes_conversations(make_world: MakeWorld, tmp_path: Path) -> None:
     path = released_database(tmp_path / "chat.db", 3)
     with contextlib.closing(sqlite3.connect(path)) as db, db:
