@@ -2433,6 +2433,12 @@ def schema_of(db: sqlite3.Connection) -> Any:
     return sorted((kind, name, table, words_of(sql or "")) for kind, name, table, sql in objects), columns
 
 
+def differences(one: Any, other: Any) -> set[str]:
+    """Return the names of the tables, indexes and triggers in which two results of `schema_of` differ."""
+    objects = {entry[1] for entry in one[0] + other[0] if (entry in one[0]) != (entry in other[0])}
+    return objects | {name for name in {*one[1], *other[1]} if one[1].get(name) != other[1].get(name)}
+
+
 def migrated_schema(path: Path, version: int) -> Any:
     released_database(path, version)
     with contextlib.closing(chatrtc.check_and_open(path)) as db:
@@ -2448,10 +2454,10 @@ def test_a_change_of_the_schema_is_a_new_format(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(":memory:")) as released, contextlib.closing(sqlite3.connect(":memory:")) as now:
         released.executescript(zlib.decompress(base64.b85decode(RELEASED[newest])).decode())
         now.executescript(chatrtc.asset("schema.sql").decode())
-        is_same = schema_of(now) == schema_of(released)
-        assert is_same, (
-            f"schema.sql differs from format {newest}, which is in use: append a step to MIGRATIONS that makes the same change "
-            "to an existing database, and run this test again. It will print the new entry of RELEASED."
+        differing = differences(schema_of(now), schema_of(released))
+        assert not differing, (
+            f"{differing} in schema.sql differ from format {newest}, which is in use: append a step to MIGRATIONS that makes "
+            "the same change to an existing database, and run this test again. It will print the new entry of RELEASED."
         )
 
 
@@ -2460,8 +2466,10 @@ def test_a_change_of_the_schema_is_a_new_format(tmp_path: Path) -> None:
 def test_a_migrated_database_equals_a_new_one(tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(chatrtc.check_and_open(tmp_path / "new.db")) as db:
         new = schema_of(db)
-    assert migrated_schema(tmp_path / "old.db", version) == new, (
-        f"a migrated database of format {version} differs from a new one: change MIGRATIONS until it makes the same schema"
+    differing = differences(migrated_schema(tmp_path / "old.db", version), new)
+    assert not differing, (
+        f"a migrated database of format {version} differs from a new one in {differing}: change MIGRATIONS until it makes the "
+        "same schema. ALTER TABLE adds a column as the last one of its table, so write it as the last one in schema.sql"
     )
     schema = chatrtc.asset("schema.sql").decode()
     for number, (before, after) in enumerate(
@@ -2477,7 +2485,7 @@ def test_a_migrated_database_equals_a_new_one(tmp_path: Path, version: int, monk
         changed = schema.replace(before, after, 1)
         monkeypatch.setattr(chatrtc, "asset", lambda name, changed=changed: changed.encode())
         with contextlib.closing(chatrtc.check_and_open(tmp_path / f"{number}.db")) as db:
-            assert schema_of(db) != new
+            assert differences(schema_of(db), new)
 
 
 @pytest.mark.portable
