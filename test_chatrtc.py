@@ -23596,6 +23596,7 @@ def test_the_sections_of_the_tests_are_in_the_order_of_the_module() -> None:
 
 PAGE = (HERE / "chatrtc.html").read_text("utf-8")
 SCRIPT = PAGE.split('<script type="module">')[1].split("</script>")[0]
+SCRIPT_LINE = PAGE[: PAGE.index(SCRIPT)].count("\n") + 1  # in chatrtc.html
 PAGE_SECTIONS = (
     "Connection", "State", "Text (Markdown)", "Render", "Sync", "Timeline", "Files", "Composer", "Sign-in", "Dialogs",
     "Viewer", "Conversations", "Administration", "Raised hands", "Moderation", "Voice", "Start",
@@ -23640,15 +23641,23 @@ def test_page_names_point_upward() -> None:
     home = {
         found[1]: found.start() for found in re.finditer(r"^(?:async )?(?:function|class|const|let) ([\w$]+)", SCRIPT, re.M)
     }
-    early = [f"{name} in line {SCRIPT[:at].count(chr(10))}" for name, at in js_names(SCRIPT) if at < home.get(name, 0)]
+    early = [
+        f"line {SCRIPT_LINE + SCRIPT[:at].count(chr(10))}: {name}" for name, at in js_names(SCRIPT) if at < home.get(name, 0)
+    ]
     assert len(home) > 300
-    assert early == []
+    assert early == [], (
+        "move the definition above its use, or the use into a later section. If neither is possible, call `callbacks.NAME()`: "
+        "list it in the comment above `callbacks`, and add it there by Object.assign(callbacks, { NAME }) in the later section"
+    )
 
 
 def test_the_page_has_its_sections() -> None:
     """Each with a paragraph, in lines of at most 110 columns with one statement in each."""
-    assert tuple(re.findall(r"^/\* ── (.+?) ─+\n   [A-Z]", SCRIPT, re.M)) == PAGE_SECTIONS
-    assert [line for line in PAGE.splitlines() if len(line) > 110] == []
+    found_sections = tuple(re.findall(r"^/\* ── (.+?) ─+\n   [A-Z]", SCRIPT, re.M))
+    assert found_sections == PAGE_SECTIONS, (
+        "change PAGE_SECTIONS; each section begins with a paragraph that says what it is for"
+    )
+    assert [line for line in PAGE.splitlines() if len(line) > 110] == [], "a line of the page has at most 110 columns"
     ends = [found.start() for found in re.finditer("\n", SCRIPT)]
     tokens = [(token, bisect.bisect_left(ends, at)) for token, at in js_tokens(SCRIPT)]
     lines = SCRIPT.split("\n")
@@ -23657,7 +23666,7 @@ def test_the_page_has_its_sections() -> None:
         for (token, line), (after, next_line) in itertools.pairwise(tokens)
         if token == ";" and line == next_line and after != "}"
     ]
-    assert [line for line in crowded if "for (" not in line] == []
+    assert [line for line in crowded if "for (" not in line] == [], "write one statement in each line"
 
 
 def test_calls_that_point_down_the_page_are_listed() -> None:
@@ -23667,19 +23676,21 @@ def test_calls_that_point_down_the_page_are_listed() -> None:
         for found in re.findall(r"Object\.assign\(callbacks, \{(.*)\}\)", SCRIPT)
         for name in re.findall(r"(\w+)(?=,|:| )", found)
     ]
-    assert set(listed) == set(re.findall(r"\bcallbacks\.(\w+)\(", SCRIPT)) <= set(added)
+    called = set(re.findall(r"\bcallbacks\.(\w+)\(", SCRIPT))
+    assert set(listed) == called, "list each call of `callbacks.NAME()` in the comment above `callbacks`, with its section"
+    assert called <= set(added), "add the function in its section: Object.assign(callbacks, { NAME })"
 
 
 def test_each_button_of_the_page_has_an_action() -> None:
     tables = re.findall(r"^Object\.assign\(actions, \{\n(.*?)^\}\);", SCRIPT, re.M | re.S)
     actions = {name for table in tables for name in re.findall(r"^  (\w+)(?=[:(,])", table, re.M)}
-    assert set(re.findall(r'data-do="(\w+)"', PAGE.split("<script>")[0])) <= actions
+    missing = set(re.findall(r'data-do="(\w+)"', PAGE.split("<script>")[0])) - actions
+    assert not missing, f"add {missing} to `actions`, in the section of the page that shows the button"
 
 
 def test_the_map_names_the_sections() -> None:
-    assert re.findall(r"^    ([A-Z][A-Za-z. ]+?)  +\S", ast.get_docstring(TREE, clean=False) or "", re.M) == list(
-        sections(SOURCE)
-    )
+    named = re.findall(r"^    ([A-Z][A-Za-z. ]+?)  +\S", ast.get_docstring(TREE, clean=False) or "", re.M)
+    assert named == list(sections(SOURCE)), "list each section in the docstring of chatrtc.py, in the same order"
 
 
 def calls_of(*attributes: str) -> list[ast.Call]:
