@@ -5154,6 +5154,9 @@ OPERATIONS_WITHOUT_SEQ = {  # writing operations that take no sequence number, w
     "leave_server": "presence", "typing_start": "presence", "typing_stop": "presence", "voice_join": "presence",
     "voice_leave": "presence", "voice_signal": "presence", "raise_hand": "presence", "lower_hand": "presence",
 }  # fmt: skip
+OPERATIONS_WITHOUT_LOG = {  # writing operations of admins that the moderation log does not show, with the reason
+    "delete_server": "the log is deleted, too", "lower_hand": "presence", "get_transcript": "changes nothing",
+}  # fmt: skip
 
 
 def has_seq(event: str) -> bool:
@@ -5179,6 +5182,15 @@ def test_every_writing_operation_takes_a_sequence_number() -> None:
             "add the operation to OPERATIONS_WITHOUT_SEQ with the reason"
         )
     assert set(OPERATIONS_WITHOUT_SEQ) <= set(chatrtc.OPERATIONS)
+
+
+def test_every_writing_operation_of_admins_is_logged() -> None:
+    for op in chatrtc.OPERATIONS.values():
+        is_of_admins = op.kind != "read" and "owner" in op.access.value
+        assert not is_of_admins or (op.logged is None) == (op.name in OPERATIONS_WITHOUT_LOG), (
+            f"{op.name}: declare `logged`, its action in the moderation log. If admins need not see it there, add the "
+            "operation to OPERATIONS_WITHOUT_LOG with the reason"
+        )
 
 
 def test_every_writing_operation_has_a_rate_limit() -> None:
@@ -22885,7 +22897,18 @@ def page_texts(table: str) -> dict[str, tuple[str, ...]]:
 
 
 def test_each_text_of_the_page_is_in_both_languages() -> None:
-    assert len(page_texts("TEXTS")) > 300
+    words = page_texts("TEXTS")
+    assert len(words) > 300
+    used = set(re.findall(r'\bt\(\s*"(\w+)"', SCRIPT)) | set(re.findall(r'data-(?:t|label|tip|hint)="(\w+)"', PAGE))
+    missing = used - set(words) - set(page_texts("ERROR_TEXTS"))
+    assert len(used) > 250
+    assert not missing, f"add the English and French texts of {missing} to TEXTS of chatrtc.html"
+
+
+def test_each_action_in_the_moderation_log_has_a_text() -> None:
+    words = page_texts("TEXTS")
+    for action in {op.logged for op in chatrtc.OPERATIONS.values() if op.logged}:
+        assert any(re.fullmatch(f"did_{action}(_.+)?", key) for key in words), f"add `did_{action}` to TEXTS of chatrtc.html"
 
 
 def test_each_reason_has_a_text_in_both_languages() -> None:
