@@ -5173,6 +5173,15 @@ def test_an_event_carries_seq_unless_nothing_durable_happened() -> None:
         assert event in EVENTS_WITHOUT_SEQ or f'"{event}"' in applied, f"{event}: add its effect to Replica.apply"
 
 
+def test_a_client_that_was_away_merges_each_field_of_changes() -> None:
+    merge = inspect.getsource(Replica.merge)
+    page = SCRIPT.split("async function applyChanges(")[1].split("\n}")[0]
+    for field in chatrtc.Changes.__struct_fields__:
+        assert f"page.{field}" in page, f"apply the changed `{field}` in applyChanges of chatrtc.html"
+        if field not in ("has_more", "former"):  # a matter of pages; the names of former members
+            assert f'"{field}"' in merge, f"apply the changed `{field}` in Replica.merge, and compare it in Replica.state"
+
+
 def test_every_writing_operation_takes_a_sequence_number() -> None:
     for op in chatrtc.OPERATIONS.values():
         in_sequence = any(has_seq(event) for event in op.emits)
@@ -5242,11 +5251,19 @@ async def test_a_durable_operation_takes_a_number_that_its_event_carries(world: 
         reply = await call_route(world, setup.token, op, setup.args)
         assert reply.status < 300, (op.name, reply)
         numbers = [emit.payload.seq for emit in emitted]  # type: ignore[attr-defined]
-        assert {emit.event for emit in emitted} <= durable, op.name
+        undeclared = {emit.event for emit in emitted} - durable
+        assert not undeclared, f"{op.name}: name {undeclared} in `emits`"
         assert numbers == list(range(before + 1, last(newest) + 1)), (
             f"{op.name}: take each number by next_seq() in its transaction and emit it as `seq` of one event"
         )
         assert bool(numbers) == bool(durable), f"{op.name} emits {durable}, and should take a number"
+        since = chatrtc.ChangesArgs(server_id=newest, after=before)
+        missed = msgspec.to_builtins(chat.store.read_inline(chatrtc.load_changes, since, (), 0))
+        lists = set(missed) - {"seq", "has_more", "messages", "deleted"}
+        assert not numbers or lists or missed["messages"] or missed["deleted"], (
+            f"{op.name}: a client that was away must get the change from load_changes(). If it is no change of a message, "
+            "name the list that changes in the call of next_seq() or server_change()"
+        )
 
 
 async def test_a_conversation_takes_sequence_numbers(world: World) -> None:
@@ -20113,6 +20130,23 @@ async def test_unknown_channels_and_an_unreachable_server_are_reported(api: Worl
     await expect(maya.locator("#log")).to_contain_text("The server does not answer")
     await maya.page.unroute("**/messages?*")
     await maya.sees("for a reply")
+
+
+# Fields of a server that the API omits if they have their default, and that never change: the page needs no default.
+LASTING_FIELDS = {"kind", "participants", "pair"}
+
+
+def test_the_page_sets_each_field_that_the_api_omits() -> None:
+    """A field that got its default again is omitted: the page must not keep the value that it had before."""
+    constant = re.search(r"^const CHANNEL_DEFAULTS = \{ (.*) \};$", SCRIPT, re.MULTILINE)
+    assert constant is not None
+    omitted = {field.name for field in msgspec.structs.fields(chatrtc.ChannelChanged) if not field.required}
+    assert set(re.findall(r"(\w+):", constant[1])) == omitted, "set the default in CHANNEL_DEFAULTS of chatrtc.html"
+    store = SCRIPT.split("function storeServer(")[1].split("\n}")[0]
+    for field in msgspec.structs.fields(chatrtc.Server):
+        assert field.required or field.name in LASTING_FIELDS or re.search(rf"\b{field.name} =", store), (
+            f"set the default of `{field.name}` in the arguments of storeServer in chatrtc.html"
+        )
 
 
 def test_the_page_handles_every_event() -> None:
