@@ -23823,6 +23823,13 @@ def test_functions_are_small() -> None:
     assert {name: size for name, size in sizes.items() if size > 45} == {}, "split the function"
 
 
+def test_sections_are_small() -> None:
+    sizes = {name: len(lines) for name, lines in sections(SOURCE).items()}
+    assert {name: size for name, size in sizes.items() if size > 700} == {}, (
+        "shorten the section to 700 lines, or move what belongs together into another section or a new one"
+    )
+
+
 async def test_the_top_level_is_tidy() -> None:
     tracked = await run("git", "ls-files", cwd=HERE) if (HERE / ".git").exists() else ""
     assert {name.split("/")[0] for name in tracked.splitlines()} <= {
@@ -23894,7 +23901,9 @@ def readme_tables() -> dict[str, str]:
 
 
 def sentence_of(field: msgspec.structs.FieldInfo) -> str:
-    return str(field.type.__metadata__[0].description)
+    description = field.type.__metadata__[0].description
+    assert description, f"give the setting {field.name} a description, which the docs and --help show"
+    return str(description)
 
 
 def documents() -> dict[Path, str]:
