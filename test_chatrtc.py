@@ -5179,7 +5179,11 @@ def test_a_client_that_was_away_merges_each_field_of_changes() -> None:
     for field in chatrtc.Changes.__struct_fields__:
         assert f"page.{field}" in page, f"apply the changed `{field}` in applyChanges of chatrtc.html"
         if field not in ("has_more", "former"):  # a matter of pages; the names of former members
-            assert f'"{field}"' in merge, f"apply the changed `{field}` in Replica.merge, and compare it in Replica.state"
+            assert f'"{field}"' in merge, f"apply the changed `{field}` in Replica.merge"
+    changed = set(re.findall(r"self\.(\w+)\b(?!\()", merge + inspect.getsource(Replica.apply))) - {"resets"}
+    for name in changed:
+        compared = f'"{name}": self.{name},' in inspect.getsource(Replica.state)
+        assert compared, f"add `{name}` to Replica.state and to server_state, which the tests compare"
 
 
 def test_every_writing_operation_takes_a_sequence_number() -> None:
