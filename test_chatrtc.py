@@ -2183,7 +2183,7 @@ async def test_a_change_of_role_is_emitted(scene: Scene) -> None:
 @pytest.mark.portable
 def test_every_event_is_emitted_by_an_operation() -> None:
     emitted = {event for op in chatrtc.OPERATIONS.values() for event in op.emits}
-    assert emitted | {"error"} == set(chatrtc.EVENTS)
+    assert emitted | {"error"} == set(chatrtc.EVENTS), "name the event in `emits` of its operation, and in EVENTS"
 
 
 @pytest.mark.portable
@@ -22952,11 +22952,13 @@ def test_each_action_in_the_moderation_log_has_a_text() -> None:
 def test_each_reason_has_a_text_in_both_languages() -> None:
     """A new code or reason needs its English and its French text in ERROR_TEXTS of chatrtc.html."""
     words = page_texts("ERROR_TEXTS")
-    assert set(words) == {*chatrtc.REASONS, *chatrtc.ERRORS, "OFFLINE", "CODE_UNKNOWN", "FILE_LOST", "NO_STEP"}
+    expected = {*chatrtc.REASONS, *chatrtc.ERRORS, "OFFLINE", "CODE_UNKNOWN", "FILE_LOST", "NO_STEP"}
+    assert not expected - set(words), f"add {expected - set(words)} to ERROR_TEXTS of chatrtc.html"
+    assert not set(words) - expected, f"delete {set(words) - expected} from ERROR_TEXTS of chatrtc.html: no such reason"
     for reason, (english, french) in words.items():
         assert english != french, reason
-        assert english[-1] == french[-1] == ".", reason
-        assert set(re.findall(r"\{\w+\}", english)) <= {"{n}"}, reason
+        assert english[-1] == french[-1] == ".", f"{reason}: end both texts with a full stop"
+        assert set(re.findall(r"\{\w+\}", english)) <= {"{n}"}, f"{reason}: the page can only fill in {{n}}"
 
 
 async def test_ten_thousand_messages_scroll_without_jumps(api: World, tab: Any, tmp_path: Path) -> None:
