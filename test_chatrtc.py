@@ -23816,6 +23816,21 @@ def names_in(node: ast.AST) -> set[str]:
     return {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
 
 
+def test_errors_are_raised_by_the_reasons_in_the_table() -> None:
+    calls = [node for node in ast.walk(TREE) if isinstance(node, ast.Call) and node.args]
+    raised = {
+        part.value
+        for call in calls
+        if ast.unparse(call.func) in ("chat_error", "field_error")
+        for part in ast.walk(call.args[0])
+        if isinstance(part, ast.Constant) and re.fullmatch("[A-Z]+(_[A-Z]+)*", str(part.value))
+    }
+    assert len(raised) > 80
+    assert raised <= set(chatrtc.REASONS), f"add {raised - set(chatrtc.REASONS)} to REASONS"
+    idle = [reason for reason in chatrtc.REASONS if len(re.findall(rf"\b{reason}\b", SOURCE)) < 2]
+    assert not idle, f"raise {idle} by chat_error(), or delete them from REASONS"
+
+
 def test_events_leave_by_one_function() -> None:
     """Only `Hub.emit` and replies to a single socket call `publish`, and nothing calls the `emit` of the library."""
     assert len(calls_of("publish")) <= 3
