@@ -4439,9 +4439,12 @@ class TokenSigner:
         another file or is not ours."""
         try:
             claims = jwt.decode(link, self._secret, algorithms=[ALGORITHM], audience="file", subject=file_id)
-        except (jwt.PyJWTError, ValueError, RecursionError):
+            user_id, generation = claims["user"], claims["gen"]
+            if type(user_id) is not int or type(generation) is not int or not 0 < user_id < 2**63:
+                raise ValueError
+            return user_id, generation, float(claims["exp"]), bytes.fromhex(claims["token"])
+        except (jwt.PyJWTError, KeyError, ValueError, TypeError, OverflowError, RecursionError):
             raise chat_error("TOKEN_INVALID") from None
-        return claims["user"], claims["gen"], float(claims["exp"]), bytes.fromhex(claims["token"])
 
     def check_digest(self) -> bytes:
         """Return a keyed hash by which servers recognize that they have the same secret."""

@@ -3530,6 +3530,13 @@ async def test_a_link_reads_one_file_while_its_user_may(scene: Scene) -> None:
     user = world.chat.hub.authenticate_token(ben.token)
     old = world.chat.hub.signer.sign_link(file_ids[0], user, int(time.time()) - 1)
     assert await status(f"{path}?link={old}") == 401
+    claims = json.loads(base64.urlsafe_b64decode(secret.split(".")[1] + "=="))
+    for wrongs in (  # the host may sign claims for a use of its own that it calls "file", too
+        *({key: value for key, value in claims.items() if key != lacking} for lacking in ("user", "gen", "exp", "token")),
+        *(claims | {"user": value} for value in ("1", 1.0, [1], None, 0, 2**70)), claims | {"gen": "0"},
+        *(claims | {"token": value} for value in ("zz", 5, None)), claims | {"exp": 10**400},
+    ):  # fmt: skip
+        assert await status(f"{path}?link={sign(wrongs, world.chat.hub.signer._secret)}") == 401, wrongs
     await ana.ok("DELETE", f"{scene.server}/members/{ben.user_id}")
     assert await status(link["url"]) == 403
     await ben.ok("POST", f"/invites/{await ana.invite(scene.place.server_id)}")
