@@ -7906,12 +7906,13 @@ async def is_password(hub: Hub, caller: Caller, user: Principal, password: str, 
     """Return whether `password` is the account's. Raises RATE_LIMITED.
 
     Only wrong passwords are counted: by account and address and, if the account never signed in from this address, also by
-    account and by address. For an account that does not exist (`user_id` 0) the work and the limits are the same.
+    account (with a token: by token, as an attack on the account must not keep its user from changing the password) and by
+    address. For an account that does not exist (`user_id` 0) the work and the limits are the same.
     """
     name, digest = name_key(user.username), hub.signer.address_digest(user.user_id, caller.address)
     limits: list[LimitKey] = [("login", (name, caller.address))]
     if hub.store.read_inline(load_address_seen_at, user.user_id, digest) is None:
-        limits += [("login_account", name), ("login_address", caller.address)]
+        limits += [("login_account", caller.user.digest.hex() or name), ("login_address", caller.address)]
     limiter = hub.limiter_for(caller)
     for limit in limits:
         limiter.check(*limit)

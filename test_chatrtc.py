@@ -4600,7 +4600,7 @@ async def test_an_attack_from_many_addresses_does_not_limit_known_addresses(
     make_world: MakeWorld, no_refill: None, name: str
 ) -> None:
     world = await make_world(no_rate_limit=False)
-    await world.person("ana")
+    ana = await world.person("ana")
     answers = []
     for number in range(2, 14):
         async with world.at(f"127.0.0.{number}") as other_address:
@@ -4609,7 +4609,22 @@ async def test_an_attack_from_many_addresses_does_not_limit_known_addresses(
     assert answers[-1] == "RATE_LIMITED"
     async with world.at("127.0.0.14") as other_address:
         assert (await other_address.sign_in(name)).code == "RATE_LIMITED"
+        words = {"old_password": "correct horse", "new_password": "correct horse"}
+        changed = await other_address.call("POST", "/auth/password", words, token=ana.token)
+        assert changed.status == 200, "whoever has a token can end the attack"
     assert (await world.sign_in("ana")).status == 200
+
+
+async def test_guesses_with_a_token_are_limited_by_token(make_world: MakeWorld, no_refill: None) -> None:
+    world, answers = await make_world(no_rate_limit=False), []
+    ana = await world.person("ana")
+    words = {"old_password": "a wrong one", "new_password": "battery staple"}
+    for number in range(2, 13):
+        async with world.at(f"127.0.0.{number}") as other_address:
+            answers += [(await other_address.call("POST", "/auth/password", words, token=ana.token)).code for _ in range(5)]
+    assert answers == ["FORBIDDEN"] * 50 + ["RATE_LIMITED"] * 5
+    async with world.at("127.0.0.13") as other_address:
+        assert (await other_address.sign_in("ana")).status == 200
 
 
 async def test_only_wrong_passwords_are_counted(make_world: MakeWorld, no_refill: None) -> None:
