@@ -9861,8 +9861,9 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def is_older(path: Path) -> bool:
-    """Return whether a database has an older format. Raises StartError."""
-    return 0 < int.from_bytes(read_sqlite_header(path)[60:64], "big") < SCHEMA_FORMAT  # the user_version
+    """Return whether a database has an older format or is an empty file. Raises StartError."""
+    header = read_sqlite_header(path)
+    return 0 < int.from_bytes(header[60:64], "big") < SCHEMA_FORMAT if header else path.is_file()  # the user_version
 
 
 def migrate_file(path: Path) -> None:
@@ -10080,7 +10081,8 @@ def migrate_database(database: str) -> None:
     if not Path(database).is_file():
         raise StartError(f"There is no database {database}")
     migrate_file(Path(database))
-    click.echo(f"{database} has format {SCHEMA_FORMAT}")
+    with open_reader(database):  # refuses a database that cannot be migrated
+        click.echo(f"{database} has format {SCHEMA_FORMAT}")
 
 
 @main.command()

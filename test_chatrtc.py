@@ -2570,6 +2570,16 @@ async def test_only_serve_and_migrate_change_an_older_format(tmp_path: Path) -> 
         assert re.search("60 messages" if one == path else "(60|52) messages", await run_ok("check", "--database", str(one)))
         assert await run_ok("migrate", "--database", str(one)) == f"{one} has format {chatrtc.SCHEMA_FORMAT}\n"
     expect_error(await run_command("migrate", "--database", str(tmp_path / "missing.db")), "no database")
+    foreign, newer = tmp_path / "foreign.db", path
+    run_sql(foreign, "CREATE TABLE users (user_id)")
+    run_sql(newer, f"PRAGMA user_version = {chatrtc.SCHEMA_FORMAT + 1}")
+    for wrong, text in ((foreign, "another program"), (newer, "newer ChatRTC")):
+        expect_error(await run_command("migrate", "--database", str(wrong)), text)
+    empty = tmp_path / "empty.db"
+    empty.touch()
+    expect_error(await run_command("check", "--database", str(empty)), "is empty", "`chatrtc migrate`")
+    await run_ok("migrate", "--database", str(empty))
+    assert "sound: 0 users" in await run_ok("check", "--database", str(empty))
 
 
 # ---- Store ----------------------------------------------------------------------------------------------------------
