@@ -3465,9 +3465,23 @@ def changed_files(db: sqlite3.Connection) -> Iterator[int]:
             yield file_id
 
 
+SCHEMA_PARTS = """SELECT type || ' ' || name FROM sqlite_master UNION
+    SELECT 'column ' || t.name || '.' || c.name FROM sqlite_master t JOIN pragma_table_xinfo(t.name) c WHERE t.type = 'table'"""
+
+
+def missing_parts(db: sqlite3.Connection) -> list[str]:
+    """Return the tables, columns and indexes of the newest format that a database lacks."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as new:
+        new.executescript(asset("schema.sql").decode())
+        parts = {row[0] for row in new.execute(SCHEMA_PARTS)}
+    return sorted(parts - {row[0] for row in db.execute(SCHEMA_PARTS)})
+
+
 def check_integrity(db: sqlite3.Connection) -> list[str]:
     """Return the errors found in a database, one per line. The checks of single tables run only on the newest format."""
     lines = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+    if read_format(db) == SCHEMA_FORMAT:
+        lines += [f"missing: {part}" for part in missing_parts(db)]
     if lines:
         return lines
     lines += [f"{row[0]} {row[1]} refers to a missing row of {row[2]}" for row in db.execute("PRAGMA foreign_key_check")]

@@ -12233,6 +12233,26 @@ async def test_check_finds_what_sqlite_accepts(
     assert "has errors: 1" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("statement", "part"),
+    [
+        ("DROP TABLE reactions", "table reactions"),
+        ("ALTER TABLE channels DROP COLUMN topic", "column channels.topic"),
+        ("DROP INDEX {index}", "index {index}"),
+    ],
+)
+async def test_check_names_what_the_schema_lacks(
+    statement: str, part: str, filled: dict[str, bytes], tmp_path: Path, database: DatabaseOption
+) -> None:
+    (tmp_path / "chat.db").write_bytes(filled["stopped"])
+    with contextlib.closing(sqlite3.connect(tmp_path / "chat.db")) as db:
+        names = dict(db.execute("SELECT type, min(name) FROM sqlite_master WHERE sql IS NOT NULL GROUP BY type"))
+    run_sql(tmp_path / "chat.db", statement.format(**names))
+    ended = await run_command("check", *database)
+    assert ended.status == 1
+    assert f"missing: {part.format(**names)}\n" in ended.out
+
+
 # A file in two pieces that belongs to message 1, as rows.
 STORED_FILE = f"""
     INSERT INTO files (file_id, channel_id, uploader_id, uploaded_at, name, type, size, digest, message_id)
