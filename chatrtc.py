@@ -6180,7 +6180,7 @@ def forwarded(request: web.BaseRequest, options: EngineOptions, name: str) -> st
 def parse_host(text: str) -> tuple[str, int | None] | None:
     """Return the name and the port in a Host header, or None if it is malformed."""
     found = HOST.fullmatch(text.lower()) if len(text) < HOST_MAX else None
-    if found is None or int(found[2] or 0) > PORT_MAX:
+    if found is None or not 0 < int(found[2] or 1) <= PORT_MAX:
         return None
     return found[1], int(found[2]) if found[2] else None
 
@@ -7848,6 +7848,7 @@ SESSION_SECONDS = 600  # lifetime of a token for a user of the embedding program
 SIGNAL_BYTES = 16 * 1024  # a WebRTC offer for audio has 2 to 6 KiB
 PATH = re.compile(r"(/[\w.~!$&'()*+,;=:@%/-]*)?", re.ASCII)
 PUBLIC_URL_MAX = 300
+ICE_URL = re.compile(r"(stun|turn)s?:[^\s/@?#]+(\?transport=(udp|tcp))?")
 
 
 def issue_token(hub: Hub, user: Principal, ttl: int | None = None) -> Result[AuthResponse]:
@@ -9026,6 +9027,9 @@ def check_addresses(settings: Settings) -> None:
     for option, origin in origins:
         if parse_origin(origin) is None:
             raise StartError(f"--{option} {origin}: must be http:// or https:// and a host name, without a path")
+    for server in settings.ice_server:
+        if not ICE_URL.fullmatch(server):
+            raise StartError(f"--ice-server {server}: must be stun:HOST:PORT or turn:HOST:PORT")
     for proxy in settings.trusted_proxy:
         try:
             parse_network(proxy)

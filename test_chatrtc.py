@@ -1082,10 +1082,13 @@ def test_an_invalid_setting_is_rejected(tmp_path: Path) -> None:
         {"port": "3000"}, {"port": 65536}, {"token_ttl": 0}, {"registration": "maybe"}, {"nonsense": 1},
         {"conversations": "some"}, {"database": ""}, {"max_sockets": 0},
         {"tls_cert": "cert.pem"}, {"secret": "short"}, {"secret": ""}, {"secret": "é" * 15}, {"secret": "\udcff" * 32},
-        {"ice_server": ["stun:\udcff"]}, *({"host": host} for host in ("\udcff", "a" * 64, "..")),
+        *({"ice_server": [url]} for url in (
+            "stun:\udcff", "", "stun.example:3478", "http://x", "stun://x", "turn:", "turn:ana:word@x", "turn:x?transport=x",
+        )),
+        *({"host": host} for host in ("\udcff", "a" * 64, "..")),
         *({"cors_origin": [origin]} for origin in (
             "https://x/", "x.example", "ftp://x", "https://x/path", "https://x?", "https://a b", "null", "",
-            "https://x:65536", "https://bücher.example", "https://u@x",
+            "https://x:65536", "https://bücher.example", "https://u@x", "https://x:0",
         )),
         {"frame_ancestor": ["https://x/"]}, {"frame_ancestors": ["x.example"]},
         *({"trusted_proxy": [proxy]} for proxy in ("", "proxy", "10.0.0.0/33", "10.0.0.1:80", "::1/200")),
@@ -1100,6 +1103,7 @@ def test_an_invalid_setting_is_rejected(tmp_path: Path) -> None:
     chatrtc.ChatRTC(
         database=str(tmp_path / "chat.db"), secret="é" * 16, port=0, cors_origin=["*", "HTTPS://X:443", "http://[::1]:5"],
         trusted_proxy=["10.0.0.1", "10.0.0.1/8", "::1", "::ffff:10.0.0.1", "unix"], public_url="https://X.example:8443/chat/",
+        ice_server=["stun:x", "stuns:x.example:3478", "turn:10.0.0.1:3478?transport=udp", "turns:[::1]:5349?transport=tcp"],
     )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
