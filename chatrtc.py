@@ -4406,6 +4406,13 @@ def load_or_create_secret(database: Path) -> str:
     return secret
 
 
+def check_ids(user_id: Any, generation: Any) -> tuple[int, int]:
+    """Return the user id and generation that a token claims. Raises ValueError if one has another type or is out of range."""
+    if type(user_id) is not int or type(generation) is not int or not 0 < user_id < 2**63:
+        raise ValueError
+    return user_id, generation
+
+
 class TokenSigner:
     """Signs and verifies tokens. Claims: `sub` (user id), `iat`, `exp`, `jti`, `iss`, `aud`, and `gen`, the account's token
     generation. Tokens of version 1.0, without `iss` and `aud`, are valid too."""
@@ -4433,11 +4440,11 @@ class TokenSigner:
             if len(token) > TOKEN_MAX or not CANONICAL_TOKEN.fullmatch(token):
                 raise ValueError
             claims = jwt.decode(token, self._secret, algorithms=[ALGORITHM], options=options)
-            user_id, generation = int(claims["sub"]), claims["gen"]
+            user_id, generation = check_ids(int(claims["sub"]), claims["gen"])
             has_times = all(type(claims[name]) in (int, float) for name in ("iat", "exp"))
             names = claims.get("iss"), claims.get("aud")
             is_ours = names in ((ISSUER, ISSUER), (None, None)) and isinstance(claims["jti"], str)
-            if not is_ours or not has_times or type(generation) is not int or not 0 < user_id < 2**63:
+            if not is_ours or not has_times:
                 raise ValueError
             return user_id, generation, float(claims["exp"])
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
@@ -4453,10 +4460,7 @@ class TokenSigner:
         another file or is not ours."""
         try:
             claims = jwt.decode(link, self._secret, algorithms=[ALGORITHM], audience="file", subject=file_id)
-            user_id, generation = claims["user"], claims["gen"]
-            if type(user_id) is not int or type(generation) is not int or not 0 < user_id < 2**63:
-                raise ValueError
-            return user_id, generation, float(claims["exp"]), bytes.fromhex(claims["token"])
+            return *check_ids(claims["user"], claims["gen"]), float(claims["exp"]), bytes.fromhex(claims["token"])
         except (jwt.PyJWTError, KeyError, ValueError, TypeError, OverflowError, RecursionError):
             raise chat_error("TOKEN_INVALID") from None
 
