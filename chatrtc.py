@@ -5594,6 +5594,7 @@ POLL_PACKETS = 16  # packets in one poll response; the Python client does not ac
 ROOM_BUFFER_BYTES = 1 << 18  # size of a room's buffer, after which the next event starts a new one
 MAX_UNSENT_BYTES = 16 << 20  # bytes that may wait for all clients together
 MAX_STALL_SECONDS = 20.0  # a client that receives none of its waiting bytes for this time is disconnected
+UNFINISHED_PER_ADDRESS = 500  # requests whose body has not arrived; each takes 14 KiB, most of it in aiohttp
 WATCHED_BYTES = 1 << 14  # a write of up to this size fits into the kernel's buffer
 PACKET_QUEUE_LENGTH = 64
 RETRY_SECONDS = 10  # `retry_after` for a client that sends too much, or has too many sessions
@@ -5642,11 +5643,14 @@ def unsent_bytes(client: asyncio.Transport) -> int:
 
 class SlowClients:
     """The clients for which bytes wait. A client that receives none of them for 20 s is disconnected. While more than 16 MiB
-    wait for all clients together, so is the one that has received nothing for the longest time."""
+    wait for all clients together, so is the one that has received nothing for the longest time.
+
+    Also the clients whose request body has not arrived. If an address has too many, the oldest body times out."""
 
     def __init__(self) -> None:
         # For each client: bytes held in memory, bytes not yet received (also in the kernel), time of the last progress.
         self.waiting: dict[asyncio.Transport, tuple[int, int, float]] = {}
+        self.unfinished: dict[str, dict[asyncio.Transport, aiohttp.StreamReader]] = {}  # bodies by address, oldest first
         self.total = 0
         self.timer: asyncio.TimerHandle | None = None
 
@@ -5663,8 +5667,13 @@ class SlowClients:
             self._sweep()
 
     def _sweep(self) -> None:
-        """Update the sizes and disconnect clients, longest without progress first. Repeat every second while bytes wait."""
+        """Update the sizes and disconnect clients, longest without progress first. Repeat every second while there are any."""
         now = time.monotonic()
+        for address, clients in list(self.unfinished.items()):
+            for client in [client for client in clients if client.is_closing()]:
+                del clients[client]
+            if not clients:
+                del self.unfinished[address]
         self.waiting = {
             client: (size, left := waits + unsent_bytes(client), now if left < before else since)
             for client, (size, before, since) in self.waiting.items()
@@ -5678,7 +5687,8 @@ class SlowClients:
                 abort(client)
         if self.timer is not None:
             self.timer.cancel()
-        self.timer = asyncio.get_running_loop().call_later(1.0, self._sweep) if self.waiting else None
+        is_needed = self.waiting or self.unfinished
+        self.timer = asyncio.get_running_loop().call_later(1.0, self._sweep) if is_needed else None
 
     async def send(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
         """Write a part of a body, and wait until the client has read most of it. Raises ConnectionError if it disconnects."""
@@ -5688,6 +5698,20 @@ class SlowClients:
         await response.write(data)
         await request.writer.drain()
         self.total -= self.waiting.pop(client, (0, 0, 0.0))[0]  # it has made progress
+
+    def watch_body(self, client: asyncio.Transport, address: str, body: aiohttp.StreamReader) -> None:
+        """Watch a client until the body of its request has arrived."""
+
+        def forget() -> None:
+            clients.pop(client, None)
+
+        clients = self.unfinished.setdefault(address, {})
+        if len(clients) >= UNFINISHED_PER_ADDRESS and client not in clients:
+            clients.pop(next(iter(clients))).set_exception(TimeoutError())  # aiohttp may be the one that still reads it
+        clients[client] = body
+        body.on_eof(forget)
+        if self.timer is None:
+            self._sweep()
 
     async def wait_until_read(self, request: web.Request) -> None:
         """Wait until the client has read most of the responses to its earlier requests, or is disconnected."""
@@ -6414,10 +6438,16 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 
     # Requests
 
+    async def admit(self, request: web.Request) -> None:
+        """Check a request, and wait until its client has read most of the responses to its earlier ones. Raises ChatError."""
+        if request.transport is not None and not request.content.is_eof():
+            self.slow_clients.watch_body(request.transport, client_address(request, self.options), request.content)
+        check_request(request, self.options)
+        await self.slow_clients.wait_until_read(request)
+
     async def handle_request(self, request: web.Request) -> web.StreamResponse:
         try:
-            check_request(request, self.options)
-            await self.slow_clients.wait_until_read(request)
+            await self.admit(request)
             response = await self._respond(request)
         except ChatError as error:
             self.client_log.record_error(client_address(request, self.options), error)
@@ -8736,10 +8766,9 @@ def error_middleware(engine: Engine, handlers: Collection[object]) -> Callable[.
         if request.match_info.http_exception is None and request.match_info.handler not in handlers:
             return await handler(request)  # Socket.IO, which checks them itself, or a route of the embedding application
         try:
-            check_request(request, engine.options)
+            await engine.admit(request)
         except ChatError as error:
             return error_response(error)
-        await engine.slow_clients.wait_until_read(request)
         response = await result_or_error(call_handler(handler, request))
         if isinstance(response, ChatError):
             engine.client_log.record_error(client_address(request, engine.options), response)
