@@ -35,6 +35,19 @@ has been committed. The sections, to be read in this order:
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__" and sys.orig_argv[1:] == sys.argv and sys.argv[0].endswith("chatrtc.py") and hasattr(os, "fork"):
+    # While Python runs a file as a script, it keeps the file's syntax tree, which takes 25 MiB. So this process replaces itself
+    # by one that imports the file. (Not on Windows, where the shell would not wait for it, and not with options of Python.)
+    start = """import os, sys
+del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import chatrtc
+chatrtc.main(prog_name="chatrtc")"""
+    os.execv(sys.executable, [sys.executable, "-P", "-c", start, os.path.abspath(__file__), *sys.argv[1:]])
+
 import asyncio
 import base64
 import bisect
@@ -60,7 +73,6 @@ import json
 import logging
 import math
 import operator
-import os
 import re
 import secrets
 import shutil
@@ -70,7 +82,6 @@ import sqlite3
 import ssl
 import stat
 import struct
-import sys
 import time
 import traceback
 import typing
@@ -83,13 +94,34 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
-import aiohttp
 import aiosqlite
 import click
-import engineio
 import msgspec
-from aiohttp import WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
+
+
+@contextlib.contextmanager
+def hide(*names: str) -> Iterator[None]:
+    """Make imports of these modules fail, if this is the program `chatrtc`. An embedding program may need them."""
+    hidden = {name: sys.modules.get(name) for name in names if Path(sys.argv[0]).stem == "chatrtc"}
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    yield
+    for name, module in hidden.items():
+        del sys.modules[name]
+        if module is not None:
+            sys.modules[name] = module
+
+
+# With `ssl`, aiohttp loads all certificates for its client, which the program does not use: 2.5 MiB. python-socketio and PyJWT
+# import the others if they are installed, although only --redis and --tls-self-signed need them: 15 MiB and 0.35 s.
+with hide("ssl"):
+    import aiohttp
+    from aiohttp import WSMsgType, web
+with hide("redis", "cryptography"):
+    import engineio
+    import jwt
+    import socketio
+    from socketio import packet as wire
 
 if __name__ not in sys.modules:  # hatchling imports it without an entry, which `typing` needs (see `get_build_hook`)
     sys.path.insert(0, str(Path(__file__).parent))
@@ -109,17 +141,6 @@ def optional_import(name: str) -> Any:
 
 
 fcntl, msvcrt, resource, termios = map(optional_import, ("fcntl", "msvcrt", "resource", "termios"))
-
-# python-socketio and PyJWT import these if they are installed, although only --redis and --tls-self-signed need them. Without
-# them the program starts 0.35 s earlier and takes 15 MiB less. An embedding program may need them, so it imports everything.
-hidden = {"redis", "cryptography"} - set(sys.modules) if Path(sys.argv[0]).stem == "chatrtc" else set[str]()
-sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-import jwt  # noqa: E402
-import socketio  # noqa: E402
-from socketio import packet as wire  # noqa: E402
-
-for module in hidden:
-    del sys.modules[module]
 
 # ---- Settings ------------------------------------------------------------------------------------------------------
 # Each field is an option of `serve`, an environment variable CHATRTC_<NAME>, a keyword argument of ChatRTC() and a row of the
