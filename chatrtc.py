@@ -179,7 +179,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(description="Which private conversations are allowed: all, those with an admin or owner, or none."),
     ] = "everyone"
     ice_server: Annotated[
-        tuple[Encodable, ...], Meta(description="STUN or TURN URL for voice: stun:HOST:PORT (repeatable).")
+        tuple[Encodable, ...],
+        Meta(description="Server for voice: stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT (repeatable)."),
     ] = ()
     tls_cert: Annotated[str | None, Meta(description="Certificate file (PEM) for https.")] = None
     tls_key: Annotated[str | None, Meta(description="Private key file (PEM) of that certificate.")] = None
@@ -1471,6 +1472,8 @@ class Participant(Identity):
 
 class IceServer(Payload):
     urls: str
+    username: str | UnsetType = UNSET  # of a TURN server
+    credential: str | UnsetType = UNSET
 
 
 class VoiceJoinResult(Payload):
@@ -7903,7 +7906,23 @@ SESSION_SECONDS = 600  # lifetime of a token for a user of the embedding program
 SIGNAL_BYTES = 16 * 1024  # a WebRTC offer for audio has 2 to 6 KiB
 PATH = re.compile(r"(/[\w.~!$&'()*+,;=:@%/-]*)?", re.ASCII)
 PUBLIC_URL_MAX = 300
-ICE_URL = re.compile(r"(stun|turn)s?:[^\s/@?#]+(\?transport=(udp|tcp))?")
+ICE_URL = re.compile(
+    r"(?P<scheme>stun|turns?):(?:(?P<user>[^\s:/@?#]+):(?P<password>[^\s:/@?#]+)@)?(?P<host>[^\s/@?#]+)"
+    r"(?P<transport>\?transport=(?:udp|tcp))?"
+)
+
+
+def parse_ice_server(url: str) -> IceServer | None:
+    """Return a server of the setting `ice_server` as browsers take it, or None if they would reject it: a TURN server needs a
+    user and a password (%-encoded), a STUN server takes neither these nor a transport, and Firefox rejects `stuns:`."""
+    found = ICE_URL.fullmatch(url)
+    if found is None or parse_host(found["host"]) is None:
+        return None
+    is_turn, name, password = found["scheme"] != "stun", found["user"], found["password"]
+    if is_turn != (name is not None) or (found["transport"] and not is_turn):
+        return None
+    urls = f"{found['scheme']}:{found['host']}{found['transport'] or ''}"
+    return IceServer(urls, *map(urllib.parse.unquote, (name, password))) if is_turn else IceServer(urls)
 
 
 def issue_token(hub: Hub, user: Principal, ttl: int | None = None) -> Result[AuthResponse]:
@@ -8435,7 +8454,7 @@ async def voice_join(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Voic
         notice = VoicePeer(args.channel_id, user.user_id, user.username, secrets.token_urlsafe(9), name=user.name)
         hub.join_voice(connection.sid, channel.server_id, notice)
         peer = hub.voice_peers[connection.sid]
-    servers = [IceServer(urls) for urls in hub.settings.ice_server]
+    servers = [server for url in hub.settings.ice_server if (server := parse_ice_server(url))]
     others = [peer.notice for peer in hub.voice_peers.in_channel(args.channel_id) if peer.sid != connection.sid]
     participants = [Participant(one.user_id, one.username, one.peer_id, name=one.name) for one in others]
     return Result(VoiceJoinResult(peer.notice.peer_id, participants, servers))
@@ -9081,9 +9100,8 @@ def check_addresses(settings: Settings) -> None:
     for option, origin in origins:
         if parse_origin(origin) is None:
             raise StartError(f"--{option} {origin}: must be http:// or https:// and a host name, without a path")
-    for server in settings.ice_server:
-        if not ICE_URL.fullmatch(server):
-            raise StartError(f"--ice-server {server}: must be stun:HOST:PORT or turn:HOST:PORT")
+    if None in map(parse_ice_server, settings.ice_server):  # the URL may contain a password, so it is not shown
+        raise StartError("--ice-server: must be stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT; %-encode the password")
     for proxy in settings.trusted_proxy:
         try:
             parse_network(proxy)

@@ -1077,13 +1077,27 @@ def test_settings_have_one_list() -> None:
     assert all(flag.help for flag in flags)
 
 
+ICE_SERVERS: dict[str, dict[str, str]] = {  # setting -> what the clients get
+    "stun:x": {"urls": "stun:x"},
+    "stun:X.example:3478": {"urls": "stun:X.example:3478"},
+    "turn:ana:word@10.0.0.1:3478?transport=udp": {
+        "urls": "turn:10.0.0.1:3478?transport=udp", "username": "ana", "credential": "word",
+    },
+    "turns:1700000000%3Aana:a%2Fb%40%c3%A9=@[::1]:5349": {
+        "urls": "turns:[::1]:5349", "username": "1700000000:ana", "credential": "a/b@é=",
+    },
+}  # fmt: skip
+
+
 def test_an_invalid_setting_is_rejected(tmp_path: Path) -> None:
     wrongs: tuple[dict[str, Any], ...] = (
         {"port": "3000"}, {"port": 65536}, {"token_ttl": 0}, {"registration": "maybe"}, {"nonsense": 1},
         {"conversations": "some"}, {"database": ""}, {"max_sockets": 0},
         {"tls_cert": "cert.pem"}, {"secret": "short"}, {"secret": ""}, {"secret": "é" * 15}, {"secret": "\udcff" * 32},
         *({"ice_server": [url]} for url in (
-            "stun:\udcff", "", "stun.example:3478", "http://x", "stun://x", "turn:", "turn:ana:word@x", "turn:x?transport=x",
+            "stun:\udcff", "", "stun.example:3478", "http://x", "stun://x", "turn:", "turn:x", "turn:ana@x", "turn:a:b:c@x",
+            "turn:ana:word@x?transport=x", "stun:ana:word@x", "stun:x?transport=udp", "stun:x:0", "stun:x:65536", "stun:x:1:2",
+            "stuns:x",
         )),
         *({"host": host} for host in ("\udcff", "a" * 64, "..")),
         *({"cors_origin": [origin]} for origin in (
@@ -1103,7 +1117,7 @@ def test_an_invalid_setting_is_rejected(tmp_path: Path) -> None:
     chatrtc.ChatRTC(
         database=str(tmp_path / "chat.db"), secret="é" * 16, port=0, cors_origin=["*", "HTTPS://X:443", "http://[::1]:5"],
         trusted_proxy=["10.0.0.1", "10.0.0.1/8", "::1", "::ffff:10.0.0.1", "unix"], public_url="https://X.example:8443/chat/",
-        ice_server=["stun:x", "stuns:x.example:3478", "turn:10.0.0.1:3478?transport=udp", "turns:[::1]:5349?transport=tcp"],
+        ice_server=list(ICE_SERVERS),
     )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
@@ -9768,13 +9782,13 @@ async def test_a_listener_gets_the_server_of_every_event(scene: Scene) -> None:
 
 @pytest.mark.portable
 async def test_two_people_talk_through_the_relay(make_world: MakeWorld) -> None:
-    world = await make_world(ice_server=["stun:example.org:3478"])
+    world = await make_world(ice_server=list(ICE_SERVERS))
     scene = await Scene.make(world)
     voice = await scene.ana.ok("POST", f"{scene.server}/channels", {"name": "talk", "kind": "voice"})
     channel = {"channel_id": voice["channel_id"]}
     first = await scene.ana_socket.ok("voice:join", channel)
     assert first["participants"] == []
-    assert first["ice_servers"] == [{"urls": "stun:example.org:3478"}]
+    assert first["ice_servers"] == list(ICE_SERVERS.values())
     second = await scene.ben_socket.ok("voice:join", channel)
     assert second["participants"] == [{"user_id": scene.ana.user_id, "username": "ana", "peer_id": first["peer_id"]}]
     offer = {"type": "offer", "sdp": "v=0", "list": [1, None, {"deep": True}]}
@@ -21400,6 +21414,19 @@ async def test_three_people_hear_each_other(api: World, tab: Any) -> None:
         await expect(one.locator("#call li")).to_have_count(2)
         await eventually(lambda one=one: has_voice(one, 1), "sound from the other")
     await expect(tabs[2].locator("#call")).to_be_hidden()
+
+
+@pytest.mark.parametrize("device", BROWSERS, indirect=True)
+async def test_browsers_accept_each_valid_ice_server(api: World, device: Any) -> None:
+    one = await device()
+    await one.open(api.url)
+
+    async def accepts(server: dict[str, str]) -> Any:
+        script = "try { new RTCPeerConnection({iceServers: [%s]}).close(); true } catch { false }"
+        return await one.evaluate(script % json.dumps(server))
+
+    assert [setting for setting, server in ICE_SERVERS.items() if not await accepts(server)] == []
+    assert not await accepts({"urls": "turn:x.example"})  # the reason why the setting needs a user and a password
 
 
 async def test_mute_is_shown_and_a_second_device_takes_over(api: World, tab: Any) -> None:
