@@ -9325,6 +9325,7 @@ class Runner(web.AppRunner):
 
 
 Function = TypeVar("Function", bound=HostFunction)
+PREFIXES = web.AppKey("PREFIXES", set[str])  # of the chats that are mounted in an application
 
 
 class ChatRTC:
@@ -9363,9 +9364,13 @@ class ChatRTC:
 
     def attach(self, app: web.Application, prefix: str = "", *, page: bool = True) -> None:
         """Mount REST, Socket.IO and the page under `prefix`. The chat is open in all cleanup contexts that the application adds
-        after this call, and in all its `on_startup` functions; it is closed after those cleanup contexts."""
+        after this call, and in all its `on_startup` functions; it is closed after those cleanup contexts. Raises ValueError if
+        another chat is mounted there."""
         page = page and self._page
         prefix = prefix.strip("/")
+        if prefix in app.setdefault(PREFIXES, set()):
+            raise ValueError(f"Another chat is mounted under /{prefix}")
+        app[PREFIXES].add(prefix)
         self.hub.mount = f"/{prefix}" if prefix else ""
         mounted = web.Application() if prefix else app
         routes = [

@@ -10717,6 +10717,25 @@ async def test_errors_and_administration_are_logged(tmp_path: Path) -> None:
 
 
 @pytest.mark.portable
+def test_only_one_chat_can_be_mounted_under_a_prefix(tmp_path: Path) -> None:
+    app = web.Application()
+
+    async def own(request: web.Request) -> web.Response:
+        return web.Response()
+
+    app.router.add_get("/chat/about", own)
+    chats = [chatrtc.ChatRTC(database=str(tmp_path / f"{number}.db")) for number in range(4)]
+    chats[0].attach(app, prefix="/chat")
+    chats[1].attach(app, prefix="/talk")
+    for prefix in ("/chat", "chat/"):
+        with pytest.raises(ValueError, match=r"^Another chat is mounted under /chat$"):
+            chats[2].attach(app, prefix=prefix)
+    chats[2].attach(app)
+    with pytest.raises(ValueError, match=r"^Another chat is mounted under /$"):
+        chats[3].attach(app, page=False)
+    chats[3].attach(web.Application(), prefix="/chat")
+
+
 async def test_a_chat_can_be_mounted_under_a_prefix(tmp_path: Path) -> None:
     async def own(request: web.Request) -> web.Response:
         return web.Response(text="mine")
