@@ -9978,6 +9978,7 @@ def serve(**settings: Any) -> None:
     """Run the server until Ctrl-C or SIGTERM."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     log.setLevel(logging.INFO)  # for what admins and the command line do
+    logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)  # it warns of each handshake that names a subprotocol
     for handler in logging.getLogger().handlers:
         handler.addFilter(LogRateFilter())
     migrate_file(Path(read_settings(settings).database))

@@ -14696,6 +14696,18 @@ async def test_malformed_frames_are_harmless(launch: Launch, tmp_path: Path, tri
     await process.stop_well()
 
 
+async def test_subprotocols_of_clients_do_not_fill_the_log(launch: Launch, tmp_path: Path) -> None:
+    process = await launch(tmp_path / "chat.db")
+    wire = await Wire.reach(process.url)
+    await wire.send(handshake().replace(b"\r\n\r\n", b"\r\nSec-WebSocket-Protocol: soap, chat\r\n\r\n"))
+    while b"\r\n\r\n" not in wire.data:
+        await wire.receive()
+    assert wire.data.startswith(b"HTTP/1.1 101")
+    await wire.end()
+    _, log = await process.stop()
+    assert "soap" not in log
+
+
 async def status_of(url: str, data: bytes, feed: bytes = b"", most: int = 0) -> int:
     """Send the bytes and, until an answer comes, `feed` again and again; return the status (0: no answer)."""
     wire = await Wire.reach(url)
