@@ -2639,15 +2639,16 @@ class Store:
         self._news.set()
         for task in filter(None, [self._committer, self._follower]):
             await asyncio.wait([task])
-        self._committer = self._follower = None
-        if self._inline_reader is not None:
-            self._inline_reader.close()
-        for db in self._readers:
+        readers, inline_reader, writer = self._readers, self._inline_reader, self._writer
+        # Before they are closed, so that reads raise UNAVAILABLE.
+        self._committer = self._follower = self._inline_reader = self._writer = None
+        self._readers, self._idle = [], []
+        for db in readers:
             await db.close()
-        if self._writer is not None:
-            await self._close_writer(self._writer)
-        self._readers.clear()
-        self._writer = self._inline_reader = None
+        if inline_reader is not None:
+            inline_reader.close()
+        if writer is not None:
+            await self._close_writer(writer)
         self._turn.close()
         self._lock.close()
 
@@ -2683,8 +2684,10 @@ class Store:
             raise chat_error("TOO_OFTEN", retry_after=1) from None
 
     async def _run_slow(self, gone: Callable[[], bool], query: Query[R], *args: Any) -> R:
-        loop = asyncio.get_running_loop()
-        db, deadline = self._idle.pop(), loop.time() + SLOW_READ_SECONDS
+        if not self._idle:
+            raise ChatError("UNAVAILABLE")
+        loop, idle = asyncio.get_running_loop(), self._idle
+        db, deadline = idle.pop(), loop.time() + SLOW_READ_SECONDS
         work: asyncio.Future[R] = asyncio.ensure_future(on_thread(db, in_snapshot, query, *args))
         try:
             while not (await asyncio.wait([work], timeout=POLL_SECONDS))[0]:
@@ -2698,7 +2701,7 @@ class Store:
                     await asyncio.wait([work], timeout=0.02)
                 work.exception()  # retrieved, so that asyncio does not log it
             finally:
-                self._idle.append(db)
+                idle.append(db)
 
     def is_busy(self) -> bool:
         """Return whether there was a fast write a moment ago."""

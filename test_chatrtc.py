@@ -11332,6 +11332,29 @@ async def test_a_stop_refuses_sign_ins_in_progress_and_a_start_accepts_them_agai
     await chat.stop()
 
 
+async def test_reads_during_a_stop_are_refused(tmp_path: Path) -> None:
+    chat = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
+    await chat.start()
+    store, query = chat.hub.store, chatrtc.load_log_end
+
+    async def read_inline() -> int:
+        return store.read_inline(query)
+
+    for read in (read_inline, lambda: store.read(query), lambda: store.read_slow(1, lambda: False, query)):
+        stopping = asyncio.create_task(chat.stop())
+        outcomes: list[Any] = []
+        while not stopping.done():
+            outcomes += await asyncio.gather(read(), return_exceptions=True)
+            await asyncio.sleep(0)
+        await stopping
+        refused = [outcome for outcome in outcomes if outcome != 0]
+        assert refused != []
+        assert {getattr(error, "code", error) for error in refused} == {"UNAVAILABLE"}
+        await chat.start()
+        assert await read() == 0
+    await chat.stop()
+
+
 async def test_a_chat_leaves_no_task_behind(tmp_path: Path) -> None:
     before = asyncio.all_tasks()
     threads = threading.enumerate()
