@@ -257,9 +257,11 @@ server.listen(0, "127.0.0.1", 1024, () =>
 # The modules that ChatRTC imports, without those that it hides from the libraries too.
 LIBRARIES = """
 import sys
-sys.modules.update(redis=None, cryptography=None)
 import asyncio, signal, sqlite3, ssl
-import aiohttp.web, aiosqlite, click, jwt, msgspec, socketio, uvloop
+sys.modules.update(redis=None, cryptography=None, ssl=None)  # as chatrtc.py does
+import aiohttp.web
+sys.modules.update(ssl=ssl)
+import aiosqlite, click, jwt, msgspec, socketio, uvloop
 print("listening on http://127.0.0.1:0", flush=True)
 signal.pause()
 """
