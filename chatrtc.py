@@ -322,6 +322,10 @@ REASONS: dict[str, tuple[str, str]] = {  # reason -> code and text; a reason is 
     "BODY_COMPRESSED": ("BAD_REQUEST", "Compressed bodies are not accepted"),
     "BODY_LONG": ("TOO_LARGE", "A body has at most {n} bytes"),
     "BODY_BROKEN": ("BAD_REQUEST", "The body was incomplete or arrived too slowly"),
+    "NOT_ENGINE_IO": ("BAD_REQUEST", "Not a valid Engine.IO 4 request: {what}"),
+    "SESSION_UNKNOWN": ("BAD_REQUEST", "This session does not exist or has ended"),
+    "SERVER_FULL": ("UNAVAILABLE", "The server accepts no more connections"),
+    "ADDRESS_FULL": ("RATE_LIMITED", "Too many connections from your address"),
     "ORIGIN": ("FORBIDDEN", "Pages of this origin may not use this chat"),
     "HOST": ("FORBIDDEN", "This chat does not accept this host name (see --public-url)"),
     "NO_EVENT": ("NOT_FOUND", "Unknown event"),
@@ -6326,9 +6330,9 @@ def decode_payload(body: bytes) -> list[Packet]:
         parts = body.decode().split("\x1e")
         packets = [base64.b64decode(part[1:], validate=True) if part[:1] == "b" else part for part in parts]
     except ValueError:
-        raise ChatError("BAD_REQUEST", "The payload is not text") from None
+        raise chat_error("NOT_ENGINE_IO", what="the payload is not text") from None
     if len(packets) > POST_PACKETS:
-        raise ChatError("TOO_LARGE", "Too many packets in one request")
+        raise ChatError("TOO_LARGE", "Too many packets in one request", reason="BODY_LONG")
     return packets
 
 
@@ -6409,10 +6413,10 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         which anybody can open, are limited separately: if there are too many, the oldest is closed instead of rejecting the
         new one, so that they cannot keep out a client that signs in at once."""
         if self.draining or len(self.sockets) - len(self.anonymous) >= self.options.max_sessions:
-            raise ChatError("UNAVAILABLE", "The server accepts no more connections")
+            raise chat_error("SERVER_FULL")
         anonymous, share = self.anonymous_at[address], self.options.max_anonymous_per_address
         if self.per_address[address] - anonymous >= self.options.max_sessions_per_address:
-            raise ChatError("RATE_LIMITED", "Too many connections from your address", RETRY_SECONDS)
+            raise chat_error("ADDRESS_FULL", retry_after=RETRY_SECONDS)
         at_share = share is not None and anonymous >= share
         most, count = self.options.max_sessions, len(self.anonymous)
         if at_share or (count and (count >= most // ANONYMOUS_SHARE or len(self.sockets) >= most)):
@@ -6460,7 +6464,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         if session is not None and session.is_overdue():
             session.end(REASON.PING_TIMEOUT, final_packet=None)
         if session is None or session.closed:
-            raise ChatError("BAD_REQUEST", "Unknown session")
+            raise chat_error("SESSION_UNKNOWN")
         return session
 
     # Requests
@@ -6490,19 +6494,19 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         query, method = request.query, request.method
         transport, sid = query.get("transport", ""), query.get("sid")
         if transport not in self.transports or query.get("EIO") != "4":
-            raise ChatError("BAD_REQUEST", "Not an Engine.IO 4 request")
+            raise chat_error("NOT_ENGINE_IO", what="it needs EIO=4 and a transport")
         if method not in ("GET", "POST") or (method == "POST" and sid is None):
-            raise ChatError("BAD_REQUEST", "Wrong method")
+            raise chat_error("NOT_ENGINE_IO", what="wrong method")
         if transport == "websocket":
             if method != "GET" or request.headers.get("Upgrade", "").lower() != "websocket":
-                raise ChatError("BAD_REQUEST", "Not a WebSocket handshake")
+                raise chat_error("NOT_ENGINE_IO", what="not a WebSocket handshake")
             return await self._websocket(request, sid)
         if sid is None:
             session = await self._open(request, transport)
             return WatchedResponse(text=encode_payload(session.pop_packets()))
         session = self.closing_sessions.pop(sid) if method == "GET" and sid in self.closing_sessions else self._find(sid)
         if session.upgraded:
-            raise ChatError("BAD_REQUEST", "The session uses a WebSocket")
+            raise chat_error("NOT_ENGINE_IO", what="the session uses a WebSocket")
         return await (self._poll(session, request) if method == "GET" else self._post(session, request))
 
     async def _poll(self, session: Session, request: web.Request) -> web.StreamResponse:
@@ -6510,22 +6514,22 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             return web.Response(text=NOOP)
         if session.has_poll():
             session.end(REASON.TRANSPORT_ERROR)
-            raise ChatError("BAD_REQUEST", "Two polls at once")
+            raise chat_error("NOT_ENGINE_IO", what="two polls at once")
         session.wake()  # an earlier poll whose client has gone must not take the packets of this one
         packets = await session.wait_packets(request)
         if not packets:
-            raise ChatError("BAD_REQUEST", "The session has ended")
+            raise chat_error("SESSION_UNKNOWN")
         return WatchedResponse(text=encode_payload(packets))
 
     async def _post(self, session: Session, request: web.Request) -> web.StreamResponse:
         try:
             if session.posting:
-                raise ChatError("BAD_REQUEST", "Two posts at once")
+                raise chat_error("NOT_ENGINE_IO", what="two posts at once")
             session.posting = True
             for packet in await self._read_packets(request):
                 await session.handle_packet(packet)
                 if session.closed and packet != CLOSE:
-                    raise ChatError("BAD_REQUEST", "The session has ended")
+                    raise chat_error("SESSION_UNKNOWN")
         except ChatError as error:
             self.end_for_protocol_error(session, error)
             raise
@@ -6535,16 +6539,16 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
     async def _read_packets(self, request: web.Request) -> list[Packet]:
         size = request.content_length
         if request.headers.get("Content-Encoding", "identity") != "identity":
-            raise ChatError("BAD_REQUEST", "Compressed bodies are not accepted", status=415)
+            raise ChatError("BAD_REQUEST", REASONS["BODY_COMPRESSED"][1], status=415, reason="BODY_COMPRESSED")
         if not size:
-            raise ChatError("BAD_REQUEST", "The request has no Content-Length")
+            raise chat_error("NOT_ENGINE_IO", what="no Content-Length")
         if size > self.options.max_payload:
-            raise ChatError("TOO_LARGE", "The payload is too large")
+            raise chat_error("BODY_LONG", n=self.options.max_payload)
         try:
             async with asyncio.timeout(POST_SECONDS):
                 return decode_payload(await request.content.readexactly(size))
         except BODY_ERRORS:
-            raise ChatError("BAD_REQUEST", "The body did not arrive") from None
+            raise chat_error("BODY_BROKEN") from None
 
     def end_for_protocol_error(self, session: Session, error: Exception) -> None:
         """End the session of a client that broke the protocol, and log why."""
@@ -6565,7 +6569,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
                 session.end(REASON.TRANSPORT_ERROR)
             if isinstance(error, ConnectionError):  # the client has disconnected
                 return web.Response(status=400)
-            raise ChatError("BAD_REQUEST", "Not a WebSocket handshake") from None
+            raise chat_error("NOT_ENGINE_IO", what="not a WebSocket handshake") from None
         tcp = request.transport
         if tcp is not None and session.tcp is None and not session.closed:
             session.tcp = tcp

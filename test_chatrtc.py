@@ -9166,10 +9166,35 @@ async def test_queues_of_packets_take_turns() -> None:
     assert handled == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "b2", "c2"]
 
 
-async def test_http_errors_are_json(bare):
-    for path in ("", "?EIO=3&transport=polling", "?EIO=4&transport=x", "?EIO=4&transport=polling&sid=x"):
-        async with bare.http.get("/socket.io/" + path) as response:
-            assert response.status == 400 and set(await response.json()) == {"error", "code"}
+@pytest.mark.parametrize(
+    ("method", "query", "body", "status", "reason"),
+    [
+        ("GET", "", None, 400, "NOT_ENGINE_IO"),
+        ("GET", "EIO=3&transport=polling", None, 400, "NOT_ENGINE_IO"),
+        ("GET", "EIO=4&transport=x", None, 400, "NOT_ENGINE_IO"),
+        ("GET", "EIO=4&transport=websocket", None, 400, "NOT_ENGINE_IO"),
+        ("PUT", "EIO=4&transport=polling", b"4", 400, "NOT_ENGINE_IO"),
+        ("POST", "EIO=4&transport=polling", b"4", 400, "NOT_ENGINE_IO"),
+        ("GET", "EIO=4&transport=polling&sid=x", None, 400, "SESSION_UNKNOWN"),
+        ("POST", "EIO=4&transport=polling&sid=x", b"4", 400, "SESSION_UNKNOWN"),
+        ("POST", "EIO=4&transport=polling&sid=", b"", 400, "NOT_ENGINE_IO"),
+        ("POST", "EIO=4&transport=polling&sid=", b"\xff", 400, "NOT_ENGINE_IO"),
+        ("POST", "EIO=4&transport=polling&sid=", b"4" * 1_000_001, 413, "BODY_LONG"),
+        ("POST", "EIO=4&transport=polling&sid=", b"4\x1e" * 1000, 413, "BODY_LONG"),
+        ("POST", "EIO=4&transport=polling&sid=", gzip.compress(b"4"), 415, "BODY_COMPRESSED"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+async def test_engine_io_errors_have_a_reason(bare, method, query, body, status, reason):
+    if query.endswith("sid="):
+        query += (await bare.poller()).sid
+    headers = {"Content-Encoding": "gzip"} if reason == "BODY_COMPRESSED" else {}
+    async with bare.http.request(method, f"/socket.io/?{query}", data=body, headers=headers) as response:
+        answer = await response.json()
+        assert (response.status, answer.keys(), answer["reason"]) == (status, {"error", "code", "reason"}, reason)
+
+
+async def test_the_path_needs_no_slash(bare):
     async with bare.http.get("/chat/socket.io?EIO=4&transport=polling") as response:
         assert response.status == 200
 
@@ -9236,7 +9261,7 @@ async def test_the_number_of_sockets_is_a_setting(make_world: MakeWorld) -> None
     url = f"{world.url}/socket.io/?EIO=4&transport=polling"
     async with world.session.get(url) as response:
         assert response.status == 503
-        assert await response.json() == {"error": "The server accepts no more connections", "code": "UNAVAILABLE"}
+        assert await response.json() == chatrtc.chat_error("SERVER_FULL").body()
     with pytest.raises(socketio.exceptions.ConnectionError):
         await cy.socket(transports=["websocket"])
     assert len(engine.sockets) == 2
