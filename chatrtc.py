@@ -38,7 +38,12 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__" and sys.orig_argv[1:] == sys.argv and sys.argv[0].endswith("chatrtc.py") and hasattr(os, "fork"):
+if (
+    (__name__, os.path.basename(__file__)) == ("__main__", "chatrtc.py")
+    and sys.orig_argv[1:] == sys.argv
+    and sys.executable
+    and hasattr(os, "fork")
+):
     # While Python runs a file as a script, it keeps the file's syntax tree, which takes 25 MiB. So this process replaces itself
     # by one that imports the file. (Not on Windows, where the shell would not wait for it, and not with options of Python.)
     start = """import os, sys

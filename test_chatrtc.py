@@ -12055,6 +12055,30 @@ async def test_every_command_has_help() -> None:
     assert (await run_ok("--version")).split() == ["ChatRTC,", "version", chatrtc.__version__]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows runs the script itself")
+def test_a_script_restarts_as_a_module(tmp_path: Path) -> None:
+    """From a folder with an odd name, by a relative path, and not with what lies in the working directory."""
+    folder = tmp_path / "a folder é"
+    folder.mkdir()
+    for name in ("chatrtc.py", "chatrtc.html", "schema.sql"):
+        shutil.copy(HERE / name, folder)
+    (tmp_path / "click.py").write_text("raise SystemExit('imported from the working directory')")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+    def version(*options: str, script: str = "chatrtc.py") -> str:
+        command = [sys.executable, *options, f"{folder.name}/{script}", "--version"]
+        return subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, check=True).stdout
+
+    expected = f"ChatRTC, version {chatrtc.__version__}\n"
+    (folder / "chatrtc.py").rename(folder / "chat.py")
+    assert version(script="chat.py") == expected
+    (folder / "chat.py").rename(folder / "chatrtc.py")
+    assert version("-X", "utf8") == expected
+    assert not (folder / "__pycache__").exists(), "run as a script under another name, or with options of Python"
+    assert version() == expected
+    assert len([*(folder / "__pycache__").glob("chatrtc.*.pyc")]) == 1, "imported, and compiled once"
+
+
 async def test_a_port_or_a_database_in_use_is_rejected(tmp_path: Path) -> None:
     process = await Process.start(tmp_path / "chat.db")
     port = str(urlsplit(process.url).port)
