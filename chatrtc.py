@@ -394,6 +394,7 @@ INVISIBLE_CHARS = (
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufffb\U00016fe4\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
+BIDI_CONTROLS = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # reorder the text after them
 VISIBLE = f"(?=[\\s{INVISIBLE_CHARS}]*[^\\s{INVISIBLE_CHARS}{CONTROLS}])"  # a visible character follows
 CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 TEXT = "[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"  # no control characters but tab and newline
@@ -916,7 +917,7 @@ Topic = Annotated[str, Meta(max_length=1000, pattern=OPTIONAL_TEXT)]
 AltText = Annotated[str, Meta(max_length=1000, pattern=OPTIONAL_TEXT)]
 OPTIONAL_CONTENT = f"^(?:{EMPTY}|{VISIBLE}){CONTENT}"
 OptionalContent = Annotated[str, Meta(max_length=4000, pattern=OPTIONAL_CONTENT)]  # may be empty if the message has files
-Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=f"^{VISIBLE}[^\\s{CONTROLS}]+$(?!\n)")]
+Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=f"^{VISIBLE}[^\\s{CONTROLS}{BIDI_CONTROLS}]+$(?!\n)")]
 Nonce = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 Code = Annotated[str, Meta(min_length=1, max_length=64)]
 SearchText = Annotated[str, Meta(min_length=1, max_length=200, pattern=f"^\\s*[^\\s{CONTROLS}]{TEXT}")]

@@ -7595,11 +7595,13 @@ async def test_two_people_keep_their_conversation_without_a_common_server(scene:
 
 
 @pytest.mark.portable
-async def test_a_reaction_is_one_line(scene: Scene) -> None:
+async def test_a_reaction_is_one_line_and_does_not_reorder_text(scene: Scene) -> None:
     message = await scene.post()
-    for emoji in ("👍\n", "\n👍", "👍\r", "a\nb"):
+    for emoji in ("👍\n", "\n👍", "👍\r", "a\nb", "👍\u202e", "\u2067a", "a\u200f", "\u061ca"):
         ack = await scene.ben_socket.call("reaction:add", {"message_id": message["message_id"], "emoji": emoji})
-        assert ack["code"] == "BAD_REQUEST", emoji
+        assert (ack["code"], ack["reason"]) == ("BAD_REQUEST", "FIELD_FORM"), emoji
+    for emoji in ("👩\u200d🚀", "🏴\U000e0067\U000e0062\U000e007f", "שלום"):
+        await scene.ben_socket.ok("reaction:add", {"message_id": message["message_id"], "emoji": emoji})
 
 
 @pytest.mark.portable
