@@ -9101,7 +9101,7 @@ async def test_bad_posts_are_rejected_at_once(bare, status, kwargs):
     client = await bare.poller()
     assert (await client.post(event("echo")))[0] == 200
     got, body = await client.request("POST", **kwargs)
-    assert got == status and set(json.loads(body)) == {"error", "code"}
+    assert got == status and set(json.loads(body)) == {"error", "code", "reason"}
     assert (await client.get())[0] == 400 and await bare.is_empty()
 
 
