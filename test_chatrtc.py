@@ -10763,6 +10763,7 @@ def test_only_one_chat_can_be_mounted_under_a_prefix(tmp_path: Path) -> None:
     chats[3].attach(web.Application(), prefix="/chat")
 
 
+@pytest.mark.portable
 async def test_a_chat_can_be_mounted_under_a_prefix(tmp_path: Path) -> None:
     async def own(request: web.Request) -> web.Response:
         return web.Response(text="mine")
