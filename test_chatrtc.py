@@ -21194,6 +21194,17 @@ async def test_a_message_whose_upload_ended_with_the_page_is_kept(api: World, ta
     assert [file["name"] for file in await files_of(maya_api, channel_id)] == ["notes.txt"]
 
 
+async def test_a_message_from_elsewhere_leaves_the_files_of_a_draft(api: World, tab: Any) -> None:
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    maya = await tab(maya_api)
+    await maya.attach(("notes.txt", b"three ponds"))
+    await expect(maya.locator(".attachment progress:visible")).to_have_count(0)
+    await maya_api.ok("POST", "/messages", {"channel_id": channel_id, "content": "by a program, without a nonce"})
+    await maya.sees("by a program, without a nonce")
+    await maya.write("and the file")
+    await expect(maya.row("and the file")).to_contain_text("notes.txt")
+
+
 async def test_a_draft_keeps_its_files(api: World, tab: Any) -> None:
     (maya_api,), (server_id, channel_id) = await create_class(api, "Maya")
     await maya_api.channel(server_id, "homework")
