@@ -8,6 +8,7 @@ the same to the servers that ChatRTC is compared with:
     node      Node's socket.io and better-sqlite3, synchronous=FULL, a commit per message
     turn      the same with one commit per turn of the event loop
     empty     an aiohttp handler that parses the JSON of a post and answers (also on uvloop)
+    least     the same on uvloop, with the least SQL that stores a post, and one commit per turn of the event loop
 
 Node announces who is connected, as ChatRTC does. They all do less than ChatRTC (one token, no roles, no limits), so the
 comparison favors them. A message is outstanding until every client of its room has received it. Every message is counted at
@@ -320,6 +321,60 @@ async def serve_empty(database: str) -> None:
     await serve_aiohttp(post)
 
 
+LEAST_TABLES = """
+CREATE TABLE servers (server_id INTEGER PRIMARY KEY, seq INTEGER NOT NULL);
+CREATE TABLE channels (channel_id INTEGER PRIMARY KEY, server_id INTEGER NOT NULL);
+CREATE TABLE members (server_id INTEGER, user_id INTEGER, role TEXT NOT NULL, PRIMARY KEY (server_id, user_id)) WITHOUT ROWID;
+CREATE TABLE messages (message_id INTEGER PRIMARY KEY, channel_id INTEGER NOT NULL, author_id INTEGER NOT NULL,
+    content TEXT NOT NULL, created_at TEXT NOT NULL, seq INTEGER NOT NULL, nonce TEXT);
+CREATE INDEX messages_by_channel ON messages (channel_id, message_id);
+CREATE UNIQUE INDEX messages_by_nonce ON messages (author_id, nonce) WHERE nonce IS NOT NULL;
+"""
+LEAST_SQL = (  # who may post, the sequence number, the message
+    "SELECT server_id, role FROM channels JOIN members USING (server_id) WHERE channel_id = ? AND user_id = 1",
+    "UPDATE servers SET seq = seq + 1 WHERE server_id = ? RETURNING seq",
+    "INSERT INTO messages (channel_id, author_id, content, created_at, seq) VALUES (?, 1, ?, ?, ?)",
+)
+
+
+async def serve_least(database: str) -> None:
+    """The empty handler with three statements, on the thread of the event loop, and one commit for each of its turns. A post
+    cannot cost less with aiohttp and SQLite, whatever else a chat does for it."""
+    from aiohttp import web
+
+    db, loop, waiting = sqlite3.connect(database, isolation_level=None), asyncio.get_running_loop(), list[Any]()
+    db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + LEAST_TABLES)
+    db.execute("BEGIN")
+    for server_id in range(1, 100):  # all that `prepare` below may answer with
+        db.execute("INSERT INTO servers VALUES (?, 0)", (server_id,))
+        db.execute("INSERT INTO channels VALUES (?, ?)", (server_id, server_id))
+        db.execute("INSERT INTO members VALUES (?, 1, 'owner')", (server_id,))
+    db.execute("COMMIT")
+    may_post, number, insert = LEAST_SQL
+
+    def commit() -> None:
+        db.execute("COMMIT")
+        for done in waiting:
+            done.set_result(None)
+        waiting.clear()
+
+    async def post(request: web.Request) -> web.Response:
+        body = await request.json()
+        if not waiting:
+            db.execute("BEGIN")
+            loop.call_soon(commit)
+        waiting.append(done := loop.create_future())
+        channel, content = body["channel_id"], body["content"]
+        server_id, _ = db.execute(may_post, (channel,)).fetchone()
+        ((seq,),) = db.execute(number, (server_id,)).fetchall()
+        message = message_payload(0, seq, channel, content)
+        message["message_id"] = db.execute(insert, (channel, content, message["created_at"], seq)).lastrowid
+        await done
+        return web.json_response(message, status=201)
+
+    await serve_aiohttp(post)
+
+
 async def serve_aiohttp(post: Callable[[Any], Any], sio: Any = None) -> None:
     """Run an application with `post` for messages and one answer to all other requests of the bench."""
     from aiohttp import web
@@ -393,8 +448,8 @@ def serve_inline(name: str, database: str) -> None:
     """Run one of the servers above, in the process of `--serve NAME`."""
     if name == "ceiling":
         return serve_ceiling()
-    main = (serve_obvious if name == "obvious" else serve_empty)(database)
-    if name == "empty-uvloop":
+    main = {"obvious": serve_obvious, "least": serve_least}.get(name, serve_empty)(database)
+    if name in ON_UVLOOP:
         import uvloop
 
         return uvloop.run(main)
@@ -404,13 +459,16 @@ def serve_inline(name: str, database: str) -> None:
 LABELS = {
     "chatrtc": "ChatRTC", "obvious": "obvious", "ceiling": "write ceiling", "node": "Node, commit per message",
     "turn": "Node, commit per turn", "empty": "empty aiohttp", "empty-uvloop": "empty aiohttp, uvloop",
+    "least": "aiohttp and SQLite, the least",
 }  # fmt: skip
 DELIVERS = ("chatrtc", "obvious", "ceiling", "node", "turn")
 READS = ("chatrtc", "node")
+ON_UVLOOP = ("empty-uvloop", "least")
+HANDLERS = ("empty", *ON_UVLOOP) if find_spec("uvloop") else ("empty",)
 
 
 def takes_part(server: str, step: str) -> bool:
-    """Return whether a step applies to a server: the ceiling stores nothing, the empty handlers deliver nothing."""
+    """Return whether a step applies to a server: the ceiling stores nothing, the aiohttp handlers deliver nothing."""
     if step == "start":
         return server in ("chatrtc", "obvious", "node")
     return server != "ceiling" if step == "posts" else server in DELIVERS
@@ -1419,20 +1477,22 @@ def storm(bench: Bench, name: str) -> None:
 
 def ways(bench: Bench) -> None:
     """Compare ways to post, in turns: by HTTP, by an event, with an `@` for nobody and for a member, with few members and with
-    many. An empty aiohttp handler takes part."""
-    server, empty = bench.launch("chatrtc"), bench.launch("empty")
-    empty.prepare()
+    many. The aiohttp handlers take part."""
+    server, others = bench.launch("chatrtc"), [bench.launch(name) for name in HANDLERS]
+    for other in others:
+        other.prepare()
     server.prepare(2)
     for (server_id, _), members in zip(server.rooms, (FEW_MEMBERS, bench.plan.members), strict=True):
         server.enrol(server_id, members - 1)
     for _ in range(bench.plan.runs):
-        durable_posts(bench, empty, empty.rooms[0], "few plain")
+        for other in others:
+            durable_posts(bench, other, other.rooms[0], "few plain")
         durable_posts(bench, server, server.rooms[0], "event", by_event=True)
         for size, room in zip(("few", "many"), server.rooms, strict=True):
             durable_posts(bench, server, room, f"{size} plain")
             durable_posts(bench, server, room, f"{size} nobody", text="@nobody-here ")
             durable_posts(bench, server, room, f"{size} member", text=f"@member{room[0]}-1 ")
-    bench.stop(server, empty)
+    bench.stop(server, *others)
 
 
 def small_rooms(bench: Bench, name: str) -> None:
@@ -1776,7 +1836,7 @@ def available(chosen: Names) -> list[str]:
     if not node_modules():
         click.echo(NO_NODE, err=True)
         names = [name for name in names if name not in ("node", "turn")]
-    return names if find_spec("uvloop") else [name for name in names if name != "empty-uvloop"]
+    return names if find_spec("uvloop") else [name for name in names if name not in ON_UVLOOP]
 
 
 def has_browser() -> bool:
