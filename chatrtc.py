@@ -2462,8 +2462,11 @@ def append_log(db: sqlite3.Connection, effects: Sequence[Effect]) -> int:
 
 
 def empty_wal(db: sqlite3.Connection) -> Result[bool]:
-    """Checkpoint and truncate the -wal; not in a transaction. The value is False if a reader prevented it."""
-    return Result(not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
+    """Checkpoint and truncate the -wal; not in a transaction. The value is False if a reader prevented it: try again later."""
+    emptied = not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+    if emptied:
+        db.execute("UPDATE search SET stale = 0 WHERE stale = 2")
+    return Result(emptied)
 
 
 def is_bug(error: Exception) -> bool:
@@ -3730,7 +3733,7 @@ load_replied_author = rows_as(
 load_index_progress: Query[tuple[int, int]] = row_as(
     lambda *row: row, "SELECT (SELECT coalesce(max(message_id), 0) FROM messages), indexed_id FROM search"
 )
-# 1 while deleted or replaced texts may still be in the search index or in the -wal.
+# Where deleted or replaced texts may still be. 0: nowhere, 1: in the search index or the -wal, 2: in the -wal only.
 has_stale_texts: Query[int] = first_value("SELECT stale FROM search")
 load_deleted_channel: Query[Any] = first_value("SELECT channel_id FROM channels WHERE server_id IS NULL LIMIT 1")
 load_pending_purge: Query[int | None] = first_value("SELECT 1 FROM purges LIMIT 1")
@@ -3831,12 +3834,12 @@ def unindex(db: sqlite3.Connection, where: str, *values: Any) -> bool:
 
 
 def merge_index(db: sqlite3.Connection) -> Result[bool]:
-    """Merge the search index by one step. Return whether it is fully merged, and so free of deleted text."""
+    """Merge the search index by one step. Return whether it is fully merged: only the -wal may then contain deleted texts."""
     changes = db.total_changes
     db.execute("INSERT INTO messages_fts (messages_fts, rank) VALUES ('merge', -500)")  # pages
     merged = db.total_changes - changes < 2  # documented by SQLite as the sign that nothing was left to merge
     if merged:
-        db.execute("UPDATE search SET stale = 0")
+        db.execute("UPDATE search SET stale = 2")
     return Result(merged)
 
 

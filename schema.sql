@@ -256,7 +256,7 @@ CREATE INDEX reads_by_channel ON reads (channel_id);
 -- many at once, up to `indexed_id`; a change of a message that is already indexed updates the index at once.
 CREATE TABLE search (
     indexed_id INTEGER NOT NULL,
-    stale      INTEGER NOT NULL DEFAULT 0          -- 1: the index or the -wal may still contain deleted texts
+    stale      INTEGER NOT NULL DEFAULT 0          -- deleted texts may be 1: in the index or the -wal, 2: in the -wal only
 ) STRICT;
 INSERT INTO search (indexed_id) VALUES (0);
 CREATE VIRTUAL TABLE messages_fts USING fts5 (

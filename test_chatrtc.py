@@ -7683,6 +7683,27 @@ async def test_clearing_an_empty_channel_leaves_the_index_alone(scene: Scene) ->
     assert not store.read_inline(chatrtc.has_stale_texts)
 
 
+async def test_a_reader_only_delays_the_erasing_of_texts(scene: Scene, tmp_path: Path) -> None:
+    """While another program reads the database, the -wal cannot be emptied. It is, as soon as that program has finished."""
+    store, hub = scene.world.chat.hub.store, scene.world.chat.hub
+
+    def may_be_in(*places: int) -> bool:
+        hub.erase_after = 0.0  # else, after a slow run, the next one waits twenty times as long
+        return store.read_inline(chatrtc.has_stale_texts) in places
+
+    message = await scene.ben.post(scene.place.channel_id, "zirkonium")
+    with contextlib.closing(chatrtc.connect_reader(tmp_path / "chat.db")) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM messages").fetchone()[0]
+        await scene.ana.ok("DELETE", f"/messages/{message['message_id']}")
+        await until(lambda: not may_be_in(1))
+        for _ in range(2):
+            await store.write(chatrtc.empty_wal, slow=True)
+        assert may_be_in(2), "it is not forgotten"
+    await until(lambda: may_be_in(0))
+    assert b"zirkonium" not in database_bytes(tmp_path)
+
+
 @pytest.mark.portable
 async def test_an_unchanged_channel_takes_no_number(scene: Scene) -> None:
     path = f"/channels/{scene.place.channel_id}"
