@@ -867,26 +867,20 @@ PICTURE_SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
 }
 
 
-def picture_size(head: bytes) -> tuple[int, int] | None:
-    """Return the width and height of a picture, given its first piece. None: not a picture, damaged or too large."""
-    for media_type, read_size in PICTURE_SIZES.items():
-        if re.match(FILE_TYPES[media_type], head, re.DOTALL):
-            width, height = read_size(head)
-            return (width, height) if 0 < width * height <= MAX_PIXELS else None
-    return None
-
-
-def detect_type(head: bytes) -> str:
-    """Return the media type of a file, given its first piece. It is UNKNOWN_TYPE for a picture that `picture_size` rejects,
-    and for everything that is neither in FILE_TYPES nor text."""
+def detect_type(head: bytes) -> tuple[str, tuple[int, int] | None]:
+    """Return the media type of a file, given its first piece, and a picture's width and height. The type is UNKNOWN_TYPE for a
+    picture that is damaged or too large, and for everything that is neither in FILE_TYPES nor text."""
     for media_type, signature in FILE_TYPES.items():
         if re.match(signature, head, re.DOTALL):
-            return media_type if media_type not in PICTURE_SIZES or picture_size(head) else UNKNOWN_TYPE
+            if media_type not in PICTURE_SIZES:
+                return media_type, None
+            width, height = PICTURE_SIZES[media_type](head)
+            return (media_type, (width, height)) if 0 < width * height <= MAX_PIXELS else (UNKNOWN_TYPE, None)
     with contextlib.suppress(UnicodeDecodeError):
         codecs.utf_8_decode(head)  # the last character may be incomplete
         if head == head.translate(None, NOT_IN_TEXT):
-            return "text/plain"
-    return UNKNOWN_TYPE
+            return "text/plain", None
+    return UNKNOWN_TYPE, None
 
 
 # ---- Payloads ------------------------------------------------------------------------------------------------------
@@ -8263,7 +8257,7 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
     """Upload a file; the body is its bytes. Post it in the channel within an hour, or it is deleted."""
     assert caller.body is not None
     most, quota, declared = hub.settings.file_max << 20, hub.settings.files_max << 20, caller.body.size or 0
-    size, digest, media_type, pixels = 0, hashlib.sha256(), detect_type(b""), None
+    size, digest, (media_type, pixels) = 0, hashlib.sha256(), detect_type(b"")
 
     async def run(step: Callable[..., R], *values: Any) -> R:
         """Run a step in a transaction of its own, in which the caller's permission is checked again."""
@@ -8279,7 +8273,7 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
         try:
             async for piece in split_pieces(caller.body.data):
                 if not size:
-                    media_type, pixels = detect_type(piece), picture_size(piece)
+                    media_type, pixels = detect_type(piece)
                 number, size = size // PIECE_BYTES, size + len(piece)
                 await run(insert_piece, file_id, number, piece, most, quota)
                 digest.update(piece)
