@@ -213,12 +213,6 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = False
 
 
-@functools.cache
-def setting_flags() -> list[tuple[str, msgspec.structs.FieldInfo]]:
-    """Return the command line option and the field of each setting."""
-    return [("--" + field.name.replace("_", "-"), field) for field in msgspec.structs.fields(Settings)]
-
-
 # ---- Errors --------------------------------------------------------------------------------------------------------
 # Every error that a client can get is a ChatError. Any other exception is a bug, which clients see as INTERNAL_ERROR.
 
@@ -9920,12 +9914,13 @@ def setting_options(*names: str) -> Callable[[Any], Any]:
     """Return a decorator that adds these settings, or all, to a command as options."""
 
     def decorate(command: Any) -> Any:
-        for flag, field in reversed(setting_flags()):
+        for field in reversed(msgspec.structs.fields(Settings)):
             inner, meta = typing.get_args(field.type)[:2]
             shape: dict[str, Any] = {"is_flag": inner is bool, "multiple": typing.get_origin(inner) is tuple}
             if typing.get_origin(inner) is Literal:
                 shape["type"] = click.Choice(typing.get_args(inner))
             if not names or field.name in names:
+                flag = "--" + field.name.replace("_", "-")
                 command = click.option(flag, field.name, default=field.default, help=meta.description, **shape)(command)
         return command
 

@@ -24159,8 +24159,12 @@ def readme_tables() -> dict[str, str]:
         for limit in chatrtc.LIMITS.values()
     ]
     settings = [
-        (code(flag), "" if str(field.default) in ("None", "()", "False") else code(str(field.default)), sentence_of(field))
-        for flag, field in chatrtc.setting_flags()
+        (
+            code(f"--{field.name.replace('_', '-')}"),
+            "" if str(field.default) in ("None", "()", "False") else code(str(field.default)),
+            sentence_of(field),
+        )
+        for field in msgspec.structs.fields(chatrtc.Settings)
     ]
     reasons = [(code(name), code(error), text) for name, (error, text) in chatrtc.REASONS.items()]
     return {
