@@ -900,12 +900,9 @@ Username = Annotated[str, Meta(min_length=2, max_length=32)]
 Password = Annotated[str, Meta(min_length=8, max_length=256)]
 Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=NAME)]
 DisplayName = Annotated[str, Meta(min_length=1, max_length=64)]
-EMPTY = "$(?!\n)"  # in Python, `$` alone also matches before a last newline
-OPTIONAL_TEXT = f"^(?:{EMPTY}|{VISIBLE}){TEXT}"
-Topic = Annotated[str, Meta(max_length=1000, pattern=OPTIONAL_TEXT)]
-AltText = Annotated[str, Meta(max_length=1000, pattern=OPTIONAL_TEXT)]
-OPTIONAL_CONTENT = f"^(?:{EMPTY}|{VISIBLE}){CONTENT}"
-OptionalContent = Annotated[str, Meta(max_length=4000, pattern=OPTIONAL_CONTENT)]  # may be empty if the message has files
+EMPTY_OR_VISIBLE = f"^(?:$(?!\n)|{VISIBLE})"  # in Python, `$` alone also matches before a last newline
+OptionalText = Annotated[str, Meta(max_length=1000, pattern=EMPTY_OR_VISIBLE + TEXT)]
+OptionalContent = Annotated[str, Meta(max_length=4000, pattern=EMPTY_OR_VISIBLE + CONTENT)]  # may be empty if there are files
 Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=f"^{VISIBLE}[^\\s{CONTROLS}{BIDI_CONTROLS}]+$(?!\n)")]
 Nonce = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 Code = Annotated[str, Meta(min_length=1, max_length=64)]
@@ -1101,7 +1098,7 @@ class CodeArgs(Args):
 
 class NewChannel(RenameServer):
     kind: ChannelKind = "text"
-    topic: Topic = ""
+    topic: OptionalText = ""
 
 
 class ChannelArgs(Args):
@@ -1110,7 +1107,7 @@ class ChannelArgs(Args):
 
 class EditChannel(ChannelArgs):
     name: Name | None = None
-    topic: Topic | None = None
+    topic: OptionalText | None = None
     posting: Posting | None = None
     slow_seconds: Annotated[int, Meta(ge=0, le=21_600)] | None = None
     keep_days: Annotated[int, Meta(ge=1, le=36_500)] | UnsetType | None = UNSET  # None: no limit of its own
@@ -1120,7 +1117,7 @@ class NewFile(ChannelArgs):
     name: Annotated[str, Meta(max_length=1000)] = ""
     width: Pixels | None = None  # of a video; those of a picture are read from its content
     height: Pixels | None = None
-    alt: AltText = ""
+    alt: OptionalText = ""
 
 
 class FileArgs(Args):
