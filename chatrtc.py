@@ -1694,7 +1694,7 @@ class Rename(NamedTuple):  # the user's sockets and cached tokens get the new di
     name: str | None
 
 
-class MarkOwnPost(NamedTuple):  # a post moved its author's read mark: emit `channel:read` soon, once for several posts
+class RecordPost(NamedTuple):  # the author of a post stops typing, and gets `channel:read` soon, once for several posts
     server_id: int
     user_id: int
     channel_id: int
@@ -1702,13 +1702,8 @@ class MarkOwnPost(NamedTuple):  # a post moved its author's read mark: emit `cha
     foreign: bool = False  # whether another process committed the post
 
 
-class EmitReadMark(NamedTuple):  # emit the channel's read mark now, if `MarkOwnPost` delayed one
+class EmitReadMark(NamedTuple):  # emit the channel's read mark now, if `RecordPost` delayed one
     channel_id: int
-
-
-class StopTyping(NamedTuple):
-    channel_id: int
-    user_id: int
 
 
 class StopForbiddenActivity(NamedTuple):  # end the typing and talking that a mute, a role or a rule has just forbidden
@@ -1736,7 +1731,7 @@ class LogLine(NamedTuple):  # a line about a command, for the log of each server
 
 
 Effect = (
-    Emit | AddChannelRoom | RemoveRoom | Evict | Revoke | SetStatus | Rename | StopTyping | MarkOwnPost | EmitReadMark
+    Emit | AddChannelRoom | RemoveRoom | Evict | Revoke | SetStatus | Rename | RecordPost | EmitReadMark
     | StopForbiddenActivity | SetHand | EmitCustom | LogLine
 )  # fmt: skip
 EFFECTS: dict[str, Any] = {kind.__name__: kind for kind in typing.get_args(Effect)}
@@ -5456,8 +5451,7 @@ def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
         update_author_name(ctx.db, message.message_id, ctx.author_name)
     update_last_read(ctx.db, ctx.user.user_id, args.channel_id, message.message_id, ctx.clock)
     effects: list[Effect] = [
-        StopTyping(args.channel_id, ctx.user.user_id),
-        MarkOwnPost(ctx.server_id, ctx.user.user_id, args.channel_id, message.message_id),
+        RecordPost(ctx.server_id, ctx.user.user_id, args.channel_id, message.message_id),
         Emit("message:new", ctx.server_id, message),
     ]
     return Result(message, effects + mention_events(ctx, message, ()))
@@ -7146,12 +7140,12 @@ class Hub:
         self.foreign = False  # whether the effects that are applied come from another process
         self.erase_after = 0.0  # see `erase_texts`
         self.identify: Identify | None = None
-        self._own_marks: dict[int, MarkOwnPost] = {}  # channel -> a read mark to emit soon
+        self._own_marks: dict[int, RecordPost] = {}  # channel -> a read mark to emit soon
         self._token_cache: dict[str, Principal] = {}  # valid token -> its user
         self._effect_handlers: dict[type[Effect], Callable[..., None]] = {
             Emit: self.emit, AddChannelRoom: self.add_channel_room, RemoveRoom: self.remove_room, Evict: self.evict,
-            Revoke: self.revoke, SetStatus: self.emit_status, Rename: self.rename, StopTyping: self.stop_typing,
-            MarkOwnPost: self.mark_own_post, EmitReadMark: self.emit_read_mark, EmitCustom: self.emit_custom, LogLine: log.info,
+            Revoke: self.revoke, SetStatus: self.emit_status, Rename: self.rename, RecordPost: self.record_post,
+            EmitReadMark: self.emit_read_mark, EmitCustom: self.emit_custom, LogLine: log.info,
             StopForbiddenActivity: self.stop_forbidden_activity, SetHand: self.set_hand,
         }  # fmt: skip
 
@@ -7315,8 +7309,9 @@ class Hub:
             self.connections[sid].servers[server_id].add(channel_id)
             self.sio.enter(sid, f"channel:{channel_id}")
 
-    def mark_own_post(self, server_id: int, user_id: int, channel_id: int, message_id: int, foreign: bool) -> None:
-        """Emit `channel:read` for an own post a moment later, so that posting quickly does not double the number of events."""
+    def record_post(self, server_id: int, user_id: int, channel_id: int, message_id: int, foreign: bool) -> None:
+        """End the author's typing. Emit `channel:read` a moment later, so that posting quickly does not double the events."""
+        self.stop_typing(channel_id, user_id)
         before = self._own_marks.get(channel_id)
         if before is not None and before.user_id != user_id:
             self.emit_read_mark(channel_id)  # before the other user's post
@@ -7324,7 +7319,7 @@ class Hub:
         if has_sockets or ("channel:read" in self.listeners and not self.foreign):
             if channel_id not in self._own_marks:
                 asyncio.get_running_loop().call_later(OWN_MARK_SECONDS, self.emit_read_mark, channel_id)
-            self._own_marks[channel_id] = MarkOwnPost(server_id, user_id, channel_id, message_id, self.foreign)
+            self._own_marks[channel_id] = RecordPost(server_id, user_id, channel_id, message_id, self.foreign)
 
     def emit_read_mark(self, channel_id: int) -> None:
         if (mark := self._own_marks.pop(channel_id, None)) is not None:
