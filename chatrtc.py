@@ -1915,8 +1915,9 @@ CHECKPOINT_PAGES, SLOW_CHECKPOINT_PAGES = 4000, 250
 R = TypeVar("R")
 Query = Callable[..., R]  # its first argument is a connection
 PRAGMAS = dict(
-    journal_mode="wal", synchronous=2, fullfsync=1, foreign_keys=1, trusted_schema=0, cell_size_check=1, secure_delete=1
-)
+    journal_mode="wal", synchronous=2, fullfsync=1, foreign_keys=1, trusted_schema=0, cell_size_check=1, secure_delete=1,
+    journal_size_limit=64 << 20, wal_autocheckpoint=CHECKPOINT_PAGES,
+)  # fmt: skip
 
 
 def asset(name: str) -> bytes:
@@ -1961,8 +1962,8 @@ def connect_reader(path: Path, *, immutable: bool = False, cache_kib: int = READ
     """Open a read-only connection. With `immutable`, no locks are taken and no -shm is created, so nobody else may write."""
     uri = f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' if immutable else ''}"
     db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, cached_statements=256)
-    for pragma in ("busy_timeout = 5000", "query_only = 1", f"cache_size = -{cache_kib}"):
-        db.execute(f"PRAGMA {pragma}")
+    db.execute("PRAGMA query_only = 1")
+    db.execute(f"PRAGMA cache_size = -{cache_kib}")
     return db
 
 
@@ -2115,15 +2116,13 @@ def migrate(db: sqlite3.Connection) -> None:
 def open_writer(path: Path) -> sqlite3.Connection:
     """Open the connection that writes, and migrate. Raises StartError if a pragma fails, as WAL does on some network disks."""
     with contextlib.ExitStack() as stack:
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
+        # The timeout in seconds is short: only another program can hold the lock, and waiting may block the event loop.
+        db = sqlite3.connect(path, 0.1, isolation_level=None, check_same_thread=False, cached_statements=256)
         stack.callback(db.close)
-        db.execute("PRAGMA busy_timeout = 100")  # only another program can hold the lock; do not block the event loop for long
         for name, value in PRAGMAS.items():
             db.execute(f"PRAGMA {name} = {value}")
             if db.execute(f"PRAGMA {name}").fetchone()[0] != value:
                 raise StartError(f"{path}: SQLite cannot set {name} = {value} here; use a local disk")
-        db.execute("PRAGMA journal_size_limit = 67108864")
-        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         migrate(db)
         stack.pop_all()
     return db

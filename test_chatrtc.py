@@ -24040,7 +24040,7 @@ def test_no_data_is_formatted_into_sql() -> None:
         "order",
         "MESSAGE_ROWS",
         "'integrity' if full else 'quick'",
-        "pragma",
+        "cache_kib",
     }
     formatted = {
         ast.unparse(part.value)
