@@ -2772,13 +2772,17 @@ class Store:
         loop.call_soon(self._mark_applied, self._read_id)
 
     def _write_failure(self, error: Exception) -> Exception:
-        """Return the error for the caller of a job whose transaction failed."""
+        """Log the error of a transaction that failed, and return the error for the callers of its jobs."""
         if not isinstance(error, StartError) and is_bug(error):
             return error
-        self._record_write_failure(error)
+        if time.monotonic() - self._failure_logged_at > FAILURE_LOG_SECONDS:
+            self._failure_logged_at = time.monotonic()
+            log.error("writing %s failed: %s", self.path, error)
+        self.write_error = str(error)
+        code = getattr(error, "sqlite_errorcode", 0)
+        self._reopen_writer |= code & 0xFF == sqlite3.SQLITE_IOERR  # after a failed sync its state is unknown
         detail = f"The database cannot be written at the moment ({error}); nothing was changed"
-        full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
-        return ChatError("UNAVAILABLE", detail, reason="DISK_FULL" if full else "DATABASE_DOWN")
+        return ChatError("UNAVAILABLE", detail, reason="DISK_FULL" if code == sqlite3.SQLITE_FULL else "DATABASE_DOWN")
 
     async def _transact(self, batch: list[QueuedJob]) -> list[Result[Any] | ChatError]:
         """Run the jobs and commit, in this process's turn. Then schedule the effects of earlier commits of other processes."""
@@ -2897,14 +2901,6 @@ class Store:
         while self._applied_id < end:
             self.pull()
             await asyncio.sleep(APPLIED_POLL_SECONDS)
-
-    def _record_write_failure(self, error: Exception) -> None:
-        """Log a write error. After a failed sync the connection's state is unknown, so it is reopened."""
-        if time.monotonic() - self._failure_logged_at > FAILURE_LOG_SECONDS:
-            self._failure_logged_at = time.monotonic()
-            log.error("writing %s failed: %s", self.path, error)
-        self.write_error = str(error)
-        self._reopen_writer |= getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR
 
     def _time_out_jobs(self, batch: list[QueuedJob]) -> None:
         """Fail all waiting calls with DISK_SLOW. Their jobs may still be committed."""
