@@ -3029,9 +3029,11 @@ def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
 def server_change(part: str, *queries: str) -> Query[int]:
     """Return a query that runs these statements with a server's id and other values, and returns the change's `seq`."""
 
+    change = statement(*queries)
+
     def run(db: sqlite3.Connection, server_id: int, *values: object) -> int:
         seq = next_seq(db, server_id, part)
-        statement(*queries)(db, server_id, *values)
+        change(db, server_id, *values)
         return seq
 
     return run
@@ -3531,7 +3533,6 @@ class StoredFile(NamedTuple):
 count_pieces: Query[int] = first_value("SELECT count(*) FROM pieces")
 load_removed_file: Query[int | None] = first_value("SELECT file_id FROM files WHERE channel_id IS NULL LIMIT 1")
 remove_file = statement("UPDATE files SET channel_id = NULL WHERE file_id = ?")
-remove_files_of_message = statement("UPDATE files SET channel_id = NULL, message_id = NULL WHERE message_id = ?")
 remove_files_of_messages = statement(  # of the messages of a channel (?1) up to ?2
     """UPDATE files SET channel_id = NULL WHERE message_id IN (
            SELECT message_id FROM messages WHERE channel_id = ? AND message_id <= ?)"""
@@ -3685,6 +3686,16 @@ MAX_KEEP_DAYS = 36_500
 update_message_seq = server_change(
     "", "UPDATE messages SET seq = (SELECT seq FROM servers WHERE server_id = ?1), extras = 1 WHERE message_id = ?2"
 )
+# Clears a message (?2) that is no longer indexed. Its row stays, without the text, for clients that catch up.
+clear_message = server_change(
+    "",
+    """UPDATE messages SET content = '', author_name = NULL, everyone = 0, deleted = 1,
+           seq = (SELECT seq FROM servers WHERE server_id = ?1) WHERE message_id = ?2""",
+    "DELETE FROM reactions WHERE message_id = ?2",
+    "DELETE FROM mentions WHERE message_id = ?2",
+    "DELETE FROM pins WHERE message_id = ?2",
+    "UPDATE files SET channel_id = NULL, message_id = NULL WHERE message_id = ?2",
+)
 insert_mention = statement("INSERT INTO mentions VALUES (?, ?, ?)")
 insert_reaction = statement("INSERT INTO reactions VALUES (?, ?, ?)")
 delete_reaction = statement("DELETE FROM reactions WHERE message_id = ? AND emoji = ? AND user_id = ?")
@@ -3829,18 +3840,6 @@ def update_message(db: sqlite3.Connection, server_id: int, message: Message, con
     db.execute("DELETE FROM mentions WHERE message_id = ?", (message.message_id,))
     for user_id in mentions:
         insert_mention(db, message.message_id, user_id, message.channel_id)
-
-
-def clear_message(db: sqlite3.Connection, server_id: int, message_id: int) -> int:
-    """Clear a message that is no longer indexed. Its row stays, without the text, for clients that catch up."""
-    seq = next_seq(db, server_id)
-    cleared = "UPDATE messages SET content = '', author_name = NULL, everyone = 0, deleted = 1, seq = ? WHERE message_id = ?"
-    db.execute(cleared, (seq, message_id))
-    db.execute("DELETE FROM reactions WHERE message_id = ?", (message_id,))
-    db.execute("DELETE FROM mentions WHERE message_id = ?", (message_id,))
-    remove_files_of_message(db, message_id)
-    delete_pin(db, message_id)
-    return seq
 
 
 def delete_messages(db: sqlite3.Connection, rows: Sequence[tuple[int, int, int]]) -> list[Effect]:
