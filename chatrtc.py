@@ -2558,7 +2558,7 @@ class Store:
         self._shared = shared
         self._lock, self._turn = FileLock(path), Turn(path)
         self._read_id = self._applied_id = 0  # the last row of the commit log that was read, and that was applied
-        self._committing = self._has_news = False
+        self._reading_log = asyncio.Lock()  # held during a commit too: our own row must not be taken for another process's
         self._news = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
         self.write_error = ""  # text of the last write error; cleared when a health check's write reaches the disk
@@ -2789,22 +2789,18 @@ class Store:
         assert self._writer is not None
         if not self._turn.try_acquire():
             await on_thread(self._writer, lambda db: self._turn.acquire(JOB_TURN_SECONDS))
-        self._committing = True  # our own row must not be taken for another process's
         try:
-            outcomes, own_id, end = await self._run_jobs(batch)
-            before = end if own_id is None else own_id - 1
-            while self._read_id < before:
-                self._read_log(before)
-                await asyncio.sleep(0)
-            self._read_id = end
+            async with self._reading_log:
+                outcomes, own_id, end = await self._run_jobs(batch)
+                before = end if own_id is None else own_id - 1
+                while self._read_id < before:
+                    self._read_log(before)
+                    await asyncio.sleep(0)
+                self._read_id = end
         finally:
-            self._committing = False
             self._turn.release()
         if own_id is not None:
             self.on_commit()
-        if self._has_news:
-            self._has_news = False
-            self.pull()
         return outcomes
 
     async def _run_jobs(self, batch: list[QueuedJob]) -> tuple[list[Result[Any] | ChatError], int | None, int]:
@@ -2850,10 +2846,9 @@ class Store:
                 async with asyncio.timeout(LOG_POLL_SECONDS):
                     await self._news.wait()
             self._news.clear()
-            if self._committing:
-                self._has_news = True  # `_transact` polls the commit log again
-            elif self._read_log():
-                self.pull()  # in steps, so that other work runs in between
+            async with self._reading_log:
+                if self._read_log():
+                    self.pull()  # in steps, so that other work runs in between
 
     def _read_log(self, before: int | None = None) -> bool:
         """Schedule the effects of the next rows that other processes added to the commit log. Return whether there may be more.
