@@ -2397,6 +2397,8 @@ def run_jobs(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Result[Any] | 
 
 # The id of the last row that was ever added to the commit log.
 load_log_end: Query[int] = first_value("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'log'")
+# 1 if the oldest row of the commit log was added before a time.
+has_old_log: Query[int | None] = first_value("SELECT written_at < ? FROM log ORDER BY id LIMIT 1")
 
 
 def load_log(db: sqlite3.Connection, after: int) -> tuple[list[tuple[int, bytes]], int]:
@@ -2418,12 +2420,6 @@ def trim_log(db: sqlite3.Connection, clock: float) -> Result[int]:
     if any(found for (found,) in deleted):
         db.execute("UPDATE search SET stale = 1")
     return Result(len(deleted))
-
-
-def has_old_log(db: sqlite3.Connection, clock: float) -> bool:
-    """Return whether the oldest row of the commit log is older than LOG_SECONDS."""
-    row = db.execute("SELECT written_at FROM log ORDER BY id LIMIT 1").fetchone()
-    return row is not None and row[0] < clock - LOG_SECONDS
 
 
 def append_log(db: sqlite3.Connection, effects: Sequence[Effect]) -> int:
@@ -9185,7 +9181,7 @@ async def run_maintenance(hub: Hub) -> None:
     """Trim the commit log, delete purged messages and removed files, index new messages and erase deleted texts, in short steps
     that stop while clients write. Even then, one step of each deletion runs, and the index stays within MAX_UNINDEXED messages
     of the newest."""
-    if hub.store.read_inline(has_old_log, time.time()):
+    if hub.store.read_inline(has_old_log, time.time() - LOG_SECONDS):
         await hub.store.write(lambda db: trim_log(db, time.time()), slow=True, frees_space=True)
     for pending, step in (
         (load_pending_purge, purge_next_messages),
