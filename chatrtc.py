@@ -3085,7 +3085,7 @@ update_server_name = server_change("name", "UPDATE servers SET name = ?2 WHERE s
 delete_server_row = statement("DELETE FROM servers WHERE server_id = ?")
 load_channels = rows_as(Channel, CHANNEL_ROWS + "WHERE server_id = ? ORDER BY channel_id")
 load_channel = row_as(Channel, CHANNEL_ROWS + "WHERE channel_id = ?")
-find_channel = rows_as(Channel, CHANNEL_ROWS + "WHERE channel_id = ? AND server_id IS NOT NULL")
+load_server_of_channel: Query[int | None] = first_value("SELECT server_id FROM channels WHERE channel_id = ?")
 # Removes a channel from its server. Its messages are deleted later, by `purge_deleted_channel`.
 detach_channel = server_change("channels", "UPDATE channels SET server_id = NULL WHERE server_id = ? AND channel_id = ?")
 
@@ -7811,10 +7811,8 @@ class Bus:
         """Apply an event of a user of another process. It is ignored unless the user is a member and, for every event but
         `user:connected`, connected to that process."""
         hub, read, sid, peer_sid = self._hub, self._hub.store.read_inline, process.sid, process.sid + peer_id
-        channels = read(find_channel, target_id) if event in BUS_EVENTS else []
-        server_id = channels[0].server_id if channels else target_id
-        is_there = hub.presence.has(server_id, user_id, sid)
-        if is_there is (event == "user:connected") or (event in BUS_EVENTS and not channels):
+        server_id = read(load_server_of_channel, target_id) if event in BUS_EVENTS else target_id
+        if server_id is None or hub.presence.has(server_id, user_id, sid) is (event == "user:connected"):
             return
         if event == "user:connected" and read(load_role, server_id, user_id) is None:
             return
@@ -8120,7 +8118,7 @@ def add_bot(ctx: OperationContext, args: NewBot) -> Result[Principal]:
 
 def add_hook(ctx: OperationContext, args: NewHook, secret: str) -> Result[Hook]:
     """Create a hook, with a bot of its own."""
-    if ctx.server_id not in [channel.server_id for channel in find_channel(ctx.db, args.channel_id)]:
+    if load_server_of_channel(ctx.db, args.channel_id) != ctx.server_id:
         raise chat_error("NO_CHANNEL", field="channel_id")
     bot = add_bot(ctx, NewBot(ctx.server_id, find_free_username(ctx.db, args.name), args.name))
     digest, user_id = hashlib.sha256(secret.encode()).digest(), bot.value.user_id
