@@ -2271,11 +2271,9 @@ class Turn:
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Return a context manager that holds the turn. Raises StartError."""
-        try:
+        with contextlib.closing(self):
             self.acquire()
             yield
-        finally:
-            self.close()
 
     def close(self) -> None:
         self._next.close()
