@@ -3222,10 +3222,9 @@ def load_hook_by_secret(db: sqlite3.Connection, secret: str) -> tuple[Hook, Prin
     """Return the hook that has this secret, and its bot. Raises NOT_FOUND."""
     digest = hashlib.sha256(secret.encode()).digest()
     row = db.execute(HOOK_ROWS + "WHERE secret = ?", (digest,)).fetchone()
-    bot = load_principal(db, row[3], b"") if row else None
-    if bot is None:
+    if row is None:
         raise chat_error("HOOK_UNKNOWN", field="secret")
-    return Hook(*row), bot
+    return Hook(*row), require_user(db, row[3])  # a hook is deleted with its bot
 
 
 def require_user(db: sqlite3.Connection, user_id: int) -> Principal:
