@@ -2139,11 +2139,8 @@ def skip_ids(db: sqlite3.Connection, known: int = 0) -> None:
         db.execute("BEGIN IMMEDIATE")
         db.execute("INSERT INTO gaps SELECT server_id, seq, ? FROM servers", (base,))
         db.execute("UPDATE servers SET seq = ?", (base,))
-        db.execute(
-            """INSERT INTO sqlite_sequence (name, seq) SELECT name, 0 FROM sqlite_master WHERE type = 'table'
-               AND sql LIKE '%AUTOINCREMENT%' AND name NOT IN (SELECT name FROM sqlite_sequence)"""
-        )
-        db.execute("UPDATE sqlite_sequence SET seq = ?", (base,))
+        db.execute("DELETE FROM sqlite_sequence")  # it lacks tables that never had a row
+        db.execute("INSERT INTO sqlite_sequence SELECT name, ? FROM sqlite_master WHERE sql LIKE '%AUTOINCREMENT%'", (base,))
 
 
 def check_and_open(path: Path, *, may_migrate: bool = True) -> sqlite3.Connection:
