@@ -2243,10 +2243,8 @@ class Turn:
 
     def try_acquire(self) -> bool:
         """Take the turn if it is free and nobody waits for it, and return whether it was taken."""
-        if not self._next.acquire():
-            return False
         try:
-            return self._turn.acquire()
+            return self._next.acquire() and self._turn.acquire()
         finally:
             self._next.release()
 
