@@ -3754,16 +3754,15 @@ def load_mentions(
     """Return the ids of the members whom a message mentions: by `@handle` (for each `@`, the longest handle that matches), and
     the author of the message that it replies to, unless that is its own author. At most `MAX_MENTIONS`, ascending. Also return
     whether it mentions everyone, as messages by staff can."""
-    replied, mentioned = [], possible_mentions(content) if "@" in content else []
-    if reply_to is not None:
-        replied = load_replied_author(db, server_id, reply_to, author_id)
+    mentioned = possible_mentions(content) if "@" in content else []
+    replied = load_replied_author(db, server_id, reply_to, author_id) if reply_to is not None else []
     if not any(mentioned):
         return replied, False
 
     ids = load_members_by_key(db, itertools.chain(*mentioned), server_id)
     ids |= {EVERYONE: 0} if by_staff else {}
     longest = {ids[key] for keys in mentioned for key in [one for one in keys if one in ids][-1:]}
-    return sorted(list(dict.fromkeys(replied + sorted(longest - {0})))[:MAX_MENTIONS]), 0 in longest
+    return sorted((replied + sorted(longest - {0, *replied}))[:MAX_MENTIONS]), 0 in longest
 
 
 def insert_message(
