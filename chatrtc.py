@@ -2653,24 +2653,22 @@ class Store:
             raise ChatError("UNAVAILABLE")
         return await on_thread(self._readers[0], in_snapshot, query, *args)
 
-    async def read_slow(
-        self, user: object, gone: Callable[[], bool], query: Query[R], *args: Any, is_program: bool = False
-    ) -> R:
+    async def read_slow(self, user: object, gone: Callable[[], bool], query: Query[R], is_program: bool = False) -> R:
         """Run a slow query; users take turns. It fails at its time limit or once `gone()` is true. Raises ChatError."""
         wait = None if is_program else READER_WAIT_SECONDS
         try:
             async with asyncio.timeout(wait) as timer, self._turns.turn(user, is_program):
                 timer.reschedule(None)
-                return await self._run_slow(gone, query, *args)
+                return await self._run_slow(gone, query)
         except TimeoutError:
             raise chat_error("TOO_OFTEN", retry_after=1) from None
 
-    async def _run_slow(self, gone: Callable[[], bool], query: Query[R], *args: Any) -> R:
+    async def _run_slow(self, gone: Callable[[], bool], query: Query[R]) -> R:
         if not self._idle:
             raise ChatError("UNAVAILABLE")
         loop, idle = asyncio.get_running_loop(), self._idle
         db, deadline = idle.pop(), loop.time() + SLOW_READ_SECONDS
-        work: asyncio.Future[R] = asyncio.ensure_future(on_thread(db, in_snapshot, query, *args))
+        work: asyncio.Future[R] = asyncio.ensure_future(on_thread(db, in_snapshot, query))
         try:
             while not (await asyncio.wait([work], timeout=POLL_SECONDS))[0]:
                 if gone() or loop.time() > deadline:
@@ -7157,7 +7155,7 @@ class Hub:
     async def read_slow(self, caller: Caller, job: Query[R]) -> R:
         """Run a slow query; callers take turns. It is interrupted if the client disconnects."""
         user_key = caller.user.user_id or caller.address
-        return await self.store.read_slow(user_key, caller.has_gone, job, is_program=caller.is_program)
+        return await self.store.read_slow(user_key, caller.has_gone, job, caller.is_program)
 
     def require_member(self, caller: Caller, args: Args) -> None:
         """Raise FORBIDDEN unless the caller is a member."""
