@@ -4621,13 +4621,9 @@ class RateLimitedLog:
 
 RANK: dict[Role | None, int] = {None: 0, "member": 1, "admin": 2, "owner": 3}
 ChannelAction = Literal["post", "edit", "react", "file", "type", "talk", "hook"]
-# Reason -> the actions that it forbids. READ_ONLY and SLOW_MODE apply to members only, not to admins and the owner. Neither
-# applies to a hook, because an admin created it; a mute of its bot does.
-FORBIDDEN_ACTIONS: dict[str, tuple[ChannelAction, ...]] = {
-    "MUTED": ("post", "edit", "react", "file", "type", "talk", "hook"),
-    "READ_ONLY": ("post", "edit", "file", "type", "talk"),
-    "SLOW_MODE": ("post",),
-}
+# A mute forbids every action, and slow mode posts only. Slow mode and READ_ONLY apply to members only, not to admins and the
+# owner. Neither applies to a hook, because an admin created it; a mute of its bot does.
+STAFF_ACTIONS: tuple[ChannelAction, ...] = ("post", "edit", "file", "type", "talk")  # forbidden by READ_ONLY
 NO_MESSAGE = Message(0, 0, "", 0, "", "", 0)
 
 
@@ -4862,13 +4858,13 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
 
 def find_rule_error(ctx: OperationContext, action: ChannelAction) -> ChatError | None:
     """Return the error if a mute or a rule of the channel forbids this action, else None."""
-    if ctx.muted_until is not None and ctx.muted_until > ctx.now and action in FORBIDDEN_ACTIONS["MUTED"]:
+    if ctx.muted_until is not None and ctx.muted_until > ctx.now:
         return chat_error("MUTED")
     if ctx.role != "member":
         return None
-    if ctx.posting == "staff" and action in FORBIDDEN_ACTIONS["READ_ONLY"]:
+    if ctx.posting == "staff" and action in STAFF_ACTIONS:
         return chat_error("READ_ONLY")
-    if ctx.slow_seconds and action in FORBIDDEN_ACTIONS["SLOW_MODE"] and ctx.user.digest:  # the embedding program has no limits
+    if ctx.slow_seconds and action == "post" and ctx.user.digest:  # the embedding program has no limits
         since = ctx.clock - (load_posted_at(ctx.db, ctx.user.user_id, ctx.channel_id) or 0.0)
         if 0 <= since < ctx.slow_seconds:  # a negative time: the clock was set back
             return chat_error("SLOW_MODE", retry_after=ctx.slow_seconds - since)
