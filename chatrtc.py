@@ -4418,14 +4418,14 @@ class TokenSigner:
         self._secret = secret
         self._ttl = ttl
 
-    def issue(
-        self, user_id: int, username: str, generation: int, now: float, name: str | None = None, ttl: int | None = None
-    ) -> AuthResponse:
-        expires = min(int(now) + (ttl or self._ttl), LAST_SECOND)
-        claims: dict[str, Any] = {"sub": str(user_id), "iat": int(now), "exp": expires, "iss": ISSUER, "aud": ISSUER}
-        claims |= {"jti": secrets.token_hex(8), "gen": generation}
+    def issue(self, user: Principal, ttl: int | None = None) -> AuthResponse:
+        """Return a token for a user, valid for `ttl` seconds (default: the setting `token_ttl`)."""
+        now = int(time.time())
+        expires = min(now + (ttl or self._ttl), LAST_SECOND)
+        claims: dict[str, Any] = {"sub": str(user.user_id), "iat": now, "exp": expires, "iss": ISSUER, "aud": ISSUER}
+        claims |= {"jti": secrets.token_hex(8), "gen": user.generation}
         token = jwt.encode(claims, self._secret, algorithm=ALGORITHM)
-        return AuthResponse(user_id, username, token, utc(expires), name=name)
+        return AuthResponse(user.user_id, user.username, token, utc(expires), name=user.name)
 
     def verify(self, token: str) -> tuple[int, int, float]:
         """Return the user id, generation and expiry (Unix seconds) of a token. Raises UNAUTHORIZED if it is not valid."""
@@ -7890,11 +7890,6 @@ def parse_ice_server(url: str) -> IceServer | None:
     return IceServer(urls, *map(urllib.parse.unquote, (name, password))) if is_turn else IceServer(urls)
 
 
-def issue_token(hub: Hub, user: Principal, ttl: int | None = None) -> Result[AuthResponse]:
-    """Return a token for a user, valid for `ttl` seconds (default: the setting `token_ttl`)."""
-    return Result(hub.signer.issue(user.user_id, user.username, user.generation, time.time(), user.name, ttl))
-
-
 def sign_in(hub: Hub, caller: Caller, user: Principal) -> Result[AuthResponse]:
     """Return a token for a user who gave the password, and record their address, at most once a day, in the background."""
     digest, clock = hub.signer.address_digest(user.user_id, caller.address), time.time()
@@ -7902,7 +7897,7 @@ def sign_in(hub: Hub, caller: Caller, user: Principal) -> Result[AuthResponse]:
     if seen is None or clock - seen > ADDRESS_SECONDS:
         job = functools.partial(insert_known_address, user_id=user.user_id, digest=digest, clock=clock)
         hub.sio.eio.spawn(result_or_exception(hub.store.write(job)))
-    return issue_token(hub, user)
+    return Result(hub.signer.issue(user))
 
 
 def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: str | None, clock: float) -> Result[Principal]:
@@ -7934,7 +7929,7 @@ async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, passw
             async with hub.password_hasher.turn(caller.address, caller.is_program):
                 stored = await hub.password_hasher.run(hash_password, password)
         account = (await hub.store.write(lambda db: create_account(db, args, stored, clock))).value
-    return issue_token(hub, account) if stored is None else sign_in(hub, caller, account)
+    return Result(hub.signer.issue(account)) if stored is None else sign_in(hub, caller, account)
 
 
 @operation("async", "POST /auth/register", Access.ANYONE, emits=["member:joined"], status=201)
@@ -8026,7 +8021,8 @@ async def create_session(hub: Hub, caller: Caller, args: NoArgs) -> Result[AuthR
     fields = await hub.call_program("identify", find_user())
     if fields is None:
         raise chat_error("HOST_SIGN_IN")
-    return issue_token(hub, await find_or_store_host_user(hub, fields), min(hub.settings.token_ttl, SESSION_SECONDS))
+    user = await find_or_store_host_user(hub, fields)
+    return Result(hub.signer.issue(user, min(hub.settings.token_ttl, SESSION_SECONDS)))
 
 
 @operation("async", "POST /auth/link", Access.ANYONE)
@@ -8036,7 +8032,7 @@ async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthRespo
     with hub.limiter_for(caller).charge_unknown_code("invite", caller.address):
         hub.store.read_inline(load_guest_by_code, args.code, clock)  # rejects a wrong code without a write
         user = (await hub.store.write(lambda db: Result(delete_sign_in_code(db, args.code, clock)))).value
-    return issue_token(hub, user)
+    return Result(hub.signer.issue(user))
 
 
 @operation(
@@ -8118,7 +8114,7 @@ async def create_bot(hub: Hub, caller: Caller, args: NewBot) -> Result[AuthRespo
     """Create a bot: an account for a program, with a token that does not expire and is not shown again."""
     run: Callable[..., Result[Principal]] = functools.partial(run_logged, OPERATIONS["create_bot"], add_bot)
     bot = (await hub.store.write(hub.authorized(Access.INVITER, caller.user, args, run))).value
-    return issue_token(hub, bot, LAST_SECOND)
+    return Result(hub.signer.issue(bot, LAST_SECOND))
 
 
 def public_address(hub: Hub, request: web.Request | None, route: str) -> str:
@@ -9413,7 +9409,7 @@ class ChatRTC:
     async def create_token(self, *, user_id: int, ttl: int | None = None) -> AuthResponse:
         """Return a token for an account, valid for `ttl` seconds (default: the setting `token_ttl`). Raises NOT_FOUND."""
         args = read_args(NewToken, {"user_id": user_id, "ttl": ttl})
-        return issue_token(self.hub, self.hub.store.read_inline(require_user, args.user_id), args.ttl).value
+        return self.hub.signer.issue(self.hub.store.read_inline(require_user, args.user_id), args.ttl)
 
     async def add_member(self, *, server_id: int, user_id: int, role: Role | None = None) -> Member:
         """Make an account a member of a server, or give a member this role; `owner` transfers ownership. Without `role`, a
@@ -10067,7 +10063,7 @@ def token(username: str, database: str, secret: str | None, token_ttl: int) -> N
     with open_reader(database) as db:
         account = require_account(db, username)
     signer = TokenSigner(load_or_create_secret(Path(database)) if secret is None else secret, token_ttl)
-    click.echo(signer.issue(account.user_id, account.username, account.generation, time.time()).token)
+    click.echo(signer.issue(account).token)
 
 
 def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.Connection], None] | None = None) -> Path:

@@ -5029,10 +5029,10 @@ class PermissionMatrix:
 
     async def user(self) -> Person:
         """Return a new account. It has no password, because hashing one takes time."""
-        name, now = self.name(), time.time()
-        store = self.chat.hub.store
+        name, store = self.name(), self.chat.hub.store
         done = await store.write(lambda db: chatrtc.Result(chatrtc.insert_user(db, name, None, "2026-01-01T00:00:00Z")))
-        return Person(self.world, name, done.value, self.chat.hub.signer.issue(done.value, name, 0, now).token)
+        token = self.chat.hub.signer.issue(chatrtc.Principal(done.value, name)).token
+        return Person(self.world, name, done.value, token)
 
     async def set_up(self, op: chatrtc.Operation, caller: str, target: str) -> Setup:
         chat = self.chat
@@ -13754,7 +13754,7 @@ class RevocationCase:
 async def expire(stage: RevocationCase) -> None:
     """Give the member's sockets a token that expires soon, and wait until it has."""
     keys, member = stage.chat.hub.signer, stage.member
-    token = keys.issue(member.user_id, member.name, 0, time.time(), ttl=3).token
+    token = keys.issue(chatrtc.Principal(member.user_id, member.name), ttl=3).token
     for wire in stage.wires:
         await wire.say(event_packet("42", "authenticate", {"token": token}))
     await asyncio.sleep(keys.verify(token)[2] - time.time())
