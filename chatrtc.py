@@ -4887,7 +4887,7 @@ def check_channel_rules(ctx: OperationContext, args: Args, action: ChannelAction
 class Operation:
     name: str
     run: Callable[..., Any]
-    kind: Literal["write", "read", "async"]
+    kind: Literal["write", "read", "async"] = "async"
     event: str | None = None  # the Socket.IO event
     method: str | None
     path: str | None
@@ -4920,7 +4920,7 @@ OPERATIONS: dict[str, Operation] = {}
 Run = TypeVar("Run", bound=Callable[..., Any])
 
 
-def operation(kind: Literal["write", "read", "async"], http: str | None, access: Access, **more: Any) -> Callable[[Run], Run]:
+def operation(http: str | None, access: Access, **more: Any) -> Callable[[Run], Run]:
     """Add a function to `OPERATIONS`. `http`: method and path. `more`: other fields of Operation."""
     method, path = http.split() if http else (None, None)
 
@@ -4930,14 +4930,14 @@ def operation(kind: Literal["write", "read", "async"], http: str | None, access:
         status = more.get("status", 204 if result is type(None) else 200)
         fields = {"status": status, "replay_status": status, "frees_space": method == "DELETE", "args": hints["args"]} | more
         OPERATIONS[name] = Operation(
-            name=name, run=run, kind=kind, method=method, path=path, access=access, result=result, summary=summary, **fields
+            name=name, run=run, method=method, path=path, access=access, result=result, summary=summary, **fields
         )
         return run
 
     return register
 
 
-read, write = functools.partial(operation, "read"), functools.partial(operation, "write")
+read, write = functools.partial(operation, kind="read"), functools.partial(operation, kind="write")
 
 
 def describe_action(ctx: OperationContext, args: Args) -> str | None:
@@ -7932,7 +7932,7 @@ async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, passw
     return Result(hub.signer.issue(account)) if stored is None else sign_in(hub, caller, account)
 
 
-@operation("async", "POST /auth/register", Access.ANYONE, emits=["member:joined"], status=201)
+@operation("POST /auth/register", Access.ANYONE, emits=["member:joined"], status=201)
 async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthResponse]:
     """Create an account; with `code`, an invite, also join its server."""
     registration = registration_for(hub, caller)
@@ -7943,7 +7943,7 @@ async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthRespon
     return await make_account(hub, caller, args, args.password)
 
 
-@operation("async", "POST /auth/guest", Access.ANYONE, emits=["member:joined"], status=201)
+@operation("POST /auth/guest", Access.ANYONE, emits=["member:joined"], status=201)
 async def register_guest(hub: Hub, caller: Caller, args: NewGuest) -> Result[AuthResponse]:
     """Create a guest account with an invite and a name. The guest can set a password later."""
     if hub.settings.no_guests or registration_for(hub, caller) == "closed":
@@ -8005,7 +8005,7 @@ async def find_or_store_host_user(hub: Hub, args: HostUser) -> Principal:
     return user
 
 
-@operation("async", "POST /auth/session", Access.ANYONE, limit="session")
+@operation("POST /auth/session", Access.ANYONE, limit="session")
 async def create_session(hub: Hub, caller: Caller, args: NoArgs) -> Result[AuthResponse]:
     """Sign in with the login of the site that contains the chat. Only its own pages can; the token is valid for 10 minutes."""
     identify, request = hub.identify, caller.source
@@ -8025,7 +8025,7 @@ async def create_session(hub: Hub, caller: Caller, args: NoArgs) -> Result[AuthR
     return Result(hub.signer.issue(user, min(hub.settings.token_ttl, SESSION_SECONDS)))
 
 
-@operation("async", "POST /auth/link", Access.ANYONE)
+@operation("POST /auth/link", Access.ANYONE)
 async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthResponse]:
     """Sign in as a guest with a single-use code from an admin."""
     clock = time.time()
@@ -8035,9 +8035,7 @@ async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthRespo
     return Result(hub.signer.issue(user))
 
 
-@operation(
-    "async", "DELETE /servers/{server_id}/guests", Access.ADMIN, emits=["member:left"], limit="post", logged="remove_guests"
-)
+@operation("DELETE /servers/{server_id}/guests", Access.ADMIN, emits=["member:left"], limit="post", logged="remove_guests")
 async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Removed]:
     """Remove all guests of a lower role."""
 
@@ -8055,7 +8053,7 @@ async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Re
     return Result(Removed(removed))
 
 
-@operation("async", "POST /auth/login", Access.ANYONE)
+@operation("POST /auth/login", Access.ANYONE)
 async def login(hub: Hub, caller: Caller, args: Credentials) -> Result[AuthResponse]:
     """Sign in. An unknown name and a wrong password take the same time and get the same answer."""
     account, stored = hub.store.read_inline(load_account, args.username) or (Principal(0, args.username), None)
@@ -8070,7 +8068,7 @@ def replace_password(db: sqlite3.Connection, user_id: int, before: str | None, p
     return Result(generation, [Revoke(user_id), *([] if before else update_in_servers(db, user_id))])
 
 
-@operation("async", "POST /auth/password", Access.USER)
+@operation("POST /auth/password", Access.USER)
 async def change_password(hub: Hub, caller: Caller, args: NewPassword) -> Result[AuthResponse]:
     """Set a new password (a guest needs no `old_password`). All other tokens are revoked and their sockets disconnected."""
     user = caller.user
@@ -8107,9 +8105,7 @@ def add_hook(ctx: OperationContext, args: NewHook, secret: str) -> Result[Hook]:
     return Result(Hook(hook_id, args.channel_id, args.name, user_id, ctx.now), bot.effects)
 
 
-@operation(
-    "async", "POST /servers/{server_id}/bots", Access.INVITER, emits=["member:joined"], status=201, limit="post", logged="bot"
-)
+@operation("POST /servers/{server_id}/bots", Access.INVITER, emits=["member:joined"], status=201, limit="post", logged="bot")
 async def create_bot(hub: Hub, caller: Caller, args: NewBot) -> Result[AuthResponse]:
     """Create a bot: an account for a program, with a token that does not expire and is not shown again."""
     run: Callable[..., Result[Principal]] = functools.partial(run_logged, OPERATIONS["create_bot"], add_bot)
@@ -8136,9 +8132,7 @@ def public_address(hub: Hub, request: web.Request | None, route: str) -> str:
     return f"{scheme}://{host[0]}{f':{host[1]}' if host[1] else ''}{prefix}{mount}"
 
 
-@operation(
-    "async", "POST /servers/{server_id}/hooks", Access.ADMIN, emits=["member:joined"], status=201, limit="post", logged="hook"
-)
+@operation("POST /servers/{server_id}/hooks", Access.ADMIN, emits=["member:joined"], status=201, limit="post", logged="hook")
 async def create_hook(hub: Hub, caller: Caller, args: NewHook) -> Result[Hook]:
     """Create an incoming hook: an address at which programs post in a channel. Each hook posts as its own bot. The address is
     shown only once."""
@@ -8152,7 +8146,7 @@ async def create_hook(hub: Hub, caller: Caller, args: NewHook) -> Result[Hook]:
 
 
 @operation(
-    "async", "POST /hooks/{secret}", Access.ANYONE, emits=["message:new", "channel:read", "mention"],
+    "POST /hooks/{secret}", Access.ANYONE, emits=["message:new", "channel:read", "mention"],
     status=201, limit="invite", action="hook",
 )  # fmt: skip
 async def post_hook(hub: Hub, caller: Caller, args: HookPost) -> Result[HookMessage]:
@@ -8176,7 +8170,7 @@ async def post_hook(hub: Hub, caller: Caller, args: HookPost) -> Result[HookMess
     return Result(posted, replayed=result.replayed)
 
 
-@operation("async", "GET /servers/{server_id}/search", Access.MEMBER)
+@operation("GET /servers/{server_id}/search", Access.MEMBER)
 async def search_messages(hub: Hub, caller: Caller, args: SearchArgs) -> Result[Messages]:
     """Find messages with every word of `q` (or words beginning with it), newest first. A quoted phrase matches as a whole."""
     hub.require_member(caller, args)
@@ -8202,7 +8196,7 @@ async def split_pieces(data: bytes | AsyncIterator[bytes]) -> AsyncIterator[byte
         yield bytes(waiting)
 
 
-@operation("async", "POST /channels/{channel_id}/files", Access.WRITER, status=201, limit="post", raw_body=True, action="file")
+@operation("POST /channels/{channel_id}/files", Access.WRITER, status=201, limit="post", raw_body=True, action="file")
 async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
     """Upload a file; the body is its bytes. Post it in the channel within an hour, or it is deleted."""
     assert caller.body is not None
@@ -8238,7 +8232,7 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
             raise
 
 
-@operation("async", "GET /files/{file_id}", Access.FILE)
+@operation("GET /files/{file_id}", Access.FILE)
 async def read_file(hub: Hub, caller: Caller, args: ReadFile) -> Result[FileContent]:
     """Return the bytes of a file, or the part that the header `Range` names; `link` replaces the token."""
     stored = hub.query(caller, args, lambda ctx, _: ctx.file, Access.FILE)
@@ -8246,7 +8240,7 @@ async def read_file(hub: Hub, caller: Caller, args: ReadFile) -> Result[FileCont
     return Result(FileContent(hub, caller, stored))
 
 
-@operation("async", "POST /files/{file_id}/link", Access.FILE)
+@operation("POST /files/{file_id}/link", Access.FILE)
 async def create_file_link(hub: Hub, caller: Caller, args: FileArgs) -> Result[FileLink]:
     """Return an address of a file for `<img>` and `<video>`, valid for an hour while you may read the file."""
     hub.query(caller, args, lambda ctx, _: None, Access.FILE)
@@ -8256,7 +8250,7 @@ async def create_file_link(hub: Hub, caller: Caller, args: FileArgs) -> Result[F
     return Result(FileLink(f"{mount}/files/{args.file_id}?link={link}", utc(expires)))
 
 
-@operation("async", "GET /channels/{channel_id}/transcript", Access.ADMIN)
+@operation("GET /channels/{channel_id}/transcript", Access.ADMIN)
 async def get_transcript(hub: Hub, caller: Caller, args: TranscriptArgs) -> Result[Document]:
     """Return the messages of a channel as one HTML file; `names=hidden` leaves out people's names."""
 
@@ -8273,7 +8267,7 @@ async def get_transcript(hub: Hub, caller: Caller, args: TranscriptArgs) -> Resu
     return Result(Document(clean_file_name(re.sub(r"[/\\]", "_", f"{channel.name}.html")), parts()))
 
 
-@operation("async", "GET /healthz", Access.ANYONE)
+@operation("GET /healthz", Access.ANYONE)
 async def check_health(hub: Hub, caller: Caller, args: NoArgs) -> Result[Health]:
     """Check that the database can be read and written."""
     try:
@@ -8289,7 +8283,7 @@ async def check_health(hub: Hub, caller: Caller, args: NoArgs) -> Result[Health]
     return Result(Health("ok", __version__, hub.redis))
 
 
-@operation("async", "GET /config", Access.ANYONE)
+@operation("GET /config", Access.ANYONE)
 async def get_configuration(hub: Hub, caller: Caller, args: NoArgs) -> Result[PublicSettings]:
     """Return the settings that a page needs before sign-in."""
     settings = hub.settings
@@ -8299,7 +8293,7 @@ async def get_configuration(hub: Hub, caller: Caller, args: NoArgs) -> Result[Pu
     return Result(PublicSettings(settings.registration, guests, __version__, *who, settings.file_max << 20, public, lan))
 
 
-@operation("async", None, Access.ANYONE, event="authenticate")
+@operation(None, Access.ANYONE, event="authenticate")
 async def authenticate(hub: Hub, caller: Caller, args: TokenArgs) -> Result[Identity]:
     """Authenticate this socket (or pass `auth: {token}` in the handshake)."""
     await hub.store.wait_until_applied()
@@ -8308,7 +8302,7 @@ async def authenticate(hub: Hub, caller: Caller, args: TokenArgs) -> Result[Iden
     return Result(Identity(user.user_id, user.username, name=user.name))
 
 
-@operation("async", None, Access.USER, event="ping")
+@operation(None, Access.USER, event="ping")
 async def heartbeat(hub: Hub, caller: Caller, args: NoArgs) -> Result[None]:
     """Do nothing: the ack shows that the connection works."""
     return Result(None)
@@ -8331,7 +8325,7 @@ async def load_missed(hub: Hub, caller: Caller, since: ChangesArgs) -> tuple[int
     return seq, msgspec.Raw(data)
 
 
-@operation("async", None, Access.MEMBER, event="join_server", emits=["user:connected"])
+@operation(None, Access.MEMBER, event="join_server", emits=["user:connected"])
 async def join_server(hub: Hub, caller: Caller, args: JoinServer) -> Result[JoinServerResult]:
     """Subscribe to a server's events and, with `after`, get the changes since that sequence number, without a gap."""
     since = ChangesArgs(server_id=args.server_id, after=args.after or 0)
@@ -8353,7 +8347,7 @@ async def join_server(hub: Hub, caller: Caller, args: JoinServer) -> Result[Join
     return Result(JoinServerResult(hub.presence.visible(args.server_id, caller.user.user_id), seq, changes, voice, hands))
 
 
-@operation("async", None, Access.USER, event="leave_server", emits=["user:disconnected"])
+@operation(None, Access.USER, event="leave_server", emits=["user:disconnected"])
 async def leave_server(hub: Hub, caller: Caller, args: ServerArgs) -> Result[None]:
     """Unsubscribe from a server's events."""
     if not hub.leave_server(caller.connection, args.server_id):
@@ -8382,7 +8376,7 @@ def server_of_channel(hub: Hub, caller: Caller, args: ChannelArgs, access: Acces
     return server_id
 
 
-@operation("async", None, Access.WRITER, event="typing_start", emits=["user:typing"], limit="itself", action="type")
+@operation(None, Access.WRITER, event="typing_start", emits=["user:typing"], limit="itself", action="type")
 async def typing_start(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
     """Report that the user is typing: emitted at most once a second, expires after three."""
     server_id = server_of_channel(hub, caller, args, Access.WRITER)
@@ -8390,7 +8384,7 @@ async def typing_start(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[No
     return Result(None)
 
 
-@operation("async", None, Access.MEMBER, event="typing_stop", emits=["typing_stop"], limit="itself")
+@operation(None, Access.MEMBER, event="typing_stop", emits=["typing_stop"], limit="itself")
 async def typing_stop(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
     """Report that the user has stopped typing."""
     server_of_channel(hub, caller, args, Access.MEMBER)
@@ -8398,7 +8392,7 @@ async def typing_stop(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Non
     return Result(None)
 
 
-@operation("async", None, Access.MEMBER, event="voice:join", emits=["voice:join", "voice:leave"], action="talk")
+@operation(None, Access.MEMBER, event="voice:join", emits=["voice:join", "voice:leave"], action="talk")
 async def voice_join(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[VoiceJoinResult]:
     """Join a voice channel, leaving the previous one, and get its peers. Other devices of the user leave this channel."""
     connection, user = caller.connection, caller.user
@@ -8421,7 +8415,7 @@ async def voice_join(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Voic
     return Result(VoiceJoinResult(peer.notice.peer_id, participants, servers))
 
 
-@operation("async", None, Access.MEMBER, event="voice:leave", emits=["voice:leave"])
+@operation(None, Access.MEMBER, event="voice:leave", emits=["voice:leave"])
 async def voice_leave(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[None]:
     """Leave a voice channel. Does nothing if the socket is not in it."""
     peer = hub.voice_peers.get(caller.connection.sid)
@@ -8432,7 +8426,7 @@ async def voice_leave(hub: Hub, caller: Caller, args: ChannelArgs) -> Result[Non
     return Result(None)
 
 
-@operation("async", None, Access.MEMBER, event="voice:signal", emits=["voice:signal"], limit="itself", action="talk")
+@operation(None, Access.MEMBER, event="voice:signal", emits=["voice:signal"], limit="itself", action="talk")
 async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[None]:
     """Send a WebRTC signal (`data`: at most 16 KiB of JSON) to a peer in the same voice channel."""
     hub.limiter.charge("signal", caller.user.user_id)
