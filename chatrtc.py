@@ -4509,8 +4509,7 @@ LIMITS = {
 SOCKETS_PER_USER = 20
 MAX_BUCKETS = 20_000  # buckets of each limit, about 4 MiB
 SHARED_BUCKET = object()  # key of the bucket shared by new keys while a limit's table is full
-UNKNOWN_CODE_REASONS = {"INVITE_UNKNOWN", "LINK_UNKNOWN", "HOOK_UNKNOWN"}
-LimitKey = tuple[str, object]  # the name of a limit, and the user or address that it counts for
+UNKNOWN_CODE_REASONS = ("INVITE_UNKNOWN", "LINK_UNKNOWN", "HOOK_UNKNOWN")
 
 
 class Limiter:
@@ -4565,10 +4564,8 @@ class Limiter:
             raise
 
 
-LOGGED_REASONS = {
-    "WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password", "INVITE_UNKNOWN": "unknown code",
-    "LINK_UNKNOWN": "unknown code", "HOOK_UNKNOWN": "unknown code",
-}  # fmt: skip
+LOGGED_REASONS = dict.fromkeys(UNKNOWN_CODE_REASONS, "unknown code")
+LOGGED_REASONS |= {"WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password"}
 REFUSED_FOR = "Refused for "  # begins the subjects that are addresses
 MAX_LOG_SUBJECTS = 30  # subjects with a line of their own in a minute; further addresses share one line
 
@@ -7959,7 +7956,7 @@ async def is_password(hub: Hub, caller: Caller, user: Principal, password: str, 
     address. For an account that does not exist (`user_id` 0) the work and the limits are the same.
     """
     name, digest = name_key(user.username), hub.signer.address_digest(user.user_id, caller.address)
-    limits: list[LimitKey] = [("login", (name, caller.address))]
+    limits: list[tuple[str, object]] = [("login", (name, caller.address))]  # the names of limits, and whom they count for
     if hub.store.read_inline(load_address_seen_at, user.user_id, digest) is None:
         limits += [("login_account", caller.user.digest.hex() or name), ("login_address", caller.address)]
     limiter = hub.limiter_for(caller)
