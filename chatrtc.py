@@ -7903,14 +7903,7 @@ def create_account(db: sqlite3.Connection, args: NewUser | NewGuest, password: s
     invite = load_valid_invite(db, args.code, utc(clock)) if args.code is not None else None
     username = args.username or find_free_username(db, args.name or "")
     user_id = insert_user(db, username, password, utc(clock), args.name)
-    account = load_principal(db, user_id, b"")
-    assert account is not None
-    return Result(account, use_invite(db, invite, user_id, utc(clock)) if invite else [])
-
-
-def registration_for(hub: Hub, caller: Caller) -> str:
-    """Return who can create accounts; the setting does not apply to the embedding program."""
-    return "open" if caller.is_program else hub.settings.registration
+    return Result(require_user(db, user_id), use_invite(db, invite, user_id, utc(clock)) if invite else [])
 
 
 async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, password: str | None) -> Result[AuthResponse]:
@@ -7932,7 +7925,7 @@ async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, passw
 @operation("POST /auth/register", Access.ANYONE, emits=["member:joined"], status=201)
 async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthResponse]:
     """Create an account; with `code`, an invite, also join its server."""
-    registration = registration_for(hub, caller)
+    registration = "open" if caller.is_program else hub.settings.registration  # it does not apply to the embedding program
     if registration == "closed":
         raise chat_error("REGISTRATION_CLOSED")
     if registration == "invite" and args.code is None:
@@ -7943,7 +7936,7 @@ async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthRespon
 @operation("POST /auth/guest", Access.ANYONE, emits=["member:joined"], status=201)
 async def register_guest(hub: Hub, caller: Caller, args: NewGuest) -> Result[AuthResponse]:
     """Create a guest account with an invite and a name. The guest can set a password later."""
-    if hub.settings.no_guests or registration_for(hub, caller) == "closed":
+    if hub.settings.no_guests or (hub.settings.registration == "closed" and not caller.is_program):
         raise chat_error("GUESTS_OFF")
     return await make_account(hub, caller, args, None)
 
