@@ -8346,9 +8346,7 @@ async def leave_server(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Non
 
 
 def require_joined(connection: Connection, server_id: int) -> None:
-    """Raise FORBIDDEN unless the socket has joined the server."""
-    if connection.closed:
-        raise chat_error("CLOSING")
+    """Raise FORBIDDEN unless the socket has joined the server. A closed socket has left all servers."""
     if server_id not in connection.servers:
         raise chat_error("NOT_JOINED")
 
