@@ -4553,16 +4553,6 @@ class Limiter:
             if LIMITS[name].by != "user":
                 self.announce(name, key)
 
-    @contextlib.contextmanager
-    def charge_unknown_code(self, name: str, key: object) -> Iterator[None]:
-        """Charge the limit if the body fails because of an unknown code. Known codes work even above the limit."""
-        try:
-            yield
-        except ChatError as error:
-            if error.reason in UNKNOWN_CODE_REASONS:
-                self.charge(name, key)
-            raise
-
 
 LOGGED_REASONS = dict.fromkeys(UNKNOWN_CODE_REASONS, "unknown code")
 LOGGED_REASONS |= {"WRONG_PASSWORD": "wrong password", "WRONG_OLD_PASSWORD": "wrong password"}
@@ -7910,19 +7900,17 @@ async def make_account(hub: Hub, caller: Caller, args: NewUser | NewGuest, passw
     """Create an account with a password or, without one, for a guest, and return its token."""
     clock = time.time()
     stored: str | None = None
-    limiter = hub.limiter_for(caller)
-    with limiter.charge_unknown_code("invite", caller.address):
-        if args.code is not None:
-            hub.store.read_inline(load_valid_invite, args.code, utc(clock))
-        limiter.charge("register", caller.address)
-        if password is not None:
-            async with hub.password_hasher.turn(caller.address, caller.is_program):
-                stored = await hub.password_hasher.run(hash_password, password)
-        account = (await hub.store.write(lambda db: create_account(db, args, stored, clock))).value
+    if args.code is not None:
+        hub.store.read_inline(load_valid_invite, args.code, utc(clock))
+    hub.limiter_for(caller).charge("register", caller.address)
+    if password is not None:
+        async with hub.password_hasher.turn(caller.address, caller.is_program):
+            stored = await hub.password_hasher.run(hash_password, password)
+    account = (await hub.store.write(lambda db: create_account(db, args, stored, clock))).value
     return Result(hub.signer.issue(account)) if stored is None else sign_in(hub, caller, account)
 
 
-@operation("POST /auth/register", Access.ANYONE, emits=["member:joined"], status=201)
+@operation("POST /auth/register", Access.ANYONE, emits=["member:joined"], status=201, limit="invite")
 async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthResponse]:
     """Create an account; with `code`, an invite, also join its server."""
     registration = "open" if caller.is_program else hub.settings.registration  # it does not apply to the embedding program
@@ -7933,7 +7921,7 @@ async def register(hub: Hub, caller: Caller, args: NewUser) -> Result[AuthRespon
     return await make_account(hub, caller, args, args.password)
 
 
-@operation("POST /auth/guest", Access.ANYONE, emits=["member:joined"], status=201)
+@operation("POST /auth/guest", Access.ANYONE, emits=["member:joined"], status=201, limit="invite")
 async def register_guest(hub: Hub, caller: Caller, args: NewGuest) -> Result[AuthResponse]:
     """Create a guest account with an invite and a name. The guest can set a password later."""
     if hub.settings.no_guests or (hub.settings.registration == "closed" and not caller.is_program):
@@ -8015,13 +8003,12 @@ async def create_session(hub: Hub, caller: Caller, args: NoArgs) -> Result[AuthR
     return Result(hub.signer.issue(user, min(hub.settings.token_ttl, SESSION_SECONDS)))
 
 
-@operation("POST /auth/link", Access.ANYONE)
+@operation("POST /auth/link", Access.ANYONE, limit="invite")
 async def use_link(hub: Hub, caller: Caller, args: CodeArgs) -> Result[AuthResponse]:
     """Sign in as a guest with a single-use code from an admin."""
     clock = time.time()
-    with hub.limiter_for(caller).charge_unknown_code("invite", caller.address):
-        hub.store.read_inline(load_guest_by_code, args.code, clock)  # rejects a wrong code without a write
-        user = (await hub.store.write(lambda db: Result(delete_sign_in_code(db, args.code, clock)))).value
+    hub.store.read_inline(load_guest_by_code, args.code, clock)  # rejects a wrong code without a write
+    user = (await hub.store.write(lambda db: Result(delete_sign_in_code(db, args.code, clock)))).value
     return Result(hub.signer.issue(user))
 
 
@@ -8497,10 +8484,12 @@ async def run_operation(hub: Hub, op: Operation, caller: Caller, args: Any) -> R
         limiter.charge(name, key_owner)
     if op.name in hub.before and not caller.is_program:
         args = await hub.call_program(f"before {op.name}", run_before(hub, op, caller, args), may_refuse=True)
-    if limit and limit.failures:
-        with limiter.charge_unknown_code(name, key_owner):
-            return await dispatch(hub, op, caller, args)
-    result = await dispatch(hub, op, caller, args)
+    try:
+        result = await dispatch(hub, op, caller, args)
+    except ChatError as error:
+        if limit and limit.failures and error.reason in UNKNOWN_CODE_REASONS:  # known codes work even above the limit
+            limiter.charge(name, key_owner)
+        raise
     if op.name in PROGRAM_LOG_OPERATIONS:
         target = {name: getattr(args, name) for name in ("server_id", "user_id", "role") if hasattr(args, name)}
         log.info("%s by user %d from %s %s", op.name, caller.user.user_id, caller.address, target or "")

@@ -5183,7 +5183,7 @@ OPERATIONS_WITHOUT_LIMIT = {  # operations for which the general limit of reques
     "remove_message": "posting is limited",
     "read_file": "changes nothing", "create_file_link": "changes nothing",
     "change_password": "limits itself", "register": "limits itself", "register_guest": "limits itself",
-    "login": "limits itself", "use_link": "limits itself",
+    "login": "limits itself",
     "get_transcript": "changes nothing", "search_messages": "changes nothing", "check_health": "changes nothing",
     "get_configuration": "changes nothing",
     "authenticate": "changes nothing", "heartbeat": "changes nothing", "join_server": "presence", "leave_server": "presence",
