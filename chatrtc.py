@@ -4800,12 +4800,6 @@ def authorize_account(access: Access, ctx: OperationContext, args: Args) -> None
         authorize_start(ctx, args)
 
 
-def no_target(args: Args) -> ChatError:
-    """Return the error for a target that does not exist."""
-    key = target_key(type(args))
-    return chat_error("INVITE_UNKNOWN" if key == "code" else f"NO_{key.removesuffix('_id').upper()}", field=key)
-
-
 def check_guest(ctx: OperationContext, user_id: int) -> None:
     """Raise FORBIDDEN unless the member is a guest whom the caller outranks in all the guest's servers."""
     if not load_profile(ctx.db, user_id).guest:
@@ -4823,7 +4817,8 @@ def authorize(access: Access, ctx: OperationContext, args: Args) -> None:
     if access in (Access.USER, Access.PERSON, Access.CREATOR, Access.STARTER):
         return authorize_account(access, ctx, args)
     if not exists:
-        raise no_target(args)
+        key = target_key(type(args))
+        raise chat_error("INVITE_UNKNOWN" if key == "code" else f"NO_{key.removesuffix('_id').upper()}", field=key)
     if access is Access.PARTICIPANT:
         return authorize_participant(ctx, user_id)
     if ctx.role is None:
