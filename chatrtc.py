@@ -4973,7 +4973,6 @@ def update_profile(ctx: OperationContext, args: EditProfile) -> Result[Profile]:
     user_id, effects = ctx.user.user_id, list[Effect]()
     name = ctx.user.name if args.name is UNSET else None if args.name == ctx.user.username else args.name
     if name != ctx.user.name:
-        ctx.user = ctx.user._replace(name=name)
         effects += rename_user(ctx.db, user_id, name)
     if args.status is not UNSET:
         update_status(ctx.db, user_id, args.status)
