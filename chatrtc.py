@@ -8404,8 +8404,7 @@ async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[Non
         raise ChatError("TOO_LARGE", f"data must have at most {SIGNAL_BYTES} bytes of JSON", reason="FIELD_LONG", field="data")
     sender = hub.voice_peers.get(caller.connection.sid)
     if sender is None or sender.notice.channel_id != args.channel_id:
-        server_id = hub.query(caller, ChannelArgs(channel_id=args.channel_id), lambda ctx, _: ctx.server_id)
-        require_joined(caller.connection, server_id)
+        require_joined(caller.connection, hub.query(caller, args, lambda ctx, _: ctx.server_id))
         raise chat_error("NOT_IN_VOICE")
     peer = next((peer for peer in hub.voice_peers.in_channel(args.channel_id) if peer.notice.peer_id == args.to), None)
     if peer is None:
