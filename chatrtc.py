@@ -7103,28 +7103,25 @@ class Hub:
 
     # Reading the database. The result of `read_inline` stays true until the next await: use it before then.
 
-    def authorized(
-        self, access: Access, user: Principal, args: Args, run: Callable[[OperationContext, Any], R],
-        action: ChannelAction | None = None,
-    ) -> Query[R]:  # fmt: skip
-        """Return a job for the store that authorizes the user in the open transaction, then runs the operation or query."""
+    def authorized(self, access: Access, caller: Caller, args: Args, run: Callable[[OperationContext, Any], R]) -> Query[R]:
+        """Return a job for the store that authorizes the caller in the open transaction, then runs the operation or query."""
 
         def job(db: sqlite3.Connection) -> R:
-            ctx = OperationContext(db, user, time.time(), self.presence, self.pages, self.settings)
+            ctx = OperationContext(db, caller.user, time.time(), self.presence, self.pages, self.settings)
             authorize(access, ctx, args)
-            if action is not None:
-                check_channel_rules(ctx, args, action)
+            if caller.action is not None:
+                check_channel_rules(ctx, args, caller.action)
             return run(ctx, args)
 
         return job
 
     def query(self, caller: Caller, args: Args, run: Callable[[OperationContext, Any], R], access: Access = Access.MEMBER) -> R:
         """Run a fast query on the target of the arguments, if the caller has access to it. Raises ChatError."""
-        return self.store.read_inline(self.authorized(access, caller.user, args, run, caller.action))
+        return self.store.read_inline(self.authorized(access, caller, args, run))
 
     async def query_slow(self, caller: Caller, args: Args, query: Callable[[OperationContext, Any], R]) -> R:
         """Like `query`, for a query that may take seconds (see `read_slow`)."""
-        return await self.read_slow(caller, self.authorized(Access.MEMBER, caller.user, args, query))
+        return await self.read_slow(caller, self.authorized(Access.MEMBER, caller, args, query))
 
     async def read_slow(self, caller: Caller, job: Query[R]) -> R:
         """Run a slow query; callers take turns. It is interrupted if the client disconnects."""
@@ -7528,7 +7525,7 @@ class FileContent:
     """The content of a file. The caller's permission is checked again for each part."""
 
     def __init__(self, hub: Hub, caller: Caller, stored: StoredFile) -> None:
-        self.hub, self.user, self.file, self.digest = hub, caller.user, stored.file, stored.digest
+        self.hub, self.caller, self.file, self.digest = hub, caller, stored.file, stored.digest
 
     async def parts(self, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         """Yield the bytes from `start` to `stop`. Raises ChatError."""
@@ -7537,7 +7534,7 @@ class FileContent:
         def load(ctx: OperationContext, args: FileArgs) -> bytes:
             return load_file_part(ctx.db, args.file_id, start, min(PART_BYTES, end - start))
 
-        job = self.hub.authorized(Access.FILE, self.user, FileArgs(self.file.file_id), load)
+        job = self.hub.authorized(Access.FILE, self.caller, FileArgs(self.file.file_id), load)
         while start < end:
             part = await self.hub.store.read(job)
             start += len(part)
@@ -8015,7 +8012,7 @@ async def remove_guests(hub: Hub, caller: Caller, args: ServerArgs) -> Result[Re
     removed, step = 0, GUESTS_PER_STEP
     run: Callable[..., Result[int]] = functools.partial(run_logged, OPERATIONS["remove_guests"], remove_next)
     while step == GUESTS_PER_STEP:  # in steps, so that other writes run in between
-        job = hub.authorized(Access.ADMIN, caller.user, args, run)
+        job = hub.authorized(Access.ADMIN, caller, args, run)
         step = (await hub.store.write(job, frees_space=True)).value
         removed, run = removed + step, remove_next
     return Result(Removed(removed))
@@ -8077,7 +8074,7 @@ def add_hook(ctx: OperationContext, args: NewHook, secret: str) -> Result[Hook]:
 async def create_bot(hub: Hub, caller: Caller, args: NewBot) -> Result[AuthResponse]:
     """Create a bot: an account for a program, with a token that does not expire and is not shown again."""
     run: Callable[..., Result[Principal]] = functools.partial(run_logged, OPERATIONS["create_bot"], add_bot)
-    bot = (await hub.store.write(hub.authorized(Access.INVITER, caller.user, args, run))).value
+    bot = (await hub.store.write(hub.authorized(Access.INVITER, caller, args, run))).value
     return Result(hub.signer.issue(bot, LAST_SECOND))
 
 
@@ -8107,7 +8104,7 @@ async def create_hook(hub: Hub, caller: Caller, args: NewHook) -> Result[Hook]:
     secret = secrets.token_urlsafe(24)
     add: Callable[..., Result[Hook]] = functools.partial(add_hook, secret=secret)
     run: Callable[..., Result[Hook]] = functools.partial(run_logged, OPERATIONS["create_hook"], add)
-    hook = (await hub.store.write(hub.authorized(Access.ADMIN, caller.user, args, run))).value
+    hook = (await hub.store.write(hub.authorized(Access.ADMIN, caller, args, run))).value
     request = caller.source if isinstance(caller.source, web.Request) else None
     hook.url = f"{public_address(hub, request, '/servers/')}/hooks/{secret}"
     return Result(hook)
@@ -8127,7 +8124,7 @@ async def post_hook(hub: Hub, caller: Caller, args: HookPost) -> Result[HookMess
 
     def job(db: sqlite3.Connection) -> Result[Message]:
         bot = load_hook_by_secret(db, args.secret)[1]  # again: it may have been revoked meanwhile
-        return hub.authorized(Access.WRITER, bot, message, post, caller.action)(db)
+        return hub.authorized(Access.WRITER, caller._replace(user=bot), message, post)(db)
 
     hook, _ = hub.store.read_inline(load_hook_by_secret, args.secret)
     hub.limiter_for(caller).charge("hook", str(hook.hook_id))
@@ -8173,7 +8170,7 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
 
     async def run(step: Callable[..., R], *values: Any) -> R:
         """Run a step in a transaction of its own, in which the caller's permission is checked again."""
-        job = hub.authorized(Access.WRITER, caller.user, args, lambda ctx, _: Result(step(ctx.db, *values)), caller.action)
+        job = hub.authorized(Access.WRITER, caller, args, lambda ctx, _: Result(step(ctx.db, *values)))
         async with hub.piece_lock:  # one step at a time for all uploads, so that a post waits for at most one
             value: R = (await hub.store.write(job, slow=True)).value
         return value
@@ -8226,7 +8223,7 @@ async def get_transcript(hub: Hub, caller: Caller, args: TranscriptArgs) -> Resu
         return load_servers(ctx.db, ctx.user.user_id, ctx.server_id)[0].name, load_channel(ctx.db, ctx.channel_id)
 
     async def parts() -> AsyncIterator[bytes]:
-        job = hub.authorized(Access.ADMIN, caller.user, args, lambda ctx, _: transcript.read(ctx.db))
+        job = hub.authorized(Access.ADMIN, caller, args, lambda ctx, _: transcript.read(ctx.db))
         while (part := await hub.store.read(job)) is not None:
             yield part.encode()
 
@@ -8440,10 +8437,10 @@ async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result
     """Run an operation as its kind requires: in the next write transaction, in a read snapshot, or as a coroutine."""
     if op.kind == "async":
         async with asyncio.timeout(None if op.raw_body or caller.is_program else CALL_TIMEOUT):
-            result: Result[Any] = await op.run(hub, caller._replace(action=op.action), args)
+            result: Result[Any] = await op.run(hub, caller, args)
         return result
     run = op.run if op.logged is None else functools.partial(run_logged, op, op.run)
-    job: Query[Result[Any]] = hub.authorized(op.access, caller.user, args, run, op.action)
+    job: Query[Result[Any]] = hub.authorized(op.access, caller, args, run)
     if op.kind == "write":
         return await hub.store.write(job, slow=op.slow, frees_space=op.frees_space)
     if not op.slow:
@@ -8620,7 +8617,7 @@ async def send_file(hub: Hub, request: web.Request, content: FileContent) -> web
     response = web.StreamResponse(status=206 if part else 200, headers=headers)
     response.content_length = stop - start
     parts = content.parts(start, stop if request.method == "GET" else start)
-    return await send_parts(hub, request, content.user, response, parts)
+    return await send_parts(hub, request, content.caller.user, response, parts)
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -8678,7 +8675,7 @@ class Route:
             user = self.authenticate(request)
             hub.limiter.charge("request", user.user_id)
         body = open_body(request) if op.raw_body else None
-        caller = Caller(user, client_address(request, hub.sio.eio.options), request, body)
+        caller = Caller(user, client_address(request, hub.sio.eio.options), request, body, op.action)
         result = await run_operation(hub, op, caller, await self.arguments(request))
         if isinstance(result.value, FileContent):
             return await send_file(hub, request, result.value)
@@ -8799,7 +8796,7 @@ async def handle_event(hub: Hub, event: str, sid: str, payload: tuple[Any, ...])
     if len(payload) > 1 or (not payload and op.args not in (NoArgs, Any)):
         raise chat_error("ONE_OBJECT")
     raw = payload[0] if payload and payload != (None,) else ({} if op.args is NoArgs else None)
-    caller = Caller(connection.user, connection.address, connection)
+    caller = Caller(connection.user, connection.address, connection, action=op.action)
     result = await run_operation(hub, op, caller, read_args(op.args, raw))
     return encode_ack(result.value if op.acks else None)
 
@@ -9417,7 +9414,8 @@ class ChatRTC:
         data = args.pop("data") if op.raw_body else b""
         if not isinstance(data, bytes | AsyncIterator):
             raise chat_error("FIELD_TYPE", field="data", what="data", n="Expected bytes or an asynchronous iterator")
-        caller = Caller(user or NOBODY, "program", None, Body(data, len(data) if isinstance(data, bytes) else None))
+        body = Body(data, len(data) if isinstance(data, bytes) else None)
+        caller = Caller(user or NOBODY, "program", None, body, op.action)
         given = {name: value for name, value in args.items() if value is not UNSET}
         return (await run_operation(self.hub, op, caller, read_args(op.args, given))).value
 
