@@ -5870,8 +5870,8 @@ class Session(asyncio.Transport):
     WebSocket has no outbox: its frames go directly to the TCP transport, those for a room through the flusher."""
 
     __slots__ = (
-        "__weakref__", "address", "backlog", "charged_until", "closed", "connect_timer", "due", "engine", "loop", "outbox",
-        "pinged", "poll", "posting", "room_buffers", "session", "sid", "tcp", "upgraded", "upgrading", "wakeup",
+        "address", "backlog", "charged_until", "closed", "connect_timer", "due", "engine", "loop", "outbox", "pinged", "poll",
+        "posting", "room_buffers", "session", "sid", "tcp", "upgraded", "upgrading", "wakeup",
     )  # fmt: skip
 
     def __init__(self, sid: str, address: str, engine: Engine) -> None:
@@ -6964,7 +6964,7 @@ NOBODY = Principal(0, "")  # the user of a call without a token, and of a socket
 class Connection:
     """One socket, from connect to disconnect."""
 
-    __slots__ = ("__weakref__", "address", "closed", "servers", "sid", "timer", "user")
+    __slots__ = ("address", "closed", "servers", "sid", "timer", "user")
 
     def __init__(self, sid: str, address: str) -> None:
         self.sid, self.address, self.user, self.closed = sid, address, NOBODY, False
