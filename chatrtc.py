@@ -7370,15 +7370,6 @@ class Hub:
             connection.timer.cancel()
         for server_id in list(connection.servers):
             self.leave_server(connection, server_id)
-        self.stop_activity(connection)
-
-    def stop_activity(self, connection: Connection, server_id: int | None = None) -> None:
-        """End the typing and the voice call of a socket, in that server or in all."""
-        for key in self.typing_tracker.of_socket(connection.sid, server_id):
-            self.stop_typing(*key)
-        peer = self.voice_peers.get(connection.sid)
-        if peer is not None and server_id in (None, peer.server_id):
-            self.leave_voice(connection.sid)
 
     def join_server(self, connection: Connection, server_id: int, channel_ids: Iterable[int]) -> None:
         if connection.closed:
@@ -7395,10 +7386,15 @@ class Hub:
         self.sio.leave(connection.sid, f"server:{server_id}")
 
     def leave_server(self, connection: Connection, server_id: int, quietly: bool = False) -> bool:
-        """Take the socket out of a server's rooms and return whether it had joined them."""
+        """Take the socket out of a server's rooms, and end its typing and its voice call there, for which it must have joined
+        them. Return whether it had."""
         if server_id not in connection.servers:
             return False
-        self.stop_activity(connection, server_id)
+        for key in self.typing_tracker.of_socket(connection.sid, server_id):
+            self.stop_typing(*key)
+        peer = self.voice_peers.get(connection.sid)
+        if peer is not None and peer.server_id == server_id:
+            self.leave_voice(connection.sid)
         self.leave_rooms(connection, server_id)
         del connection.servers[server_id]
         self.mark_disconnected(server_id, connection.user, connection.sid, quietly)
