@@ -6965,17 +6965,11 @@ class Connection:
     """One socket, from connect to disconnect."""
 
     __slots__ = ("address", "closed", "servers", "sid", "timer", "user")
+    timer: asyncio.TimerHandle  # closes the socket unless it authenticates in time, later when its token expires
 
     def __init__(self, sid: str, address: str) -> None:
         self.sid, self.address, self.user, self.closed = sid, address, NOBODY, False
         self.servers: dict[int, set[int]] = {}  # joined server -> its channels
-        self.timer: asyncio.TimerHandle | None = None
-
-    def set_timer(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Call `callback` after that time. A connection has one timer: a timer that was set before is cancelled."""
-        if self.timer is not None:
-            self.timer.cancel()
-        self.timer = asyncio.get_running_loop().call_later(max(0.0, min(seconds, 10.0**8)), callback)
 
 
 class Body(NamedTuple):
@@ -7337,8 +7331,11 @@ class Hub:
     def add_connection(self, sid: str) -> Connection:
         """Add a socket. It is closed unless it authenticates within LOGIN_SECONDS."""
         connection = self.connections[sid] = Connection(sid, self.sio.address(sid))
-        connection.set_timer(LOGIN_SECONDS, functools.partial(self.close, connection))
+        connection.timer = self._close_later(connection, LOGIN_SECONDS)
         return connection
+
+    def _close_later(self, connection: Connection, seconds: float) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(max(0.0, min(seconds, 10.0**8)), self.close, connection)
 
     def bind_principal(self, connection: Connection, user: Principal) -> None:
         """Assign the socket to the user until the token expires. Raises UNAVAILABLE, CONFLICT, RATE_LIMITED."""
@@ -7352,7 +7349,8 @@ class Hub:
         connection.user = user
         if (session := self.sio.session(connection.sid)) is not None:
             self.sio.eio.mark_authenticated(session.sid)
-        connection.set_timer(user.expires - time.time(), functools.partial(self.close, connection))
+        connection.timer.cancel()
+        connection.timer = self._close_later(connection, user.expires - time.time())
         self.sio.enter(connection.sid, f"user:{user.user_id}")
 
     def close(self, connection: Connection) -> None:
@@ -7366,8 +7364,7 @@ class Hub:
         if connection is None:
             return
         connection.closed = True
-        if connection.timer is not None:
-            connection.timer.cancel()
+        connection.timer.cancel()
         for server_id in list(connection.servers):
             self.leave_server(connection, server_id)
 
