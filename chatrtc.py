@@ -6773,9 +6773,6 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     def sids_in(self, room: str) -> list[str]:
         return [sid for sid, _ in self.manager.get_participants("/", room)]
 
-    def address(self, sid: str) -> str:
-        return str((self.get_environ(sid) or {}).get("REMOTE_ADDR", ""))
-
     # Connections and their packets
 
     async def _handle_eio_connect(self, eio_sid: str, environ: dict[str, Any]) -> None:
@@ -7328,9 +7325,9 @@ class Hub:
 
     # Sockets
 
-    def add_connection(self, sid: str) -> Connection:
+    def add_connection(self, sid: str, address: str) -> Connection:
         """Add a socket. It is closed unless it authenticates within LOGIN_SECONDS."""
-        connection = self.connections[sid] = Connection(sid, self.sio.address(sid))
+        connection = self.connections[sid] = Connection(sid, address)
         connection.timer = self._close_later(connection, LOGIN_SECONDS)
         return connection
 
@@ -8795,7 +8792,7 @@ def add_socket_handlers(hub: Hub) -> None:
 
     @sio.on("connect")  # type: ignore[untyped-decorator]
     async def on_connect(sid: str, environ: Any, auth: Any = None) -> None:
-        connection = hub.add_connection(sid)
+        connection = hub.add_connection(sid, environ["REMOTE_ADDR"])
         if not auth:
             return
         outcome = await result_or_error(authenticate_handshake(connection, auth))
