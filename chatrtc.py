@@ -5899,9 +5899,14 @@ class Session(asyncio.Transport):
         if self.closed:
             return
         if self.upgraded:
-            self._write(self._take_frames() + frame(packet))
-        else:
-            self.enqueue(packet)
+            return self._write(self._take_frames() + frame(packet))
+        self.outbox.append(packet)
+        self.backlog += len(packet)
+        self.wake()
+        if self.backlog > BACKLOG_BYTES or len(self.outbox) > BACKLOG_PACKETS:
+            self.abort()
+        elif self.backlog > WATCHED_BYTES:
+            self.engine.slow_clients.watch(self)
 
     def join_buffer(self, buffer: RoomBuffer) -> None:
         """Send the events that are added to a buffer from now on."""
@@ -5937,15 +5942,6 @@ class Session(asyncio.Transport):
             self.tcp.write(data)
             if waiting or len(data) > WATCHED_BYTES:
                 self.engine.slow_clients.watch(self.tcp, len(data))
-
-    def enqueue(self, packet: Packet) -> None:
-        self.outbox.append(packet)
-        self.backlog += len(packet)
-        self.wake()
-        if self.backlog > BACKLOG_BYTES or len(self.outbox) > BACKLOG_PACKETS:
-            self.abort()
-        elif self.backlog > WATCHED_BYTES:
-            self.engine.slow_clients.watch(self)
 
     def get_write_buffer_size(self) -> int:
         return self.backlog
@@ -6532,7 +6528,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
                     session.upgrading = True
                     await ws.send_str(PONG + "probe")
                     if session.has_poll():
-                        session.enqueue(NOOP)
+                        session.send(NOOP)
                     if await session.next_packet(ws) == UPGRADE and not session.closed:
                         return True
         session.upgrading, session.tcp = False, None
