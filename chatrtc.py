@@ -5987,8 +5987,7 @@ class Session(asyncio.Transport):
     # Heartbeat
 
     def beat(self) -> None:
-        # A loop that was stopped and wakes late says nothing about the client: wait once more.
-        if self.pinged and self.loop.time() - self.due < 1.0:
+        if self.is_overdue():
             return self.end(REASON.PING_TIMEOUT, final_packet=None)
         if not self.pinged:
             self.pinged = True
@@ -6001,7 +6000,8 @@ class Session(asyncio.Transport):
             self.due = self.loop.time() + self.engine.options.ping_interval
 
     def is_overdue(self) -> bool:
-        """Return whether the pong is overdue, even if the timer has not run yet."""
+        """Return whether the pong is overdue, even if `beat` has not run yet. A loop that was stopped and wakes late says
+        nothing about the client, which then gets the time for an answer once more."""
         return self.pinged and 0 <= self.loop.time() - self.due < 1.0
 
     # Receiving
