@@ -5573,7 +5573,6 @@ OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = "0123456"
 REASON = engineio.AsyncServer.reason
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Packet = str | bytes  # one encoded Engine.IO packet: text with its type digit, or an attachment
-AsyncCall = Callable[[Any], Awaitable[None]]
 SLOW_CLIENTS: web.RequestKey[SlowClients] = web.RequestKey("SLOW_CLIENTS")  # watches the client of a request
 
 
@@ -5801,7 +5800,7 @@ class PacketQueue:
 
     __slots__ = ("failed", "handle", "jobs", "length", "running", "space")
 
-    def __init__(self, handle: AsyncCall, failed: Callable[[Exception], None], length: int) -> None:
+    def __init__(self, handle: Callable[[Any], Awaitable[None]], failed: Callable[[Exception], None], length: int) -> None:
         self.jobs: list[Any] = []
         self.handle, self.failed, self.length = handle, failed, length
         self.running: asyncio.Task[None] | None = None
@@ -6603,11 +6602,11 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
         if attachments > ATTACHMENTS:
             self.error = ChatError("BAD_REQUEST", f"An event has at most {ATTACHMENTS} binary attachments")
 
-    def add_attachment(self, attachment: Packet, limit: int = 0) -> bool:
+    def add_attachment(self, attachment: Packet, limit: int) -> bool:
         if not isinstance(attachment, bytes):
             raise ValueError("text instead of an attachment")
         self.size += len(attachment)
-        if limit and self.size > limit and self.error is None:
+        if self.size > limit and self.error is None:
             self.error = ChatError("TOO_LARGE", f"The attachments of an event have at most {limit} bytes")
         if self.error is not None:
             self.attachments: list[Any] = [None] * (len(self.attachments) + 1)  # counted, not kept
@@ -6621,8 +6620,8 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
 class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
     """The library's rooms, also indexed by client; an event for a room is encoded once."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self) -> None:
+        super().__init__()
         # By namespace and sid: the rooms, as the keys of a dict. A set of five takes 0.5 KiB more.
         self.rooms_of: dict[tuple[str, str], dict[str | None, None]] = {}
 
