@@ -6669,10 +6669,10 @@ class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
 
 # The private names of the libraries that this file uses.
 PRIVATE_NAMES: dict[type, str] = {
-    engineio.AsyncServer: "_trigger_event _get_socket handlers",
+    engineio.AsyncServer: "_trigger_event handlers",
     socketio.AsyncServer: "_engineio_server_class _handle_eio_connect _handle_eio_message _handle_eio_disconnect"
     " _handle_connect _handle_disconnect _handle_ack _handle_event _trigger_event _send_packet"
-    " eio environ handlers namespace_handlers not_handled _binary_packet",
+    " eio handlers namespace_handlers not_handled _binary_packet",
     socketio.AsyncManager: "basic_enter_room basic_leave_room basic_disconnect get_rooms get_participants eio_sid_from_sid"
     " sid_from_eio_sid is_connected trigger_callback rooms callbacks pending_connect pending_disconnect",
     wire.Packet: "decode encode add_attachment",
