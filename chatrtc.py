@@ -7808,9 +7808,10 @@ class Bus:
 
     def _deliver(self, process: OtherProcess, signal: Signal) -> None:
         """Send a signal from another process to a peer of this one in the same channel."""
-        sender = self._hub.voice_peers.get(process.sid + signal.from_)
-        for peer in self._hub.voice_peers.in_channel(sender.notice.channel_id) if sender is not None else ():
-            if peer.notice.peer_id == signal.to and not is_foreign(peer.sid) and sender is not None:
+        if (sender := self._hub.voice_peers.get(process.sid + signal.from_)) is None:
+            return
+        for peer in self._hub.voice_peers.in_channel(sender.notice.channel_id):
+            if peer.notice.peer_id == signal.to and not is_foreign(peer.sid):
                 with contextlib.suppress(ValueError, RecursionError):
                     self._hub.send_signal(sender, peer, StrictJson.loads(signal.data))
 
