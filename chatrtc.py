@@ -7016,12 +7016,6 @@ Identify = Callable[[web.Request], Awaitable[dict[str, Any] | None]]
 HostFunction = Callable[..., Coroutine[Any, Any, Any]]
 
 
-def check_function(function: HostFunction) -> None:
-    """Raise TypeError unless this is a coroutine function."""
-    if not inspect.iscoroutinefunction(function):
-        raise TypeError(f"{function!r} must be a coroutine function (async def)")
-
-
 async def sendable(work: Awaitable[T]) -> T:
     """Await a coroutine of the embedding program. If it raises a ChatError that cannot be sent, raise the reason instead."""
     try:
@@ -8726,7 +8720,6 @@ TAKEN_EVENTS = RESERVED | EVENTS.keys() | CLIENT_EVENTS.keys() | {"message"}
 def host_operation(name: str, function: HostFunction) -> Operation:
     """Return an event of the embedding program as an operation. Its arguments have the type of the function's second parameter.
     Raises TypeError."""
-    check_function(function)
     parameters = list(inspect.signature(function, eval_str=True).parameters.values())
     if len(parameters) != 2:
         raise TypeError(f"{function.__qualname__} must have two parameters: the caller and the data")
@@ -9224,6 +9217,18 @@ Function = TypeVar("Function", bound=HostFunction)
 PREFIXES = web.AppKey("PREFIXES", set[str])  # of the chats that are mounted in an application
 
 
+def decorator(register: Callable[[HostFunction], None]) -> Callable[[Function], Function]:
+    """Return a decorator that registers a coroutine function. It raises TypeError for any other object."""
+
+    def decorate(function: Function) -> Function:
+        if not inspect.iscoroutinefunction(function):
+            raise TypeError(f"{function!r} must be a coroutine function (async def)")
+        register(function)
+        return function
+
+    return decorate
+
+
 class ChatRTC:
     """A chat server to run or to embed:
 
@@ -9295,13 +9300,7 @@ class ChatRTC:
         Listeners do not wait for each other. If one falls 4,096 events behind, the oldest are dropped."""
         if event not in EVENTS or EVENTS[event].room == "socket":
             raise ValueError(f"There is no event named {event} for listeners")
-
-        def register(listener: Function) -> Function:
-            check_function(listener)
-            self.hub.add_listener(event, listener)
-            return listener
-
-        return register
+        return decorator(functools.partial(self.hub.add_listener, event))
 
     def before(self, operation: str) -> Callable[[Function], Function]:
         """Return a decorator that calls a coroutine function before clients perform an operation, with a CallerInfo and the
@@ -9309,13 +9308,7 @@ class ChatRTC:
         called in the order of their registration. The program's own calls are not affected."""
         if operation not in OPERATIONS:
             raise ValueError(f"There is no operation named {operation}")
-
-        def register(function: Function) -> Function:
-            check_function(function)
-            self.hub.before.setdefault(operation, []).append(function)
-            return function
-
-        return register
+        return decorator(lambda function: self.hub.before.setdefault(operation, []).append(function))
 
     def event(self, name: str) -> Callable[[Function], Function]:
         """Return a decorator that calls a coroutine function for an event that clients emit, with a CallerInfo and the data,
@@ -9323,12 +9316,11 @@ class ChatRTC:
         if name in TAKEN_EVENTS or name in self.hub.host_events or not EVENT_NAME.fullmatch(name):
             raise ValueError(f"An event cannot be named {name}: the name is taken, or contains a character that is not allowed")
 
-        def register(function: Function) -> Function:
+        def register(function: HostFunction) -> None:
             self.hub.host_events[name] = host_operation(name, function)
             self._asyncapi.versions = None
-            return function
 
-        return register
+        return decorator(register)
 
     async def upsert_user(self, *, username: str, name: str | None = None, external_id: str | int | None = None) -> Profile:
         """Return the account of a user of your application. Creates it, or changes its display name, if necessary.
