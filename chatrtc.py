@@ -10084,17 +10084,14 @@ def check(database: str) -> None:
     click.echo("sound: {} users, {} servers, {} messages".format(*counts))
 
 
-Record = tuple[str, dict[str, Any]]  # the type of an exported object, and the object as the API has it
-
-
-def export_file(db: sqlite3.Connection, file: File, folder: Path) -> Iterator[bytes]:
-    """Write a file into a folder, and yield its pieces. Links in the folder are replaced, not followed."""
+def export_file(db: sqlite3.Connection, file: File, folder: Path, advance: Callable[[int], None]) -> None:
+    """Write a file into a folder, and call `advance` after each piece. Links in the folder are replaced, not followed."""
     part = folder / f"{file.file_id}.part"
     part.unlink(missing_ok=True)
     with part.open("xb") as output:
         for start in range(0, file.size, PIECE_BYTES):
-            yield (piece := load_file_part(db, file.file_id, start, PIECE_BYTES))
-            output.write(piece)
+            output.write(load_file_part(db, file.file_id, start, PIECE_BYTES))
+            advance(1)
     os.replace(part, folder / export_name(file))
 
 
@@ -10108,21 +10105,22 @@ def write_html(db: sqlite3.Connection, servers: list[dict[str, Any]], output: ty
             bar.update(transcript.count - bar.pos)
 
 
-def export_records(db: sqlite3.Connection, servers: list[dict[str, Any]], folder: Path | None) -> Iterator[Record]:
-    """Yield each server with its members, its channels and their messages, oldest first. Write the files into the folder."""
+def export_records(db: sqlite3.Connection, servers: list[dict[str, Any]], folder: Path | None) -> Iterator[tuple[str, Any]]:
+    """Yield each server with its members, its channels and their messages, oldest first, and before each its type. Write the
+    files into the folder."""
     with click.progressbar(length=count_rows(db)[2] + (count_pieces(db) if folder else 0), label="Exporting", **BAR) as bar:
         for server in servers:
             yield "server", server
-            yield from (("member", msgspec.to_builtins(member)) for member in load_members(db, server["server_id"], (), 0))
-            yield from (("former", msgspec.to_builtins(user)) for user in load_former_members(db, server["server_id"]))
+            yield from (("member", member) for member in load_members(db, server["server_id"], (), 0))
+            yield from (("former", user) for user in load_former_members(db, server["server_id"]))
             for channel in load_channels(db, server["server_id"]):
-                yield "channel", msgspec.to_builtins(channel)
+                yield "channel", channel
                 for message in load_channel_messages(db, channel.channel_id):
                     bar.update(1)
-                    for file in message.files:
-                        for _ in export_file(db, file, folder) if folder else ():
-                            bar.update(1)
-                    yield "message", msgspec.to_builtins(message)
+                    if folder is not None:
+                        for file in message.files:
+                            export_file(db, file, folder, bar.update)
+                    yield "message", message
 
 
 @main.command()
@@ -10146,7 +10144,7 @@ def export(format: str, server: int | None, output: typing.TextIO, files: Path |
             deque(records if files else (), 0)  # writes the files
             write_html(db, chosen, output, files)
         else:
-            lines = (json.dumps({"type": kind} | record, ensure_ascii=False) for kind, record in records)
+            lines = (json.dumps({"type": kind} | msgspec.to_builtins(record), ensure_ascii=False) for kind, record in records)
             output.writelines(line + "\n" for line in lines)
         output.flush()
 
