@@ -9762,8 +9762,6 @@ def cli_errors() -> Iterator[None]:
 
 
 class Group(click.Group):
-    group_class = type
-
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Add a command whose options can also be set as CHATRTC_<OPTION> in the environment."""
         cmd.context_settings = {"auto_envvar_prefix": "CHATRTC", "show_default": True, **cmd.context_settings}
