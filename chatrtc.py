@@ -8932,18 +8932,13 @@ REDIS_URL = re.compile(
 
 
 def add_user(db: sqlite3.Connection, username: str, password: str) -> Result[int]:
-    """Create an account and return its id. Raises BAD_REQUEST, CONFLICT."""
-    read_args(NewIdentity, {"username": username})
+    """Create an account and return its id. The username is valid. Raises CONFLICT."""
     return Result(insert_user(db, username, password, utc(time.time())))
 
 
 def require_account(db: sqlite3.Connection, username: str) -> Principal:
     """Return the account with that username. Raises NOT_FOUND, and BAD_REQUEST if the shell's argument is not text."""
-    try:
-        username.encode()
-    except UnicodeEncodeError:
-        raise chat_error("NOT_TEXT") from None
-    if (found := load_account(db, username)) is None:
+    if (found := load_account(db, read_args(str, username))) is None:
         raise chat_error("NO_ACCOUNT", name=username)
     return found[0]
 
