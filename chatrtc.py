@@ -9189,8 +9189,7 @@ class Handler(web.RequestHandler):
     ) -> web.StreamResponse:
         if is_connected(request) or not isinstance(exc, ConnectionError):
             super().handle_error(request, status, exc, message)  # logs it
-        code = {413: "TOO_LARGE", 500: "INTERNAL_ERROR"}.get(status, "BAD_REQUEST")
-        response = error_response(ChatError(code, status=status))
+        response = error_response(ChatError("INTERNAL_ERROR" if status == 500 else "BAD_REQUEST", status=status))
         response.force_close()
         return response
 
