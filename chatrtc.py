@@ -139,7 +139,7 @@ log = logging.getLogger("chatrtc")
 
 
 def optional_import(name: str) -> Any:
-    """Return a module of the standard library, or None if this system does not have it."""
+    """Return a module, or None if this system does not have it."""
     with contextlib.suppress(ImportError):
         return importlib.import_module(name)
     return None
@@ -9867,12 +9867,8 @@ def serve(**settings: Any) -> None:
     with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no limit, macOS a lower one of its own
         # The hard limit: a school behind one address may have 4,000 sockets.
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    with contextlib.suppress(ImportError):
-        import uvloop
-
-        loop_factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    uvloop = optional_import("uvloop")
+    with asyncio.Runner(loop_factory=uvloop and uvloop.new_event_loop) as runner:
         runner.run(serve_until_stopped(settings))
 
 
