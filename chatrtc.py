@@ -9986,7 +9986,7 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
     """Copy a database next to `dest`, verify it, pass it to `finish`, return its path. Raises StartError, leaving no copy."""
     if not dest.parent.is_dir():
         raise StartError(f"The directory {dest.parent} does not exist")
-    part, errors = dest.with_name(dest.name + ".part"), list[str]()
+    part = dest.with_name(dest.name + ".part")
     with contextlib.ExitStack() as undo, click.progressbar(length=1, label="Copying", **BAR) as bar:
         undo.callback(part.unlink, missing_ok=True)  # also on Ctrl-C
 
@@ -9997,14 +9997,13 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
         try:
             copy_database(db, part, show)
             with contextlib.closing(connect_reader(part, immutable=True)) as copy:
-                errors = check_integrity(copy)
-            if finish is not None and not errors:
+                if errors := check_integrity(copy):
+                    raise sqlite3.DatabaseError(errors[0])
+            if finish is not None:
                 with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as copy:
                     finish(copy)
         except (OSError, sqlite3.Error) as error:
-            errors = [str(error)]
-        if errors:
-            raise StartError(f"Cannot write {dest}: {errors[0]}. The incomplete copy was deleted")
+            raise StartError(f"Cannot write {dest}: {error}. The incomplete copy was deleted") from None
         undo.pop_all()
     return part
 
