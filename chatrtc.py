@@ -8027,8 +8027,8 @@ def add_bot(ctx: OperationContext, args: NewBot) -> Result[Principal]:
         raise chat_error("TOO_MANY", n=MAX_BOTS)
     ctx.target_id = insert_user(ctx.db, args.username, None, ctx.now, args.name, "bot")
     seq = insert_member(ctx.db, ctx.server_id, ctx.target_id, "member", ctx.now)
-    bot = Principal(ctx.target_id, args.username, name=args.name)
-    return Result(bot, [member_event(ctx.db, "member:joined", ctx.server_id, ctx.target_id, seq)])
+    joined = member_event(ctx.db, "member:joined", ctx.server_id, ctx.target_id, seq)
+    return Result(require_user(ctx.db, ctx.target_id), [joined])
 
 
 def add_hook(ctx: OperationContext, args: NewHook, secret: str) -> Result[Hook]:

@@ -7909,7 +7909,8 @@ async def test_bots_have_names_of_their_own_and_a_maximum(scene: Scene, monkeypa
         reply = await ana.call("POST", path, body)
         assert (reply.code, reply.body["reason"]) == ("CONFLICT", "TOO_MANY")
     await ana.ok("DELETE", f"{scene.server}/hooks/{hook.hook_id}")
-    await make_bot(ana, scene.place.server_id, "more")
+    same = await ana.ok("POST", bots, {"username": "more", "name": "more"})
+    assert "name" not in same, "as everywhere, a name equal to the handle is left out"
 
 
 async def members_of(scene: Scene) -> list[Any]:
