@@ -5570,6 +5570,7 @@ LATE, SOON = 1, 2  # urgency of an event: under load, it may be 250 ms or 50 ms 
 CLOSE_GRACE = 0.7  # time to read the close frame before the connection is aborted
 
 OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = "0123456"
+BASE64 = "b"  # begins an attachment in base64: by polling, and by WebSocket from clients with the option `forceBase64`
 REASON = engineio.AsyncServer.reason
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Packet = str | bytes  # one encoded Engine.IO packet: text with its type digit, or an attachment
@@ -5578,6 +5579,14 @@ SLOW_CLIENTS: web.RequestKey[SlowClients] = web.RequestKey("SLOW_CLIENTS")  # wa
 
 # What reading a body raises if it is malformed or late, or if the client has gone (RuntimeError). TimeoutError is an OSError.
 BODY_ERRORS = (web.HTTPException, web.RequestPayloadError, aiohttp.ClientError, EOFError, OSError, RuntimeError, ValueError)
+
+
+def decode_attachment(packet: Packet) -> bytes:
+    """Return the bytes of an attachment. Raises BAD_REQUEST."""
+    try:
+        return packet if isinstance(packet, bytes) else base64.b64decode(packet.removeprefix(BASE64), validate=True)
+    except ValueError:
+        raise chat_error("NOT_ENGINE_IO", what="an attachment is not base64") from None
 
 
 def is_connected(request: web.BaseRequest) -> bool:
@@ -6015,8 +6024,8 @@ class Session(asyncio.Transport):
 
     async def handle_packet(self, packet: Packet) -> None:
         self._charge()
-        if isinstance(packet, bytes):
-            await self.engine.handlers["message"](self.sid, packet)
+        if isinstance(packet, bytes) or packet[:1] == BASE64:
+            await self.engine.handlers["message"](self.sid, decode_attachment(packet))
         elif packet[:1] == MESSAGE:
             await self.engine.handlers["message"](self.sid, packet[1:])
         elif packet[:1] == PONG:
@@ -6245,13 +6254,12 @@ def cors_headers(request: web.BaseRequest, options: EngineOptions) -> dict[str, 
 
 
 def encode_payload(packets: Iterable[Packet]) -> str:
-    return "\x1e".join("b" + base64.b64encode(packet).decode() if isinstance(packet, bytes) else packet for packet in packets)
+    return "\x1e".join(BASE64 + base64.b64encode(one).decode() if isinstance(one, bytes) else one for one in packets)
 
 
-def decode_payload(body: bytes) -> list[Packet]:
+def decode_payload(body: bytes) -> list[str]:
     try:
-        parts = body.decode().split("\x1e")
-        packets = [base64.b64decode(part[1:], validate=True) if part[:1] == "b" else part for part in parts]
+        packets = body.decode().split("\x1e")
     except ValueError:
         raise chat_error("NOT_ENGINE_IO", what="the payload is not text") from None
     if len(packets) > POST_PACKETS:
@@ -6459,7 +6467,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         session.posting = False
         return web.Response(text="ok")
 
-    async def _read_packets(self, request: web.Request) -> list[Packet]:
+    async def _read_packets(self, request: web.Request) -> list[str]:
         size = request.content_length
         if request.headers.get("Content-Encoding", "identity") != "identity":
             raise ChatError("BAD_REQUEST", REASONS["BODY_COMPRESSED"][1], status=415, reason="BODY_COMPRESSED")

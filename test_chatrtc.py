@@ -8905,6 +8905,23 @@ async def test_binary_reaches_polling_and_websocket(bare):
         assert got == ['451-["b",{"_placeholder":true,"num":0}]', "bAQI="]
 
 
+@pytest.mark.portable
+async def test_attachments_in_base64_are_accepted_by_both_transports(bare):
+    """socket.io-client sends them by WebSocket, too, if its option `forceBase64` is set."""
+    packets, answer = ['451-7["echo",{"_placeholder":true,"num":0}]', "bAQI="], '461-7[{"_placeholder":true,"num":0}]'
+    ws, poll = await bare.join(), await bare.poller()
+    await ws.send(*packets)
+    assert (await ws.next(), await ws.next()) == (answer, b"\x01\x02")
+    assert (await poll.post("\x1e".join(packets)))[0] == 200
+    assert (await poll.get())[1].split("\x1e")[0] == answer
+    await ws.send(packets[0], "b!")
+    assert await ws.closed()
+    assert (await poll.post("\x1e".join([packets[0], "b!"])))[0] == 400
+    await bare.next_disconnect()
+    await bare.next_disconnect()
+    assert await bare.is_empty()
+
+
 async def test_the_address_is_that_of_the_peer(bare):
     ws = await bare.join()
     assert bare.sio.get_environ(ws.sid)["REMOTE_ADDR"] == "127.0.0.1"
