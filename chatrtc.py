@@ -482,6 +482,7 @@ NOT_IN_URL = (
     r"\u3000-\u3003\u3008-\u301f\ufeff\uff01\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f\uff3b\uff3d\uff5b-\uff65"
 )
 URL_PART = re.compile(rf"[()[\]{{}}]|[^{NOT_IN_URL}()[\]{{}}]+")
+URL_BREAK = re.compile(rf"[()[\]{{}}{NOT_IN_URL}]")
 AFTER_AT = re.compile(r"[^\s!-,/:-@\[-^`{-~]{2,100}")
 LABEL = r"\[(?=(?P<label>[^\[\]\n]{1,300})\]\((?P<scheme>https?://|mailto:))"
 MENTION_SYNTAX = re.compile(rf"(?=[\\`@hw\[])(?:\\[\\`@\[]|`+|@|https?://|www\.|{LABEL})", re.IGNORECASE | re.ASCII)
@@ -531,6 +532,21 @@ def url_end(text: str, at: int) -> int:
     return at
 
 
+def link_ends(text: str) -> dict[int, int]:
+    """Return for each `(` where a URL after it ends, as `url_end` does, but for all of them in one pass."""
+    ends, begun, opened = dict[int, int](), list[int](), {")": list[int](), "]": list[int](), "}": list[int]()}
+    for found in URL_BREAK.finditer(text):
+        at, char = found.start(), found[0]
+        if opening := {"(": ")", "[": "]", "{": "}"}.get(char):
+            opened[opening].append(at)
+            begun += [at] if char == "(" else []
+        else:  # ends the URLs that began after the bracket that it closes, or all of them
+            start = opened[char].pop() if opened.get(char) else -1
+            while begun and begun[-1] >= start:
+                ends[begun.pop()] = at
+    return ends | dict.fromkeys(begun, len(text))
+
+
 def plain_url_end(text: str, start: int, at: int) -> int:
     """Return the end of the URL that begins with text[start:at] (`https://` or `www.`), or 0 if it is not one."""
     before = text[start - 1 : start]
@@ -542,7 +558,7 @@ def plain_url_end(text: str, start: int, at: int) -> int:
 
 def at_signs(text: str) -> Iterator[str]:
     """Yield the text after each `@` that may begin a mention, in a text without code blocks."""
-    at, last, unclosed = 0, text.rfind("@"), set[int]()
+    at, last, unclosed, ends = 0, text.rfind("@"), set[int](), dict[int, int]()
     while at <= last and (found := MENTION_SYNTAX.search(text, at)):
         start, at = found.span()
         if text[start] == "@":
@@ -554,9 +570,12 @@ def at_signs(text: str) -> Iterator[str]:
             at = closing_ticks(text, at, at - start, unclosed) or at
         elif text[start] not in "\\[":
             at = plain_url_end(text, start, at) or at
-        elif text[start] == "[" and text.startswith(")", end := url_end(text, found.end("scheme"))):
-            yield from at_signs(found["label"])
-            at = end + 1
+        elif text[start] == "[":
+            ends = ends or link_ends(text)
+            end = ends[found.end("label") + 1]
+            if text.startswith(")", end):
+                yield from at_signs(found["label"])
+                at = end + 1
 
 
 def fences(line: str) -> Iterator[tuple[int, int]]:

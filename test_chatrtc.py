@@ -2054,6 +2054,28 @@ async def test_a_message_mentions_at_most_fifty_members(world: World) -> None:
     assert sum(map(len, chatrtc.possible_mentions(text))) <= 50 * 31, "the work is bounded"
 
 
+def calls_to_find_mentions(text: str) -> int:
+    """Return how many functions are called to find the mentions in a text."""
+    calls = itertools.count()
+    sys.setprofile(lambda frame, event, function: next(calls) if "call" in event else None)
+    try:
+        chatrtc.possible_mentions(text)
+    finally:
+        sys.setprofile(None)
+    return next(calls)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["[a](https://", "[a](https://b.example/(", "[a](https://{", "[a](mailto:]", "[[a](http://b", "https://a(", "www.a.b/[",
+     "http://(", "[a", "`[a](https://``", "> [a](https://", "\\[", "```a ", "a ```\n", "@[a](https://)"],
+)  # fmt: skip
+def test_mentions_are_found_in_linear_time(unit: str) -> None:
+    """The work for a text that is ten times as long is about ten times as much."""
+    short, long = ((unit * 4000)[:size] + "@ana" for size in (390, 3990))
+    assert calls_to_find_mentions(long) < 15 * calls_to_find_mentions(short)
+
+
 @pytest.mark.portable
 async def test_each_handle_counts_once_where_words_have_no_spaces(world: World) -> None:
     """Such a text may begin with a handle of any length, and each of them is looked up."""
@@ -18630,7 +18652,7 @@ PIECES = [
     "😂", "👨‍👩‍👧", "\u0301", "a\u0301", "ﷲ", "田", "a", "0", " ", "*", "**", "***", "*a", "a*", "_", "_a_", "~~", "`", "``",
     "```", "a`", "[", "]", "(", ")", "[a](", "[a](https://b.example", "](https://b.example)", "@", "@a", "@田", "@ana ", ".",
     "a.", "-", "'\"", ">", "> ", "\n", "\n- ", "\n  1. ", "\n> ", "\n```", "\\", "\\*", "\\`", "https://",
-    "https://a.example/(", "www.", "a@b.",
+    "https://a.example/(", "www.", "a@b.", "[a](https://",
 ]  # fmt: skip
 
 
