@@ -773,13 +773,21 @@ ACCENTS = re.compile(
 PLAIN_LETTERS = str.maketrans({"\u0131": "i", "ø": "o", "ł": "l", "đ": "d", "ħ": "h", "æ": "ae", "œ": "oe"})
 QUOTES = str.maketrans(dict.fromkeys("“”„‟«»\uff02", '"'))
 PHRASE = re.compile(r'"([^"]*)"|[^\s"]+')
+MARK_RUN = re.compile(r"[^\w\s\x00-\u02ff]{31,}")  # may have so many marks on a letter that normalizing takes quadratic time
 MAX_SEARCH_CHARS = 16_000  # per message; a message has at most 4,000, but expanding ligatures adds more
+
+
+def limit_marks(run: re.Match[str]) -> str:
+    """Return a run of marks and other signs with its first 30 marks. No language needs more on a letter."""
+    marks = itertools.count()
+    return "".join(char for char in run[0] if not unicodedata.combining(char) or next(marks) < 30)
 
 
 def search_text(text: str) -> str:
     """Return a text as it is indexed: without case and accents, and with each character of `UNSPACED` as a separate word."""
     if text.isascii():
         return text.lower()
+    text = MARK_RUN.sub(limit_marks, text)
     letters = ACCENTS.sub("", unicodedata.normalize("NFKD", text)[:MAX_SEARCH_CHARS]).casefold().translate(PLAIN_LETTERS)
     return UNSPACED_BOUNDARY.sub(" ", unicodedata.normalize("NFC", letters))
 
