@@ -393,9 +393,11 @@ VISIBLE = f"(?=[\\s{INVISIBLE_CHARS}]*[^\\s{INVISIBLE_CHARS}{CONTROLS}])"  # a v
 CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 TEXT = "[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"  # no control characters but tab and newline
 CONTENT = "[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$"  # also carriage returns, which become newlines
+VIRAMAS = "\u094d\u09cd\u0a4d\u0acd\u0b4d\u0d4d\u0dca"  # before U+200D at the end of a word: half forms, older Malayalam
 # A name may contain spaces. Joiners and emoji selectors are allowed only after a character that they can shape.
 NAME = (
     f"^{VISIBLE}(?:[^{CONTROLS}\u2028\u2029{INVISIBLE_CHARS}]|(?<=[^\x00-\u058f\\s{JOINERS}])[{JOINERS}](?=\\S)|"
+    f"(?<=[{VIRAMAS}])\u200d|"
     "(?<=[#*0-9\u00a9\u00ae\u203c-\ufdff\U0001f000-\U0001ffff])[\ufe0e\ufe0f]|(?<=\U0001f3f4)[\U000e0020-\U000e007f]+)*$(?!\n)"
 )
 # Sets of scripts that one name may mix. A script is the first word of its characters' Unicode names.
@@ -437,6 +439,8 @@ def is_username_char(char: str) -> bool:
 
 def is_joiner(name: str, at: int) -> bool:
     """Return whether name[at] is a joiner that its script needs: after a virama, or between cursive letters."""
+    if name[at] == JOINERS[1] and at and name[at - 1] in VIRAMAS:
+        return True
     if name[at] not in JOINERS or not 0 < at < len(name) - 1:
         return False
     before, after = script_of(name[at - 1]), script_of(name[at + 1])

@@ -825,6 +825,7 @@ MENTIONED = [
     "민수",
     "محمد",
     "राम",
+    "മോഹന്\u200d",
 ]
 MENTION_CASES = {
     "@ana": "ana",
@@ -1134,7 +1135,7 @@ JOINED_NAME = "می\u200cنا"  # with a joiner that the script needs  # noqa: R
     "name",
     [
         "al", "a" * 32, "élodie", "Жанна", "王小明", "नमस्ते", "a.b-c_d", "42", "ﬁona", "عمر", "ΣΊΣΥΦΟΣ", "Nguyễn", "田中さんA",
-        JOINED_NAME, "क्\u200dष", "A민수", "ကြွေး", "عمر٣",
+        JOINED_NAME, "क्\u200dष", "മോഹന്\u200d", "A민수", "ကြွေး", "عمر٣",
     ],
 )  # fmt: skip
 async def test_a_username_may_use_any_script(world: World, name: str) -> None:
@@ -1153,7 +1154,8 @@ async def test_a_username_may_use_any_script(world: World, name: str) -> None:
     [
         "a b", "a@b", "a/b", "a\n", "\u200bab", "a\u202eb", "\u3164\u3164", "ab\x00", "😀😀", "ab:", "\u0301a", "  ",
         "Teacher\u17b5", "Teacher\U000e0100", "\u03a4eacher", "Te\u0430cher", "x" + "\u0301" * 30, "x\u0301\u0302\u0303",
-        "ab\u200cd", "\u200cab", "می\u200c", "عمر३", "a\u0661", "カㄅ한", "ก" + "ี" * 5, "ab\u00ad", "ab\ufe0f",
+        "ab\u200cd", "\u200cab", "می\u200c", "ന്\u200c", "ab\u200d", "عمر३", "a\u0661",
+        "カㄅ한", "ก" + "ี" * 5, "ab\u00ad", "ab\ufe0f",
         "ana\u20dd", "a\u0488b",
     ],
 )  # fmt: skip
@@ -1165,6 +1167,7 @@ async def test_an_invalid_username_is_rejected(world: World, name: str) -> None:
 BLANKS = [" ", "\n\t ", "\u200b", "\u3164", "\u2800", "\ufe0f\u200d", "\U000e0041", "\u00ad\u2060"]
 CONTROLS = ["a\x00", "a\x1b[0m", "a\x85b", "\x9b"]
 JOINED = ["👩\u200d🎓", "❤️", JOINED_NAME, "1️⃣", "🏴\U000e0067\U000e0062\U000e007f", "🏳️\u200d🌈", "क्\u200dष", "O'Neil"]
+JOINED += ["മോഹന്\u200d കുമാര്\u200d"]
 HIDDEN = [
     "a\nb",
     "ab\n",
@@ -18654,6 +18657,7 @@ async def test_the_page_marks_the_mentions_that_the_server_counts(api: World, ta
     for text, drawn in zip(texts, await rendered(page, ana, channel_id, texts), strict=True):
         chips = {chatrtc.name_key(chip) for chip in re.findall("<at>@(.*?)</at>", drawn)}
         assert chips == {chatrtc.name_key(name) for name in MENTION_CASES[text].split()}, (text, drawn)
+        assert "</at>\u200d" not in drawn
 
 
 PIECES = [
