@@ -482,8 +482,9 @@ HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc"
 UNSPACED_CHAR, HANGUL_CHAR = re.compile(f"[{UNSPACED}]"), re.compile(f"[{HANGUL}]")
 UNSPACED_BOUNDARY = re.compile(f"(?=[{UNSPACED}])|(?<=[{UNSPACED}])")
 NOT_IN_URL = (
-    r"\x00-\x20\x7f-\xa0\"<>\\`\u060c\u061b\u061f\u0964\u0965\u1680\u2000-\u200f\u2014\u2018-\u201f\u2026-\u202f\u205f-\u206f"
-    r"\u3000-\u3003\u3008-\u301f\ufeff\uff01\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f\uff3b\uff3d\uff5b-\uff65"
+    r"\x00-\x20\x7f-\xa0\"<>\\`\xab\xbb\u0589\u060c\u061b\u061f\u06d4\u0964\u0965\u104a\u104b\u1362-\u1368\u1680\u17d4\u17d5"
+    r"\u2000-\u200f\u2014\u2018-\u201f\u2026-\u202f\u2039\u203a\u205f-\u206f\u3000-\u3003\u3008-\u301f\ufe10-\ufe1f\ufe30-\ufe6f"
+    r"\ufeff\uff01\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f\uff3b\uff3d\uff5b-\uff65"
 )
 URL_PART = re.compile(rf"[()[\]{{}}]|[^{NOT_IN_URL}()[\]{{}}]+")
 URL_BREAK = re.compile(rf"[()[\]{{}}{NOT_IN_URL}]")

@@ -901,6 +901,8 @@ MENTION_CASES = {
     "https://example.org/(@ana)?q=(@ben) @x_y": "x_y",
     "(https://example.org?)@ana": "ana",
     "https://example.org\uff0c@ana 见https://example.org?q=@ana": "ana",
+    "@മോഹന്\u200d ok": "മോഹന്\u200d",
+    "«https://example.org?q=»@ana https://example.org?q=\u06d4@ben": "ana ben",
     "www.example.org?q=@ana .www.example.org?q=@ben": "ben",
     "xhttps://example.org?q=@ana _https://example.org?q=@ben_": "ana",
     "https://?q=@ana": "ana",
@@ -983,6 +985,13 @@ MARKDOWN_CASES = {
     "见https://example.org/docs\uff0c谢谢": "<p>见<a https://example.org/docs>https://example.org/docs</a>\uff0c谢谢</p>",
     "「https://a.example」https://b.example。": "<p>「<a https://a.example>https://a.example</a>」<a"
     " https://b.example>https://b.example</a>。</p>",
+    "«https://a.example/b», »https://b.example« \u2039www.c.example\u203a": "<p>«<a https://a.example/b>https://a.example/b</a>»,"
+    " »<a https://b.example>https://b.example</a>« \u2039<a https://www.c.example>www.c.example</a>\u203a</p>",
+    "دیکھو https://a.example\u06d4 ተመልከት https://b.example። မှာ https://c.example။": "<p>دیکھو <a https://a.example>"
+    "https://a.example</a>\u06d4"
+    " ተመልከት <a https://b.example>https://b.example</a>። မှာ <a https://c.example>https://c.example</a>။</p>",
+    "﹁https://a.example﹂﹐https://b.example﹖": "<p>﹁<a https://a.example>https://a.example</a>﹂﹐<a"
+    " https://b.example>https://b.example</a>﹖</p>",
     "Https://a.example HTTP://b.example/C": "<p><a https://a.example>Https://a.example</a> <a"
     " http://b.example/C>HTTP://b.example/C</a></p>",
     "www.a.example, xwww.b.example": "<p><a https://www.a.example>www.a.example</a>, xwww.b.example</p>",
