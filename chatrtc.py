@@ -6922,19 +6922,22 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             return
         name = data[0] if isinstance(data[0], str) else StrictJson.dumps(data[0])
         result = error or await result_or_exception(self._trigger(name, namespace, sid, data[1:]))
+        if not isinstance(result, Exception):
+            result = await result_or_exception(self._acknowledge(eio_sid, namespace, id, result))
         if isinstance(result, Exception):
             packet = self._error_packet(name, namespace, id, result)
             drop_frames(result)
-        elif id is None or result is self.not_handled:
+            await self._send_packet(eio_sid, packet)
+
+    async def _acknowledge(self, eio_sid: str, namespace: str, id: int | None, result: Any) -> None:
+        if id is None or result is self.not_handled:
             return
-        elif isinstance(result, msgspec.Raw) and namespace == "/":
+        if isinstance(result, msgspec.Raw) and namespace == "/":
             if (session := self.eio.sockets.get(eio_sid)) is not None:
                 session.send(f"{MESSAGE}{wire.ACK}{id}[{bytes(result).decode()}]")
             return
-        else:
-            values = list(result) if isinstance(result, tuple) else [] if result is None else [result]
-            packet = StrictPacket(wire.ACK, values, namespace, id)
-        await self._send_packet(eio_sid, packet)
+        values = list(result) if isinstance(result, tuple) else [] if result is None else [result]
+        await self._send_packet(eio_sid, StrictPacket(wire.ACK, values, namespace, id))
 
     def _error_packet(self, event: str, namespace: str, id: int | None, error: Exception) -> StrictPacket:
         """Return the ack of an event that failed or, if it asked for none, an `error` event. Log a bug."""

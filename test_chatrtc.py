@@ -9136,6 +9136,19 @@ async def test_a_failing_handler_harms_nothing_else(bare, caplog):
     assert 1 <= len(caplog.records) <= 30
 
 
+async def test_a_result_that_cannot_be_sent_is_acknowledged_as_a_failure(bare, caplog):
+    endless: list[Any] = []
+    endless.append(endless)
+    ws = await bare.join()
+    for result in (object(), (1, object()), {"x": [b"1", object()]}, {object(): 1}, endless):
+        bare.sio.on("give", lambda sid, result=result: result)
+        (ack,) = json.loads((await ws.ask(event("give", ack=1)))[3:])
+        assert (ack["success"], ack["code"]) == (False, "INTERNAL_ERROR")
+    assert any("A handler failed" in record.message for record in caplog.records)
+    caplog.clear()
+    assert await ws.ask(event("echo", ack=2)) == "432[]"
+
+
 async def test_a_handler_may_raise_a_chat_error(bare):
     async def no(sid):
         raise chatrtc.ChatError("CONFLICT", "Not now.")
