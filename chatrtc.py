@@ -575,7 +575,7 @@ def at_signs(text: str) -> Iterator[str]:
             at = closing_ticks(text, at, at - start, unclosed) or at
         elif text[start] not in "\\[":
             at = plain_url_end(text, start, at) or at
-        elif text[start] == "[":
+        elif text[start] == "[" and re.match(VISIBLE, found["label"]):
             ends = ends or link_ends(text)
             end = ends[found.end("label") + 1]
             if text.startswith(")", end):

@@ -911,6 +911,7 @@ MENTION_CASES = {
     "[@ana](javascript:@ben)": "ana ben",
     "[@ana](https://example.org": "ana",
     "[a](mailto:x@ana.example) @ben": "ben",
+    "[\u2800](mailto:@ana) [\u00ad ](https://b.example/@ben)": "ana",
     "\\[@ana](https://example.org?q=@ben)": "ana",
     # Escapes
     "\\@ana": "",
@@ -1008,6 +1009,8 @@ MARKDOWN_CASES = {
     "[a] (https://b.example) [c]": "<p>[a] (<a https://b.example>https://b.example</a>) [c]</p>",
     "[x](javascript:alert(1)) [y](data:text/html,z) javascript:1": "<p>[x](javascript:alert(1)) [y](data:text/html,z)"
     " javascript:1</p>",
+    "[ ](https://a.example) [\u200b\u3164](https://b.example)": "<p>[ ](<a https://a.example>https://a.example</a>)"
+    " [\u200b\u3164](<a https://b.example>https://b.example</a>)</p>",
     "https:// http://. www.": "<p>https:// http://. www.</p>",
     # Links whose text is another address than their target
     "[https://bank.example](https://evil.example)": "<p><a https://evil.example>https://bank.example (evil.example)</a></p>",
