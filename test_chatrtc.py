@@ -19627,6 +19627,46 @@ async def test_no_message_is_lost_while_the_page_subscribes(api: World, tab: Any
     await jonas.sees("posted meanwhile")
 
 
+async def test_a_message_that_is_posted_while_its_channel_loads_is_shown_once(api: World, tab: Any) -> None:
+    """The page of messages contains it, and arrives before the event and the answer to the post."""
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    await maya_api.post(channel_id, "already there")
+    asked, released, both = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    held: list[tuple[Any, str]] = []
+
+    def connect(socket: Any) -> None:
+        def forward(frame: str) -> None:
+            if '"in between"' not in frame:
+                socket.send(frame)
+                return
+            held.append((socket, frame))
+            if len(held) == 2:
+                both.set()
+
+        socket.connect_to_server().on_message(forward)
+
+    async def wait(route: Any) -> None:
+        asked.set()
+        await released.wait()
+        await route.continue_()
+
+    jonas = await tab()
+    await jonas.page.route_web_socket("**/socket.io/**", connect)
+    await jonas.page.route(f"**/channels/{channel_id}/messages?*", wait)
+    await jonas.store_session(jonas_api)
+    await happens(asked)
+    await jonas.write("in between")
+    await happens(both)
+    released.set()
+    await jonas.sees("already there")
+    await jonas.sees("in between")
+    for socket, frame in held:
+        socket.send(frame)
+    await maya_api.post(channel_id, "comes after them")
+    await jonas.sees("comes after them")
+    await jonas.sees("in between")
+
+
 async def test_changes_of_messages_that_are_being_loaded_are_shown(two: Any) -> None:
     maya, jonas, (server_id, channel_id) = two
     homework = await maya.api.channel(server_id, "homework")
