@@ -22211,6 +22211,22 @@ async def test_a_teacher_closes_a_channel_and_opens_it(two: Any) -> None:
     await maya.sees("now I may")
 
 
+async def test_the_focus_goes_to_the_messages_where_nobody_can_write(two: Any) -> None:
+    maya, jonas, (_, channel_id) = two
+    await jonas.write("to delete")
+    await jonas.sees("to delete")
+    await jonas.attach(("notes.txt", b"three ponds"))
+    await expect(jonas.locator(".attachment progress:visible")).to_have_count(0)
+    await maya.api.ok("PATCH", f"/channels/{channel_id}", {"posting": "staff"})
+    await jonas.click('[data-do="removeAttachment"]')
+    await expect(jonas.locator("#compose")).to_be_hidden()
+    await expect(jonas.locator("#log")).to_be_focused()
+    await jonas.tool("to delete", "remove")
+    await jonas.confirm()
+    await expect(jonas.row("to delete")).to_have_count(0)
+    await expect(jonas.locator("#log")).to_be_focused()
+
+
 async def test_slow_mode_counts_down(two: Any, tab: Any) -> None:
     maya, jonas, (_, channel_id) = two
     other = await tab(jonas.api)
