@@ -22211,6 +22211,16 @@ async def test_a_teacher_closes_a_channel_and_opens_it(two: Any) -> None:
     await maya.sees("now I may")
 
 
+async def test_the_beginning_of_a_channel_follows_its_topic_and_rules(two: Any) -> None:
+    maya, jonas, (_, channel_id) = two
+    start = jonas.locator("#log .start p")
+    await expect(start).to_have_text("This is the beginning of the channel. Say hello.")
+    await maya.api.ok("PATCH", f"/channels/{channel_id}", {"posting": "staff"})
+    await expect(start).to_have_text("This is the beginning of the channel.")
+    await maya.api.ok("PATCH", f"/channels/{channel_id}", {"topic": "Ponds"})
+    await expect(start).to_have_text("Ponds")
+
+
 async def test_the_focus_goes_to_the_messages_where_nobody_can_write(two: Any) -> None:
     maya, jonas, (_, channel_id) = two
     await jonas.write("to delete")
