@@ -22544,6 +22544,13 @@ async def test_axe_finds_nothing_in_a_lesson(api: World, tab: Any, scheme: str, 
     await check(jonas, "muted")
 
 
+async def test_the_line_of_a_pinned_message_has_no_marks(two: Any) -> None:
+    maya, jonas, (_, channel_id) = two
+    message = await maya.api.post(channel_id, "Read *chapter 4*:\n- `pond.txt`")
+    await maya.api.ok("PUT", f"/messages/{message['message_id']}/pin")
+    await expect(jonas.locator("#pins .clip").last).to_have_text("Read chapter 4: pond.txt")
+
+
 @pytest.mark.parametrize("device", BROWSERS, indirect=True)
 async def test_a_lesson_is_led_in_both_browsers(api: World, device: Any) -> None:
     """A teacher closes and opens a channel, slows it down, answers a raised hand, and mutes a pupil for a while."""
