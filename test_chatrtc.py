@@ -21971,8 +21971,26 @@ async def test_long_names_fit(api: World, tab: Any, width: int) -> None:
         await maya.click("#open-nav")
     await maya.click('[data-do="settings"]')
     assert await maya.evaluate(FITS_WIDTH, "#preferences")
+    await expect(maya.locator("#profile .small")).to_have_text("@" + "M" * 32)
+    for line in ("#profile bdi", "#profile .small"):
+        assert await maya.evaluate(FITS_WIDTH, line), "the whole name is shown"
     await maya.click('[data-do="changeName"]')
     assert await maya.evaluate(FITS_WIDTH, "#ask")
+    await maya_api.channel(place.server_id, "v" * 100, kind="voice")
+    await maya.reload()
+    await maya.sees("second")
+    await maya.locator('#voice-channels [data-do="openChannel"]').evaluate("(button) => button.click()")
+    await expect(maya.locator("#call li")).to_have_count(1)
+    assert await maya.evaluate(FITS_WIDTH, "#call ul")
+
+    async def found() -> bool:
+        await maya.search("second")
+        await expect(maya.locator("#found > *").first).not_to_have_text("Searching…")
+        return bool(await maya.locator(".hit").count())
+
+    await eventually(found, "the search index")
+    assert (await maya.locator(".hit .clip").bounding_box())["width"] > 60
+    assert (await maya.locator(".hit time").bounding_box())["height"] < 24
     jonas = await api.person("J" * 32)
     await jonas.ok("PATCH", "/users/me", {"name": "W" * 63 + "J"})
     await jonas.ok("POST", f"/invites/{await maya_api.invite(place.server_id)}")
