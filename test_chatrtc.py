@@ -19667,6 +19667,27 @@ async def test_a_message_that_is_posted_while_its_channel_loads_is_shown_once(ap
     await jonas.sees("in between")
 
 
+async def test_the_page_waits_as_long_as_the_server_says_before_it_loads_messages_again(two: Any) -> None:
+    maya, jonas, (server_id, _) = two
+    jonas.ignored = "429"
+    homework = await maya.api.channel(server_id, "homework")
+    asked: list[float] = []
+
+    def note(request: Any) -> None:
+        if f"/{homework}/messages" in request.url:
+            asked.append(time.monotonic())
+
+    jonas.page.on("request", note)
+    await jonas.reject(f"**/channels/{homework}/messages?*", 429, "RATE_LIMITED", retry_after=5)
+    await jonas.open_channel("homework")
+    await expect(jonas.locator("#log")).to_have_text(
+        "The messages could not be loaded. This page will try again automatically."
+    )
+    await jonas.page.unroute(f"**/channels/{homework}/messages?*")
+    await expect(jonas.locator("#log .start")).to_be_visible()
+    assert asked[1] - asked[0] > 4.5
+
+
 async def test_changes_of_messages_that_are_being_loaded_are_shown(two: Any) -> None:
     maya, jonas, (server_id, channel_id) = two
     homework = await maya.api.channel(server_id, "homework")
@@ -20475,7 +20496,7 @@ async def test_unknown_channels_and_an_unreachable_server_are_reported(api: Worl
     await expect(maya.locator("#room-name")).to_have_text("general")
     await maya.reject("**/messages?*", 503, "UNAVAILABLE")
     await maya.reload()
-    await expect(maya.locator("#log")).to_contain_text("The server does not answer")
+    await expect(maya.locator("#log")).to_contain_text("The messages could not be loaded. This page will try again")
     await maya.page.unroute("**/messages?*")
     await maya.sees("for a reply")
 
