@@ -3243,6 +3243,13 @@ def load_principal(db: sqlite3.Connection, user_id: int, digest: bytes) -> Princ
     return principal_from_row(row) if row else None
 
 
+def require_user(db: sqlite3.Connection, user_id: int) -> Principal:
+    """Return the account. Raises NOT_FOUND if it does not exist or is deleted."""
+    if (user := load_principal(db, user_id, b"")) is None:
+        raise chat_error("NO_USER", field="user_id")
+    return user
+
+
 def load_hook_by_secret(db: sqlite3.Connection, secret: str) -> tuple[Hook, Principal]:
     """Return the hook that has this secret, and its bot. Raises NOT_FOUND."""
     digest = hashlib.sha256(secret.encode()).digest()
@@ -3250,13 +3257,6 @@ def load_hook_by_secret(db: sqlite3.Connection, secret: str) -> tuple[Hook, Prin
     if row is None:
         raise chat_error("HOOK_UNKNOWN", field="secret")
     return Hook(*row), require_user(db, row[3])  # a hook is deleted with its bot
-
-
-def require_user(db: sqlite3.Connection, user_id: int) -> Principal:
-    """Return the account. Raises NOT_FOUND if it does not exist or is deleted."""
-    if (user := load_principal(db, user_id, b"")) is None:
-        raise chat_error("NO_USER", field="user_id")
-    return user
 
 
 def load_host_user(db: sqlite3.Connection, args: HostUser) -> tuple[Principal, bool] | None:
