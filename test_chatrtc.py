@@ -19727,6 +19727,21 @@ async def test_a_quoted_message_that_changes_while_it_is_loaded_is_shown_as_it_i
     await expect(jonas.row("an answer").locator(".quote")).to_contain_text("Maya Weber")
 
 
+async def test_a_rename_while_the_members_are_loaded_is_shown(two: Any) -> None:
+    maya, jonas, (server_id, channel_id) = two
+    first = await maya.api.post(channel_id, "first")
+    await maya.api.post(channel_id, "an answer", reply_to=first["message_id"])
+    held, released = await jonas.hold_answer(f"**/servers/{server_id}/members")
+    await jonas.reload()
+    await jonas.sees("an answer")
+    await happens(held)
+    await maya.api.ok("PATCH", "/users/me", {"name": "Maya Weber"})
+    for place in (jonas.row("first").first.locator(".who"), jonas.row("an answer").locator(".quote")):
+        await expect(place).to_contain_text("Maya Weber")
+    released.set()
+    await expect(jonas.locator('.person[aria-label^="Maya Weber"]')).to_be_visible()
+
+
 async def test_a_conversation_that_begins_while_the_page_starts_stays(api: World, tab: Any) -> None:
     """The list of servers on its way to the page is older than the conversation."""
     (maya_api, jonas_api), _ = await create_class(api, "Maya", "Jonas")
