@@ -785,15 +785,17 @@ MAX_SEARCH_CHARS = 16_000  # per message; a message has at most 4,000, but expan
 def limit_marks(run: re.Match[str]) -> str:
     """Return a run of marks and other signs with its first 30 marks. No language needs more on a letter."""
     marks = itertools.count()
-    return "".join(char for char in run[0] if not unicodedata.combining(char) or next(marks) < 30)
+    return "".join(char for char in run[0] if unicodedata.category(char)[0] != "M" or next(marks) < 30)
 
 
 def search_text(text: str) -> str:
     """Return a text as it is indexed: without case and accents, and with each character of `UNSPACED` as a separate word."""
     if text.isascii():
         return text.lower()
-    text = MARK_RUN.sub(limit_marks, text)
-    letters = ACCENTS.sub("", unicodedata.normalize("NFKD", text)[:MAX_SEARCH_CHARS]).casefold().translate(PLAIN_LETTERS)
+    text = text.replace("\uff9e", "\u3099").replace("\uff9f", "\u309a")  # halfwidth letters, which normalizing makes marks
+    text = unicodedata.normalize("NFKD", MARK_RUN.sub(limit_marks, text))[:MAX_SEARCH_CHARS]
+    letters = ACCENTS.sub("", text).casefold().translate(PLAIN_LETTERS)
+    letters = MARK_RUN.sub(limit_marks, letters)  # again, without what was between the marks, such as soft hyphens
     return UNSPACED_BOUNDARY.sub(" ", unicodedata.normalize("NFC", letters))
 
 
