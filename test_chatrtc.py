@@ -19691,6 +19691,24 @@ async def test_the_page_waits_as_long_as_the_server_says_before_it_loads_message
     assert asked[1] - asked[0] > 4.5
 
 
+async def test_the_page_does_not_hurry_if_a_proxy_sends_a_date_to_wait_for(two: Any) -> None:
+    maya, jonas, (server_id, _) = two
+    jonas.ignored = "503"
+    homework = await maya.api.channel(server_id, "homework")
+    asked = itertools.count()
+
+    async def refuse(route: Any) -> None:
+        next(asked)
+        headers = {"Retry-After": "Fri, 31 Dec 2027 23:59:59 GMT"}
+        await route.fulfill(status=503, headers=headers, json={"error": "Not today", "code": "UNAVAILABLE"})
+
+    await jonas.page.route(f"**/channels/{homework}/messages?*", refuse)
+    await jonas.open_channel("homework")
+    await expect(jonas.locator("#log")).to_contain_text("The messages could not be loaded.")
+    await asyncio.sleep(2)
+    assert next(asked) == 1
+
+
 async def test_changes_of_messages_that_are_being_loaded_are_shown(two: Any) -> None:
     maya, jonas, (server_id, channel_id) = two
     homework = await maya.api.channel(server_id, "homework")
