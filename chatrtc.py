@@ -394,10 +394,11 @@ CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 TEXT = "[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"  # no control characters but tab and newline
 CONTENT = "[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$"  # also carriage returns, which become newlines
 VIRAMAS = "\u094d\u09cd\u0a4d\u0acd\u0b4d\u0d4d\u0dca"  # before U+200D at the end of a word: half forms, older Malayalam
-# A name may contain spaces. Joiners and emoji selectors are allowed only after a character that they can shape.
+# A name may contain spaces. Joiners and emoji selectors are allowed only after a character that they can shape. No two
+# alternatives match the same character: a name that fits nearly would take exponential time.
 NAME = (
     f"^{VISIBLE}(?:[^{CONTROLS}\u2028\u2029{INVISIBLE_CHARS}]|(?<=[^\x00-\u058f\\s{JOINERS}])[{JOINERS}](?=\\S)|"
-    f"(?<=[{VIRAMAS}])\u200d|"
+    f"(?<=[{VIRAMAS}])\u200d(?!\\S)|"
     "(?<=[#*0-9\u00a9\u00ae\u203c-\ufdff\U0001f000-\U0001ffff])[\ufe0e\ufe0f]|(?<=\U0001f3f4)[\U000e0020-\U000e007f]+)*$(?!\n)"
 )
 # Sets of scripts that one name may mix. A script is the first word of its characters' Unicode names.

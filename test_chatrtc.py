@@ -1195,6 +1195,13 @@ HIDDEN = [
 ]
 
 
+def test_the_pattern_of_names_does_not_backtrack() -> None:
+    began = time.process_time()
+    for unit in ("ക്\u200d", "👩\u200d", "❤\ufe0f", "🏴\U000e0067\U000e007f", "می\u200c", "a "):
+        assert not re.match(chatrtc.NAME, unit * 22 + "\u200b"), "the end does not fit"
+    assert time.process_time() - began < 0.5, "it takes 1 ms"
+
+
 @pytest.mark.portable
 async def test_every_text_needs_visible_characters(world: World) -> None:
     ana = await world.person("ana")
