@@ -2198,8 +2198,11 @@ def check_and_open(path: Path, *, may_migrate: bool = True) -> sqlite3.Connectio
 
 
 def join_writers(path: Path) -> sqlite3.Connection:
-    """Return a connection that writes to a database which servers have open. Raises StartError if its format is different."""
+    """Return a connection that writes to a database which servers have open. Raises StartError if its format is different, or
+    if its -shm is missing: with a new one, the commits would overwrite each other."""
     with as_start_error(path):
+        if not sibling_path(path, "-shm").exists():
+            raise StartError(f"{path} is in use, but {path.name}-shm was deleted: restart the server")
         with contextlib.closing(connect_reader(path)) as db:
             if check_format(db, path) < SCHEMA_FORMAT:
                 raise StartError(f"{path} is in use by an older ChatRTC: stop it first")
@@ -2589,8 +2592,8 @@ class Store:
         self._reserve = reserve  # bytes; if less disk space is free, only jobs that free space may write
         self._disk_checked_at = self._failure_logged_at = -math.inf
         self._disk_full = self._reopen_writer = self._is_open = False
-        self.files: list[tuple[int, int]] = []  # the opened files: the database and its -wal (see `_identify`)
-        self._wal = sibling_path(path, "-wal")  # stored, because each commit checks it
+        self._paths = [path, sibling_path(path, "-wal"), sibling_path(path, "-shm")]  # stored, because each commit checks them
+        self.files: list[tuple[int, int]] = []  # the opened files, of these paths (see `_identify`)
         self._publish = publish
         self._queue: deque[QueuedJob] = deque()
         self._wake = asyncio.Event()
@@ -2666,8 +2669,8 @@ class Store:
             inline_reader.close()
         if writer is not None:
             await self._close_writer(writer)
+        self._lock.close()  # in the turn, so that a command that gets the next one finds no lock without open files
         self._turn.close()
-        self._lock.close()
 
     async def _close_writer(self, writer: aiosqlite.Connection) -> None:
         """Close the writer in its turn, because the last connection that is closed checkpoints."""
@@ -2750,9 +2753,9 @@ class Store:
         return self._disk_full
 
     def _identify(self) -> list[tuple[int, int]]:
-        """Return device and inode of the database and of its -wal, or an empty list if one is missing."""
+        """Return device and inode of the database, its -wal and its -shm, or an empty list if one is missing."""
         with contextlib.suppress(FileNotFoundError):
-            return [(file.st_dev, file.st_ino) for file in map(os.stat, (self.path, self._wal))]
+            return [(file.st_dev, file.st_ino) for file in map(os.stat, self._paths)]
         return []
 
     def _require_files(self) -> None:
