@@ -6584,7 +6584,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
 # A socketio.AsyncServer that uses this Engine.IO server. It handles each client's events in order, and no client can harm
 # another. PRIVATE_NAMES lists the private names of the libraries that it uses; they are checked at startup.
 
-ATTACHMENTS = 4  # maximum for one event; if it has more, they are discarded and the event fails
+ATTACHMENTS = 4  # maximum for one event or ack; if it has more, they are discarded and the event fails
 RESERVED = frozenset(["connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener", "*"])
 
 
@@ -6616,7 +6616,7 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
     """A Socket.IO packet. Raises ValueError if it is one that a client must not send."""
 
     json = StrictJson
-    error: ChatError | None = None  # the error of an event with too many or too large attachments
+    error: ChatError | None = None  # the error of an event or ack with too many or too large attachments
     size = 0  # total size of the attachments received so far
 
     def decode(self, encoded_packet: Packet) -> int:
@@ -6642,7 +6642,7 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
         elif kind in (wire.EVENT, wire.BINARY_EVENT):
             valid = valid and isinstance(data, list) and bool(data)
         elif kind in (wire.ACK, wire.BINARY_ACK):  # the id 0 is not an event's: the library stores its counter there
-            valid = valid and isinstance(data, list) and bool(self.id) and attachments <= ATTACHMENTS
+            valid = valid and isinstance(data, list) and bool(self.id)
         if not valid:
             raise ValueError("a malformed Socket.IO packet")
         if attachments > ATTACHMENTS:
@@ -6855,7 +6855,8 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             return
         if packet.packet_type in (wire.ACK, wire.BINARY_ACK):
             # Acks bypass the queue: the handler that runs in it may be waiting for this one.
-            await self._handle_ack(eio_sid, packet.namespace, packet.id, packet.data)
+            if packet.error is None:  # its attachments were discarded
+                await self._handle_ack(eio_sid, packet.namespace, packet.id, packet.data)
         else:
             if queue.is_full():
                 await queue.wait_for_space()

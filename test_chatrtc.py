@@ -8912,6 +8912,19 @@ async def test_call_from_a_handler_gets_its_answer(bare):
     assert await ws.ask('431["answer"]') == '435["answer"]'
 
 
+@pytest.mark.parametrize(("count", "size"), [(5, 1), (100, 9000), (2, 70000)])
+async def test_an_answer_with_too_many_or_too_large_attachments_is_discarded(bare, count, size):
+    async def ask_client(sid):
+        return await bare.sio.call("question", to=sid, timeout=PATIENCE)
+
+    bare.sio.on("asks", ask_client)
+    ws = await bare.join()
+    assert await ws.ask(event("asks", ack=5)) == '421["question"]'
+    places = json.dumps([{"_placeholder": True, "num": number} for number in range(count)])
+    await ws.send(f"46{count}-1{places}", *[b"x" * size] * count)
+    assert await ws.ask('431["answer"]') == '435["answer"]'  # the connection stays, and the call still waits
+
+
 # Rooms
 
 
