@@ -371,6 +371,8 @@ async def result_or_exception(work: Awaitable[Any]) -> Any:
         if (task := asyncio.current_task()) is None or task.cancelling():
             raise
         return RuntimeError("awaited something that was cancelled").with_traceback(error.__traceback__)
+    finally:
+        del work  # a task keeps its exception, whose traceback has this frame: see `drop_frames`
 
 
 class StartError(Exception):
@@ -8601,11 +8603,12 @@ async def send_parts(
     complete = False
     async with hub.downloads.turn(user.user_id):
         try:
-            with contextlib.suppress(ChatError, ConnectionError):
-                await response.prepare(request)
-                async for part in parts:
-                    await hub.sio.eio.slow_clients.send(request, response, part)
-                complete = True
+            await response.prepare(request)
+            async for part in parts:
+                await hub.sio.eio.slow_clients.send(request, response, part)
+            complete = True
+        except (ChatError, ConnectionError) as error:
+            drop_frames(error)
         finally:
             if not complete and request.transport is not None:
                 abort(request.transport)
@@ -8751,6 +8754,7 @@ def error_middleware(engine: Engine, handlers: Collection[object]) -> Callable[.
             return error_response(error)
         response = await result_or_error(call_handler(handler, request))
         if isinstance(response, ChatError):
+            drop_frames(response)
             engine.client_log.record_error(client_address(request, engine.options), response)
             response = error_response(response)
         if "Origin" in request.headers:

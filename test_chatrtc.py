@@ -14507,6 +14507,29 @@ async def upgrades(person: Person, place: Place) -> None:
     wire.connection.close()
 
 
+async def has_requests_refused(person: Person, place: Place) -> None:
+    wire, headers = await Wire.reach(person.world.url), f"Authorization: Bearer {person.token}\r\n"
+    for method, path, body in (
+        ("POST", "/messages", b'{"channel_id": 999, "content": "x"}'), ("GET", "/servers/999/members", b""),
+        ("POST", "/channels/999/files?name=x", b"x"), ("PATCH", "/messages/1", b'{"content": "x"}'),
+    ):  # fmt: skip
+        assert (await wire.request(method, path, body, headers))[0] == 404
+    wire.connection.close()
+
+
+async def leaves_during_an_upload(person: Person, place: Place) -> None:
+    path, headers = f"/channels/{place.channel_id}/files?name=x", f"Authorization: Bearer {person.token}"
+    await asyncio.to_thread(leave_at_once, person.world.url, request(f"POST {path}", headers, "Content-Length: 9") + b"x")
+
+
+async def calls_a_function_that_fails(person: Person, place: Place) -> None:
+    """It emits an event of the embedding program."""
+    wire = await Wire.join(person, place)
+    await wire.say('428["fail"]')
+    await wire.frame_with(b"438")
+    wire.connection.close()
+
+
 async def freezes(person: Person, place: Place) -> None:
     """It answers no ping."""
     await (await Wire.join(person, place)).until_closed()
@@ -14517,7 +14540,8 @@ ENDINGS: dict[str, Callable[[Person, Place], Awaitable[None]]] = {
     for ending in (
         closes_the_websocket, resets_the_connection, closes_the_connection, reset_together, disconnects, never_connects,
         never_authenticates, is_rejected, fails_to_authenticate, breaks_the_protocol, is_of_another_origin, loses_its_token,
-        closes_its_polling_session, stops_polling, closes_during_a_poll, upgrades, freezes,
+        closes_its_polling_session, stops_polling, closes_during_a_poll, upgrades,
+        has_requests_refused, leaves_during_an_upload, calls_a_function_that_fails, freezes,
     )
 }  # fmt: skip
 WAITS = {"never connects": 10, "never authenticates": 10, "stops polling": 36, "closes during a poll": 36, "freezes": 36}
@@ -14602,6 +14626,11 @@ async def test_clients_that_leave_at_once_leave_no_line_in_the_log(launch: Launc
 async def test_a_connection_leaves_no_cycle(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     world = await make_world()
     engine = world.chat.sio.eio
+
+    @world.chat.event("fail")
+    async def fail(caller: chatrtc.CallerInfo, data: Any) -> None:
+        raise Boom
+
     if ending == "never connects":  # the others have time to connect and to sign in
         engine.options.connect_timeout = 0.2
     elif ending == "never authenticates":
