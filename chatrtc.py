@@ -185,7 +185,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = "everyone"
     ice_server: Annotated[
         tuple[Encodable, ...],
-        Meta(description="Server for voice: stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT (repeatable)."),
+        Meta(
+            description="Server for voice: stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT (repeatable). "
+            "`ps` shows the password: use CHATRTC_ICE_SERVER."
+        ),
     ] = ()
     tls_cert: Annotated[str | None, Meta(description="Certificate file (PEM) for https.")] = None
     tls_key: Annotated[str | None, Meta(description="Private key file (PEM) of that certificate.")] = None
@@ -202,7 +205,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int, Meta(ge=0, le=10**9, description="Free disk space in MiB below which nothing can be added.")
     ] = 256
     redis: Annotated[
-        str | None, Meta(description="Share the database with other servers, using Redis at this URL: redis://HOST:PORT.")
+        str | None,
+        Meta(
+            description="Share the database with other servers, using Redis at this URL: redis://HOST:PORT. "
+            "`ps` shows a password in it: use CHATRTC_REDIS."
+        ),
     ] = None
     process: Annotated[ProcessName | None, Meta(description="Name of this process, with --redis (default: generated).")] = None
     max_sockets: Annotated[int, Meta(ge=1, le=10**6, description="Maximum number of sockets; more are refused.")] = 20_000

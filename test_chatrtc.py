@@ -12177,6 +12177,13 @@ async def test_every_command_has_help() -> None:
     assert (await run_ok("--version")).split() == ["ChatRTC,", "version", chatrtc.__version__]
 
 
+@pytest.mark.parametrize("name", ["secret", "redis", "ice_server"])
+def test_help_names_the_variable_for_each_option_with_a_password(name: str) -> None:
+    """Other users of the machine can read options with `ps`."""
+    (field,) = [one for one in msgspec.structs.fields(chatrtc.Settings) if one.name == name]
+    assert f"use CHATRTC_{name.upper()}." in sentence_of(field)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows runs the script itself")
 def test_a_script_restarts_as_a_module(tmp_path: Path) -> None:
     """From a folder with an odd name, by a relative path, and not with what lies in the working directory."""
