@@ -1770,7 +1770,7 @@ class EmitCustom(NamedTuple):  # an event of the embedding program, for the sock
     skipped: list[str | None]
 
 
-class LogLine(NamedTuple):  # a line about a command, for the log of each server process
+class LogLine(NamedTuple):  # a line about a command or an act of the program, for the log of each server process
     text: str
 
 
@@ -5203,7 +5203,7 @@ def add_member(ctx: OperationContext, args: RoleArgs, keeps_role: bool = False) 
         seq = insert_member(ctx.db, ctx.server_id, args.user_id, "member", ctx.now)
         effects.append(member_event(ctx.db, "member:joined", ctx.server_id, args.user_id, seq))
     if args.role != (ctx.target_role or "member") and not keeps_role:
-        effects += set_role(ctx, args).effects
+        effects += [*set_role(ctx, args).effects, LogLine(f"set_role by the program {msgspec.structs.asdict(args)}")]
     if is_new:
         effects.append(server_joined(ctx.db, ctx.server_id, args.user_id))
     return Result(load_member(ctx, args.user_id), effects)

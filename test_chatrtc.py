@@ -11080,6 +11080,15 @@ async def test_a_user_of_the_program_is_no_guest(scene: Scene) -> None:
     await socket.ok("ping")
 
 
+async def test_each_role_that_the_program_gives_is_logged_once(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "chatrtc")
+    member = {"server_id": scene.place.server_id, "user_id": scene.dee.user_id}
+    for role in (None, "admin", "admin", None):
+        await scene.world.chat.add_member(**member, role=role)
+    lines = [one for one in caplog.messages if one.startswith("set_role ")]
+    assert lines == [f"set_role by the program {member | {'role': 'admin'}}"]
+
+
 @pytest.mark.portable
 async def test_the_program_adds_members(scene: Scene) -> None:
     chat, server_id, dee = scene.world.chat, scene.place.server_id, scene.dee
