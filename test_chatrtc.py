@@ -20413,6 +20413,33 @@ async def test_a_line_marks_where_the_tab_was_left(two: Any) -> None:
     await expect(jonas.locator("#log .fresh + .row")).to_contain_text("away 0;")
 
 
+async def test_a_line_marks_what_was_missed_without_a_connection(api: World, proxy: Proxy, tab: Any) -> None:
+    """The messages come all at once: only those on screen are read, also by somebody who is looking."""
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    jonas = await tab(at=proxy.url)
+    jonas.ignored = NETWORK_ERRORS
+    await jonas.enter(jonas_api)
+    await maya_api.post(channel_id, "seen before")
+    await jonas.sees("seen before")
+    await eventually(lambda: fewer_unread(jonas_api, channel_id, 1), "it is read")
+    await proxy.cut(jonas)
+    for number in range(40):
+        await maya_api.post(channel_id, f"missed {number};")
+    await proxy.start(jonas)
+    await expect(jonas.locator("#log .fresh + .row")).to_contain_text("missed 0;")
+    await expect(jonas.locator("#log .fresh")).to_be_in_viewport()
+    await expect(jonas.locator("#unread")).to_contain_text("new messages since")
+    assert await unread_of(jonas_api, channel_id) > 10
+    await jonas.click("#newest")
+    await eventually(lambda: fewer_unread(jonas_api, channel_id, 1), "all are read")
+    await jonas.evaluate(LEAVE)
+    await proxy.cut(jonas)
+    await maya_api.post(channel_id, "missed while he was away")
+    await proxy.start(jonas)
+    await expect(jonas.locator("#log .fresh + .row")).to_contain_text("missed while he was away")
+    assert await unread_of(jonas_api, channel_id) == 1
+
+
 @pytest.mark.parametrize("path, number", [("**/channels/*/read", 1), ("**/users/me/reads", 2)])
 async def test_a_late_answer_does_not_lower_the_unread_count(api: World, tab: Any, path: str, number: int) -> None:
     """A message arrives while an older read mark is on its way: it stays counted, and the page fetches the mark again."""
