@@ -19832,6 +19832,15 @@ async def test_a_rename_while_the_members_are_loaded_is_shown(two: Any) -> None:
     await expect(jonas.locator('.person[aria-label^="Maya Weber"]')).to_be_visible()
 
 
+async def test_a_reply_says_that_its_original_was_deleted_before_the_page_was_loaded(api: World, tab: Any) -> None:
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    original = await maya_api.post(channel_id, "original")
+    await maya_api.post(channel_id, "an answer", reply_to=original["message_id"])
+    await maya_api.ok("DELETE", f"/messages/{original['message_id']}")
+    maya = await tab(maya_api)
+    await expect(maya.row("an answer").locator(".quote")).to_contain_text("Message deleted")
+
+
 async def test_a_conversation_that_begins_while_the_page_starts_stays(api: World, tab: Any) -> None:
     """The list of servers on its way to the page is older than the conversation."""
     (maya_api, jonas_api), _ = await create_class(api, "Maya", "Jonas")
