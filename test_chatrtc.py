@@ -19832,6 +19832,26 @@ async def test_a_rename_while_the_members_are_loaded_is_shown(two: Any) -> None:
     await expect(jonas.locator('.person[aria-label^="Maya Weber"]')).to_be_visible()
 
 
+async def test_quotes_and_older_messages_are_loaded_once_the_server_answers(api: World, tab: Any) -> None:
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    original = await maya_api.post(channel_id, "original")
+    for number in range(70):
+        await maya_api.post(channel_id, f"number {number};")
+    await maya_api.post(channel_id, "an answer", reply_to=original["message_id"])
+    maya = await tab()
+    maya.ignored = NETWORK_ERRORS
+    for part in ("around", "before"):
+        await maya.reject(f"**/messages?*{part}=*", 503, "UNAVAILABLE")
+    await maya.enter(maya_api)
+    await maya.sees("an answer")
+    async with maya.page.expect_response("**/messages?*before=*"):
+        await maya.evaluate("document.querySelector('#log').scrollTop = 0")
+    for part in ("around", "before"):
+        await maya.unroute(f"**/messages?*{part}=*")
+    await maya.sees("number 0;")
+    await expect(maya.row("an answer").locator(".quote")).to_contain_text("original")
+
+
 async def test_a_reply_says_that_its_original_was_deleted_before_the_page_was_loaded(api: World, tab: Any) -> None:
     (maya_api,), (_, channel_id) = await create_class(api, "Maya")
     original = await maya_api.post(channel_id, "original")
