@@ -20333,6 +20333,23 @@ async def test_a_search_waits_for_the_members_that_are_being_loaded(api: World, 
     await expect(jonas.locator("#found")).to_have_text("No message contains this.")
 
 
+async def test_a_search_does_not_wait_for_members_that_cannot_be_loaded(api: World, tab: Any) -> None:
+    (maya, jonas_api), (server_id, channel_id) = await create_class(api, "Maya", "Jonas")
+    await maya.post(channel_id, "a needle")
+    jonas = await tab()
+    jonas.ignored = NETWORK_ERRORS
+    await jonas.reject(f"**/servers/{server_id}/members", 503, "UNAVAILABLE")
+    await jonas.store_session(jonas_api)
+    await jonas.sees("a needle")
+    await jonas.search("needle")
+    await expect(jonas.locator("#found mark")).to_have_text("needle")
+    await jonas.search("from:Maya needle")
+    await expect(jonas.locator("#found")).to_contain_text("The server does not answer.")
+    await jonas.unroute(f"**/servers/{server_id}/members")
+    await jonas.locator("#found").get_by_role("button", name="Try again").click()
+    await expect(jonas.locator("#found mark")).to_have_text("needle")
+
+
 # Reading
 
 
