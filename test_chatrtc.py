@@ -20459,6 +20459,22 @@ async def test_a_line_marks_where_the_tab_was_left(two: Any) -> None:
     await expect(jonas.locator("#log .fresh + .row")).to_contain_text("away 0;")
 
 
+async def test_messages_read_on_another_device_are_no_longer_kept_unread(two: Any, tab: Any) -> None:
+    maya, jonas, (_, channel_id) = two
+    await maya.write("look at this again")
+    await jonas.sees("look at this again")
+    await jonas.choose_for("look at this again", "Mark unread from here")
+    await expect(jonas.page).to_have_title(re.compile(r"^\(1\)"))
+    phone = await tab(jonas.api)
+    await phone.sees("look at this again")
+    await expect(jonas.page).to_have_title(re.compile(r"^general"))
+    await phone.page.close()
+    await maya.write("and on")
+    await jonas.sees("and on")
+    await eventually(lambda: fewer_unread(jonas.api, channel_id, 1), "it is read")
+    await expect(jonas.page).to_have_title(re.compile(r"^general"))
+
+
 async def test_a_line_marks_what_was_missed_without_a_connection(api: World, proxy: Proxy, tab: Any) -> None:
     """The messages come all at once: only those on screen are read, also by somebody who is looking."""
     (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
