@@ -20663,6 +20663,26 @@ async def test_text_for_a_deleted_channel_is_kept(api: World, proxy: Proxy, tab:
     await expect(lost).to_have_count(0)
 
 
+async def test_an_edit_of_a_message_that_was_deleted_before_a_reload_is_kept(api: World, proxy: Proxy, tab: Any) -> None:
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    message = await jonas_api.post(channel_id, "doomed")
+    jonas = await tab(at=proxy.url)
+    jonas.ignored = NETWORK_ERRORS
+    await jonas.enter(jonas_api)
+    await proxy.cut(jonas)
+    await jonas.tool("doomed", "edit")
+    await jonas.write("edited offline")
+    await expect(jonas.row("edited offline")).to_contain_text("Not saved")
+    await jonas.page.goto("about:blank")
+    await maya_api.ok("DELETE", f"/messages/{message['message_id']}")
+    await proxy.start()
+    await jonas.open()
+    lost = jonas.locator("#orphans .orphan")
+    await expect(lost).to_contain_text("edited offline")
+    await lost.get_by_role("button", name="Discard").click()
+    await expect(lost).to_have_count(0)
+
+
 async def test_unknown_channels_and_an_unreachable_server_are_reported(api: World, tab: Any) -> None:
     (maya_api,), (_, channel_id) = await create_class(api, "Maya")
     maya = await tab(maya_api)
