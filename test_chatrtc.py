@@ -20579,6 +20579,22 @@ async def test_rows_have_days_reactions_and_times(api: World, tab: Any) -> None:
     assert time_box["x"] + time_box["width"] <= text_box["x"]
 
 
+async def test_a_day_ends_at_midnight_and_another_year_is_named(api: World, tab: Any) -> None:
+    """The day ends also on a page where nothing happens."""
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    row = await maya_api.post(channel_id, "a needle") | {"created_at": "2026-03-28T12:00:00Z"}
+    old = row | {"created_at": "2024-03-28T12:00:00Z"}
+    maya = await tab(timezone_id="Europe/Paris")
+    await maya.page.route("**/messages?*", lambda route: route.fulfill(json={"messages": [row], "has_more": False}))
+    await maya.page.route("**/search?*", lambda route: route.fulfill(json={"messages": [old], "has_more": False}))
+    await maya.page.clock.install(time="2026-03-28T22:59:40Z")
+    await maya.enter(maya_api)
+    await maya.page.clock.run_for(31_000)
+    await expect(maya.locator("#log .day")).to_have_text("Yesterday")
+    await maya.search("needle")
+    await expect(maya.locator("#found time")).to_contain_text("28 Mar 2024")
+
+
 # Writing
 
 
