@@ -19071,6 +19071,16 @@ async def test_long_polling_if_a_proxy_rejects_websocket(api: World, proxy: Prox
     await expect(jonas.locator('.person[aria-label="Maya owner, Offline"]')).to_be_visible(timeout=60000)
 
 
+@pytest.mark.parametrize("change", ["delete window.WebSocket", "WebSocket = class { constructor() { throw Error() } }"])
+async def test_long_polling_if_the_browser_forbids_websocket(two: Any, tab: Any, change: str) -> None:
+    maya, jonas, _ = two
+    other = await tab()
+    await other.page.add_init_script(change)
+    await other.enter(jonas.api)
+    await maya.write("do you hear me?")
+    await other.sees("do you hear me?")
+
+
 OLD_BROWSER = """
 delete Array.prototype.findLast;
 delete Array.prototype.toSorted;
