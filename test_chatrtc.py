@@ -20623,6 +20623,19 @@ async def test_enter_that_ends_a_composition_sends_nothing(two: Any) -> None:
     await jonas.sees("にほん")
 
 
+async def test_keys_of_a_composition_are_no_shortcuts(two: Any) -> None:
+    maya, _, _ = two
+    for init in ({"keyCode": 229}, {"isComposing": True}):
+        await maya.evaluate(
+            """init => document.querySelector('#text').dispatchEvent(
+                new KeyboardEvent('keydown', {key: 'k', ctrlKey: true, bubbles: true, ...init}))""",
+            init,
+        )
+        assert not await maya.locator("#finder").is_visible()
+    await maya.press("#text", "Control+k")
+    await expect(maya.locator("#finder")).to_be_visible()
+
+
 async def test_nothing_typed_is_lost(two: Any) -> None:
     maya, jonas, _ = two
     await maya.intercept_posts()
