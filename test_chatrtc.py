@@ -18303,6 +18303,28 @@ async def test_a_guest_joins_by_link(api: World, tab: Any) -> None:
     assert (await api.sign_in("Jonas", "a better one")).body["username"] == "Jonas"
 
 
+async def test_the_address_of_the_network_is_used_for_all_links(api: World, tab: Any) -> None:
+    (maya_api,), _ = await create_class(api, "Maya")
+    maya = await tab()
+
+    async def add_address(route: Any) -> None:
+        answer = await route.fetch()
+        await route.fulfill(json=await answer.json() | {"lan_url": "http://192.168.7.7:3000/"})
+
+    await maya.page.route("**/config", add_address)
+    await maya.enter(maya_api)
+    await maya.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    await maya.choose("#server", "Invite people")
+    await maya.click("#invite-warning button")
+    link = await maya.locator("#invite-link").input_value()
+    assert link.startswith("http://192.168.7.7:3000/#/invite/")
+    await maya.click('#invites [data-do="copyInviteLink"]')
+    assert await maya.evaluate("copied") == link
+    await maya.click('#invites [data-do="showInvite"]')
+    await expect(maya.locator("#invite-link")).to_have_value(link)
+    await expect(maya.locator("#invite-warning")).to_be_hidden()
+
+
 @pytest.fixture
 async def two(api: World, tab: Any) -> tuple[Tab, Tab, Place]:
     """Maya, who owns the server, and Jonas, both in its channel."""
