@@ -18960,6 +18960,18 @@ async def test_each_block_has_its_own_direction(api: World, tab: Any) -> None:
     assert await maya.evaluate(last) > 100  # the Arabic line of a paragraph that begins in English is on the right
 
 
+async def test_quotes_topics_and_fields_have_their_own_direction(api: World, tab: Any) -> None:
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    await maya_api.ok("PATCH", f"/channels/{channel_id}", {"topic": "واجبات، بلا أسئلة!"})
+    original = await maya_api.post(channel_id, "هل أنت هنا؟")
+    await maya_api.post(channel_id, "yes", reply_to=original["message_id"])
+    maya = await tab(maya_api)
+    await maya.sees("yes")
+    await maya.evaluate("document.querySelector('#emoji input').value = 'شكرا'")
+    for selector in (".quote .clip", ".start p", "#topic", "#emoji input"):
+        assert await maya.evaluate(f"getComputedStyle(document.querySelector('{selector}')).direction") == "rtl", selector
+
+
 async def test_a_network_failure_loses_and_doubles_nothing(api: World, proxy: Proxy, tab: Any) -> None:
     (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
     doomed = await jonas_api.post(channel_id, "will be deleted")
