@@ -20320,6 +20320,18 @@ async def test_a_late_menu_does_not_open_in_another_place(api: World, tab: Any) 
     await expect(maya.locator("#menu")).to_be_hidden()
 
 
+async def test_a_menu_opens_although_members_cannot_be_loaded(api: World, tab: Any) -> None:
+    (maya_api, jonas), (server_id, _) = await create_class(api, "Maya", "Jonas")
+    pair = await maya_api.ok("POST", "/conversations", {"user_ids": [jonas.user_id]})
+    maya = await tab()
+    maya.ignored = NETWORK_ERRORS
+    await maya.reject(f"**/servers/{server_id}/members", 503, "UNAVAILABLE")
+    await maya.store_session(maya_api)
+    await maya.open(f"/#/channel/{pair['channels'][0]['channel_id']}")
+    await maya.click('.person[aria-label^="Jonas"]')
+    await expect(maya.locator("#menu")).to_be_visible()
+
+
 async def test_keys_do_not_reach_behind_a_dialog(two: Any) -> None:
     maya, jonas, (server_id, _) = two
     await maya.api.channel(server_id, "homework")
