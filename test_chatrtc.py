@@ -20320,6 +20320,32 @@ async def test_a_late_menu_does_not_open_in_another_place(api: World, tab: Any) 
     await expect(maya.locator("#menu")).to_be_hidden()
 
 
+async def test_nothing_is_called_missing_while_it_is_loaded(api: World, tab: Any) -> None:
+    (maya_api,), (server_id, channel_id) = await create_class(api, "Maya")
+    message = await maya_api.post(channel_id, "to be pinned")
+    await maya_api.ok("PUT", f"/messages/{message['message_id']}/pin")
+    other = await maya_api.channel(server_id, "homework")
+    other_server, _ = await api.place(maya_api, await api.person("Lina"))
+    maya = await tab()
+    maya.ignored = NETWORK_ERRORS
+    await maya.reject(f"**/servers/{other_server}/members", 503, "UNAVAILABLE")
+    await maya.reject(f"**/channels/{other}/pins", 503, "UNAVAILABLE")
+    await maya.enter(maya_api)
+    await maya.keyboard.press("Control+k")
+    await maya.keyboard.type("lin")
+    await expect(maya.locator("#none-found")).to_have_text("Searching…")
+    await maya.unroute(f"**/servers/{other_server}/members")
+    await expect(maya.locator("#found-names li")).to_have_count(1)
+    await maya.keyboard.type("x")
+    await expect(maya.locator("#none-found")).to_have_text("Nothing was found.")
+    await maya.keyboard.press("Escape")
+    await maya.click("#show-pins")
+    await maya.open_channel("homework")
+    await expect(maya.locator("#pinned")).to_have_text("In progress…")
+    await maya.unroute(f"**/channels/{other}/pins")
+    await expect(maya.locator("#pinned")).to_have_text("No message is pinned here.")
+
+
 async def test_a_menu_opens_although_members_cannot_be_loaded(api: World, tab: Any) -> None:
     (maya_api, jonas), (server_id, _) = await create_class(api, "Maya", "Jonas")
     pair = await maya_api.ok("POST", "/conversations", {"user_ids": [jonas.user_id]})
