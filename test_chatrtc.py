@@ -19121,6 +19121,7 @@ delete Array.prototype.toSorted;
 delete URL.canParse;
 delete AbortSignal.timeout;
 delete CanvasRenderingContext2D.prototype.roundRect;
+delete HTMLFormElement.prototype.requestSubmit;
 """
 
 
@@ -19152,13 +19153,20 @@ async def test_events_in_the_answer_to_a_poll_come_after_its_acknowledgement(api
 
 async def test_the_page_works_in_the_oldest_supported_browsers(api: World, tab: Any) -> None:
     """Chrome 100, Firefox 102 and Safari 15.4 lack these methods."""
-    (maya_api,), _ = await create_class(api, "Maya")
+    (maya_api, _), _ = await create_class(api, "Maya", "Jonas")
     maya = await tab()
     await maya.page.add_init_script(OLD_BROWSER)
     await maya.enter(maya_api)
     await maya.write("see https://example.org and *this*")
     await expect((await maya.sees("see https")).locator("a")).to_have_attribute("href", "https://example.org")
     await expect(maya.locator("#log .row")).to_have_count(1)
+    await maya.click("#private")
+    await maya.locator("#notice").get_by_role("button", name="New message").click()
+    await maya.keyboard.type("jon")
+    await expect(maya.locator("#found-names li")).to_have_count(1)
+    await maya.keyboard.press("Enter")
+    await maya.keyboard.press("Enter")
+    await expect(maya.locator("#room-name")).to_have_text("Jonas")
 
 
 async def test_an_unsupported_browser_shows_a_notice(tab: Any) -> None:
