@@ -18972,6 +18972,14 @@ async def test_quotes_topics_and_fields_have_their_own_direction(api: World, tab
         assert await maya.evaluate(f"getComputedStyle(document.querySelector('{selector}')).direction") == "rtl", selector
 
 
+async def test_lines_of_topics_are_short_on_a_large_screen(api: World, tab: Any) -> None:
+    (maya_api,), (_, channel_id) = await create_class(api, "Maya")
+    await maya_api.ok("PATCH", f"/channels/{channel_id}", {"topic": "word and " * 27})
+    maya = await tab(maya_api, viewport={"width": 1920, "height": 1080})
+    box = await maya.locator(".start p").bounding_box()
+    assert box["width"] < 900
+
+
 async def test_a_network_failure_loses_and_doubles_nothing(api: World, proxy: Proxy, tab: Any) -> None:
     (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
     doomed = await jonas_api.post(channel_id, "will be deleted")
