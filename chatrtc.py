@@ -4205,7 +4205,8 @@ class Transcript:
         if message.reply_to is not None:
             original, quote = self.originals.get(message.reply_to), "a deleted message"
             if original is not None:
-                quote = f"{self._author(original)}: {html.escape(' '.join(self._text(original)[:100].split()))}"
+                words = self._text(original) or ", ".join(file.name for file in original.files)
+                quote = f"{self._author(original)}: {html.escape(' '.join(words[:100].split()))}"
             yield f'<small>In reply to <a href="#m{message.reply_to}">{quote}</a></small>'
         marks = " (bot)" * message.bot + " (pinned)" * message.pinned + " (edited)" * (message.edited_at is not None)
         time = message.created_at[:16].replace("T", " ")

@@ -3993,6 +3993,9 @@ async def test_a_transcript_contains_pictures(scene: Scene) -> None:
     assert [one["src"] for one in page.pictures] == sources
     assert [one["alt"] for one in page.pictures] == ['"><b>', "small.png"]
     assert page.messages[message["message_id"]]["small"] == "_b_.txt (4 bytes)page.svg (16 bytes)"
+    answer = await ana.post(channel, "seen", reply_to=message["message_id"])
+    page = await get_transcript(ana, channel)
+    assert page.messages[answer["message_id"]]["a"] == "ana: map.png, _b_.txt, small.png, page.svg"
     # A picture whose message is deleted while the transcript is sent is cut off, and nothing else.
     found = await scene.world.chat.get_transcript(author_id=ana.user_id, channel_id=channel)
     cut = b""
