@@ -19895,6 +19895,18 @@ async def test_a_rename_while_the_members_are_loaded_is_shown(two: Any) -> None:
     await expect(jonas.locator('.person[aria-label^="Maya Weber"]')).to_be_visible()
 
 
+async def test_messages_get_a_name_that_changed_without_a_connection(api: World, proxy: Proxy, tab: Any) -> None:
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    await maya_api.post(channel_id, "hello")
+    jonas = await tab(at=proxy.url)
+    jonas.ignored = NETWORK_ERRORS
+    await jonas.enter(jonas_api)
+    await proxy.cut(jonas)
+    await maya_api.ok("PATCH", "/users/me", {"name": "Maya Weber"})
+    await proxy.start(jonas)
+    await expect(jonas.row("hello").locator(".who")).to_have_text("Maya Weber")
+
+
 async def test_quotes_and_older_messages_are_loaded_once_the_server_answers(api: World, tab: Any) -> None:
     (maya_api,), (_, channel_id) = await create_class(api, "Maya")
     original = await maya_api.post(channel_id, "original")
