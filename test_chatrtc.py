@@ -23071,7 +23071,7 @@ async def test_a_message_has_a_link(api: World, tab: Any) -> None:
     await expect(maya.row("message 0;")).to_be_focused()
     await expect(maya.row("message 0;")).to_be_in_viewport()
     await maya.choose_for("message 0;", "Copy link")
-    await expect(maya.locator("#toasts")).to_have_text("Copied")
+    await expect(maya.locator("#toasts")).to_have_text("Copied. This address works only on this computer.")
     link = await maya.evaluate(COPIED)
     assert link == f"{api.url}/#/channel/{channel_id}/message/{first}"
     await maya.open_channel("homework")
@@ -23557,6 +23557,7 @@ async def test_bots_and_hooks_are_managed(api: World, tab: Any, scheme: str, wid
     await press("Enter")
     await expect(maya.locator("#secret")).to_be_visible()
     await check(maya, "hook-address")
+    await expect(maya.locator("#secret-words")).to_contain_text("This address works only on this computer.")
     url = await secret.input_value()
     example = maya.locator("#secret-example code")
     await expect(example).to_contain_text(url)
