@@ -20513,6 +20513,22 @@ async def test_messages_on_screen_are_marked_as_read(two: Any) -> None:
     assert await unread_of(jonas.api, channel_id) == 0
 
 
+async def test_a_jump_to_the_newest_message_leaves_the_others_unread(two: Any) -> None:
+    maya, jonas, (server_id, channel_id) = two
+    await maya.api.channel(server_id, "homework")
+    await jonas.open_channel("homework")
+    for number in range(130):
+        last = await maya.api.post(channel_id, f"number {number};")
+    link = f"#/channel/{channel_id}/message/{last['message_id']}"
+    async with jonas.page.expect_response("**/messages?*after=*"):
+        await jonas.evaluate(f"location.hash = '{link}'")
+    await expect(jonas.row("number 129;")).to_be_focused()
+    await expect(jonas.locator("#newest")).to_have_text("130 new messages")
+    await jonas.keyboard.press("Escape")
+    await expect(jonas.locator("#newest")).to_be_hidden()
+    await eventually(lambda: fewer_unread(jonas.api, channel_id, 1), "all are read")
+
+
 async def fewer_unread(who: Person, channel_id: int, before: int) -> bool:
     return await unread_of(who, channel_id) < before
 
