@@ -20873,6 +20873,20 @@ async def test_unknown_channels_and_an_unreachable_server_are_reported(api: Worl
     await maya.sees("for a reply")
 
 
+async def test_a_server_that_does_not_answer_is_reported_soon(api: World, tab: Any) -> None:
+    (maya_api,), _ = await create_class(api, "Maya")
+    maya = await tab()
+    held, released = await maya.hold_answer("**/servers")
+    await maya.page.clock.install()
+    await maya.store_session(maya_api)
+    await happens(held)
+    await maya.page.clock.run_for(6000)
+    await expect(maya.locator("#notice h2")).to_have_text("The server does not answer")
+    released.set()
+    await expect(maya.locator("#room-name")).to_have_text("general")
+    await expect(maya.locator("#notice")).to_be_hidden()
+
+
 # Fields of a server that the API omits if they have their default, and that never change: the page needs no default.
 LASTING_FIELDS = {"kind", "participants", "pair"}
 
