@@ -9251,6 +9251,7 @@ class Handler(web.RequestHandler):
     ) -> web.StreamResponse:
         if is_connected(request) or not isinstance(exc, ConnectionError):
             super().handle_error(request, status, exc, message)  # logs it
+        drop_frames(exc)
         response = error_response(ChatError("INTERNAL_ERROR" if status == 500 else "BAD_REQUEST", status=status))
         response.force_close()
         return response

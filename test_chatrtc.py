@@ -14674,6 +14674,27 @@ async def test_a_connection_leaves_no_cycle(make_world: MakeWorld, monkeypatch: 
     assert not found, Counter(type(thing).__name__ for thing in found)
 
 
+async def test_malformed_http_leaves_no_cycle(tmp_path: Path) -> None:
+    app = web.Application()
+    chatrtc.ChatRTC(database=str(tmp_path / "chat.db")).attach(app)
+    runner = chatrtc.Runner(app, access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+
+    async def send(times: int) -> None:
+        for _ in range(times):
+            wire = await Wire.reach(f"http://127.0.0.1:{runner.addresses[0][1]}")
+            await wire.send(b"GE T / x\r\n\r\n")
+            await wire.until_closed()
+        Wire.made.clear()
+
+    await send(1)
+    with cycles() as found:
+        await send(3)
+    await runner.cleanup()
+    assert not found, Counter(type(thing).__name__ for thing in found)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "ending", [ending for ending in ENDINGS if ending != "loses its token"]
