@@ -517,13 +517,12 @@ def char_kind(char: str) -> str:
     return "free" if UNSPACED_CHAR.match(char) else "hangul" if HANGUL_CHAR.match(char) else "word"
 
 
-@functools.lru_cache(1024)  # people mention the same names again and again
-def handle_keys(text: str) -> tuple[str, ...]:
+def handle_keys(text: str) -> list[str]:
     """Return every handle that the text after an `@` may begin with, as name keys, shortest first."""
     folded = name_key(text)[:33]
     kinds = [*map(char_kind, folded), ""]
     ends = range(2, min(kinds.index(""), 32) + 1)
-    return tuple(folded[:end] for end in ends if kinds[end] != "word" or kinds[end - 1] in ("free", "hangul"))
+    return [folded[:end] for end in ends if kinds[end] != "word" or kinds[end - 1] in ("free", "hangul")]
 
 
 def closing_ticks(line: str, at: int, length: int, unclosed: set[int]) -> int:
@@ -635,7 +634,7 @@ def text_lines(lines: list[str], depth: int = 0) -> Iterator[str]:
         yield line
 
 
-def possible_mentions(content: str) -> list[tuple[str, ...]]:
+def possible_mentions(content: str) -> list[list[str]]:
     """Return, for each `@` that may begin a mention, the handles that it may mean (see `handle_keys`), without duplicates."""
     lines = text_lines(content.split("\n")) if "`" in content else [content]
     texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line))
