@@ -255,7 +255,7 @@ server.listen(0, "127.0.0.1", 1024, () =>
   console.log(`listening on http://127.0.0.1:${server.address().port}`));
 """
 
-# The modules that ChatRTC imports, without those that it hides from the libraries too.
+# Programs whose memory is compared with that of ChatRTC, started with the path of a database and the folder of the installed files.
 LIBRARIES = """
 import sys
 import asyncio, signal, sqlite3, ssl
@@ -263,9 +263,35 @@ sys.modules.update(redis=None, cryptography=None, ssl=None)  # as chatrtc.py doe
 import aiohttp.web
 sys.modules.update(ssl=ssl)
 import aiosqlite, click, jwt, msgspec, socketio, uvloop
+"""
+CODE = """
+import signal, sys, uvloop
+sys.path.insert(0, sys.argv[2])
+sys.argv[0] = "chatrtc"
+import chatrtc
+"""
+PAUSE = """
 print("listening on http://127.0.0.1:0", flush=True)
 signal.pause()
 """
+ONE_ROUTE = """
+async def answer(request):
+    return aiohttp.web.Response()
+async def serve():
+    db = await aiosqlite.connect(sys.argv[1])
+    await db.execute("PRAGMA journal_mode = WAL")
+    await db.executescript(open(f"{sys.argv[2]}/chatrtc.sql").read())
+    app = aiohttp.web.Application()
+    socketio.AsyncServer(async_mode="aiohttp").attach(app)
+    app.router.add_get("/healthz", answer)
+    runner = aiohttp.web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
+    print(f"listening on http://127.0.0.1:{runner.addresses[0][1]}", flush=True)
+    await asyncio.Event().wait()
+uvloop.run(serve())
+"""
+PROGRAMS = {"libraries": LIBRARIES + PAUSE, "code": CODE + PAUSE, "one route": LIBRARIES + ONE_ROUTE}
 
 
 def message_payload(message_id: int, seq: int, channel: int, content: str) -> dict[str, Any]:
@@ -1159,8 +1185,9 @@ class Bench:
             options = ["--port", "0", "--database", str(database), "--no-rate-limit"]
             start = [str(self.chatrtc)] if name == "chatrtc" else ["-c", self.install()]
             return [sys.executable, *start, "serve", *options]
-        if name == "libraries":
-            return [sys.executable, "-c", LIBRARIES]
+        if name in PROGRAMS:
+            self.install()
+            return [sys.executable, "-c", PROGRAMS[name], str(database), str(self.directory / "installed")]
         if name in ("node", "turn"):
             script = self.directory / "server.js"
             script.write_text(NODE)
@@ -1204,7 +1231,7 @@ class Bench:
             log.seek(0)
             raise BenchError(f"{name} does not start: {log.read()[-2000:]}")
         server.port = int(found[1])
-        if name not in ("ceiling", "libraries"):
+        if name not in ("ceiling", "libraries", "code"):
             server.call("GET", "/healthz")
         server.started = time.perf_counter() - before
         return server
@@ -1451,9 +1478,9 @@ def processes(bench: Bench, count: int) -> None:
 
 
 def installed(bench: Bench) -> None:
-    """Measure the start and the memory of an installed program, of which Python keeps compiled code only, and then those of a
-    program that only imports the libraries."""
-    for name in ("installed", "libraries"):
+    """Measure the start and the memory of an installed program, of which Python keeps compiled code only, and then those of
+    programs that only import the libraries, only import chatrtc, or answer one route."""
+    for name in ("installed", *PROGRAMS):
         server = bench.launch(name)
         figures = {f"{name} ms": server.started * 1000, f"{name} MiB": rss_kib(server.process.pid) / 1024}
         bench.note(replace(server, name="chatrtc"), figures)
@@ -1674,6 +1701,8 @@ ROWS = (  # title, key, decimals
     ("... the libraries alone", "libraries ms", 0),
     ("idle process, installed, MiB", "installed MiB", 1),
     ("... the libraries alone", "libraries MiB", 1),
+    ("... the libraries and ChatRTC's code", "code MiB", 1),
+    ("... the libraries, one connection, one route", "one route MiB", 1),
     ("newest 50 of {rows}: ms, 1 connection", "newest ms", 2),
     ("... pages/s, 16 connections", "newest /s", 0),
     ("50 deep in {rows}: ms, 1 connection", "deep ms", 2),
