@@ -255,7 +255,7 @@ server.listen(0, "127.0.0.1", 1024, () =>
   console.log(`listening on http://127.0.0.1:${server.address().port}`));
 """
 
-# Programs whose memory is compared with that of ChatRTC, started with the path of a database and the folder of the installed files.
+# Programs whose memory is compared with that of ChatRTC. They get the path of a database and the folder of the installed files.
 LIBRARIES = """
 import sys
 import asyncio, signal, sqlite3, ssl
@@ -1512,14 +1512,16 @@ def ways(bench: Bench) -> None:
     server.prepare(2)
     for (server_id, _), members in zip(server.rooms, (FEW_MEMBERS, bench.plan.members), strict=True):
         server.enrol(server_id, members - 1)
-    for _ in range(bench.plan.runs):
-        for other in others:
-            durable_posts(bench, other, other.rooms[0], "few plain")
-        durable_posts(bench, server, server.rooms[0], "event", by_event=True)
-        for size, room in zip(("few", "many"), server.rooms, strict=True):
-            durable_posts(bench, server, room, f"{size} plain")
-            durable_posts(bench, server, room, f"{size} nobody", text="@nobody-here ")
-            durable_posts(bench, server, room, f"{size} member", text=f"@member{room[0]}-1 ")
+    posts = partial(durable_posts, bench, server)
+    steps = [partial(durable_posts, bench, other, other.rooms[0], "few plain") for other in others]
+    steps.append(partial(posts, server.rooms[0], "event", by_event=True))
+    for size, room in zip(("few", "many"), server.rooms, strict=True):
+        steps.append(partial(posts, room, f"{size} plain"))
+        steps.append(partial(posts, room, f"{size} nobody", text="@nobody-here "))
+        steps.append(partial(posts, room, f"{size} member", text=f"@member{room[0]}-1 "))
+    for run in range(bench.plan.runs):
+        for step in steps[run % len(steps) :] + steps[: run % len(steps)]:  # so that none is always first
+            step()
     bench.stop(server, *others)
 
 
