@@ -20921,6 +20921,25 @@ async def test_nothing_typed_is_lost(two: Any) -> None:
     assert await row.count() == 0
 
 
+@pytest.mark.parametrize("full", [True, False])
+async def test_a_draft_is_kept_where_nothing_can_be_stored(api: World, tab: Any, full: bool) -> None:
+    """The browser's storage is full or forbidden."""
+    (maya_api,), (server_id, _) = await create_class(api, "Maya")
+    await maya_api.channel(server_id, "homework")
+    maya = await tab(maya_api)
+    await maya.evaluate(f"void (Storage.prototype.setItem = () => {{ throw 'full'; }}, {'0' if full else NO_STORAGE})")
+    await maya.fill("#text", "half a thought")
+    await maya.open_channel("homework")
+    await expect(maya.locator("#text")).to_have_value("")
+    await maya.open_channel("general")
+    await expect(maya.locator("#text")).to_have_value("half a thought")
+    await maya.write("a whole one")
+    await maya.sees("a whole one")
+    await maya.open_channel("homework")
+    await maya.open_channel("general")
+    await expect(maya.locator("#text")).to_have_value("")
+
+
 async def test_text_for_a_deleted_channel_is_kept(api: World, proxy: Proxy, tab: Any) -> None:
     (maya_api, jonas_api), (server_id, _) = await create_class(api, "Maya", "Jonas")
     doomed = await maya_api.channel(server_id, "doomed")
