@@ -19333,6 +19333,30 @@ async def test_a_signed_in_person_follows_an_invite(two: Any, api: World) -> Non
     await expect(jonas.locator("#server")).to_contain_text("Robotics club")
 
 
+@pytest.mark.parametrize("typed", [True, False])
+async def test_a_person_who_cannot_join_by_an_invite_is_told_so(api: World, tab: Any, typed: bool) -> None:
+    """Jonas is banned. He signs in by an invite: the page shows his other server, and offers the invite again."""
+    (maya_api, jonas_api), (server_id, _) = await create_class(api, "Maya", "Jonas")
+    await api.place(jonas_api, name="Robotics club")
+    code = await maya_api.invite(server_id)
+    await maya_api.ok("PUT", f"/servers/{server_id}/bans/{jonas_api.user_id}")
+    jonas = await tab()
+    jonas.ignored = NETWORK_ERRORS
+    await jonas.open("" if typed else f"/#/invite/{code}")
+    if typed:
+        await jonas.click('#swap [data-mode="code"]')
+        await jonas.fill_and_enter("#code", code)
+    await jonas.click('#swap [data-mode="signIn"]')
+    await jonas.sign_in("Jonas", "correct horse")
+    await expect(jonas.locator("#toasts")).to_have_text("You are banned from this server.")
+    await expect(jonas.locator("#server")).to_contain_text("Robotics club")
+    await expect(jonas.locator("#room-name")).to_have_text("general")
+    if not typed:
+        await expect(jonas.locator("#ask")).to_contain_text("Join Biology 3B?")
+        await jonas.confirm()
+        await expect(jonas.locator("#ask .wrong")).to_have_text("You are banned from this server.")
+
+
 @pytest.mark.parametrize("field", ["code", "password"])
 async def test_a_late_configuration_keeps_the_form_in_use(tab: Any, field: str) -> None:
     """Else the rest of a password that is being typed would go, in clear, into the field for the name."""
