@@ -19801,6 +19801,21 @@ async def test_the_next_user_of_a_tab_sees_nothing_that_was_typed(api: World, ta
     await expect(field).to_have_value("")
 
 
+async def test_the_next_user_of_a_phone_begins_with_their_own_channel(api: World, tab: Any) -> None:
+    """Not with the channel and the open drawer of the one who signed out."""
+    for person in await api.people("Maya", "Jonas"):
+        await api.place(person)
+    phone = await tab(viewport={"width": 360, "height": 740})
+    await phone.open()
+    await phone.click('#swap [data-mode="signIn"]')
+    for name in ("Maya", "Jonas"):
+        await phone.sign_in(name, "correct horse")
+        await expect(phone.locator("#room-name")).to_have_text("general")
+        await expect(phone.locator("#nav")).to_be_hidden()
+        await phone.click("#open-nav")
+        await phone.sign_out()
+
+
 async def test_an_answer_for_the_previous_user_of_a_tab_is_dropped(api: World, tab: Any) -> None:
     """Maya signs out before the page's first requests are answered. It does not go on with her answers: Jonas, who signs in
     next, does not see her servers, and nothing is requested without a token (a 401 would fail the test)."""
