@@ -21954,9 +21954,16 @@ async def test_a_draft_keeps_its_files(api: World, tab: Any) -> None:
     await expect(other.locator(".attachment b")).to_have_text(["pond.png", "notes.txt"])
     await other.click('[aria-label="Remove notes.txt"]')
     await expect(maya.locator(".attachment b")).to_have_text(["pond.png"])
-    await maya.attachment("pond.png").locator(".alt").fill("A pond with ducks")  # the page no longer has its bytes
+    # the page no longer has its bytes, and cannot load them at first
+    maya.ignored = NETWORK_ERRORS
+    await maya.page.route("**/files/*?*", lambda route: route.fulfill(status=502, body="Bad Gateway"))
+    await maya.attachment("pond.png").locator(".alt").fill("A pond with ducks")
     await maya.attachment("pond.png").locator(".alt").press("Enter")
     await expect(maya.locator("#text")).to_be_focused()
+    await expect(maya.attachment("pond.png").locator(".bad")).to_have_text("The server does not answer. Try again in a moment.")
+    await maya.page.unroute("**/files/*?*")
+    await maya.attachment("pond.png").get_by_role("button", name="Try again").click()
+    await expect(maya.attachment("pond.png").locator(".bad")).to_be_hidden()
     await maya.press("#text", "Enter")
     await expect(maya.locator("#log .row:not(.waiting) img")).to_have_attribute("alt", "A pond with ducks")
     await expect(other.locator("#attachments")).to_be_hidden()
