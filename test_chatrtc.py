@@ -20721,6 +20721,33 @@ async def test_unread_counts_agree_on_two_devices(two: Any, tab: Any) -> None:
         await expect(one.page).to_have_title(re.compile(r"^\w"))
 
 
+async def test_read_marks_are_sent_and_fetched_again_after_an_error(two: Any) -> None:
+    """Otherwise a message that was read stays unread elsewhere, and the count of a deleted one stays here."""
+    maya, jonas, (server_id, channel_id) = two
+    jonas.ignored = NETWORK_ERRORS
+    homework = await maya.api.channel(server_id, "homework")
+    read = f"/channels/{channel_id}/read"
+    failures = []
+
+    async def fail_once(route: Any) -> None:
+        failures.append(route.request.method)
+        await (route.continue_() if failures.count(route.request.method) > 1 else route.fulfill(status=502, body="Bad Gateway"))
+
+    await jonas.page.route("**/channels/*/read", fail_once)
+    await maya.write("read me")
+    await jonas.sees("read me")
+
+    async def is_read() -> bool:
+        return bool((await jonas.api.ok("GET", read))["unread"] == 0)
+
+    await eventually(is_read, "the mark is sent again")
+    message = await maya.api.post(homework, "unread")
+    await expect(jonas.locator(BADGE % homework)).to_have_text("1")
+    await maya.api.ok("DELETE", f"/messages/{message['message_id']}")
+    await expect(jonas.locator(BADGE % homework)).to_be_hidden()
+    assert {"PUT", "GET"} == set(failures)
+
+
 async def test_a_line_marks_where_the_tab_was_left(two: Any) -> None:
     maya, jonas, (_, channel_id) = two
     await jonas.evaluate(
