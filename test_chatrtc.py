@@ -19779,6 +19779,17 @@ async def test_who_was_picked_is_kept_until_cancel_is_pressed(api: World, tab: A
     await maya.click("#finder .ends >> text=Cancel")
     await sees()
     await expect(maya.locator("#group-name")).to_have_value("")
+    # while a group is being started, typing must not allow to start it twice
+    for _ in range(2):
+        await maya.click("#found-names li >> nth=0")
+    held, released = await maya.hold_answer("**/conversations", "POST")
+    await maya.click("#finder .main")
+    await happens(held)
+    await maya.fill("#find", "zoe")
+    await expect(maya.locator("#none-found")).to_be_visible()
+    await expect(maya.locator("#finder .main")).to_be_disabled()
+    released.set()
+    await expect(maya.locator("#finder")).to_be_hidden()
 
 
 async def test_the_next_user_of_a_tab_sees_nothing_that_was_typed(api: World, tab: Any) -> None:
