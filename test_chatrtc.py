@@ -23414,8 +23414,8 @@ async def test_the_moderation_log(two: Any, api: World) -> None:
     await ok("PUT", f"{member}/mute", {})
     await ok("DELETE", f"{member}/mute")
     await ok("PATCH", f"/channels/{channel_id}", {"posting": "staff", "slow_seconds": 30, "keep_days": 7})
-    await ok("PATCH", f"/channels/{channel_id}", {"slow_seconds": 0, "keep_days": None, "topic": "Ponds"})
-    await ok("PATCH", f"/servers/{server_id}", {"name": "Biology 4B"})
+    await ok("PATCH", f"/channels/{channel_id}", {"slow_seconds": 0, "keep_days": None, "topic": "Ponds, today: frogs"})
+    await ok("PATCH", f"/servers/{server_id}", {"name": "Biology 4B, room: 5"})
     homework = await maya.api.channel(server_id, "homework")
     await ok("DELETE", f"/channels/{homework}")
     await ok("PUT", f"/messages/{post['message_id']}/pin")
@@ -23433,8 +23433,8 @@ async def test_the_moderation_log(two: Any, api: World) -> None:
         "Maya deleted all messages of general", "Maya deleted a message of Zoë in general",
         "Maya unpinned a message of Zoë in general", "Maya pinned a message of Zoë in general",
         "Maya deleted the channel homework", "Maya created the channel homework",
-        "Maya renamed the server to Biology 4B",
-        "Maya changed general: Topic: Ponds · Slow mode: Off · Keep messages: Always",
+        "Maya renamed the server to Biology 4B, room: 5",
+        "Maya changed general: Topic: Ponds, today: frogs · Slow mode: Off · Keep messages: Always",
         "Maya changed general: Who can write: Only admins · Slow mode: 30 seconds · Keep messages: 7 days",
         "Maya unmuted Zoë", "Maya muted Zoë until lifted", "Maya muted Zoë for 5 minutes",
         "Maya made Zoë a member", "Maya made Zoë an admin", "Maya created an invite", "Maya created an invite",
