@@ -22745,6 +22745,16 @@ async def test_the_focus_returns_to_what_opened_something(two: Any) -> None:
     await expect(row.locator(".reactions button")).to_have_count(3)
     await press("Escape")
     await expect(row).to_be_focused()
+    await maya.attach(("notes.txt", b"three ponds"))
+    await maya.write("with notes")
+    row = await maya.sees("with notes")
+    await row.focus()
+    await row.locator('[data-do="messageMenu"]').focus()
+    await press("Enter")
+    await jonas.api.ok("PUT", f"/messages/{await row.get_attribute('data-id')}/reactions/🔥")
+    await expect(row.locator(".reactions button")).to_have_count(1)
+    await press("Escape")
+    await expect(row).to_be_focused()
     homework = maya.locator("#text-channels li", has_text="homework")
     await homework.locator("button").first.focus()
     await press("Tab")
@@ -22767,6 +22777,47 @@ async def test_the_focus_returns_to_what_opened_something(two: Any) -> None:
         await expect(maya.locator("#side button:focus, #nav button:focus")).to_have_count(1)
         await press("Escape")
         await expect(maya.locator(opener)).to_be_focused()
+
+
+async def test_the_focus_stays_on_a_person_who_moves_in_the_list(api: World, tab: Any) -> None:
+    """Ada, who stood before Ben, leaves: her row and his are moved."""
+    (maya_api, *others), (server_id, _) = await create_class(api, "Maya", "Ada", "Ben")
+    ada, _ = [await one.socket(server_id) for one in others]
+    maya = await tab(maya_api)
+    await maya.focus('.person[aria-label="Ben, Online"]')
+    await ada.close()
+    await expect(maya.locator('.person[aria-label="Ada, Offline"]')).to_be_visible()
+    await expect(maya.locator('.person[aria-label="Ben, Online"]')).to_be_focused()
+
+
+async def test_the_focus_stays_near_a_button_that_disappears(api: World, tab: Any) -> None:
+    (maya_api, jonas_api), (server_id, channel_id) = await create_class(api, "Maya", "Jonas")
+    for number in range(60):
+        await jonas_api.post(channel_id, f"message {number}\n\n.")
+    await maya_api.ok("PUT", f"/servers/{server_id}/bans/{jonas_api.user_id}")
+    maya = await tab(maya_api)
+
+    async def press(selector: str) -> None:
+        await maya.focus(selector)
+        await maya.keyboard.press("Enter")
+
+    await maya.evaluate("document.querySelector('#log').scrollTop = 300")
+    await press("#newest")
+    await expect(maya.locator("#newest")).to_be_hidden()
+    await expect(maya.locator("#log")).to_be_focused()
+    await maya.search("message")
+    await press('[data-do="moreFound"]')
+    await expect(maya.locator("#found .hit")).to_have_count(50)
+    await expect(maya.locator("#side :focus")).to_have_count(1)
+    await press("#hand")
+    await maya.click("#show-hands")
+    await press('#hands [data-do="lowerHand"]')
+    await expect(maya.locator("#hands li")).to_have_count(0)
+    await expect(maya.locator("#side :focus")).to_have_count(1)
+    await maya.choose("#server", "Banned people")
+    await press("#people-list .danger")
+    await expect(maya.locator("#people-list li")).to_have_count(0)
+    await expect(maya.locator("#people-list :focus")).to_have_count(1)
 
 
 async def test_the_focus_stays_where_an_attempt_failed(api: World, tab: Any) -> None:
