@@ -19536,7 +19536,7 @@ async def test_invites_are_listed_and_revoked(api: World, tab: Any) -> None:
     limited = await maya_api.invite(server_id, max_uses=2, expires_in=3600)
     spent = await maya_api.invite(server_id, max_uses=1)
     await jonas_api.ok("POST", f"/invites/{spent}")
-    maya = await tab()
+    maya = await tab(permissions=["clipboard-read", "clipboard-write"])
     await maya.add_init_script("const now = Date.now; Date.now = () => now() + 7200e3")  # a clock that is two hours fast
     await maya.enter(maya_api)
     await maya.choose("#server", "Invite people")
@@ -19547,6 +19547,14 @@ async def test_invites_are_listed_and_revoked(api: World, tab: Any) -> None:
     await expect(maya.locator("#invite-warning")).to_contain_text("--lan")
     await expect(rows.filter(has_text=spent)).to_contain_text("used up")
     await expect(rows.filter(has_text=limited)).to_contain_text("2 of 2 left")
+    # without a clipboard for scripts, as on a network address by http
+    await maya.evaluate("void (navigator.clipboard.writeText = () => Promise.reject())")
+    copy = rows.filter(has_text=limited).locator('[data-do="copyInviteLink"]')
+    await copy.focus()
+    await maya.keyboard.press("Enter")
+    await expect(maya.locator("#toasts")).to_have_text("Copied")
+    assert await maya.evaluate(COPIED) == f"{maya.url}/#/invite/{limited}"
+    await expect(copy).to_be_focused()
     await rows.filter(has_text=limited).locator("button").first.click()
     await expect(shown).to_have_text(limited)
     await expect(link).to_have_value(f"{maya.url}/#/invite/{limited}")
