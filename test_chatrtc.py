@@ -19345,6 +19345,8 @@ async def test_a_person_who_cannot_join_by_an_invite_is_told_so(api: World, tab:
     await jonas.open("" if typed else f"/#/invite/{code}")
     if typed:
         await jonas.click('#swap [data-mode="code"]')
+        await jonas.fill_and_enter("#code", f"{jonas.url}/")
+        await expect(jonas.locator("#code-bad")).to_contain_text("Nothing was found for this code.")
         await jonas.fill_and_enter("#code", code)
     await jonas.click('#swap [data-mode="signIn"]')
     await jonas.sign_in("Jonas", "correct horse")
