@@ -24007,7 +24007,7 @@ async def test_pins_links_and_the_log_with_the_keyboard_alone(api: World, tab: A
 
 
 async def test_language_and_theme_can_be_chosen(api: World, tab: Any) -> None:
-    (maya_api,), _ = await create_class(api, "Maya")
+    (maya_api, jonas_api), (server_id, _) = await create_class(api, "Maya", "Jonas")
     maya = await tab(maya_api, locale="fr-FR", color_scheme="dark")
     await expect(maya.locator("html")).to_have_attribute("lang", "fr")
     await expect(maya.locator("html")).to_have_attribute("data-theme", "dark")
@@ -24020,6 +24020,11 @@ async def test_language_and_theme_can_be_chosen(api: World, tab: Any) -> None:
     maya.ignored = NETWORK_ERRORS
     await maya.write("un lien")
     await expect(maya.row("un lien").locator(".fate")).to_contain_text("Non envoyé. Pas de liens ici.")
+    await maya_api.ok("PUT", f"/servers/{server_id}/members/{jonas_api.user_id}/mute", {"seconds": 300})
+    await expect(maya.locator("#log .note")).to_contain_text("en sourdine jusqu’à")
+    await maya.click('.person[aria-label^="Jonas"]')
+    await expect(maya.locator("#menu .value")).to_contain_text("jusqu’à")
+    await maya.keyboard.press("Escape")
     # no line starts with a sign that belongs to the word before it
     await maya.choose("#room-menu", "Supprimer le salon")
     for text in ("#ask-title", "#ask p"):
