@@ -20769,6 +20769,19 @@ async def test_read_marks_are_sent_and_fetched_again_after_an_error(two: Any) ->
     assert {"PUT", "GET"} == set(failures)
 
 
+async def test_what_is_said_about_unread_messages_fits_on_a_phone(api: World, tab: Any) -> None:
+    """They are from another day and the texts French, so that they are long."""
+    (maya_api, jonas_api), (_, channel_id) = await create_class(api, "Maya", "Jonas")
+    for number in range(30):
+        await jonas_api.post(channel_id, f"message {number}\n\n.")
+    phone = await tab(viewport={"width": 360, "height": 740}, locale="fr-FR")
+    await phone.add_init_script("const now = Date.now; Date.now = () => now() + 72 * 3600e3")
+    await phone.enter(maya_api)
+    await expect(phone.locator("#unread")).to_contain_text("nouveaux messages depuis")
+    for button in await phone.locator("#unread button").all():
+        await expect(button).to_be_in_viewport(ratio=1)
+
+
 async def test_a_line_marks_where_the_tab_was_left(two: Any) -> None:
     maya, jonas, (_, channel_id) = two
     await jonas.evaluate(
