@@ -23401,7 +23401,12 @@ async def test_a_message_has_a_link(api: World, tab: Any) -> None:
         await maya_api.post(channel_id, f"message {number};")
     homework = await maya_api.channel(server_id, "homework")
     first = (await maya_api.ok("GET", f"/channels/{channel_id}/messages?after=0&limit=1"))["messages"][0]["message_id"]
+    middle = first + 70
     maya = await tab(maya_api, permissions=["clipboard-read", "clipboard-write"])
+    maya.ignored = NETWORK_ERRORS
+    await maya.page.route("**/messages?*around=*", lambda route: route.fulfill(status=502, body="Bad Gateway"), times=1)
+    await maya.goto(f"{api.url}/#/channel/{channel_id}/message/{middle}")
+    await expect(maya.locator(f'.row[data-id="{middle}"]')).to_be_in_viewport()
     await maya.goto(f"{api.url}/#/channel/{channel_id}/message/{first}")
     await expect(maya.row("message 0;")).to_be_focused()
     await expect(maya.row("message 0;")).to_be_in_viewport()
