@@ -24039,9 +24039,9 @@ async def test_language_and_theme_can_be_chosen(api: World, tab: Any) -> None:
     await maya.write("un lien")
     await expect(maya.row("un lien").locator(".fate")).to_contain_text("Non envoyé. Pas de liens ici.")
     await maya_api.ok("PUT", f"/servers/{server_id}/members/{jonas_api.user_id}/mute", {"seconds": 300})
-    await expect(maya.locator("#log .note")).to_contain_text("en sourdine jusqu’à")
+    await expect(maya.locator("#log .note")).to_contain_text(re.compile("en sourdine jusqu.à"))
     await maya.click('.person[aria-label^="Jonas"]')
-    await expect(maya.locator("#menu .value")).to_contain_text("jusqu’à")
+    await expect(maya.locator("#menu .value")).to_contain_text(re.compile("jusqu.à"))
     await maya.keyboard.press("Escape")
     # no line starts with a sign that belongs to the word before it
     await maya.choose("#room-menu", "Supprimer le salon")
