@@ -8895,12 +8895,15 @@ def describe_route(op: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     success = {"description": "Done."} if op.result is type(None) else json_content(reference(result), description=result)
     if op.result in (FileContent, Document):
         success = {"description": "The bytes.", "content": {"*/*": {}}}
+    answers = {str(status): success for status in (op.status, op.replay_status)}
+    if op.result is FileContent:
+        answers |= {"206": success, "304": {"description": "The client has the file."}}
     route = describe_operation(op) | {
         "operationId": op.name,
         "parameters": [
             {"name": name, "in": at, "required": name in required, "schema": fields[name]} for name, at in locations.items()
         ],
-        "responses": {str(op.status): success, "default": json_content(reference("Error"), description="An error.")},
+        "responses": answers | {"default": json_content(reference("Error"), description="An error.")},
         "security": [] if op.access is Access.ANYONE else [{"token": []}],
     }
     if body := {name: field for name, field in fields.items() if name not in locations}:
