@@ -8611,8 +8611,9 @@ async def send_parts(
     async with hub.downloads.turn(user.user_id):
         try:
             await response.prepare(request)
-            async for part in parts:
-                await hub.sio.eio.slow_clients.send(request, response, part)
+            if request.method != "HEAD":
+                async for part in parts:
+                    await hub.sio.eio.slow_clients.send(request, response, part)
             complete = True
         except (ChatError, ConnectionError) as error:
             drop_frames(error)
@@ -8647,8 +8648,7 @@ async def send_file(hub: Hub, request: web.Request, content: FileContent) -> web
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.size}"
     response = web.StreamResponse(status=206 if part else 200, headers=headers)
     response.content_length = stop - start
-    parts = content.parts(start, stop if request.method == "GET" else start)
-    return await send_parts(hub, request, content.caller.user, response, parts)
+    return await send_parts(hub, request, content.caller.user, response, content.parts(start, stop))
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:

@@ -4053,6 +4053,12 @@ async def test_a_transcript_is_a_download(scene: Scene) -> None:
     assert reply.headers["X-Content-Type-Options"] == "nosniff"
     parts = (await scene.world.chat.get_transcript(author_id=scene.ana.user_id, channel_id=channel)).parts
     assert b"".join([part async for part in parts]) == reply.body
+    reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(scene.world.url).port)
+    request = f"/channels/{channel}/transcript HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {scene.ana.token}\r\n"
+    writer.write(f"HEAD {request}\r\nGET {request}Connection: close\r\n\r\n".encode())
+    _, second, _ = (await reader.read()).split(b"\r\n\r\n", 2)
+    assert second.startswith(b"HTTP/1.1 200")  # no page between the two: a response to HEAD has no body
+    writer.close()
     with pytest.raises(chatrtc.ChatError, match="FORBIDDEN"):
         await scene.world.chat.get_transcript(author_id=scene.ben.user_id, channel_id=channel)
 
