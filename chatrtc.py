@@ -9163,7 +9163,7 @@ async def run_maintenance(hub: Hub) -> None:
             await asyncio.sleep(min(DELETION_PAUSE_FACTOR * (time.monotonic() - began), DELETION_SECONDS))
     newest, indexed = hub.store.read_inline(load_index_progress)
     while indexed < newest and (not hub.store.is_busy() or newest - indexed > MAX_UNINDEXED):
-        indexed = (await hub.store.write(index_messages, slow=True)).value
+        indexed = (await hub.store.write(index_messages, slow=True, frees_space=True)).value
     if not hub.store.is_busy():
         await erase_texts(hub)
 

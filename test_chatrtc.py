@@ -15288,8 +15288,11 @@ async def test_a_full_disk_is_not_fatal(launch: Launch, small_disk: Path, tries:
     assert (await run_ok("check", "--database", str(small_disk / "chat.db"))).startswith("sound")
 
 
-async def test_a_disk_reserve_is_kept_for_deleting(make_world: MakeWorld, small_disk: Path) -> None:
-    """With little space left, adding data is rejected; deleting, protecting and reading work."""
+async def test_a_disk_reserve_is_kept_for_deleting(
+    make_world: MakeWorld, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With little space left, adding data is rejected; deleting, protecting and reading work, and deleted texts are erased."""
+    monkeypatch.setattr(chatrtc, "MAINTENANCE_INTERVAL", 1000)  # so that the message is not indexed before
     deletions = [op for op in chatrtc.OPERATIONS.values() if op.method == "DELETE" and op.kind == "write"]
     assert [op.name for op in deletions if not op.frees_space] == []
     world = await make_world(database=str(small_disk / "chat.db"), disk_reserve=1)
@@ -15313,7 +15316,11 @@ async def test_a_disk_reserve_is_kept_for_deleting(make_world: MakeWorld, small_
     login = await world.sign_in("ana")
     assert login.status == 200
     assert (await world.call("POST", "/auth/logout", token=login.body["token"])).status == 204
-    for route in (path, f"/channels/{place.channel_id}", f"{server}/members/{ben.user_id}", server):
+    await ana.ok("DELETE", path)
+    await until(lambda: not world.chat.hub.store.is_busy())
+    await chatrtc.run_maintenance(world.chat.hub)
+    assert not world.chat.hub.store.read_inline(chatrtc.has_stale_texts)
+    for route in (f"/channels/{place.channel_id}", f"{server}/members/{ben.user_id}", server):
         await ana.ok("DELETE", route)
     assert "is deleted" in await run_ok("user", "delete", "ben", "--yes", "--database", str(small_disk / "chat.db"))
     (small_disk / "ballast").unlink()
