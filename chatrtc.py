@@ -357,7 +357,7 @@ class ChatError(Exception):
         super().__init__(text.encode(errors="backslashreplace").decode())  # a log file cannot hold an unpaired surrogate
 
     def body(self) -> dict[str, Any]:
-        wait = None if self.retry_after is None else max(1, round(self.retry_after + 0.5))
+        wait = None if self.retry_after is None else max(1, math.ceil(self.retry_after))
         more = {"reason": self.reason, "field": self.field, "retry_after": wait}
         return {"error": self.detail, "code": self.code} | {key: value for key, value in more.items() if value is not None}
 

@@ -4785,6 +4785,11 @@ async def test_an_account_keeps_its_newest_addresses(world: World) -> None:
     assert seen == [None] * 10 + [1e10 + number for number in range(10, 30)]
 
 
+def test_the_seconds_to_wait_are_rounded_up() -> None:
+    waits = {0: 1, 0.2: 1, 1: 1, 1.2: 2, 2: 2, 5: 5}
+    assert {wait: chatrtc.ChatError("RATE_LIMITED", retry_after=wait).body()["retry_after"] for wait in waits} == waits
+
+
 def test_a_full_limit_table_drops_only_full_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chatrtc, "MAX_BUCKETS", 100)
     limiter = chatrtc.Limiter(enabled=True)
