@@ -8425,8 +8425,8 @@ async def voice_signal(hub: Hub, caller: Caller, args: SignalArgs) -> Result[Non
     hub.limiter.charge("signal", caller.user.user_id)
     try:
         size = len(json.dumps(args.data, separators=(",", ":"), ensure_ascii=False).encode())
-    except TypeError:
-        raise chat_error("FIELD_TYPE", field="data", what="data", n="Binary data is not accepted") from None
+    except (TypeError, RecursionError):
+        raise chat_error("FIELD_TYPE", field="data", what="data", n="Binary data and deep nesting are not accepted") from None
     if size > SIGNAL_BYTES:
         raise ChatError("TOO_LARGE", f"data must have at most {SIGNAL_BYTES} bytes of JSON", reason="FIELD_LONG", field="data")
     sender = hub.voice_peers.get(caller.connection.sid)

@@ -10029,6 +10029,16 @@ async def test_signals_are_bounded_and_drop_nobody(scene: Scene) -> None:
 
 
 @pytest.mark.portable
+async def test_a_deeply_nested_signal_is_no_defect_of_the_server(scene: Scene) -> None:
+    wire = await Wire.join(scene.ben, scene.place)
+    with contextlib.suppress(ConnectionError):  # as JSON that is nested too deeply to be decoded ends the connection
+        for depth in range(sys.getrecursionlimit() - 60, sys.getrecursionlimit()):
+            data = "[" * depth + "]" * depth
+            await wire.say(f'421["voice:signal",{{"channel_id":{scene.place.channel_id},"to":"x","data":{data}}}]')
+            assert b"INTERNAL_ERROR" not in await wire.frame_with(b"431"), depth
+
+
+@pytest.mark.portable
 async def test_the_registration_setting_decides_who_registers(make_world: MakeWorld, tmp_path: Path) -> None:
     closed = await make_world(registration="closed", database=str(tmp_path / "closed.db"))
     account = {"username": "ana", "password": "correct horse"}
