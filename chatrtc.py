@@ -7336,9 +7336,10 @@ class Hub:
 
     def revoke(self, user_id: int, digest: bytes | None) -> None:
         self.forget_tokens(user_id)
-        for connection in self.connections_of(user_id):
-            if digest in (None, connection.user.digest):
-                self.close(connection)
+        with self.as_foreign(False):  # only this process can say what its own sockets did
+            for connection in self.connections_of(user_id):
+                if digest in (None, connection.user.digest):
+                    self.close(connection)
 
     def rename(self, user_id: int, name: str | None) -> None:
         self.forget_tokens(user_id)
@@ -7453,7 +7454,8 @@ class Hub:
 
     def mark_disconnected(self, server_id: int, user: Principal | Profile, sid: str, quietly: bool = False) -> None:
         if self.presence.leave(server_id, user.user_id, sid) and not quietly:
-            self.emit("user:disconnected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
+            with self.as_foreign(self.foreign and is_foreign(sid)):  # an eviction by another process, too, may end our socket's
+                self.emit("user:disconnected", server_id, ServerUser(server_id, user.user_id, user.username, name=user.name))
         self.watch_hand(server_id, user.user_id)
         if not is_foreign(sid) and not self.presence.has(server_id, user.user_id):
             self.broadcast(Change("user:disconnected", server_id, user.user_id))

@@ -17629,6 +17629,34 @@ async def test_one_listener_learns_that_a_process_has_died(group: Group, make_wo
     assert gone == [ben.user_id]
 
 
+async def test_one_listener_learns_what_a_loss_of_access_ended(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sockets are connected to another process than the one that takes the access away."""
+    monkeypatch.setattr(chatrtc, "TYPING_INTERVAL", 0.0)
+    ana, ben, server_id, heard = split.ana, split.ben, split.place.server_id, list[str]()
+    events = ["typing_stop", "voice:leave", "user:disconnected"]
+    room = (await ana.ok("POST", f"/servers/{server_id}/channels", {"name": "talk", "kind": "voice"}))["channel_id"]
+    for world in (ana.world, ben.world):
+        for event in events:
+
+            @world.chat.on(event)
+            async def note(payload: Any, event: str = event) -> None:
+                heard.append(event)
+
+    for method, path in (("DELETE", f"/servers/{server_id}/members/{ben.user_id}"), ("POST", "/auth/logout")):
+        await split.ben_socket.ok("voice:join", {"channel_id": room})
+        await split.ana_socket.receive("voice:join")
+        await split.ben_socket.ok("typing_start", {"channel_id": split.place.channel_id})
+        await split.ana_socket.receive("user:typing")
+        await at(ana.world, ben).ok(method, path)
+        for event in events:
+            await split.ana_socket.receive(event, user_id=ben.user_id)
+        await until(lambda: sorted(heard) == sorted(events))
+        heard.clear()
+        if method == "DELETE":
+            await ben.ok("POST", f"/invites/{await ana.invite(server_id)}")
+            await split.ben_socket.ok("join_server", {"server_id": server_id})
+
+
 async def test_a_server_that_gets_no_turn_refuses_all_waiting_calls_together(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
