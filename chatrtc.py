@@ -2599,7 +2599,7 @@ class Store:
         self.write_error = ""  # text of the last write error; cleared when a health check's write reaches the disk
         self._reserve = reserve  # bytes; if less disk space is free, only jobs that free space may write
         self._disk_checked_at = self._failure_logged_at = -math.inf
-        self._disk_full = self._reopen_writer = self._is_open = False
+        self._disk_full = self._disk_stuck = self._reopen_writer = self._is_open = False
         self._paths = [path, sibling_path(path, "-wal"), sibling_path(path, "-shm")]  # stored, because each commit checks them
         self.files: list[tuple[int, int]] = []  # the opened files, of these paths (see `_identify`)
         self._publish = publish
@@ -2741,7 +2741,8 @@ class Store:
         """
         if not frees_space and self.is_full():
             raise chat_error("DISK_FULL")
-        if len(self._queue) >= MAX_QUEUED_JOBS or not (is_running(self._committer) and is_running(self._follower)):
+        runs = is_running(self._committer) and is_running(self._follower)
+        if not runs or self._disk_stuck or len(self._queue) >= MAX_QUEUED_JOBS:
             raise ChatError("UNAVAILABLE")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result[Any]] = loop.create_future()
@@ -2782,6 +2783,7 @@ class Store:
                 timer = loop.call_later(CALL_TIMEOUT, self._time_out_jobs, batch)
                 await self._commit(batch)
                 timer.cancel()
+                self._disk_stuck = False
 
     def _next_batch(self) -> list[QueuedJob]:
         """Take the jobs of the next transaction from the queue: a slow job alone, fast jobs together."""
@@ -2931,7 +2933,9 @@ class Store:
             await asyncio.sleep(APPLIED_POLL_SECONDS)
 
     def _time_out_jobs(self, batch: list[QueuedJob]) -> None:
-        """Fail all waiting calls with DISK_SLOW. Their jobs may still be committed."""
+        """Fail all waiting calls with DISK_SLOW. Their jobs may still be committed. Refuse further ones until this commit ends:
+        they would wait for it as long as it takes."""
+        self._disk_stuck = True
         self.write_error = self.write_error or f"a commit takes more than {CALL_TIMEOUT:.0f} s"
         for queued in [*batch, *self._queue]:
             if not queued.future.done():

@@ -15246,6 +15246,34 @@ async def test_a_frozen_server_loses_nothing(launch: Launch, tmp_path: Path) -> 
 # 8. Neither a full disk nor a failing one is fatal.
 
 
+async def test_no_write_waits_for_a_disk_that_hangs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones are refused when their time is up, the later ones at once: nothing of these is stored."""
+    monkeypatch.setattr(chatrtc, "CALL_TIMEOUT", 0.5)
+    ana, store, answered = await world.person("ana"), world.chat.hub.store, threading.Event()
+    place, finish = await world.place(ana), world.chat.hub.store._finish
+
+    def wait(*values: Any) -> tuple[int | None, int]:
+        answered.wait()
+        return finish(*values)
+
+    def post(content: str) -> Awaitable[Reply]:
+        return ana.call("POST", "/messages", {"channel_id": place.channel_id, "content": content})
+
+    monkeypatch.setattr(store, "_finish", wait)
+    try:
+        for content, reason in (("first", "DISK_SLOW"), ("second", None), ("third", None)):
+            async with asyncio.timeout(PATIENCE):
+                reply = await post(content)
+            assert (reply.status, reply.body.get("reason")) == (503, reason)
+        assert not await is_healthy(world)
+    finally:
+        answered.set()
+    await until_healthy(world)
+    assert (await post("fourth")).status == 201
+    page = await ana.ok("GET", f"/channels/{place.channel_id}/messages")
+    assert [message["content"] for message in page["messages"]] == ["first", "fourth"]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk of 3 MiB."""
