@@ -2593,8 +2593,7 @@ class Store:
         self._shared = shared
         self._lock, self._turn = FileLock(path), Turn(path)
         self._read_id = self._applied_id = 0  # the last row of the commit log that was read, and that was applied
-        self._reading_log = asyncio.Lock()  # held during a commit too: our own row must not be taken for another process's
-        self._news = asyncio.Event()
+        self._use_this_loop()
         self._follower: asyncio.Task[None] | None = None
         self.write_error = ""  # text of the last write error; cleared when a health check's write reaches the disk
         self._reserve = reserve  # bytes; if less disk space is free, only jobs that free space may write
@@ -2604,7 +2603,6 @@ class Store:
         self.files: list[tuple[int, int]] = []  # the opened files, of these paths (see `_identify`)
         self._publish = publish
         self._queue: deque[QueuedJob] = deque()
-        self._wake = asyncio.Event()
         self._readers: list[aiosqlite.Connection] = []  # the first one for `read`, the others for slow reads
         self._idle: list[aiosqlite.Connection] = []  # readers that are free for slow reads
         self._turns = FairQueue(SLOW_READERS, SLOW_READS_PER_USER)
@@ -2612,6 +2610,11 @@ class Store:
         self._inline_reader: sqlite3.Connection | None = None  # used on the event loop
         self._committer: asyncio.Task[None] | None = None
         self._wrote_at = 0.0  # time of the last call of `write` for a fast job, or of news from another process
+
+    def _use_this_loop(self) -> None:
+        """Make what belongs to one event loop: the program may start the chat again in another one."""
+        self._reading_log = asyncio.Lock()  # held during a commit too: our own row must not be taken for another process's
+        self._news, self._wake = asyncio.Event(), asyncio.Event()
 
     def _lock_database(self) -> bool:
         """Acquire the lock. Return whether no other server has it. Raises StartError if one has it and not all use --redis."""
@@ -2643,6 +2646,7 @@ class Store:
         `set_up(db, first)` is called before other servers can open the database; `first`: none has it open.
         """
         read_sqlite_header(self.path)
+        self._use_this_loop()
         try:
             db = await asyncio.to_thread(self._open_writer, set_up)
             self._writer = await aiosqlite.Connection(lambda: db, 64)
@@ -9465,6 +9469,7 @@ class ChatRTC:
         hub = self.hub
         if hub.listening:
             raise StartError("This chat is already running: attach it only once")
+        self.sio.eio.draining, hub.piece_lock = False, asyncio.Lock()  # it may have run before, in another event loop
         async with contextlib.AsyncExitStack() as stack:  # undoes the steps before one that fails
             if self._name is not None:
                 stack.callback(self._name.close)

@@ -11512,6 +11512,35 @@ async def test_a_stop_refuses_sign_ins_in_progress_and_a_start_accepts_them_agai
     await chat.stop()
 
 
+async def test_an_application_that_starts_again_accepts_sockets_again(tmp_path: Path) -> None:
+    app, chat = web.Application(), chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
+    chat.attach(app)
+    for name in ("ana", "ben"):
+        async with running(app) as url, World(url, aiohttp.ClientSession(), chat) as world:
+            await (await world.socket((await world.person(name)).token)).ok("ping")
+
+
+def test_a_chat_can_start_again_in_another_event_loop(tmp_path: Path) -> None:
+    chat, heard = chatrtc.ChatRTC(database=str(tmp_path / "chat.db")), list[str]()
+
+    @chat.on("message:new")
+    async def listen(message: Any) -> None:
+        heard.append(message["content"])
+
+    async def use(name: str) -> None:
+        await chat.start()
+        user_id = (await chat.upsert_user(username=name)).user_id
+        channel_id = (await chat.create_server(as_user=user_id, name="class")).channels[0].channel_id
+        mine = {"as_user": user_id, "channel_id": channel_id}
+        await asyncio.gather(*[chat.upload_file(**mine, name="a", data=bytes(300_000)) for _ in range(4)])
+        await asyncio.gather(*[chat.post_message(**mine, content=name) for _ in range(20)])
+        await until(lambda: heard[-20:] == [name] * 20)
+        await chat.stop()
+
+    for name in ("ana", "ben"):
+        asyncio.run(use(name))
+
+
 async def test_reads_during_a_stop_are_refused(tmp_path: Path) -> None:
     chat = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
     await chat.start()
