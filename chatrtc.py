@@ -2847,8 +2847,9 @@ class Store:
         assert self._writer is not None
         if self._reopen_writer:
             self._require_files()
-            await self._writer.close()
-            self._writer = await aiosqlite.Connection(functools.partial(open_writer, self.path), 64)
+            # The old one is kept until there is a new one: its thread waits for the turn.
+            before, self._writer = self._writer, await aiosqlite.Connection(functools.partial(open_writer, self.path), 64)
+            await before.close()
             self._reopen_writer = False
         jobs = [queued.job for queued in batch]
         if jobs == [empty_wal]:

@@ -17714,6 +17714,32 @@ async def test_one_listener_learns_what_a_loss_of_access_ended(split: Split, mon
             await split.ben_socket.ok("join_server", {"server_id": server_id})
 
 
+async def test_a_disk_that_keeps_failing_is_no_bug_while_another_process_has_the_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chatrtc, "JOB_TURN_SECONDS", 0.1)
+    store = chatrtc.Store(tmp_path / "chat.db", lambda effects, foreign: None, shared=True)
+    await store.open(lambda db, first: None)
+
+    async def write() -> str:
+        written = await chatrtc.result_or_exception(store.write(lambda db: chatrtc.Result("written")))
+        return str(getattr(written, "code", None) or getattr(written, "value", written))
+
+    def fail(path: Path) -> sqlite3.Connection:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+        raise error
+
+    with monkeypatch.context() as patch, contextlib.closing(chatrtc.Turn(store.path)) as turn:
+        patch.setattr(store, "_finish", lambda db, effects, slow: fail(store.path))
+        patch.setattr(chatrtc, "open_writer", fail)
+        assert [await write() for _ in range(2)] == ["UNAVAILABLE"] * 2
+        turn.acquire()
+        assert await write() == "UNAVAILABLE"
+    assert await write() == "written"
+    await store.close()
+
+
 async def test_a_server_that_gets_no_turn_refuses_all_waiting_calls_together(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
