@@ -7540,8 +7540,13 @@ class Hub:
         key = server_id, user_id
 
         def lower() -> None:
-            with self.as_foreign(key in self.hands and self.hands[key].foreign):
+            foreign = key in self.hands and self.hands[key].foreign
+            if foreign and self.redis == "down":  # the user may be connected to another process
+                return self.watch_hand(*key)
+            with self.as_foreign(foreign):
                 self.set_hand(*key, None)
+            if foreign:  # if the process on which it was raised still lists it, that is right
+                del self.lowered[key]
 
         if (timer := self._hand_timers.pop(key, None)) is not None:
             timer.cancel()

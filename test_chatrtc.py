@@ -16762,6 +16762,30 @@ async def test_a_hand_survives_a_reconnect_to_another_server(split: Split, monke
     await until(lambda: heard == ["ben"])
 
 
+async def test_a_hand_that_is_raised_while_redis_is_away_stays_up(
+    split: Split, redis_server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner has connected meanwhile, too: the other server cannot know that they are there."""
+    ana, server_id = split.ana, split.place.server_id
+    hubs = [world.chat.hub for world in (ana.world, split.ben.world)]
+    cat = at(split.ben.world, await ana.world.person("cat"))
+    await cat.ok("POST", f"/invites/{await ana.invite(server_id)}")
+    redis_server.freeze()
+    await until(lambda: [hub.redis for hub in hubs] == ["down"] * 2)
+    monkeypatch.setattr(chatrtc, "HAND_SECONDS", 0.5)
+    socket = await cat.socket(server_id)
+    await socket.ok("hand:raise", {"server_id": server_id})
+    await split.ana_socket.receive("hand:raised", user_id=cat.user_id)
+    await asyncio.sleep(1)
+    await split.ana_socket.receive_none("hand:lowered")
+    redis_server.thaw()
+    await split.ana_socket.receive("user:connected", user_id=cat.user_id)
+    await until(lambda: all(hub.hands.keys() == {(server_id, cat.user_id)} and not hub._hand_timers for hub in hubs))
+    await socket.close()
+    await split.ana_socket.receive("hand:lowered", user_id=cat.user_id)
+    await until(lambda: not any(hub.hands for hub in hubs))
+
+
 async def test_a_voice_channel_is_full_on_all_servers(make_world: MakeWorld, redis_server: Redis) -> None:
     one, two = [await join_redis(make_world, redis_server, name, voice_max=2) for name in ("one", "two")]
     people = await one.people("ana", "ben", "cy")
