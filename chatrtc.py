@@ -6410,6 +6410,12 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
             oldest = next(session for session in self.anonymous.values() if not at_share or session.address == address)
             oldest.end(REASON.SERVER_DISCONNECT, final_packet=None)
 
+    def mark_anonymous(self, session: Session) -> None:
+        """Count the session as anonymous, because it has no user yet, or no longer."""
+        if self.options.max_anonymous_per_address is not None and session.sid not in self.anonymous:
+            self.anonymous[session.sid] = session
+            self.anonymous_at[session.address] += 1
+
     def mark_authenticated(self, sid: str) -> None:
         """Stop counting the session as anonymous, because it has signed in or ended."""
         if (session := self.anonymous.pop(sid, None)) is not None:
@@ -6423,9 +6429,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.per_address[address] += 1
         if not self.ticking:
             self._tick()
-        if options.max_anonymous_per_address is not None:
-            self.anonymous[sid] = session
-            self.anonymous_at[address] += 1
+        self.mark_anonymous(session)
         may_upgrade = self.allow_upgrades and transport == "polling" and "websocket" in self.transports
         times = {"pingInterval": round(options.ping_interval * 1000), "pingTimeout": round(options.ping_timeout * 1000)}
         hello = {"sid": sid, "upgrades": ["websocket"] * may_upgrade, **times, "maxPayload": options.max_payload}
@@ -7420,6 +7424,8 @@ class Hub:
             return
         connection.closed = True
         connection.timer.cancel()
+        if (session := self.sio.session(sid)) is not None:  # it has only left the namespace
+            self.sio.eio.mark_anonymous(session)
         for server_id in list(connection.servers):
             self.leave_server(connection, server_id)
 

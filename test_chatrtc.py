@@ -9384,6 +9384,10 @@ async def test_anonymous_sessions_do_not_use_up_the_limit_of_others(make_world: 
             assert response.status == 200
     assert len(engine.anonymous) == 2, "at most one in four sessions, of all addresses together"
     await first.ok("ping")
+    await first.client.eio.send("1")  # leaves the namespace, while its session goes on
+    await until(lambda: len(engine.anonymous) == 3)
+    await first.client.eio.send("0" + json.dumps({"token": ana.token}))
+    await until(lambda: len(engine.anonymous) == 2)
 
 
 async def test_the_number_of_sockets_is_a_setting(make_world: MakeWorld) -> None:
