@@ -2250,6 +2250,8 @@ class FileLock:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            raise StartError(f"{self.path} cannot be locked ({error.strerror}); use a local disk") from None
         return True
 
     def _lock_bytes(self, file: int, start: int, number: int) -> bool:
@@ -2263,7 +2265,8 @@ class FileLock:
     def release(self) -> None:
         """Release the lock, if it is held."""
         if self._file is not None and fcntl is not None:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):  # on a disk that has no locks
+                fcntl.flock(self._file, fcntl.LOCK_UN)
         elif self._file is not None and self._bytes is not None:
             os.lseek(self._file, self._bytes[0], os.SEEK_SET)
             msvcrt.locking(self._file, msvcrt.LK_UNLCK, self._bytes[1])

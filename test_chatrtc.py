@@ -10853,6 +10853,17 @@ async def test_an_application_that_cannot_start_exits(tmp_path: Path, prefix: st
     lock.close()
 
 
+async def test_a_disk_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network disks are. Without a lock, a second server could open the database too."""
+
+    def flock(file: int, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(chatrtc.StartError, match=r"cannot be locked .*; use a local disk"):
+        await chatrtc.ChatRTC(database=str(tmp_path / "chat.db")).start()
+
+
 async def test_errors_and_administration_are_logged(tmp_path: Path) -> None:
     process = await Process.start(tmp_path / "chat.db", "--trusted-proxy", "127.0.0.1")
     async with process.world() as world:
