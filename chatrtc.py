@@ -9343,7 +9343,7 @@ class ChatRTC:
         self.hub.identify, self._page = identify, page
         name = settings.get("process")  # a generated name is unique, and its lock file would remain
         self._name = FileLock(Path(self.settings.database), f".process-{name}.lock") if name is not None else None
-        self._running = contextlib.AsyncExitStack()  # what `stop` undoes
+        self._running, self._started = contextlib.AsyncExitStack(), False  # what `stop` undoes; False once that is done
         self._asyncapi = StaticFile(lambda: msgspec.json.encode(asyncapi(self.hub.host_events.values())), JSON)
         add_socket_handlers(self.hub)
 
@@ -9482,10 +9482,12 @@ class ChatRTC:
     async def start(self) -> None:
         """Open the database and start maintenance. Raises StartError."""
         hub = self.hub
-        if hub.listening:
+        if self._started:
             raise StartError("This chat is already running: attach it only once")
         self.sio.eio.draining, hub.piece_lock = False, asyncio.Lock()  # it may have run before, in another event loop
         async with contextlib.AsyncExitStack() as stack:  # undoes the steps before one that fails
+            self._started = True
+            stack.callback(setattr, self, "_started", False)
             if self._name is not None:
                 stack.callback(self._name.close)
             await hub.store.open(self._set_up)

@@ -11556,6 +11556,21 @@ def test_a_chat_can_start_again_in_another_event_loop(tmp_path: Path) -> None:
         asyncio.run(use(name))
 
 
+async def test_a_chat_starts_once_at_a_time(tmp_path: Path) -> None:
+    """As if it were attached to two applications that start together: both would write, each into the other's transactions."""
+    chat = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
+    for _ in range(2):
+        first, second = await asyncio.gather(chat.start(), chat.start(), return_exceptions=True)
+        assert first is None
+        assert isinstance(second, chatrtc.StartError) and "already running" in str(second)
+        assert (await chat.upsert_user(username="ana")).user_id == 1
+        stopping = asyncio.create_task(chat.stop())
+        await asyncio.sleep(0)
+        with pytest.raises(chatrtc.StartError, match="already running"):
+            await chat.start()
+        await stopping
+
+
 async def test_reads_during_a_stop_are_refused(tmp_path: Path) -> None:
     chat = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
     await chat.start()
