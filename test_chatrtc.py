@@ -11430,6 +11430,21 @@ async def test_routes_of_the_host_application_are_unchanged(tmp_path: Path) -> N
         assert (await world.call("GET", "/nowhere")).code == "NOT_FOUND"
 
 
+async def test_the_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path names the same file before and after."""
+    monkeypatch.chdir(tmp_path)
+    chat, app = chatrtc.ChatRTC(database="chat.db"), web.Application()
+    chat.attach(app)
+    for folder in (tmp_path / "before", tmp_path / "after"):
+        folder.mkdir()
+    monkeypatch.chdir(tmp_path / "before")
+    async with running(app):
+        monkeypatch.chdir(tmp_path / "after")
+        assert (await chat.upsert_user(username="ana")).user_id == 1
+    assert (tmp_path / "chat.db").exists()
+    assert not [*(tmp_path / "before").iterdir(), *(tmp_path / "after").iterdir()]
+
+
 @pytest.mark.portable
 async def test_two_chats_in_one_application(tmp_path: Path) -> None:
     """Even three: one of them has no prefix."""
@@ -12501,6 +12516,19 @@ os.kill(os.getpid(), signal.SIGKILL)
     chatrtc.check_and_open(tmp_path / "copy").close()
     with contextlib.closing(chatrtc.check_and_open(tmp_path / "copy")) as db:
         assert db.execute("SELECT count(*) FROM gaps").fetchone() == (1,)
+
+
+async def test_a_database_may_be_named_like_a_uri(tmp_path: Path) -> None:
+    """SQLite takes `file:x` for a URI on many systems."""
+    for name in ("file:chat.db", "x?mode=ro", "x%20y", "#x"):
+        database = "--database", name
+        await run_ok("user", "add", "ana", *database, cwd=tmp_path, stdin="correct horse\n")
+        assert (await run_ok("user", "list", *database, cwd=tmp_path)).startswith("1\tana\t")
+        await run_ok("backup", "file:copy", *database, cwd=tmp_path)
+        await run_ok("restore", "file:copy", *database, cwd=tmp_path)
+        assert (await run_ok("check", "--database", "file:copy", cwd=tmp_path)).startswith("sound: 1 users")
+        (tmp_path / "file:copy").unlink()
+    assert not (tmp_path / "chat.db").exists()
 
 
 async def test_a_failed_backup_leaves_no_file(filled: dict[str, bytes], tmp_path: Path, database: DatabaseOption) -> None:
