@@ -10123,6 +10123,8 @@ def restore(source: Path, database: str) -> None:
     path = Path(database).resolve()
     if not source.is_file():
         raise StartError(f"There is no backup {source}")
+    if path.exists() and not path.is_file():
+        raise StartError(f"{path} is not a regular file")
     last_id = 0
 
     def renew(copy: sqlite3.Connection) -> None:
@@ -10131,7 +10133,8 @@ def restore(source: Path, database: str) -> None:
         index_all(copy)
 
     with locked(path):
-        check_openable(source)
+        if not check_openable(source):
+            raise StartError(f"{source} is empty: it is not a backup")
         with contextlib.suppress(StartError, sqlite3.Error), snapshot(path) as db:  # it may be missing or damaged
             last_id = highest_id(db)
         with snapshot(source) as db:

@@ -12557,6 +12557,19 @@ async def test_only_a_sound_backup_is_restored(name: str, filled: dict[str, byte
     assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} <= {"backups", "chat.db"}
 
 
+async def test_a_restore_needs_a_file_and_replaces_only_files(filled: dict[str, bytes], tmp_path: Path) -> None:
+    """A copy of a backup that failed may be empty. A device that root replaced would be missing to all programs."""
+    (tmp_path / "chat.db").write_bytes(filled["stopped"])
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "pipe")
+    restore = [*("restore", str(tmp_path / "empty")), *("--database", str(tmp_path / "chat.db"))]
+    expect_error(await run_command(*restore), "empty: it is not a backup")
+    restore = [*("restore", str(tmp_path / "chat.db")), *("--database", str(tmp_path / "pipe"))]
+    expect_error(await run_command(*restore), "pipe is not a regular file")
+    assert (tmp_path / "chat.db").read_bytes() == filled["stopped"]
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == {"chat.db", "empty", "pipe"}
+
+
 async def test_a_restore_needs_no_database_to_replace(filled: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "copy").write_bytes(filled["stopped"])
     await run_ok("restore", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
