@@ -9545,8 +9545,12 @@ def self_signed_certificate(database: Path) -> str:
     addresses = {ipaddress.ip_address(address) for address in ("127.0.0.1", "::1", lan_address())}
     path, now = private_path(database, ".tls.pem"), datetime.datetime.now(datetime.UTC)
     if os.path.lexists(path):
-        cert = x509.load_pem_x509_certificate(read_private(path, database))
-        named = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.IPAddress)
+        try:
+            cert = x509.load_pem_x509_certificate(read_private(path, database))
+            extension = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        except (ValueError, x509.ExtensionNotFound):
+            raise StartError(f"{path} is damaged: move it away, and a new one is created") from None
+        named = extension.value.get_values_for_type(x509.IPAddress)
         if cert.not_valid_after_utc > now and addresses <= set(named):
             return str(path)
     key = ec.generate_private_key(ec.SECP256R1())
@@ -9571,11 +9575,17 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     cert = self_signed_certificate(Path(settings.database)) if settings.tls_self_signed else settings.tls_cert
     if cert is None:
         return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context, key = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), settings.tls_key or cert
     try:
-        context.load_cert_chain(cert, settings.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise StartError(f"The certificate cannot be used: {error}") from None
+        for path in (cert, key):  # errors of `load_cert_chain` do not name the file
+            open(path, "rb").close()
+        context.load_cert_chain(cert, key)
+    except ssl.SSLError as error:
+        reason = error.reason.replace("_", " ").lower() if error.reason else "one of them is not a PEM file"
+        raise StartError(f"The certificate {cert} cannot be used with the key {key}: {reason}") from None
+    except OSError as error:
+        what = error.filename or f"the pass phrase of {key}"
+        raise StartError(f"The certificate cannot be used: {what}: {error.strerror}") from None
     return context
 
 

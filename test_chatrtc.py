@@ -11747,6 +11747,14 @@ async def test_it_serves_https_with_a_self_signed_certificate(tmp_path: Path) ->
     assert pem.stat().st_mode & 0o777 == 0o600
 
 
+async def test_a_damaged_certificate_is_rejected(tmp_path: Path, database: DatabaseOption) -> None:
+    pem = tmp_path / "chat.db.tls.pem"
+    for text in ("", "-----BEGIN PRIVATE KEY-----", (HERE / "schema.sql").read_text()):
+        pem.write_text(text)
+        pem.chmod(0o600)
+        expect_error(await run_command("serve", "--port", "0", "--tls-self-signed", *database), "tls.pem", "move it away")
+
+
 async def test_lan_mode_prints_the_address_and_a_qr_code(tmp_path: Path) -> None:
     process = await Process.start(tmp_path / "chat.db", "--lan")
     try:
@@ -12037,7 +12045,9 @@ USAGE_ERRORS = {
     "serve --database :memory:": "keep nothing",
     "serve --host no.such.invalid": "no.such.invalid",
     "serve --tls-cert cert.pem": "--tls-key",
-    "serve --tls-cert cert.pem --tls-key key.pem": "certificate",
+    "serve --tls-cert cert.pem --tls-key key.pem": "cert.pem: No such file",
+    "serve --tls-cert /dev/null --tls-key /": "/: Is a directory",
+    "serve --tls-cert /dev/null --tls-key /dev/null": "not a PEM file",
     "serve extra": "unexpected",
     "user add": "USERNAME",
     "user bogus": "No such command",
