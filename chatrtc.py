@@ -9872,8 +9872,11 @@ class Group(click.Group):
             stream = getattr(sys, name)
             if stream is None:  # it is closed, and the next file that is opened would get its number
                 setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-            if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
-                stream.reconfigure(encoding="utf-8", errors=stream.errors)  # Windows has another encoding for files and pipes
+            if isinstance(stream, io.TextIOWrapper):
+                # Windows has another encoding for files and pipes. The name of a file need not be text.
+                encoding = stream.encoding if stream.isatty() else "utf-8"
+                errors = "strict" if mode == "r" else (stream.errors or "strict").replace("strict", "backslashreplace")
+                stream.reconfigure(encoding=encoding, errors=errors)
         with cli_errors():
             return super().make_context(*args, **extra)
 

@@ -12156,6 +12156,8 @@ async def test_commands_work_with_closed_streams(tmp_path: Path) -> None:
     assert listed.out.startswith("1\tana\t")
     assert listed.status == 0
     expect_error(await run_shell('exec "$@" <&-', "user", "add", "ben", *database), "new_password")
+    no_text = await run_shell('printf "\\377 long enough" | LC_ALL=C "$@"', "user", "add", "ben", *database)
+    expect_error(no_text, "Standard input is not valid UTF-8")
     for command in ("export", "check"):
         assert await run_shell('exec "$@" <&- >&- 2>&-', command, *database) == Finished(0, "", "")
 
@@ -12528,16 +12530,16 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert db.execute("SELECT count(*) FROM gaps").fetchone() == (1,)
 
 
-async def test_a_database_may_be_named_like_a_uri(tmp_path: Path) -> None:
+async def test_a_database_may_have_any_name(tmp_path: Path) -> None:
     """SQLite takes `file:x` for a URI on many systems."""
-    for name in ("file:chat.db", "x?mode=ro", "x%20y", "#x"):
+    for name in ("file:chat.db", "x?mode=ro", "x%20y", "#x", "\udcff"):  # the last one is not valid UTF-8
         database = "--database", name
         await run_ok("user", "add", "ana", *database, cwd=tmp_path, stdin="correct horse\n")
         assert (await run_ok("user", "list", *database, cwd=tmp_path)).startswith("1\tana\t")
-        await run_ok("backup", "file:copy", *database, cwd=tmp_path)
-        await run_ok("restore", "file:copy", *database, cwd=tmp_path)
-        assert (await run_ok("check", "--database", "file:copy", cwd=tmp_path)).startswith("sound: 1 users")
-        (tmp_path / "file:copy").unlink()
+        copy = f"file:{name}"
+        await run_ok("backup", copy, *database, cwd=tmp_path)
+        await run_ok("restore", copy, *database, cwd=tmp_path)
+        assert (await run_ok("check", "--database", copy, cwd=tmp_path)).startswith("sound: 1 users")
     assert not (tmp_path / "chat.db").exists()
 
 
