@@ -152,7 +152,7 @@ fcntl, msvcrt, resource, termios = map(optional_import, ("fcntl", "msvcrt", "res
 # documentation. All of them take its name, type, default and description from here.
 
 SECRET_BYTES = 32  # minimum length of the key that signs tokens
-ProcessName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9]{1,32}\Z")]
+ProcessName = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[A-Za-z0-9]*\Z")]
 Encodable = Annotated[str, Meta(pattern=r"^[^\ud800-\udfff]*\Z")]  # an argument may have bytes that are not UTF-8
 
 
@@ -211,7 +211,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "`ps` shows a password in it: use CHATRTC_REDIS."
         ),
     ] = None
-    process: Annotated[ProcessName | None, Meta(description="Name of this process, with --redis (default: generated).")] = None
+    process: Annotated[
+        ProcessName | None, Meta(description="Name of this process, of letters and digits, with --redis (default: generated).")
+    ] = None
     max_sockets: Annotated[int, Meta(ge=1, le=10**6, description="Maximum number of sockets; more are refused.")] = 20_000
     voice_max: Annotated[int, Meta(ge=2, le=1000, description="Maximum number of people in a voice channel.")] = 12
     keep_days: Annotated[int, Meta(ge=0, le=36_500, description="Days after which messages are deleted; 0: never.")] = 0
@@ -9068,11 +9070,11 @@ def check_addresses(settings: Settings) -> None:
     redis = REDIS_URL.fullmatch("redis://localhost" if settings.redis is None else settings.redis)
     if redis is None or int(redis[2] or 0) > PORT_MAX:  # the URL may contain a password, so it is not shown
         raise StartError("--redis: must be redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH; %-encode the password")
-    origins = [("cors-origin", origin) for origin in settings.cors_origin if origin != "*"]
-    origins += [("frame-ancestor", origin) for origin in settings.frame_ancestor if origin not in ("*", "self")]
-    for option, origin in origins:
-        if parse_origin(origin) is None:
-            raise StartError(f"--{option} {origin}: must be http:// or https:// and a host name, without a path")
+    origins = [("cors-origin", "*", origin) for origin in settings.cors_origin]
+    origins += [("frame-ancestor", "self or *", origin) for origin in settings.frame_ancestor]
+    for option, words, origin in origins:
+        if origin not in words.split(" or ") and parse_origin(origin) is None:
+            raise StartError(f"--{option} {origin}: must be {words}, or http:// or https:// and a host name, without a path")
     if None in map(parse_ice_server, settings.ice_server):  # the URL may contain a password, so it is not shown
         raise StartError("--ice-server: must be stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT; %-encode the password")
     for proxy in settings.trusted_proxy:
@@ -9100,7 +9102,7 @@ def read_settings(given: dict[str, Any]) -> Settings:
         raise StartError("--process needs --redis")
     if settings.redis is not None and settings.process is None:
         settings = msgspec.structs.replace(settings, process=secrets.token_hex(4))
-    if settings.lan and settings.host == Settings().host:
+    if settings.lan and is_loopback(settings.host):
         settings = msgspec.structs.replace(settings, host="0.0.0.0")
     return settings
 

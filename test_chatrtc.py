@@ -1090,6 +1090,12 @@ def test_settings_have_one_list() -> None:
     assert all(flag.help for flag in flags)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_lan_mode_listens_beyond_loopback(host: str) -> None:
+    assert chatrtc.read_settings({"lan": True, "host": host}).host == "0.0.0.0"
+    assert chatrtc.read_settings({"lan": True, "host": "192.0.2.1"}).host == "192.0.2.1"
+
+
 ICE_SERVERS: dict[str, dict[str, str]] = {  # setting -> what the clients get
     "stun:x": {"urls": "stun:x"},
     "stun:X.example:3478": {"urls": "stun:X.example:3478"},
@@ -12044,6 +12050,8 @@ USAGE_ERRORS = {
     "serve --database missing/chat.db": "does not exist",
     "serve --database :memory:": "keep nothing",
     "serve --host no.such.invalid": "no.such.invalid",
+    "serve --frame-ancestor 'self'": "must be self or *, or http",
+    f"serve --redis redis://localhost --process {'a' * 33}": "at most 32 characters",
     "serve --tls-cert cert.pem": "--tls-key",
     "serve --tls-cert cert.pem --tls-key key.pem": "cert.pem: No such file",
     "serve --tls-cert /dev/null --tls-key /": "/: Is a directory",
