@@ -10224,13 +10224,18 @@ def export_records(db: sqlite3.Connection, servers: list[dict[str, Any]], folder
 @main.command()
 @click.option("--format", type=click.Choice(["jsonl", "html"]), default="jsonl", help="JSON objects, or one HTML file.")
 @click.option("--server", type=int, help="Export only the server with this id.")
-@click.option("--output", type=click.File("w", "utf-8", lazy=False), default="-", help="File to write; - is standard output.")
+@click.option("--output", type=click.File("w", "utf-8"), default="-", help="File to write; - is standard output.")
 @click.option(
     "--files", type=click.Path(file_okay=False, path_type=Path), help="Also write the files of messages into this folder."
 )
 @setting_options("database")
 def export(format: str, server: int | None, output: typing.TextIO, files: Path | None, database: str) -> None:
     """Export one server or all, as JSON lines or as one HTML file."""
+    target = Path(str(output.name))  # it is opened, which empties it, by the first `write`
+    if target.is_file():
+        with target.open("rb") as file:
+            if file.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC:
+                raise StartError(f"{target} is a database; it was not changed")
     with open_reader(database) as db:
         chosen = [row for row in load_all_servers(db) if server in (None, row["server_id"])]
         if server is not None and not chosen:

@@ -12713,6 +12713,18 @@ async def test_export_writes_everything(world: World, tmp_path: Path, database: 
     expect_error(await run_command("export", "--output", "/dev/full", *database), "No space left")
 
 
+async def test_an_export_that_fails_changes_no_file(filled: dict[str, bytes], tmp_path: Path, database: DatabaseOption) -> None:
+    """Nor does one whose --output was meant to be --database."""
+    (tmp_path / "chat.db").write_bytes(filled["stopped"])
+    (tmp_path / "old.jsonl").write_text("kept")
+    expect_error(await run_command("export", "--server", "99", "--output", str(tmp_path / "old.jsonl"), *database), "server 99")
+    for options in (("--output", "chat.db"), ("--output", "chat.db", "--database", "chat.db")):
+        expect_error(await run_command("export", *options, cwd=tmp_path), "chat.db is a database")
+    expect_error(await run_command("export", "--output", str(tmp_path / "missing" / "out"), *database), "No such file")
+    assert (tmp_path / "old.jsonl").read_text() == "kept"
+    assert (tmp_path / "chat.db").read_bytes() == filled["stopped"]
+
+
 async def test_an_exported_page_shows_replies_reactions_and_edits(
     world: World, tmp_path: Path, database: DatabaseOption
 ) -> None:
