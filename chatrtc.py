@@ -2367,7 +2367,8 @@ def replace_database(path: Path, part: Path) -> Path | None:
     """
     kept = None
     if path.exists():
-        kept = path.with_name(f"{path.name}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+        while os.path.lexists(kept := path.with_name(f"{path.name}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")):
+            time.sleep(0.1)  # an earlier restore in the same second
         for suffix in ("", "-wal"):
             with contextlib.suppress(FileNotFoundError):
                 link_or_copy(f"{path}{suffix}", f"{kept}{suffix}")
@@ -10154,7 +10155,10 @@ def restore(source: Path, database: str) -> None:
             last_id = highest_id(db)
         with snapshot(source) as db:
             part = copy_verified(db, path, renew)
-        kept = replace_database(path, part)
+        try:
+            kept = replace_database(path, part)
+        finally:
+            part.unlink(missing_ok=True)
     click.echo(f"Restored {path} from {source}" + (f"; the old database is kept as {kept}" if kept else ""))
 
 

@@ -12595,8 +12595,10 @@ async def test_a_restore_needs_no_database_to_replace(filled: dict[str, bytes], 
     await run_ok("restore", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
     assert "2000 messages" in await run_ok("check", "--database", str(tmp_path / "chat.db"))
     (tmp_path / "chat.db").write_bytes(bytes(4096))  # a damaged one can be replaced, too
-    await run_ok("restore", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
+    for _ in range(3):  # each keeps the database that it replaces
+        await run_ok("restore", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
     assert "2000 messages" in await run_ok("check", "--database", str(tmp_path / "chat.db"))
+    assert len([path for path in tmp_path.glob("chat.db.2*") if not path.name.endswith("-wal")]) == 3
 
 
 @pytest.mark.parametrize(
