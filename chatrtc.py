@@ -9067,7 +9067,7 @@ def check_addresses(settings: Settings) -> None:
     try:
         settings.host.encode("idna")
     except UnicodeError:
-        raise StartError(f"--host {settings.host}: not a host name") from None
+        raise StartError(f"--host {settings.host!r}: not a host name") from None
     redis = REDIS_URL.fullmatch("redis://localhost" if settings.redis is None else settings.redis)
     if redis is None or int(redis[2] or 0) > PORT_MAX:  # the URL may contain a password, so it is not shown
         raise StartError("--redis: must be redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH; %-encode the password")
@@ -9075,17 +9075,17 @@ def check_addresses(settings: Settings) -> None:
     origins += [("frame-ancestor", "self or *", origin) for origin in settings.frame_ancestor]
     for option, words, origin in origins:
         if origin not in words.split(" or ") and parse_origin(origin) is None:
-            raise StartError(f"--{option} {origin}: must be {words}, or http:// or https:// and a host name, without a path")
+            raise StartError(f"--{option} {origin!r}: must be {words}, or http:// or https:// and a host name, without a path")
     if None in map(parse_ice_server, settings.ice_server):  # the URL may contain a password, so it is not shown
         raise StartError("--ice-server: must be stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT; %-encode the password")
     for proxy in settings.trusted_proxy:
         try:
             parse_network(proxy)
         except ValueError:
-            raise StartError(f"--trusted-proxy {proxy}: must be an address, a network or 'unix'") from None
+            raise StartError(f"--trusted-proxy {proxy!r}: must be an address, a network or 'unix'") from None
     url = settings.public_url
     if url is not None and not (len(url) <= PUBLIC_URL_MAX and PUBLIC_URL.fullmatch(url) and parse_origin(origin_of(url))):
-        raise StartError(f"--public-url {url}: must be http:// or https:// with a host name and any path, but no '?' or '#'")
+        raise StartError(f"--public-url {url!r}: must be http:// or https:// with a host name and any path, but no '?' or '#'")
 
 
 def read_settings(given: dict[str, Any]) -> Settings:

@@ -12082,6 +12082,8 @@ async def test_a_usage_error_is_one_clear_line(line: str, tmp_path: Path) -> Non
 async def test_an_invalid_variable_is_rejected_like_an_option(tmp_path: Path) -> None:
     expect_error(await run_command("serve", env={"CHATRTC_PORT": "x"}, cwd=tmp_path), "--port")
     expect_error(await run_command("serve", env={"CHATRTC_SECRET": "short"}, cwd=tmp_path), "32 bytes")
+    for name, value in (("PUBLIC_URL", "https://x\r"), ("TRUSTED_PROXY", "x"), ("CORS_ORIGIN", "x"), ("HOST", "x..\n")):
+        expect_error(await run_command("serve", env={f"CHATRTC_{name}": value}, cwd=tmp_path), repr(value))  # a file of Windows
 
 
 async def test_the_command_line_needs_no_temporary_folder(tmp_path: Path) -> None:
