@@ -7027,6 +7027,8 @@ LISTENER_EVENTS = 4096  # maximum number of events that wait for one listener of
 LISTENER_END_SECONDS = 1.0  # time limit of the listeners for ending when the chat stops
 UPLOADS, UPLOADS_PER_USER = 64, 3  # at a time; each takes up to 0.5 MiB of memory
 DOWNLOADS, DOWNLOADS_PER_USER = 128, 8  # at a time; each takes up to 0.2 MiB of memory
+TRANSFER_WAIT_SECONDS = 10.0  # time that an upload or download waits for a slot until a slow one is ended
+SLOW_TRANSFER_SECONDS, SLOW_TRANSFER_SPEED = 60.0, 8192  # one that lasts longer than this, with fewer bytes per second
 PART_BYTES = 64 * 1024  # size of the parts in which a file is read and sent
 NOBODY = Principal(0, "")  # the user of a call without a token, and of a socket before it authenticates
 
@@ -7040,6 +7042,45 @@ class Connection:
     def __init__(self, sid: str, address: str) -> None:
         self.sid, self.address, self.user, self.closed = sid, address, NOBODY, False
         self.servers: dict[int, set[int]] = {}  # joined server -> its channels
+
+
+class Transfers(FairQueue):
+    """Slots for uploads or downloads. If one waits because all slots are taken, the slowest is ended: otherwise clients that
+    send or receive a few bytes at a time could keep all slots."""
+
+    def __init__(self, slots: int, each: int) -> None:
+        super().__init__(slots, each)
+        self._running_since: dict[asyncio.Transport, tuple[float, web.BaseRequest]] = {}
+
+    @contextlib.asynccontextmanager
+    async def transfer(self, user_id: int, request: web.BaseRequest) -> AsyncIterator[None]:
+        """Wait for a slot and hold it. Raises RATE_LIMITED if the user's queue is full."""
+        client, waiting = request.transport, asyncio.create_task(self._wait_on(user_id))
+        try:
+            async with self.turn(user_id):
+                waiting.cancel()
+                if client is not None:
+                    self._running_since[client] = time.monotonic(), request
+                yield
+        finally:
+            waiting.cancel()
+            if client is not None:
+                self._running_since.pop(client, None)
+
+    async def _wait_on(self, user_id: int) -> None:
+        while True:
+            await asyncio.sleep(TRANSFER_WAIT_SECONDS)
+            if self._free == 0 and self._running[user_id] < self._each:
+                self._end_slowest()
+
+    def _end_slowest(self) -> None:
+        speeds = {}
+        for client, (since, request) in self._running_since.items():
+            if (seconds := time.monotonic() - since) > SLOW_TRANSFER_SECONDS:
+                sent = request.writer.output_size - client.get_write_buffer_size() - unsent_bytes(client)
+                speeds[client] = (request.content.total_bytes + sent) / seconds
+        if speeds and speeds[client := min(speeds, key=speeds.__getitem__)] < SLOW_TRANSFER_SPEED:
+            abort(client)
 
 
 class Body(NamedTuple):
@@ -7116,8 +7157,7 @@ class Hub:
         self.store.on_gap = self.reconnect_all
         self.sio.share = self.share if shared else None
         self.qr_lock, self.piece_lock = asyncio.Lock(), asyncio.Lock()
-        self.uploads = FairQueue(UPLOADS, UPLOADS_PER_USER)
-        self.downloads = FairQueue(DOWNLOADS, DOWNLOADS_PER_USER)
+        self.uploads, self.downloads = Transfers(UPLOADS, UPLOADS_PER_USER), Transfers(DOWNLOADS, DOWNLOADS_PER_USER)
         self.password_hasher = PasswordHasher(bounded=not settings.no_rate_limit)
         self.limiter, self.unlimited = Limiter(enabled=not settings.no_rate_limit), Limiter(enabled=False)
         self.presence, self.pages, self.missed = Presence(), ResultCache(), ResultCache()
@@ -8235,8 +8275,10 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
 
     if not most:
         raise chat_error("FILES_OFF")
-    async with hub.uploads.turn(caller.user.user_id, caller.is_program):
-        file_id = await run(insert_file, caller.user.user_id, args.channel_id, declared, most, quota)
+    user_id, uploads, source = caller.user.user_id, hub.uploads, caller.source
+    turn = uploads.transfer(user_id, source) if isinstance(source, web.Request) else uploads.turn(user_id, caller.is_program)
+    async with turn:
+        file_id = await run(insert_file, user_id, args.channel_id, declared, most, quota)
         try:
             async for piece in split_pieces(caller.body.data):
                 if not size:
@@ -8636,7 +8678,7 @@ async def send_parts(
 ) -> web.StreamResponse:
     """Send the parts of a body. If the client loses access or disconnects meanwhile, the connection is aborted."""
     complete = False
-    async with hub.downloads.turn(user.user_id):
+    async with hub.downloads.transfer(user.user_id, request):
         try:
             await response.prepare(request)
             if request.method != "HEAD":

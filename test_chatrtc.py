@@ -3780,6 +3780,44 @@ async def test_a_restart_removes_unfinished_uploads(tmp_path: Path) -> None:
     assert (await run_ok("check", "--database", str(tmp_path / "chat.db"))).startswith("sound")
 
 
+@pytest.mark.parametrize("way", ["uploads", "downloads"])
+async def test_slow_transfers_do_not_keep_all_slots(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Ana keeps all slots by transferring few bytes at a time. Ben waits until the slowest is ended."""
+    for name, value in {way.upper(): 3, "TRANSFER_WAIT_SECONDS": 0.1, "SLOW_TRANSFER_SECONDS": 1.0}.items():
+        monkeypatch.setattr(chatrtc, name, value)
+    scene = await Scene.make(await make_world(file_max=16))
+    ana, ben, channel_id, transfers = scene.ana, scene.ben, scene.place.channel_id, getattr(scene.world.chat.hub, way)
+    data = os.urandom(15 << 20)
+    file = await uploaded(ana, channel_id, data)
+    await ana.post(channel_id, "", files=[file["file_id"]])
+    path = f"/files/{file['file_id']}"
+    first = f"GET {path}" if way == "downloads" else f"POST /channels/{channel_id}/files?name=x"
+    head = f"{first} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {ana.token}\r\n"
+    head += "Content-Length: 9999\r\n" * (way == "uploads")
+
+    async def transfer_slowly() -> None:
+        loop = asyncio.get_running_loop()
+        with socket_module.socket() as connection, contextlib.suppress(ConnectionError):
+            connection.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", urlsplit(scene.world.url).port or 0))
+            connection.setblocking(False)
+            await loop.sock_sendall(connection, f"{head}\r\n".encode())
+            while True:
+                await (loop.sock_recv(connection, 500) if way == "downloads" else loop.sock_sendall(connection, b"x"))
+                await asyncio.sleep(0.2)
+
+    slow = [asyncio.create_task(transfer_slowly()) for _ in range(3)]
+    await until(lambda: transfers._free == 0)
+    if way == "downloads":
+        assert (await ben.call("GET", path)).body == data
+    else:
+        assert (await uploaded(ben, channel_id))["size"] == 5
+    assert transfers._running[ana.user_id] == 2  # no more than was needed
+    for task in slow:
+        task.cancel()
+    await until(lambda: not transfers._running)
+
+
 async def test_uploads_of_one_user_take_turns(scene: Scene) -> None:
     """The fourth waits until one of the other three ends, and the uploads of others do not wait for it."""
     ben, channel_id, world = scene.ben, scene.place.channel_id, scene.world
