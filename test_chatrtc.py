@@ -23724,11 +23724,13 @@ async def test_a_message_has_a_link(api: World, tab: Any) -> None:
     assert link == f"{api.url}/#/channel/{channel_id}/message/{first}"
     await maya.open_channel("homework")
     await maya.write(f"see {link}")
-    jonas = await tab(jonas_api)
+    jonas = await tab(jonas_api, reduced_motion="reduce")
     await jonas.open_channel("homework")
     await jonas.click("#log .said a")
     await expect(jonas.locator("#room-name")).to_have_text("general")
     await expect(jonas.row("message 0;")).to_be_focused()
+    flash = "row => { row.classList.add('flash'); return getComputedStyle(row).animationDuration; }"
+    assert await jonas.row("message 0;").evaluate(flash) == "2.2s"
     assert len(jonas.page.context.pages) == 1
     for place, message_id in ((homework, first), (channel_id, 10**30)):
         await jonas.goto(f"{api.url}/#/channel/{place}/message/{message_id}")
