@@ -151,6 +151,14 @@ async def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> flo
     return time.monotonic() - began
 
 
+async def end_task(task: asyncio.Task[Any]) -> None:
+    """Cancel a task until it has ended: `wait_for` of Python 3.11, which python-socketio uses, can lose a cancellation."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=1)
+    await asyncio.gather(task, return_exceptions=True)  # so that asyncio does not log its error
+
+
 async def happens(event: asyncio.Event) -> None:
     """Wait for an event, such as the answer that `hold_answer` holds."""
     async with asyncio.timeout(PATIENCE):
@@ -13857,8 +13865,7 @@ async def test_a_cut_leaves_no_gap(launch: Launch, tmp_path: Path, tries: int) -
             await asyncio.gather(*(replica.connect() for replica in replicas))
             load = asyncio.create_task(change_messages(world, people[:5], place, dice, allowed))
     assert kills == 3
-    load.cancel()
-    await asyncio.gather(load, return_exceptions=True)
+    await end_task(load)
     await people[0].ok("PATCH", f"/servers/{place.server_id}", {"name": "the end"})
     await asyncio.gather(*(replica.receive() for replica in replicas))
     stored = {message["message_id"]: message for message in await server_history(world, place.server_id, people[0].token)}
@@ -14021,8 +14028,7 @@ class Wire:
 
     async def stop_reading(self) -> None:
         if self.task is not None:
-            self.task.cancel()
-            await asyncio.gather(self.task, return_exceptions=True)
+            await end_task(self.task)
 
     async def end(self) -> None:
         await self.stop_reading()
@@ -14105,8 +14111,7 @@ async def posting(person: Person, channel_id: int, pause: float = 0.01, **fields
     try:
         yield accepted
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_task(task)
 
 
 async def revoke_here(world: World, kind: str, number: int) -> tuple[float, float]:
@@ -14494,8 +14499,7 @@ async def test_slow_clients_are_disconnected_and_nobody_notices(launch: Launch, 
     await until(lambda: not any(wire.open() for wire in frozen))
     for poller in never:
         assert (await (await Wire.reach(world.url)).request("GET", poller.path))[0] == 400
-    watching.cancel()
-    await asyncio.gather(watching, return_exceptions=True)
+    await end_task(watching)
     for socket in healthy:
         await socket.call("ping")
         assert socket.names().count("message:new") == len(warm) + len(before) + len(after)
@@ -15033,7 +15037,7 @@ class Health:
             await asyncio.sleep(0.2)
 
     async def __aexit__(self, *about: object) -> None:
-        self._task.cancel()
+        await end_task(self._task)
         (error,) = await asyncio.gather(self._task, return_exceptions=True)
         if about[0] is not None:
             return
@@ -17353,8 +17357,7 @@ class StormClient(Replica):
     async def leave(self) -> None:
         """Disconnect until the next `begin`."""
         assert self.task is not None
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
+        await end_task(self.task)
         self.measure()
         self.ready.clear()
         await self.disconnect()
