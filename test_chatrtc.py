@@ -21118,6 +21118,21 @@ async def test_a_line_marks_where_the_tab_was_left(two: Any) -> None:
     await expect(jonas.locator("#log .fresh + .row")).to_contain_text("away 0;")
 
 
+async def test_a_server_without_a_text_channel_says_so(two: Any) -> None:
+    maya, jonas, (_, channel_id) = two
+    await maya.api.ok("DELETE", f"/channels/{channel_id}")
+    await expect(maya.locator("#notice")).to_contain_text("No text channel yet Add one with the plus sign")
+    await expect(jonas.locator("#notice")).to_contain_text("An admin of this server can add one.")
+    for one in (maya, jonas):
+        await expect(one.locator("#notice button:visible")).to_have_count(0)
+    await maya.click('#channels [data-do="addChannel"]')
+    await maya.fill('#ask input[name="name"]', "homework")
+    await maya.confirm()
+    await expect(maya.locator("#room-name")).to_have_text("homework")
+    for one in (maya, jonas):
+        await expect(one.locator("#notice")).to_be_hidden()
+
+
 async def test_a_server_that_was_joined_on_another_device_is_shown_after_an_error(api: World, tab: Any) -> None:
     (maya_api,), _ = await create_class(api, "Maya")
     maya = await tab(maya_api)
