@@ -1849,7 +1849,7 @@ class Result(NamedTuple, Generic[T]):
 
 # ---- Files ---------------------------------------------------------------------------------------------------------
 # The database file and the files next to it. All checks come before the first change: a file that is damaged, newer or another
-# program's is left unchanged, and a StartError says so in one line. SQLite gets absolute paths, as it takes `file:x` for a URI.
+# program's is left unchanged, and a StartError says so in one line.
 
 APPLICATION_ID = int.from_bytes(b"CRTC", "big")
 # MIGRATIONS[n - 1] converts format n to n + 1; schema.sql has the newest format. The first one resets the search index.
@@ -2001,6 +2001,12 @@ def sync_folder(folder: Path) -> None:
             os.fsync(file)
         finally:
             os.close(file)
+
+
+def connect(path: Path, **options: Any) -> sqlite3.Connection:
+    """Open a database file. The path is made absolute, because SQLite takes `file:x` for a URI."""
+    db: sqlite3.Connection = sqlite3.connect(path.absolute(), isolation_level=None, **options)
+    return db
 
 
 def connect_reader(path: Path, *, immutable: bool = False, cache_kib: int = READER_CACHE_KIB) -> sqlite3.Connection:
@@ -2162,7 +2168,7 @@ def open_writer(path: Path) -> sqlite3.Connection:
     """Open the connection that writes, and migrate. Raises StartError if a pragma fails, as WAL does on some network disks."""
     with contextlib.ExitStack() as stack:
         # The timeout in seconds is short: only another program can hold the lock, and waiting may block the event loop.
-        db = sqlite3.connect(path.absolute(), 0.1, isolation_level=None, check_same_thread=False, cached_statements=256)
+        db = connect(path, timeout=0.1, check_same_thread=False, cached_statements=256)
         stack.callback(db.close)
         for name, value in PRAGMAS.items():
             db.execute(f"PRAGMA {name} = {value}")
@@ -2193,7 +2199,7 @@ def check_and_open(path: Path, *, may_migrate: bool = True) -> sqlite3.Connectio
     with as_start_error(path):
         copied = read_sqlite_header(path)[18:19] == BACKUP_MODE  # a backup that was copied into place
         if copied and sibling_path(path, "-journal").exists():  # an earlier start failed while converting the backup (below)
-            with contextlib.closing(sqlite3.connect(path.absolute())) as db:
+            with contextlib.closing(connect(path)) as db:
                 read_format(db)  # the first read rolls back
         version = check_openable(path)
         if version and not may_migrate:
@@ -2201,7 +2207,7 @@ def check_and_open(path: Path, *, may_migrate: bool = True) -> sqlite3.Connectio
         if not path.exists():
             write_private(path.resolve(), b"", path)
         if copied:  # the file is marked as a backup until this is done
-            with contextlib.closing(sqlite3.connect(path.absolute(), isolation_level=None)) as db:
+            with contextlib.closing(connect(path)) as db:
                 migrate(db)
                 skip_ids(db)
         return open_writer(path)
@@ -2341,7 +2347,7 @@ def copy_database(source: sqlite3.Connection, dest: Path, progress: Callable[[in
     """Copy a database, in steps, into a new file that only its owner can read, and sync it."""
     dest.unlink(missing_ok=True)
     os.close(os.open(dest, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    with contextlib.closing(sqlite3.connect(dest.absolute(), isolation_level=None)) as target:
+    with contextlib.closing(connect(dest)) as target:
         source.backup(target, pages=1024, progress=progress, sleep=0)
         target.execute("PRAGMA journal_mode = delete")  # a single file, marked as a backup
     with dest.open("r+b") as file:  # Windows syncs only files that are open for writing
@@ -10151,7 +10157,7 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
                 if errors := check_integrity(copy):
                     raise sqlite3.DatabaseError(errors[0])
             if finish is not None:
-                with contextlib.closing(sqlite3.connect(part.absolute(), isolation_level=None)) as copy:
+                with contextlib.closing(connect(part)) as copy:
                     finish(copy)
         except (OSError, sqlite3.Error) as error:
             raise StartError(f"Cannot write {dest}: {error}. The incomplete copy was deleted") from None
