@@ -2551,14 +2551,18 @@ class FairQueue:
         self._queues.setdefault(user, deque()).append(turn)
         self._fill_slots()
         try:
-            await turn
+            await self._wait(turn, user)
             yield
         finally:
+            turn.cancel()  # if it still waits
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._free += 1
                 self._running[user] -= 1
                 self._running += Counter()  # drops users at zero
                 self._fill_slots()
+
+    async def _wait(self, turn: asyncio.Future[None], user: object) -> None:
+        await turn
 
     def _fill_slots(self) -> None:
         """Give the free slots to waiting calls, least recently served user first."""
@@ -7061,22 +7065,19 @@ class Transfers(FairQueue):
     @contextlib.asynccontextmanager
     async def transfer(self, user_id: int, request: web.BaseRequest) -> AsyncIterator[None]:
         """Wait for a slot and hold it. Raises RATE_LIMITED if the user's queue is full."""
-        client, waiting = request.transport, asyncio.create_task(self._wait_on(user_id))
-        try:
-            async with self.turn(user_id):
-                waiting.cancel()
-                if client is not None:
-                    self._running_since[client] = time.monotonic(), request
-                yield
-        finally:
-            waiting.cancel()
+        client = request.transport
+        async with self.turn(user_id):
             if client is not None:
-                self._running_since.pop(client, None)
+                self._running_since[client] = time.monotonic(), request
+            try:
+                yield
+            finally:
+                if client is not None:
+                    self._running_since.pop(client, None)
 
-    async def _wait_on(self, user_id: int) -> None:
-        while True:
-            await asyncio.sleep(TRANSFER_WAIT_SECONDS)
-            if self._free == 0 and self._running[user_id] < self._each:
+    async def _wait(self, turn: asyncio.Future[None], user: object) -> None:
+        while not (await asyncio.wait([turn], timeout=TRANSFER_WAIT_SECONDS))[0]:
+            if self._free == 0 and self._running[user] < self._each:
                 self._end_slowest()
 
     def _end_slowest(self) -> None:
@@ -9394,7 +9395,8 @@ class ChatRTC:
         self.hub.identify, self._page = identify, page
         name = settings.get("process")  # a generated name is unique, and its lock file would remain
         self._name = FileLock(Path(self.settings.database), f".process-{name}.lock") if name is not None else None
-        self._running, self._started = contextlib.AsyncExitStack(), False  # what `stop` undoes; False once that is done
+        self._running = contextlib.AsyncExitStack()  # what `stop` undoes
+        self._started = False  # True from the beginning of `start` until `stop` has ended
         self._asyncapi = StaticFile(lambda: msgspec.json.encode(asyncapi(self.hub.host_events.values())), JSON)
         add_socket_handlers(self.hub)
 
