@@ -7567,8 +7567,8 @@ class Hub:
             channel, user = one.notice.channel_id, one.notice.user_id
             if one.server_id != server_id or user_id not in (None, user) or channel_id not in (None, channel):
                 continue
-            account = self.store.read_inline(load_principal, user, b"") or NOBODY
-            with contextlib.suppress(ChatError):
+            with contextlib.suppress(ChatError):  # also if the database cannot be read: the effects that follow are applied
+                account = self.store.read_inline(load_principal, user, b"") or NOBODY
                 caller = Caller(account, "", action="talk" if isinstance(one, Peer) else "type")
                 self.require_member(caller, ChannelArgs(channel_id=channel))
                 continue

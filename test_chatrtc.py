@@ -4298,6 +4298,21 @@ async def test_typing_is_emitted_once_a_second_and_ends_after_three(scene: Scene
     await scene.ben_socket.receive("typing_stop", user_id=scene.ana.user_id)
 
 
+async def test_typing_ends_if_the_database_cannot_say_whether_it_is_allowed(scene: Scene) -> None:
+    """The effects that follow are applied, too."""
+    server_id = scene.place.server_id
+    await scene.ana_socket.ok("typing_start", {"channel_id": scene.place.channel_id})
+    await scene.ben_socket.receive("user:typing")
+    hub = scene.world.chat.hub
+    assert hub.store._inline_reader is not None
+    hub.store._inline_reader.set_authorizer(lambda action, *names: 1 if action == sqlite3.SQLITE_READ else 0)
+    renamed = chatrtc.Emit("server:updated", server_id, chatrtc.ServerRenamed(server_id, "new", 0))
+    hub.apply_effects([chatrtc.StopForbiddenActivity(server_id), renamed])
+    hub.store._inline_reader.set_authorizer(None)
+    await scene.ben_socket.receive("typing_stop")
+    await scene.ben_socket.receive("server:updated")
+
+
 @pytest.mark.portable
 async def test_typing_is_emitted_to_the_users_other_tab(scene: Scene) -> None:
     tab = await scene.ana.socket(scene.place.server_id)
