@@ -4153,7 +4153,8 @@ def export_name(file: File) -> str:
 
 class Transcript:
     """The messages of channels as an HTML page with pictures and without scripts. `servers`: their names and channels.
-    With `hidden`, people are called "Person 1", "Person 2" and so on, also in mentions. `folder`: where the files are."""
+    With `hidden`, people are called "Person 1", "Person 2" and so on, also in mentions. `folder`: where the files are,
+    %-encoded."""
 
     def __init__(self, servers: Sequence[tuple[str, list[Channel]]], hidden: bool = False, folder: str | None = None) -> None:
         self.servers, self.hidden, self.folder = servers, hidden, folder
@@ -4244,7 +4245,7 @@ class Transcript:
     def _write_file(self, file: File) -> Iterator[str]:
         label = html.escape(f"{file.name} ({file.size} bytes)")
         if self.folder is not None:
-            label = f'<a href="{html.escape(urllib.parse.quote(f"{self.folder}/{export_name(file)}"))}">{label}</a>'
+            label = f'<a href="{html.escape(f"{self.folder}/{urllib.parse.quote(export_name(file))}")}">{label}</a>'
         if file.type in PICTURE_SIZES:
             yield f'<img alt="{html.escape(file.alt or file.name)}" src="data:{file.type};base64,'
             yield from self._encode(file)
@@ -10250,7 +10251,8 @@ def export_file(db: sqlite3.Connection, file: File, folder: Path, advance: Calla
 def write_html(db: sqlite3.Connection, servers: list[dict[str, Any]], output: typing.TextIO, folder: Path | None) -> None:
     """Write the messages of servers as one HTML file. It links to exported files, whose folder has to be next to it."""
     contents = [(server["name"], load_channels(db, server["server_id"])) for server in servers]
-    transcript = Transcript(contents, folder=folder.name if folder else None)
+    # The name of a folder need not be text; that of the current one is empty.
+    transcript = Transcript(contents, folder=urllib.parse.quote(os.fsencode(folder.name or ".")) if folder else None)
     with click.progressbar(length=count_rows(db)[2], label="Exporting", **BAR) as bar:
         while (part := transcript.read(db)) is not None:
             output.write(part)

@@ -12872,6 +12872,10 @@ async def test_an_export_contains_the_files(world: World, tmp_path: Path, databa
     without = await run_ok("export", "--format", "html", *database)
     assert "two.txt (11 bytes)" in without
     assert picture in without and "<a href" not in without
+    for name, quoted in ((".", "."), ("..", ".."), ("\udcff#", "%FF%23")):  # the last one is not valid UTF-8
+        page = await run_ok(*export[:3], "--format", "html", "--files", name, *database, cwd=folder)
+        assert f'<a href="{quoted}/2-two.txt">' in page
+        assert (folder / name / "2-two.txt").read_bytes() == contents["two.txt"]
     expect_error(await run_command(*export[:3], "--files", str(victim), *database), "is a file")
     expect_error(await run_command(*export[:3], "--files", str(tmp_path / "missing" / "out"), *database), "No such file")
 
