@@ -9664,14 +9664,12 @@ def announce(hub: Hub, address: tuple[str, int], tls: bool) -> None:
     sys.stdout.flush()
 
 
-def handle_signals(stop: Callable[[], None]) -> None:
-    """Call `stop` on the event loop on Ctrl-C and on every other signal of this system that ends a server."""
-    loop = asyncio.get_running_loop()
+def handle_signals(handler: Callable[..., Any]) -> None:
+    """Call `handler` on Ctrl-C and on every other signal of this system that ends a program."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
         if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # nohup ignores it
-            # Windows has no add_signal_handler. A signal may also come after the loop was closed.
-            signal.signal(number, lambda *_: loop.is_closed() or loop.call_soon_threadsafe(stop))
+            signal.signal(number, handler)
 
 
 def notify_systemd(state: str) -> None:
@@ -9694,8 +9692,9 @@ async def wait_for_stop(stopped: asyncio.Event) -> None:
 
 async def serve_until_stopped(settings: dict[str, Any]) -> None:
     """Run a server until SIGTERM, SIGINT, SIGHUP or SIGBREAK, and then shut it down cleanly. Raises StartError."""
-    stopped = asyncio.Event()
-    handle_signals(stopped.set)
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    # Windows has no add_signal_handler. A signal may also come after the loop was closed.
+    handle_signals(lambda *_: loop.is_closed() or loop.call_soon_threadsafe(stopped.set))
     chat = ChatRTC(**settings)
     app = web.Application()
     chat.attach(app)
@@ -10148,7 +10147,7 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
         raise StartError(f"The directory {dest.parent} does not exist")
     part = dest.with_name(dest.name + ".part")
     with contextlib.ExitStack() as undo, click.progressbar(length=1, label="Copying", **BAR) as bar:
-        undo.callback(part.unlink, missing_ok=True)  # also on Ctrl-C
+        undo.callback(part.unlink, missing_ok=True)  # also on Ctrl-C and SIGTERM
 
         def show(status: int, remaining: int, total: int) -> None:
             bar.length = total
@@ -10173,6 +10172,7 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
 @setting_options("database")
 def backup(dest: Path, database: str) -> None:
     """Back up the database to a new file DEST. Verifies the copy; works while the server runs."""
+    handle_signals(signal.default_int_handler)  # it raises KeyboardInterrupt
     if dest.exists():
         raise StartError(f"{dest} already exists; it was not changed")
     with open_reader(database, any_format=True) as db:
@@ -10187,6 +10187,7 @@ def backup(dest: Path, database: str) -> None:
 @setting_options("database")
 def restore(source: Path, database: str) -> None:
     """Replace the database with the backup SOURCE. Stop the server first. The old database is kept under another name."""
+    handle_signals(signal.default_int_handler)
     path = Path(database).resolve()
     if not source.is_file():
         raise StartError(f"There is no backup {source}")

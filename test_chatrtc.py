@@ -12500,13 +12500,21 @@ async def test_a_live_database_is_backed_up_and_restored(tmp_path: Path, databas
         assert {row[0] for row in db.execute("SELECT message_id FROM messages")} >= set(kept)
 
 
-def test_an_interrupted_copy_is_deleted(tmp_path: Path) -> None:
-    def interrupt(copy: sqlite3.Connection) -> None:
-        raise KeyboardInterrupt
-
-    with contextlib.closing(sqlite3.connect(":memory:")) as db, pytest.raises(KeyboardInterrupt):
-        chatrtc.copy_verified(db, tmp_path / "copy.db", interrupt)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("command", ["backup", "restore"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+async def test_an_interrupted_copy_is_deleted(tmp_path: Path, filled: dict[str, bytes], command: str, name: str) -> None:
+    for path in (tmp_path / "chat.db", tmp_path / "backup.db"):
+        path.write_bytes(filled["stopped"])
+    interrupt = f"chatrtc.check_integrity = lambda db: os.kill(os.getpid(), {getattr(signal, name)})"
+    other = tmp_path / ("copy.db" if command == "backup" else "backup.db")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", f"import chatrtc, os\n{interrupt}\nchatrtc.main()"),
+        *(command, str(other), "--database", str(tmp_path / "chat.db")),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (1, b"\nAborted!\n")
+    assert {path.name for path in tmp_path.iterdir() if path.suffix in (".db", ".part")} == {"chat.db", "backup.db"}
 
 
 @pytest.mark.parametrize("way", ["restore", "restore of a lost one", "a copy by hand", "a clock set back"])
