@@ -2345,7 +2345,6 @@ def snapshot(path: Path) -> Iterator[sqlite3.Connection]:
 
 def copy_database(source: sqlite3.Connection, dest: Path, progress: Callable[[int, int, int], None]) -> None:
     """Copy a database, in steps, into a new file that only its owner can read, and sync it."""
-    dest.unlink(missing_ok=True)
     os.close(os.open(dest, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     with contextlib.closing(connect(dest)) as target:
         source.backup(target, pages=1024, progress=progress, sleep=0)
@@ -10145,7 +10144,7 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
     """Copy a database next to `dest`, verify it, pass it to `finish`, return its path. Raises StartError, leaving no copy."""
     if not dest.parent.is_dir():
         raise StartError(f"The directory {dest.parent} does not exist")
-    part = dest.with_name(dest.name + ".part")
+    part = dest.with_name(f"{dest.name}.{secrets.token_hex(4)}.part")  # another program may copy to `dest`, too
     with contextlib.ExitStack() as undo, click.progressbar(length=1, label="Copying", **BAR) as bar:
         undo.callback(part.unlink, missing_ok=True)  # also on Ctrl-C and SIGTERM
 

@@ -12308,14 +12308,13 @@ async def test_a_file_that_others_can_read_or_created_is_rejected(
 
 
 @pytest.mark.parametrize("kind", ["a link", "a pipe", "666", "another user's"])
-@pytest.mark.parametrize("name", ["chat.db.secret.part", "copy.part"])
-async def test_a_part_file_of_another_user_is_not_used(tmp_path: Path, name: str, kind: str, database: DatabaseOption) -> None:
+async def test_a_part_file_of_another_user_is_not_used(tmp_path: Path, kind: str, database: DatabaseOption) -> None:
     if kind == "another user's" and os.geteuid() != 0:
         pytest.skip("only root can change the owner of a file")
-    target = occupy(tmp_path, name, kind)
+    target = occupy(tmp_path, "chat.db.secret.part", kind)
     with contextlib.ExitStack() as stack:
         if kind != "a pipe":
-            held = stack.enter_context((tmp_path / name).open("rb"))  # the other user might keep it open
+            held = stack.enter_context((tmp_path / "chat.db.secret.part").open("rb"))  # the other user might keep it open
         await run_ok("user", "add", "ana", *database, stdin="correct horse\n")
         await run_ok("token", "ana", *database)
         await run_ok("backup", str(tmp_path / "copy"), *database)
@@ -12633,7 +12632,14 @@ async def test_a_failed_backup_leaves_no_file(filled: dict[str, bytes], tmp_path
     _, err = await process.communicate()  # a limit on the file size simulates a full disk
     expect_error(Finished(process.returncode or 0, "", err.decode()), "deleted")
     assert not list(tmp_path.glob("full*"))
+    (tmp_path / "copy.part").write_text("keep me")
     assert "verified" in await run_ok("backup", str(tmp_path / "copy"), *database)
+    assert (tmp_path / "copy.part").read_text() == "keep me"
+    copies: list[Path] = []
+    with contextlib.closing(chatrtc.connect_reader(tmp_path / "copy")) as db:  # two at once to the same file
+        again = functools.partial(chatrtc.copy_verified, db, tmp_path / "twin")
+        copies.append(again(lambda copy: copies.append(again())))
+    assert [path.stat().st_size for path in copies] == [(tmp_path / "copy").stat().st_size] * 2
     assert (tmp_path / "chat.db").read_bytes() == filled["stopped"]
 
 
