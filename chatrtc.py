@@ -2366,19 +2366,19 @@ def link_or_copy(path: str, kept: str) -> None:
 
 
 def replace_database(path: Path, part: Path) -> Path | None:
-    """Replace a database by the copy `part`. Return the path under which the old one (and its -wal) is kept, if there was one.
+    """Replace a database by the copy `part`. Return the path under which the old one (and its -wal) is kept, if there was one,
+    or only its -wal: the database may have been moved away.
 
     After an interruption, `path` is either the old database, or the copy next to the old -wal (`check_openable` detects this).
     """
-    kept = None
-    if path.exists():
-        while os.path.lexists(kept := path.with_name(f"{path.name}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")):
+    kept, old = None, [suffix for suffix in ("", "-wal") if os.path.exists(f"{path}{suffix}")]
+    if old:
+        while os.path.lexists(kept := Path(f"{path}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}{old[0]}")):
             time.sleep(0.1)  # an earlier restore in the same second
-        for suffix in ("", "-wal"):
-            with contextlib.suppress(FileNotFoundError):
-                link_or_copy(f"{path}{suffix}", f"{kept}{suffix}")
+        for suffix in old:
+            link_or_copy(f"{path}{suffix}", f"{kept}{suffix.removeprefix(old[0])}")
     with part.open("r+b") as file:
-        if kept is not None:
+        if path.exists():
             part.chmod(stat.S_IMODE(path.stat().st_mode))
         match_owner(file.fileno(), path)
         os.fsync(file)
@@ -10187,10 +10187,10 @@ def backup(dest: Path, database: str) -> None:
 def restore(source: Path, database: str) -> None:
     """Replace the database with the backup SOURCE. Stop the server first. The old database is kept under another name."""
     handle_signals(signal.default_int_handler)
-    path = Path(database).resolve()
+    path = Path(os.path.realpath(database))
     if not source.is_file():
         raise StartError(f"There is no backup {source}")
-    if path.exists() and not path.is_file():
+    if os.path.lexists(path) and not path.is_file():
         raise StartError(f"{path} is not a regular file")
     last_id = 0
 

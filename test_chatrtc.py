@@ -12661,15 +12661,19 @@ async def test_a_restore_needs_a_file_and_replaces_only_files(filled: dict[str, 
     os.mkfifo(tmp_path / "pipe")
     restore = [*("restore", str(tmp_path / "empty")), *("--database", str(tmp_path / "chat.db"))]
     expect_error(await run_command(*restore), "empty: it is not a backup")
-    restore = [*("restore", str(tmp_path / "chat.db")), *("--database", str(tmp_path / "pipe"))]
-    expect_error(await run_command(*restore), "pipe is not a regular file")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("pipe", "loop"):
+        restore = [*("restore", str(tmp_path / "chat.db")), *("--database", str(tmp_path / name))]
+        expect_error(await run_command(*restore), f"{name} is not a regular file")
     assert (tmp_path / "chat.db").read_bytes() == filled["stopped"]
-    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == {"chat.db", "empty", "pipe"}
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == {"chat.db", "empty", "loop", "pipe"}
 
 
 async def test_a_restore_needs_no_database_to_replace(filled: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "copy").write_bytes(filled["stopped"])
-    await run_ok("restore", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
+    (tmp_path / "chat.db-wal").write_text("of a database that was moved away")
+    out = await run_ok("restore", str(tmp_path / "copy"), "--database", str(tmp_path / "chat.db"))
+    assert Path(out.strip().rpartition(" kept as ")[2]).read_text() == "of a database that was moved away"
     assert "2000 messages" in await run_ok("check", "--database", str(tmp_path / "chat.db"))
     (tmp_path / "chat.db").write_bytes(bytes(4096))  # a damaged one can be replaced, too
     for _ in range(3):  # each keeps the database that it replaces
