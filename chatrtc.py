@@ -10136,8 +10136,11 @@ def token(username: str, database: str, secret: str | None, token_ttl: int) -> N
     read_settings({"database": database, "secret": secret, "token_ttl": token_ttl})
     with open_reader(database) as db:
         account = require_account(db, username)
-    signer = TokenSigner(load_or_create_secret(Path(database)) if secret is None else secret, token_ttl)
-    click.echo(signer.issue(account).token)
+    if secret is None:
+        exists = os.path.lexists(private_path(Path(database), ".secret"))
+        with contextlib.nullcontext() if exists else Turn(Path(database)).hold():  # a server that starts now creates it, too
+            secret = load_or_create_secret(Path(database))
+    click.echo(TokenSigner(secret, token_ttl).issue(account).token)
 
 
 def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.Connection], None] | None = None) -> Path:

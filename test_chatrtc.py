@@ -12323,6 +12323,20 @@ async def test_a_part_file_of_another_user_is_not_used(tmp_path: Path, kind: str
     assert set(file_modes(tmp_path).values()) == {"0o600"}
 
 
+async def test_a_token_is_valid_on_a_server_that_starts_at_the_same_moment(
+    tmp_path: Path, database: DatabaseOption, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await run_ok("user", "add", "ana", *database, stdin="correct horse\n")
+
+    def start_server(turn: chatrtc.Turn) -> None:
+        """The server has had the turn, and has created the secret."""
+        chatrtc.write_private(tmp_path / "chat.db.secret", b"s" * 64, tmp_path / "chat.db")
+
+    monkeypatch.setattr(chatrtc.Turn, "acquire", start_server)
+    chatrtc.token.callback("ana", database[1], None, 60)
+    assert chatrtc.TokenSigner("s" * 64, 60).verify(capsys.readouterr().out.strip())[0] == 1
+
+
 @pytest.mark.skipif(chatrtc.effective_user() != 0, reason="only root can change the owner of a file")
 async def test_root_keeps_the_owner_of_the_files(tmp_path: Path, filled: dict[str, bytes]) -> None:
     folder, backup = tmp_path / "data", tmp_path / "copy"
