@@ -2057,14 +2057,16 @@ def match_owner(file: int, database: Path) -> None:
 
 def write_private(path: Path, data: bytes, database: Path) -> None:
     """Write a file that only its owner can read, atomically, and sync it."""
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)  # another process may have it open
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        match_owner(file.fileno(), database)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # another process may write the file, too
+    try:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            match_owner(file.fileno(), database)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -12307,20 +12307,22 @@ async def test_a_file_that_others_can_read_or_created_is_rejected(
     assert target.read_text() == "t" * 64
 
 
-@pytest.mark.parametrize("kind", ["a link", "a pipe", "666", "another user's"])
-async def test_a_part_file_of_another_user_is_not_used(tmp_path: Path, kind: str, database: DatabaseOption) -> None:
-    if kind == "another user's" and os.geteuid() != 0:
-        pytest.skip("only root can change the owner of a file")
-    target = occupy(tmp_path, "chat.db.secret.part", kind)
-    with contextlib.ExitStack() as stack:
-        if kind != "a pipe":
-            held = stack.enter_context((tmp_path / "chat.db.secret.part").open("rb"))  # the other user might keep it open
-        await run_ok("user", "add", "ana", *database, stdin="correct horse\n")
-        await run_ok("token", "ana", *database)
-        await run_ok("backup", str(tmp_path / "copy"), *database)
-        assert kind == "a pipe" or held.read(64) in (b"s" * 64, b"t" * 64)
-    assert target.read_text() == "t" * 64
-    assert set(file_modes(tmp_path).values()) == {"0o600"}
+def test_a_private_file_is_written_by_two_programs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, calls = tmp_path / "chat.db.secret", [OSError("the disk is full"), None]
+
+    def sync(file: int) -> None:
+        if isinstance(error := calls.pop(0), OSError):
+            raise error
+        monkeypatch.undo()
+        chatrtc.write_private(path, b"second", tmp_path / "chat.db")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match="full"):
+        chatrtc.write_private(path, b"zeroth", tmp_path / "chat.db")
+    assert list(tmp_path.iterdir()) == []
+    chatrtc.write_private(path, b"first", tmp_path / "chat.db")
+    assert path.read_bytes() == b"first"
+    assert file_modes(tmp_path) == {"chat.db.secret": "0o600"}
 
 
 async def test_a_token_is_valid_on_a_server_that_starts_at_the_same_moment(
