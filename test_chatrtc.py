@@ -18239,6 +18239,7 @@ http {{
     log_format short "$msec $status $request_method $request_uri";
     access_log {folder}/access.log short;
     client_body_temp_path {folder}/body;
+    client_body_buffer_size 10m;
     proxy_temp_path {folder}/proxy;
     fastcgi_temp_path {folder}/fastcgi;
     uwsgi_temp_path {folder}/uwsgi;
@@ -18294,6 +18295,7 @@ async def test_a_rolling_restart_behind_nginx_loses_nothing(group: Group, tmp_pa
         behind.worlds["nginx"] = world
         people = await world.people(*(f"user{number}" for number in range(8)))
         place = await world.place(*people)
+        assert (await post_file(people[0], place.channel_id, io.BytesIO(bytes(10 << 20)))).status == 201, "nginx refuses a file"
         storm = Storm(behind, place, random.Random(14))
         clients = [StormClient(person, storm) for person in people]
         stops: dict[str, list[tuple[float, float]]] = {"": [], "1": [], "2": [], "3": []}  # from the signal to the end
