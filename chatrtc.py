@@ -2368,12 +2368,12 @@ def link_or_copy(path: str, kept: str) -> None:
 
 
 def replace_database(path: Path, part: Path) -> Path | None:
-    """Replace a database by the copy `part`. Return the path under which the old one (and its -wal) is kept, if there was one,
-    or only its -wal: the database may have been moved away.
+    """Replace a database by the copy `part`. Return the path under which the old one (and its -wal or -journal) is kept, if
+    there was one, or only its -wal: the database may have been moved away.
 
     After an interruption, `path` is either the old database, or the copy next to the old -wal (`check_openable` detects this).
     """
-    kept, old = None, [suffix for suffix in ("", "-wal") if os.path.exists(f"{path}{suffix}")]
+    kept, old = None, [suffix for suffix in ("", "-wal", "-journal") if os.path.exists(f"{path}{suffix}")]
     if old:
         while os.path.lexists(kept := Path(f"{path}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}{old[0]}")):
             time.sleep(0.1)  # an earlier restore in the same second
@@ -2387,7 +2387,7 @@ def replace_database(path: Path, part: Path) -> Path | None:
     sync_folder(path.parent)
     os.replace(part, path)
     sync_folder(path.parent)
-    for suffix in ("-wal", "-shm"):
+    for suffix in ("-wal", "-shm", "-journal"):  # SQLite would apply them to the copy
         Path(f"{path}{suffix}").unlink(missing_ok=True)
     sync_folder(path.parent)
     return kept

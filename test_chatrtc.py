@@ -12614,6 +12614,12 @@ os.kill(os.getpid(), signal.SIGKILL)
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(tmp_path / "copy"))
     assert await process.wait() == -signal.SIGKILL
     assert (tmp_path / "copy-journal").stat().st_size > 0
+    for end in ("", "-journal"):
+        shutil.copy(f"{tmp_path}/copy{end}", f"{tmp_path}/other{end}")
+    kept = (await run_ok("restore", str(path), "--database", str(tmp_path / "other"))).strip().rpartition(" kept as ")[2]
+    chatrtc.check_and_open(tmp_path / "other").close()
+    assert "2000 messages" in await run_ok("check", "--database", str(tmp_path / "other"))
+    assert Path(f"{kept}-journal").read_bytes() == (tmp_path / "copy-journal").read_bytes()
     with contextlib.closing(chatrtc.check_and_open(tmp_path / "copy")) as db:
         assert chatrtc.check_integrity(db) == []
         assert db.execute("SELECT count(*) FROM messages WHERE content = 'half of it'").fetchone() == (0,)
