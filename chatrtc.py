@@ -9904,7 +9904,8 @@ def cli_errors() -> Iterator[None]:
     except (BrokenPipeError, click.exceptions.NoArgsIsHelpError):
         raise
     except OSError as error:
-        raise click.ClickException(f"{error.filename or 'Writing'}: {error.strerror}") from None
+        place = "The current directory" if error.errno == errno.ENOENT else "Writing"
+        raise click.ClickException(f"{error.filename or place}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise click.ClickException("Standard input is not valid UTF-8") from None
     except click.UsageError as error:

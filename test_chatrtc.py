@@ -12229,6 +12229,8 @@ async def test_commands_work_with_closed_streams(tmp_path: Path) -> None:
     expect_error(await run_shell('exec "$@" <&-', "user", "add", "ben", *database), "new_password")
     no_text = await run_shell('printf "\\377 long enough" | LC_ALL=C "$@"', "user", "add", "ben", *database)
     expect_error(no_text, "Standard input is not valid UTF-8")
+    lost = await run_shell(f'mkdir {tmp_path}/x && cd {tmp_path}/x && rmdir {tmp_path}/x && exec "$@"', "serve")
+    expect_error(lost, "The current directory: No such file")
     for command in ("export", "check"):
         assert await run_shell('exec "$@" <&- >&- 2>&-', command, *database) == Finished(0, "", "")
 
