@@ -9646,23 +9646,23 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 def announce(hub: Hub, address: tuple[str, int], tls: bool) -> None:
     """Print the URLs at which the server can be reached, and store them in the hub."""
-    (host, port), settings, scheme = address, hub.settings, "https" if tls else "http"
+    (host, port), settings, scheme, out = address, hub.settings, "https" if tls else "http", io.StringIO()
     url, lan_url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", f"{scheme}://{lan_address()}:{port}"
-    click.echo(f"ChatRTC listening on {url}")
+    print(f"ChatRTC listening on {url}", file=out)
     if settings.public_url is not None:
-        click.echo(f"People open {settings.public_url}")
+        print(f"People open {settings.public_url}", file=out)
     everywhere = parse_address(host) in (ipaddress.IPv4Address(0), ipaddress.IPv6Address(0))
     hub.own_url = lan_url if everywhere else url
     if not is_loopback(host):
         hub.lan_url = hub.own_url
         if settings.lan:
-            click.echo(f"Others on your network: {settings.public_url or hub.lan_url}")
-            qr_code(settings.public_url or hub.lan_url).terminal(compact=True, border=2)
+            print(f"Others on your network: {settings.public_url or hub.lan_url}", file=out)
+            qr_code(settings.public_url or hub.lan_url).terminal(out, compact=True, border=2)
         if not tls and not settings.trusted_proxy:
-            click.echo("Passwords cross the network unencrypted. Add --tls-self-signed to serve https.")
+            print("Passwords cross the network unencrypted. Add --tls-self-signed to serve https.", file=out)
     elif sys.stdout.isatty() and settings.public_url is None:  # only in a terminal: scripts read the first line
-        click.echo(f"Only this machine can reach it. With --lan, others on your network can, at {lan_url}")
-    sys.stdout.flush()
+        print(f"Only this machine can reach it. With --lan, others on your network can, at {lan_url}", file=out)
+    click.echo(out.getvalue(), nl=False)  # at once: a reader such as `head -1` may close the pipe after a line
 
 
 def handle_signals(handler: Callable[..., Any]) -> None:

@@ -11822,6 +11822,22 @@ async def test_a_damaged_certificate_is_rejected(tmp_path: Path, database: Datab
         expect_error(await run_command("serve", "--port", "0", "--tls-self-signed", *database), "tls.pem", "move it away")
 
 
+async def test_addresses_are_printed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader such as `head -1` may close the pipe after a line. The C locale has no characters for the QR code."""
+    writes: list[bytes] = []
+
+    class Screen(io.BytesIO):
+        def write(self, data: Any) -> int:
+            writes.append(bytes(data))
+            return len(data)
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Screen()), "ascii", "surrogateescape"))  # type: ignore[arg-type]
+    chatrtc.announce(chatrtc.ChatRTC(database=str(tmp_path / "chat.db"), lan=True).hub, ("0.0.0.0", 3000), False)
+    (written,) = writes
+    assert written.startswith(b"ChatRTC listening on http://0.0.0.0:3000\n")
+    assert "▄▄▄▄▄".encode() in written
+
+
 async def test_lan_mode_prints_the_address_and_a_qr_code(tmp_path: Path) -> None:
     process = await Process.start(tmp_path / "chat.db", "--lan")
     try:
