@@ -8320,7 +8320,7 @@ async def create_file_link(hub: Hub, caller: Caller, args: FileArgs) -> Result[F
     hub.query(caller, args, lambda ctx, _: None, Access.FILE)
     expires = int(min(time.time() + LINK_SECONDS, caller.user.expires))
     link = hub.signer.sign_link(args.file_id, caller.user, expires)
-    mount = caller.source.path.partition("/files/")[0] if isinstance(caller.source, web.Request) else ""
+    mount = caller.source.path.rpartition("/files/")[0] if isinstance(caller.source, web.Request) else hub.mount
     return Result(FileLink(f"{mount}/files/{args.file_id}?link={link}", utc(expires)))
 
 

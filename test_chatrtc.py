@@ -10989,34 +10989,37 @@ def test_only_one_chat_can_be_mounted_under_a_prefix(tmp_path: Path) -> None:
 
 
 @pytest.mark.portable
-async def test_a_chat_can_be_mounted_under_a_prefix(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["/chat", "/files/chat"])  # the second one looks like a route
+async def test_a_chat_can_be_mounted_under_a_prefix(tmp_path: Path, prefix: str) -> None:
     async def own(request: web.Request) -> web.Response:
         return web.Response(text="mine")
 
     app = web.Application()
     app.router.add_get("/", own)
     chat = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
-    chat.attach(app, prefix="/chat")
+    chat.attach(app, prefix=prefix)
     assert isinstance(chat.sio, socketio.AsyncServer)
-    async with running(app) as url, World(f"{url}/chat", aiohttp.ClientSession(), chat) as world:
+    async with running(app) as url, World(url + prefix, aiohttp.ClientSession(), chat) as world:
         ana = await world.person("ana")
         place = await world.place(ana)
         for transports in (["websocket"], ["polling"], ["polling", "websocket"]):
             socket = Socket()
-            world.sockets.append(await socket.connect(url, ana.token, path="chat/socket.io", transports=transports))
+            world.sockets.append(await socket.connect(url, ana.token, path=f"{prefix}/socket.io", transports=transports))
             await socket.ok("join_server", {"server_id": place.server_id})
             posted = await ana.post(place.channel_id)
             assert await socket.receive("message:new") == posted
         file = await chat.upload_file(author_id=ana.user_id, channel_id=place.channel_id, name="a.txt", data=b"hello")
         link = await ana.ok("POST", f"/files/{file.file_id}/link")
-        async with world.session.get(url + link["url"]) as response:  # the prefix is part of the address
-            assert await response.text() == "hello"
+        by_program = await chat.create_file_link(as_user=ana.user_id, file_id=file.file_id)
+        for address in (link["url"], by_program.url):  # the prefix is part of the address
+            async with world.session.get(url + address) as response:
+                assert await response.text() == "hello"
         async with world.session.get(f"{url}/") as response:
             assert await response.text() == "mine"
             assert "Content-Security-Policy" not in response.headers
         assert (await world.call("GET", "/")).status == 200
-        async with world.session.get(f"{url}/chat") as response:  # without the slash, as users type it
-            assert (response.status, str(response.url)) == (200, f"{url}/chat/")
+        async with world.session.get(url + prefix) as response:  # without the slash, as users type it
+            assert (response.status, str(response.url)) == (200, f"{url}{prefix}/")
         async with world.session.get(f"{url}/auth/login") as response:
             assert response.status == 404
     assert not (tmp_path / "chat.db-wal").exists()
