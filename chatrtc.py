@@ -476,7 +476,8 @@ def is_username(name: str) -> bool:
     plain = unicodedata.normalize("NFKC", name)
     scripts = {script_of(char) for char in plain} - {""}
     zeros = {ord(char) - unicodedata.decimal(char) for char in plain if char.isdecimal()}
-    if not 2 <= len(name_key(name)) <= 32 or unicodedata.category(plain[0])[0] == "M" or len(zeros) > 1:
+    has_length = all(2 <= len(text) <= 32 for text in (name, name_key(name)))
+    if not has_length or unicodedata.category(plain[0])[0] == "M" or len(zeros) > 1:
         return False
     allowed = all(is_username_char(text[at]) or is_joiner(text, at) for text in (name, plain) for at in range(len(text)))
     return allowed and not has_stacked_marks(plain) and (len(scripts) <= 1 or any(scripts <= group for group in MIXED_SCRIPTS))

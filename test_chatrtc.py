@@ -1258,6 +1258,7 @@ async def test_every_text_needs_visible_characters(world: World) -> None:
         ("Tim Meier", "Tim.Meier", "Tim.Meier2"), ("O'Neil", "ONeil", "ONeil2"), ("😀", "user", "user2"), ("李", "李2", "李3"),
         ("Tim Тимов", "Tim", "Tim2"), ("Te\u0430cher", "user", "user2"), (JOINED_NAME, JOINED_NAME, JOINED_NAME + "2"),
         ("n" * 62, "n" * 30, "n" * 30 + "2"), ("ben", "ben", "ben2"), ("عمر ٣", "عمر.3", "عمر.32"), ("1️⃣ A", "1.A", "1.A2"),
+        ("ß", "ß2", "ß3"),
     ],
 )  # fmt: skip
 async def test_a_username_is_derived_from_a_name(world: World, name: str, first: str, second: str) -> None:
@@ -11138,6 +11139,7 @@ async def test_users_of_the_program_have_accounts(world: World) -> None:
     for text, username in {
         "Maya Jones": "Maya.Jones", "Maya Jones!": "Maya.Jones2", "maya@a.example": "maya.a.example", "x": "x2",
         "everyone": "everyone2", "😀": "user", "m" * 256: "m" * 30, "مريم٣": "مريم٣", "_ann_": "_ann_",
+        "e\u0301" * 20: "é" * 20, "ß": "ß2",
     }.items():  # fmt: skip
         made = await chat.upsert_user(username=text)
         assert made.username == username, text
