@@ -6359,11 +6359,19 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         self.anonymous: OrderedDict[str, Session] = OrderedDict()
         self.anonymous_at: Counter[str] = Counter()
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.slow_clients, self.client_log, self.draining = SlowClients(), RateLimitedLog(), False
-        self.flushers = {LATE: Flusher(9, 0.25), SOON: Flusher(1, 0.05)}
-        self.numbers, self.ticking = itertools.count(), False  # numbers: one for each event for a room
+        self.client_log, self.numbers = RateLimitedLog(), itertools.count()  # numbers: one for each event for a room
+        self.ticker: asyncio.TimerHandle | None = None
+        self.use_this_loop()
 
     # Methods that the Socket.IO server and the application call
+
+    def use_this_loop(self) -> None:
+        """Make what belongs to one event loop: the program may start the chat again in another one."""
+        self.slow_clients, self.draining = SlowClients(), False
+        self.flushers = {LATE: Flusher(9, 0.25), SOON: Flusher(1, 0.05)}
+        if self.ticker is not None:
+            self.ticker.cancel()
+            self.ticker = None
 
     def attach(self, app: web.Application, engineio_path: str = "engine.io") -> None:
         for end in ("/", ""):
@@ -6446,7 +6454,7 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         sid = options.sid_prefix + self.generate_id()
         session = self.sockets[sid] = Session(sid, address, self)
         self.per_address[address] += 1
-        if not self.ticking:
+        if self.ticker is None:
             self._tick()
         self.mark_anonymous(session)
         may_upgrade = self.allow_upgrades and transport == "polling" and "websocket" in self.transports
@@ -6463,9 +6471,8 @@ class Engine(engineio.AsyncServer):  # type: ignore[misc]
         """Call `beat` of the sessions that are due, a few times a second while there are any. Because they share the timer, the
         pings and pongs of idle clients share rounds of the event loop."""
         loop = asyncio.get_running_loop()
-        self.ticking, now = bool(self.sockets), loop.time()
-        if self.ticking:
-            loop.call_later(min(self.options.ping_interval, self.options.ping_timeout, 20) / 40, self._tick)
+        now, pause = loop.time(), min(self.options.ping_interval, self.options.ping_timeout, 20) / 40
+        self.ticker = loop.call_later(pause, self._tick) if self.sockets else None
         for session in [session for session in self.sockets.values() if session.due <= now]:
             session.beat()
 
@@ -7166,13 +7173,11 @@ class Hub:
         self.store = Store(Path(settings.database), self.apply_effects, settings.disk_reserve << 20, shared)
         self.store.on_gap = self.reconnect_all
         self.sio.share = self.share if shared else None
-        self.qr_lock, self.piece_lock = asyncio.Lock(), asyncio.Lock()
         self.uploads, self.downloads = Transfers(UPLOADS, UPLOADS_PER_USER), Transfers(DOWNLOADS, DOWNLOADS_PER_USER)
         self.password_hasher = PasswordHasher(bounded=not settings.no_rate_limit)
         self.limiter, self.unlimited = Limiter(enabled=not settings.no_rate_limit), Limiter(enabled=False)
         self.presence, self.pages, self.missed = Presence(), ResultCache(), ResultCache()
         self.typing_tracker, self.voice_peers = TypingTracker(), VoicePeers()
-        self.hands: dict[tuple[int, int], Hand] = {}  # (server, user) -> a raised hand
         self.lowered: dict[tuple[int, int], str] = {}  # (server, user) -> when that hand was lowered, the oldest first
         self._hand_timers: dict[tuple[int, int], asyncio.TimerHandle] = {}  # (server, user) -> lowers the hand
         self.own_url = self.lan_url = ""  # the address it listens on, and its address in the local network; set by `serve`
@@ -7187,7 +7192,6 @@ class Hub:
         self.foreign = False  # whether the effects that are applied come from another process
         self.erase_after = 0.0  # see `erase_texts`
         self.identify: Identify | None = None
-        self._own_marks: dict[int, RecordPost] = {}  # channel -> a read mark to emit soon
         self._token_cache: dict[str, Principal] = {}  # valid token -> its user
         self._effect_handlers: dict[type[Effect], Callable[..., None]] = {
             Emit: self.emit, AddChannelRoom: self.add_channel_room, RemoveRoom: self.remove_room, Evict: self.evict,
@@ -7195,6 +7199,17 @@ class Hub:
             EmitReadMark: self.emit_read_mark, EmitCustom: self.emit_custom, LogLine: log.info,
             StopForbiddenActivity: self.stop_forbidden_activity, SetHand: self.set_hand,
         }  # fmt: skip
+        self.use_this_loop()
+
+    def use_this_loop(self) -> None:
+        """Make what belongs to one event loop: the program may start the chat again in another one."""
+        self.sio.eio.use_this_loop()
+        self.qr_lock, self.piece_lock = asyncio.Lock(), asyncio.Lock()
+        self.hands: dict[tuple[int, int], Hand] = {}  # (server, user) -> a raised hand
+        for timer in self._hand_timers.values():
+            timer.cancel()
+        self._hand_timers.clear()
+        self._own_marks: dict[int, RecordPost] = {}  # channel -> a read mark to emit soon
 
     def limiter_for(self, caller: Caller) -> Limiter:
         """Return the limiter of a call. The embedding program has no limits."""
@@ -9540,7 +9555,7 @@ class ChatRTC:
         hub = self.hub
         if self._started:
             raise StartError("This chat is already running: attach it only once")
-        self.sio.eio.draining, hub.piece_lock = False, asyncio.Lock()  # it may have run before, in another event loop
+        hub.use_this_loop()
         async with contextlib.AsyncExitStack() as stack:  # undoes the steps before one that fails
             self._started = True
             stack.callback(setattr, self, "_started", False)

@@ -11643,6 +11643,36 @@ def test_a_chat_can_start_again_in_another_event_loop(tmp_path: Path) -> None:
         asyncio.run(use(name))
 
 
+def test_sockets_work_after_a_start_in_another_event_loop(tmp_path: Path) -> None:
+    """The heartbeat, read marks, raised hands and QR codes: the timers of the first loop have gone with it."""
+    chat = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
+
+    async def use(name: str) -> None:
+        app = web.Application()
+        chat.attach(app)
+        async with running(app) as url, World(url, aiohttp.ClientSession(), chat) as world:
+            ana, maya = await world.person(name), await chat.upsert_user(username="maya")
+            place = await world.place(ana) if name == "ana" else Place(1, 1)
+            await chat.add_member(server_id=1, user_id=maya.user_id)
+            socket = await world.socket((await chat.create_token(user_id=maya.user_id)).token)
+            assert "hands" not in await socket.ok("join_server", {"server_id": 1})
+            await socket.ok("hand:raise", {"server_id": 1})
+            invites = [await chat.create_invite(as_user=1, server_id=1) for _ in range(3)]
+            pictures = await asyncio.gather(*(world.call("GET", f"/invites/{invite.code}.svg") for invite in invites))
+            assert [picture.status for picture in pictures] == [200] * 3
+            (session,) = chat.sio.eio.sockets.values()
+            before = session.due
+            if name == "ben":
+                await until(lambda: session.due != before)
+            posted = await chat.post_message(as_user=maya.user_id, channel_id=place.channel_id, content="hello")
+            if name == "ben":
+                await socket.receive("channel:read", last_read_id=posted.message_id)
+
+    asyncio.run(use("ana"))
+    chat.sio.eio.options.ping_interval = 1
+    asyncio.run(use("ben"))
+
+
 async def test_a_chat_starts_once_at_a_time(tmp_path: Path) -> None:
     """As if it were attached to two applications that start together: both would write, each into the other's transactions."""
     chat = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
