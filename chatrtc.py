@@ -8289,7 +8289,7 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
     """Upload a file; the body is its bytes. Post it in the channel within an hour, or it is deleted."""
     assert caller.body is not None
     most, quota, declared = hub.settings.file_max << 20, hub.settings.files_max << 20, caller.body.size or 0
-    size, digest, (media_type, pixels) = 0, hashlib.sha256(), detect_type(b"")
+    file_id, size, digest, (media_type, pixels) = 0, 0, hashlib.sha256(), detect_type(b"")
 
     async def run(step: Callable[..., R], *values: Any) -> R:
         """Run a step in a transaction of its own, in which the caller's permission is checked again."""
@@ -8298,13 +8298,21 @@ async def upload_file(hub: Hub, caller: Caller, args: NewFile) -> Result[File]:
             value: R = (await hub.store.write(job, slow=True)).value
         return value
 
+    def begin(db: sqlite3.Connection) -> None:
+        nonlocal file_id  # the id must be known even if the call is cancelled while its row is committed
+        file_id = insert_file(db, caller.user.user_id, args.channel_id, declared, most, quota)
+
     if not most:
         raise chat_error("FILES_OFF")
     user_id, uploads, source = caller.user.user_id, hub.uploads, caller.source
     turn = uploads.transfer(user_id, source) if isinstance(source, web.Request) else uploads.turn(user_id, caller.is_program)
     async with turn:
-        file_id = await run(insert_file, user_id, args.channel_id, declared, most, quota)
         try:
+            try:
+                await run(begin)
+            except Exception:
+                file_id = 0  # it was rolled back, and another file may get this id
+                raise
             async for piece in split_pieces(caller.body.data):
                 if not size:
                     media_type, pixels = detect_type(piece)

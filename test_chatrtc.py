@@ -3759,6 +3759,15 @@ async def test_the_program_uploads_and_reads_files(scene: Scene) -> None:
     with pytest.raises(Boom):
         await chat.upload_file(**at, name="a.bin", data=broken())
     await until(lambda: stored_now(scene.world) == before)
+    for steps in range(30):  # it is cancelled before, while and after its row is committed
+        upload = asyncio.create_task(chat.upload_file(**at, name="a.bin", data=bytes(2 * chatrtc.PIECE_BYTES)))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        upload.cancel()
+        await asyncio.wait([upload])
+    await chat.post_message(**at, content="after the jobs that were queued")
+    unfinished = chatrtc.first_value("SELECT count(*) FROM files WHERE digest IS NULL AND channel_id IS NOT NULL")
+    await until(lambda: chat.hub.store.read_inline(unfinished) == 0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'data'"):
         await chat.post_message(**at, content="x", data=b"x")
 
