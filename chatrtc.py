@@ -4796,8 +4796,9 @@ def check_settings(access: Access, ctx: OperationContext) -> None:
 
 def check_conversation(ctx: OperationContext, people: list[int], must_share: bool = False) -> None:
     """Raise FORBIDDEN unless these people, who include the caller, may write to each other in a conversation and, with
-    `must_share`, share a server. The setting does not restrict the embedding program."""
+    `must_share`, share a server. Neither the setting nor `must_share` restricts the embedding program."""
     setting = ctx.settings.conversations if ctx.user.digest else "everyone"
+    must_share = must_share and bool(ctx.user.digest)
     if ctx.conversation != "group" and len(people) < 2:
         raise chat_error("LEFT")
     if setting == "nobody":
@@ -4822,7 +4823,7 @@ def authorize_start(ctx: OperationContext, args: NewConversation) -> None:
     ctx.role = load_role(ctx.db, ctx.server_id, ctx.user.user_id)
     if ctx.role and not all(load_role(ctx.db, ctx.server_id, user_id) for user_id in people):
         raise chat_error("LEFT")
-    check_conversation(ctx, people, must_share=bool(ctx.user.digest) and not ctx.server_id)
+    check_conversation(ctx, people, must_share=not ctx.server_id)
 
 
 def authorize_participant(ctx: OperationContext, user_id: int) -> None:

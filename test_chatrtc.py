@@ -7070,6 +7070,10 @@ async def test_the_ids_of_a_conversation_are_checked(scene: Scene) -> None:
     by_program = await scene.world.chat.start_conversation(as_user=cy.user_id, user_ids=[dee.user_id])
     assert (by_program.pair, by_program.name) == (True, "dee"), "the program may bring any two together"
     await scene.dee_socket.receive("server:joined", server_id=by_program.server_id)
+    group, chat = await start(ana, ben, cy), scene.world.chat
+    assert refusal(await ana.call("PUT", f"/servers/{group['server_id']}/members/{dee.user_id}"))[1] == "NO_SHARED_SERVER"
+    await chat.add_participant(as_user=ana.user_id, server_id=group["server_id"], user_id=dee.user_id)
+    await scene.dee_socket.receive("server:joined", server_id=group["server_id"])
     await cy.ok("DELETE", f"{scene.server}/members/{cy.user_id}")
     assert refusal(await ana.call("POST", "/conversations", {"user_ids": [cy.user_id]}))[1] == "NO_SHARED_SERVER"
     for name in ("", " ", "x" * 101, 5):
