@@ -20172,6 +20172,20 @@ async def test_a_dialog_keeps_what_was_typed(api: World, tab: Any) -> None:
     await expect(field).to_have_value("")
 
 
+async def test_an_error_that_counts_down_does_not_return_in_another_dialog(api: World, tab: Any) -> None:
+    (maya_api,), _ = await create_class(api, "Maya")
+    maya = await tab(maya_api)
+    maya.ignored = "429"
+    await maya.reject("**/servers", 429, "RATE_LIMITED", reason="TOO_OFTEN", retry_after=60)
+    await maya.choose('[data-do="addServer"]', "Create a server")
+    await maya.answer(name="Physics")
+    await expect(maya.locator("#ask .wrong")).to_contain_text("Try again in")
+    await maya.keyboard.press("Escape")
+    await maya.choose('[data-do="addServer"]', "I have a code or link")
+    await maya.page.wait_for_timeout(1500)
+    await expect(maya.locator("#ask .wrong")).to_be_hidden()
+
+
 @pytest.mark.parametrize("dialog", ["add channel", "edit channel", "rename conversation"])
 async def test_what_was_typed_in_a_dialog_is_for_the_same_thing_only(api: World, tab: Any, dialog: str) -> None:
     """Two servers, two channels of one name, and two conversations without a name: their dialogs look the same."""
