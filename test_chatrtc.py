@@ -21266,6 +21266,10 @@ async def test_a_server_without_a_text_channel_says_so(two: Any) -> None:
     await expect(jonas.locator("#notice")).to_contain_text("An admin of this server can add one.")
     for one in (maya, jonas):
         await expect(one.locator("#notice button:visible")).to_have_count(0)
+    await jonas.evaluate("location.hash = '#/channel/999'")
+    await expect(jonas.locator("#notice")).to_contain_text("Channel not found")
+    await jonas.click('#rail [aria-label="Biology 3B"]')
+    await expect(jonas.locator("#notice")).to_contain_text("No text channel yet")
     await maya.click('#channels [data-do="addChannel"]')
     await maya.fill('#ask input[name="name"]', "homework")
     await maya.confirm()
