@@ -19925,6 +19925,34 @@ async def test_a_guest_returns_on_another_device(guest_class: Any, tab: Any) -> 
     await expect(phone.locator('#empty [data-do="createServer"]')).to_be_hidden()
 
 
+NO_STORAGE = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError'); }})"
+
+
+@pytest.mark.parametrize("script", ["", NO_STORAGE], ids=["storage", "no storage"])
+async def test_a_sign_in_link_replaces_the_session_without_a_reload(guest_class: Any, tab: Any, script: str) -> None:
+    """A reload would lose the session where storage is forbidden, and the link works once."""
+    maya, _, server_id, _ = guest_class
+    zoe = await tab()
+    zoe_api = await maya.api.world.person("Zoe")
+    await zoe_api.ok("POST", f"/invites/{await maya.api.invite(server_id)}")
+    (leo,) = [one for one in (await maya.api.ok("GET", f"/servers/{server_id}/members"))["members"] if one.get("guest")]
+    link = await maya.api.ok("POST", f"/servers/{server_id}/members/{leo['user_id']}/link")
+    await zoe.page.add_init_script(script)
+    await zoe.open()
+    await zoe.click('#swap [data-mode="signIn"]')
+    await zoe.sign_in("Zoe", "correct horse")
+    await expect(zoe.locator("#my-status b")).to_have_text("Zoe")
+    await zoe.write("from Zoe")
+    await zoe.sees("from Zoe")
+    await zoe.evaluate(f"location.hash = '#/link/{link['code']}'")
+    await zoe.confirm()
+    await expect(zoe.locator("#my-status b")).to_have_text("Léo Martin")
+    await zoe.write("from Léo")
+    await zoe.sees("from Léo")
+    await expect((await maya.sees("from Léo")).locator(".who")).to_have_text("Léo Martin")
+    await expect(maya.locator('.person[aria-label="Zoe, Offline"]')).to_be_visible()
+
+
 async def test_a_ban_can_include_the_invite_and_the_messages(guest_class: Any) -> None:
     maya, leo, server_id, _ = guest_class
     await leo.write("spam")
@@ -22195,9 +22223,6 @@ async def test_the_login_of_a_site_opens_its_chat(device: Any, tmp_path: Path) -
         await maya.sees("Create an account", "#sign-in-title")
         await maya.open("about:blank")
         await jonas.open("about:blank")
-
-
-NO_STORAGE = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError'); }})"
 
 
 async def test_guests_talk_in_a_small_frame_of_another_site(make_world: MakeWorld, tab: Any, tmp_path: Path) -> None:
