@@ -18771,6 +18771,22 @@ async def test_a_guest_joins_by_link(api: World, tab: Any) -> None:
     assert (await api.sign_in("Jonas", "a better one")).body["username"] == "Jonas"
 
 
+async def test_the_invites_of_a_server_that_has_too_many_are_shown(
+    api: World, tab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None without limits can be created, but the others can be used and revoked."""
+    monkeypatch.setattr(chatrtc, "MAX_INVITES", 2)
+    (maya_api,), (server_id, _) = await create_class(api, "Maya")
+    codes = {await maya_api.invite(server_id, max_uses=5), await maya_api.invite(server_id, expires_in=3600)}
+    maya = await tab(maya_api)
+    maya.ignored = "409"
+    await maya.choose("#server", "Invite people")
+    await expect(maya.locator("#invites > li")).to_have_count(2)
+    assert await maya.locator("#invite-code").inner_text() in codes
+    await maya.click('#invites [data-do="revokeInvite"] >> nth=0')
+    await expect(maya.locator("#invites > li")).to_have_count(1)
+
+
 async def test_the_address_of_the_network_is_used_for_all_links(api: World, tab: Any) -> None:
     (maya_api,), _ = await create_class(api, "Maya")
     maya = await tab()
