@@ -18777,11 +18777,12 @@ async def test_the_invites_of_a_server_that_has_too_many_are_shown(
     """None without limits can be created, but the others can be used and revoked."""
     monkeypatch.setattr(chatrtc, "MAX_INVITES", 2)
     (maya_api,), (server_id, _) = await create_class(api, "Maya")
-    codes = {await maya_api.invite(server_id, max_uses=5), await maya_api.invite(server_id, expires_in=3600)}
-    maya = await tab(maya_api)
+    codes = {await maya_api.invite(server_id, max_uses=1), await maya_api.invite(server_id, expires_in=3600)}
+    maya = await tab(maya_api, locale="fr-FR")
     maya.ignored = "409"
-    await maya.choose("#server", "Invite people")
+    await maya.choose("#server", "Inviter")
     await expect(maya.locator("#invites > li")).to_have_count(2)
+    await expect(maya.locator("#invites")).to_contain_text(re.compile(r"1 sur 1 encore disponible\b"))
     assert await maya.locator("#invite-code").inner_text() in codes
     await maya.click('#invites [data-do="revokeInvite"] >> nth=0')
     await expect(maya.locator("#invites > li")).to_have_count(1)
@@ -19915,6 +19916,7 @@ async def test_a_guest_returns_on_another_device(guest_class: Any, tab: Any) -> 
         await expect(maya.locator("#invite-code")).to_have_text(re.compile(r"^\w{5}-\w{5}$"))
         await expect(maya.locator("#invite-list")).to_be_hidden()
         await maya.sees_qr_code()
+        await expect(maya.locator("#qr")).to_have_attribute("alt", "QR code of the sign-in link")
         code = await maya.locator("#invite-code").inner_text()
         link = await maya.locator("#invite-link").input_value()
         assert link == f"{maya.url}/#/link/{code}"
