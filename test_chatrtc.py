@@ -21350,6 +21350,14 @@ async def test_messages_read_on_another_device_are_no_longer_kept_unread(two: An
     await jonas.sees("and on")
     await eventually(lambda: fewer_unread(jonas.api, channel_id, 1), "it is read")
     await expect(jonas.page).to_have_title(re.compile(r"^general"))
+    jonas.ignored = "503"
+    await jonas.reject("**/read", 503, "UNAVAILABLE")
+    await jonas.choose_for("and on", "Mark unread from here")
+    await expect(jonas.locator("#toasts")).to_have_text("Not today")
+    await jonas.page.unroute("**/read")
+    await maya.write("once more")
+    await jonas.sees("once more")
+    await eventually(lambda: fewer_unread(jonas.api, channel_id, 1), "it is read, also after an error")
 
 
 async def test_a_line_marks_what_was_missed_without_a_connection(api: World, proxy: Proxy, tab: Any) -> None:
