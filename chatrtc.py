@@ -2056,9 +2056,14 @@ def match_owner(file: int, database: Path) -> None:
         os.fchown(file, owner.st_uid, owner.st_gid)
 
 
+def part_path(path: Path) -> Path:
+    """Return a new name for an incomplete copy of `path`. Another process may write one at the same time."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+
+
 def write_private(path: Path, data: bytes, database: Path) -> None:
     """Write a file that only its owner can read, atomically, and sync it."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # another process may write the file, too
+    part = part_path(path)
     try:
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             match_owner(file.fileno(), database)
@@ -10175,7 +10180,7 @@ def copy_verified(db: sqlite3.Connection, dest: Path, finish: Callable[[sqlite3.
     """Copy a database next to `dest`, verify it, pass it to `finish`, return its path. Raises StartError, leaving no copy."""
     if not dest.parent.is_dir():
         raise StartError(f"The directory {dest.parent} does not exist")
-    part = dest.with_name(f"{dest.name}.{secrets.token_hex(4)}.part")  # another program may copy to `dest`, too
+    part = part_path(dest)
     with contextlib.ExitStack() as undo, click.progressbar(length=1, label="Copying", **BAR) as bar:
         undo.callback(part.unlink, missing_ok=True)  # also on Ctrl-C and SIGTERM
 
