@@ -68,6 +68,7 @@ HANDSHAKES, STORM_HANDSHAKES = 32, 256  # that a client process has in progress 
 MISSED = 100  # messages that each client of a storm has missed
 SMALL_ROOMS = ((100, 10), (20, 50))  # rooms, and clients in each
 FEW_MEMBERS = 10
+WAYS_TURNS = 5  # parts of each measurement of a way to post
 SPARE_FILES = 200  # files that a process has open, besides its sockets
 PING_SECONDS = 20.0  # every idle socket is pinged once in this time
 PACE = 50  # messages per second in a room if the rate is fixed
@@ -1505,7 +1506,8 @@ def storm(bench: Bench, name: str) -> None:
 
 def ways(bench: Bench) -> None:
     """Compare ways to post, in turns: by HTTP, by an event, with an `@` for nobody and for a member, with few members and with
-    many. The aiohttp handlers take part."""
+    many. The aiohttp handlers take part. Each measurement is split into short ones, so that other load on the machine slows all
+    ways alike."""
     server, others = bench.launch("chatrtc"), [bench.launch(name) for name in HANDLERS]
     for other in others:
         other.prepare()
@@ -1516,12 +1518,15 @@ def ways(bench: Bench) -> None:
     steps = [partial(durable_posts, bench, other, other.rooms[0], "few plain") for other in others]
     steps.append(partial(posts, server.rooms[0], "event", by_event=True))
     for size, room in zip(("few", "many"), server.rooms, strict=True):
-        steps.append(partial(posts, room, f"{size} plain"))
+        steps.append(partial(posts, room, f"{size} plain", text="nobody-here "))  # so that all index as many words
         steps.append(partial(posts, room, f"{size} nobody", text="@nobody-here "))
         steps.append(partial(posts, room, f"{size} member", text=f"@member{room[0]}-1 "))
-    for run in range(bench.plan.runs):
-        for step in steps[run % len(steps) :] + steps[: run % len(steps)]:  # so that none is always first
+    plan = bench.plan
+    bench.plan = replace(plan, seconds=plan.seconds / WAYS_TURNS, warm=plan.warm / WAYS_TURNS)
+    for turn in range(plan.runs * WAYS_TURNS):
+        for step in steps[turn % len(steps) :] + steps[: turn % len(steps)]:  # so that none is always first
             step()
+    bench.plan = plan
     bench.stop(server, *others)
 
 
