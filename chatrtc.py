@@ -643,8 +643,8 @@ def text_lines(lines: list[str], depth: int = 0) -> Iterator[str]:
 def possible_mentions(content: str) -> list[tuple[str, ...]]:
     """Return, for each `@` that may begin a mention, the handles that it may mean (see `handle_keys`), without duplicates."""
     lines = text_lines(content.split("\n")) if "`" in content else [content]
-    texts = dict.fromkeys(text for line in lines if "@" in line for text in at_signs(line))
-    return [handle_keys(text) for text in itertools.islice(texts, MAX_MENTIONS)]
+    texts = dict.fromkeys(itertools.chain.from_iterable(map(at_signs, lines)))
+    return [*map(handle_keys, itertools.islice(texts, MAX_MENTIONS))]
 
 
 def shorten(name: str, length: int) -> str:
