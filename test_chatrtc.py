@@ -14998,6 +14998,25 @@ async def test_a_connection_leaves_no_cycle(make_world: MakeWorld, monkeypatch: 
     assert not found, Counter(type(thing).__name__ for thing in found)
 
 
+async def test_a_refused_upload_leaves_no_cycle(make_world: MakeWorld) -> None:
+    """Its exception must be kept by nothing that its frames refer to, such as a task."""
+    world = await make_world(files_max=1)
+    person = await world.person("ana")
+    place = await world.place(person)
+
+    async def upload(times: int) -> None:
+        for _ in range(times):
+            refused = await post_file(person, place.channel_id, io.BytesIO(bytes(2 << 20)))
+            assert (refused.status, refused.body["reason"]) == (503, "FILES_FULL")
+        await until(lambda: not world.chat.sio.eio.tasks)
+        assert (await world.call("GET", "/healthz")).status == 200  # aiohttp keeps a request until the next one
+
+    await upload(1)
+    with cycles() as found:
+        await upload(3)
+    assert not found, Counter(type(thing).__name__ for thing in found)
+
+
 async def test_malformed_http_leaves_no_cycle(tmp_path: Path) -> None:
     app = web.Application()
     chatrtc.ChatRTC(database=str(tmp_path / "chat.db")).attach(app)
