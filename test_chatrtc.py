@@ -9377,7 +9377,7 @@ async def test_queues_of_packets_take_turns() -> None:
     queues = [chatrtc.PacketQueue(handle, lambda error: pytest.fail(str(error)), 3) for _ in range(3)]
     for number in range(3):
         for name, queue in zip("abc", queues, strict=True):
-            queue.put(f"{name}{number}")
+            queue.put(f"{name}{number}", asyncio.get_running_loop())
     await asyncio.gather(*filter(None, (queue.running for queue in queues)))
     assert handled == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "b2", "c2"]
 
@@ -14956,6 +14956,32 @@ async def test_a_body_that_nobody_sends_any_more_is_refused() -> None:
         assert refused.value.reason == "BODY_BROKEN"
 
 
+async def test_requests_by_the_router_and_without_it_are_answered_alike(launch: Launch, tmp_path: Path) -> None:
+    """`serve` hands requests to plain paths to their handlers; the router handles the same path with an escaped letter."""
+    world = (await launch(tmp_path / "chat.db")).world()
+    ana = await world.person("ana")
+    place = await world.place(ana)
+    post = {"channel_id": place.channel_id, "content": "hello", "nonce": "once"}
+    assert (await ana.call("POST", "/messages", post)).status == 201
+    requests: list[tuple[str, str, dict[str, Any]]] = [
+        ("GET", "/healthz", {}), ("GET", "/config", {}), ("GET", "/openapi.json", {}), ("HEAD", "/healthz", {}),
+        ("GET", "/users/me", {"token": ana.token}), ("GET", "/users/me", {}), ("DELETE", "/users/me", {"token": ana.token}),
+        ("POST", "/messages", {"token": ana.token, "body": post}), ("POST", "/messages", {"token": ana.token, "data": b"{"}),
+        ("POST", "/messages", {"token": ana.token, "body": post, "headers": {"Expect": "100-continue"}}),
+        ("POST", "/messages", {"token": ana.token, "body": post | {"channel_id": 99}}),
+        ("POST", "/messages", {"token": ana.token, "data": b"x" * (chatrtc.BODY_MAX + 1)}),
+        ("POST", "/messages", {"token": ana.token, "body": post, "headers": {"Origin": world.url}}),
+        ("POST", "/messages", {"token": ana.token, "body": post, "headers": {"Origin": "http://evil.example"}}),
+        ("GET", "/users/me", {"token": ana.token, "headers": {"Host": "evil.example"}}),
+        ("OPTIONS", "/messages", {"headers": {"Origin": world.url, "Access-Control-Request-Method": "POST"}}),
+    ]  # fmt: skip
+    for method, path, options in requests:
+        escaped = URL(f"{world.url}/%{ord(path[1]):x}{path[2:]}", encoded=True)
+        direct, routed = await world.call(method, path, **options), await world.call(method, escaped, **options)
+        assert (direct.status, direct.body) == (routed.status, routed.body), (method, path)
+        assert {**direct.headers, "Date": ""} == {**routed.headers, "Date": ""}, (method, path)
+
+
 async def test_clients_that_leave_at_once_leave_no_line_in_the_log(launch: Launch, tmp_path: Path) -> None:
     process = await launch(tmp_path / "chat.db")
     for request in LEFT_REQUESTS:
@@ -15019,8 +15045,9 @@ async def test_a_refused_upload_leaves_no_cycle(make_world: MakeWorld) -> None:
 
 async def test_malformed_http_leaves_no_cycle(tmp_path: Path) -> None:
     app = web.Application()
-    chatrtc.ChatRTC(database=str(tmp_path / "chat.db")).attach(app)
-    runner = chatrtc.Runner(app, access_log=None, shutdown_timeout=1)
+    chat = chatrtc.ChatRTC(database=str(tmp_path / "chat.db"))
+    chat.attach(app)
+    runner = chatrtc.Runner(app, chat.sio.eio, chat._plain, access_log=None, shutdown_timeout=1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
 
