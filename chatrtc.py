@@ -5967,7 +5967,7 @@ class EngineOptions:
     sid_prefix: str = ""  # of all session ids
     origins: Collection[str] = ()  # origins whose pages may connect, in addition to our own
     proxies: Sequence[Network | None] = ()  # peers whose X-Forwarded headers are trusted; None: all that use a Unix socket
-    hosts: frozenset[str] | None = None  # names, besides localhost, of a server that listens on loopback; None: any name
+    hosts: Collection[str] | None = None  # names, besides localhost, of a server that listens on loopback; None: any name
     ping_interval: float = 20  # seconds
     ping_timeout: float = 15  # seconds to answer a ping
     max_payload: int = 131072  # maximum bytes of a packet, and of the body of a POST
@@ -6313,8 +6313,7 @@ def is_loopback(name: str) -> bool:
     return name == "localhost" or name.endswith(".localhost") or (address is not None and address.is_loopback)
 
 
-@functools.lru_cache(1024)
-def is_own_host(text: str, names: frozenset[str]) -> bool:
+def is_own_host(text: str, names: Collection[str]) -> bool:
     """Return whether a Host header has one of these names, or means the machine itself."""
     host = parse_host(text)
     return host is not None and (host[0] in names or is_loopback(host[0]))
@@ -6349,7 +6348,7 @@ def check_request(request: web.BaseRequest, options: EngineOptions) -> None:
         is_local = isinstance(listens_on, tuple) and is_loopback(listens_on[0])
         if is_local and not is_trusted(request.remote or "", options):
             raise chat_error("HOST")
-    if "Origin" in request.headers and not is_origin_allowed(request, options):
+    if not is_origin_allowed(request, options):
         raise chat_error("ORIGIN")
 
 
@@ -9233,7 +9232,7 @@ def read_settings(given: dict[str, Any]) -> Settings:
 def engine_options(settings: Settings) -> dict[str, Any]:
     """Return the options of `socket_server` that follow from the settings."""
     origins = [*settings.cors_origin, *([origin_of(settings.public_url)] if settings.public_url else [])]
-    names = frozenset(parsed[1] for origin in origins if (parsed := parse_origin(origin))) | {settings.host.lower()}
+    names = {parsed[1] for origin in origins if (parsed := parse_origin(origin))} | {settings.host.lower()}
     # A host that is a name may turn out to be a loopback address.
     local = is_loopback(settings.host) or (bool(settings.host) and parse_address(settings.host) is None)
     limits: dict[str, Any] = {"max_anonymous_per_address": ANONYMOUS_PER_ADDRESS, "max_sessions": settings.max_sockets}
