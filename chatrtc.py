@@ -3016,10 +3016,10 @@ MEMBER_ROWS = """SELECT m.user_id, u.username, m.role,
         AND v.user_id = :viewer) <> 'member' THEN m.invited_by END,
         CASE WHEN m.muted_until > strftime('%Y-%m-%dT%H:%M:%SZ', 'now') THEN m.muted_until END, u.source = 'bot', u.name
     FROM members m JOIN users u ON u.user_id = m.user_id WHERE m.server_id = :server_id """
-TARGET_ROWS = """SELECT t.server_id, m.role, u.name,
-    (SELECT CASE kind WHEN 'direct' THEN coalesce(pair, 'group') END FROM servers WHERE server_id = t.server_id),
-    m.muted_until, """
-VALID_CALLER = """ LEFT JOIN members m ON m.server_id = t.server_id AND m.user_id = u.user_id
+TARGET_ROWS = """SELECT t.server_id, s.seq, m.role, u.name,
+    CASE s.kind WHEN 'direct' THEN coalesce(s.pair, 'group') END, m.muted_until, """
+VALID_CALLER = """ LEFT JOIN servers s ON s.server_id = t.server_id
+    LEFT JOIN members m ON m.server_id = t.server_id AND m.user_id = u.user_id
     WHERE u.user_id = ? AND u.generation = ? AND u.deleted = 0 AND NOT EXISTS (SELECT 1 FROM revoked_tokens WHERE digest = ?)"""
 TARGET_TABLES = {  # argument that names the target -> its rules, and the table with its server (a deleted channel has none)
     "server_id": "NULL, 0 FROM users u LEFT JOIN servers t ON t.server_id = ?",
@@ -3031,9 +3031,9 @@ TARGET_TABLES = {  # argument that names the target -> its rules, and the table 
     "code": "NULL, 0 FROM users u LEFT JOIN invites t ON t.code = ?",
 }  # fmt: skip
 TARGET_QUERIES = {key: TARGET_ROWS + table + VALID_CALLER for key, table in TARGET_TABLES.items()}
-# The target's server (None: no such target), the caller's role and display name, "group" or the `pair` of a conversation, the
-# end of the caller's mute, and the channel's `posting` and `slow_seconds`.
-Target = tuple[int | None, Role | None, str | None, str | None, str | None, Posting | None, int | None]
+# The target's server (None: no such target) and its `seq`, the caller's role and display name, "group" or the `pair` of a
+# conversation, the end of the caller's mute, and the channel's `posting` and `slow_seconds`.
+Target = tuple[int | None, int | None, Role | None, str | None, str | None, str | None, Posting | None, int | None]
 NEXT_SEQ = {
     "": "UPDATE servers SET seq = seq + 1 WHERE server_id = ?",
     "channels": "UPDATE servers SET seq = seq + 1, channels_seq = seq + 1 WHERE server_id = ?",
@@ -3085,10 +3085,11 @@ def named(kind: Callable[..., R]) -> Callable[..., R]:
 load_seq: Query[int] = first_value("SELECT seq FROM servers WHERE server_id = ?")
 
 
-def next_seq(db: sqlite3.Connection, server_id: int, part: str = "") -> int:
-    """Increment and return the server's sequence number. `part`: "channels", "members" or "name" if that list changes."""
+def next_seq(db: sqlite3.Connection, server_id: int, part: str = "", before: int | None = None) -> int:
+    """Increment and return the server's sequence number. `part`: "channels", "members" or "name" if that list changes.
+    `before`: the number, if it is known; reading it takes 4 % of a post, and RETURNING takes longer."""
     db.execute(NEXT_SEQ[part], (server_id,))
-    return load_seq(db, server_id)  # RETURNING would add 4 us to each post
+    return load_seq(db, server_id) if before is None else before + 1
 
 
 def server_change(part: str, *queries: str) -> Query[int]:
@@ -3859,10 +3860,12 @@ def load_mentions(
 
 
 def insert_message(
-    db: sqlite3.Connection, server_id: int, author: Principal, args: NewMessage, now: str, by_staff: bool = False
-) -> Message:
+    db: sqlite3.Connection, server_id: int, author: Principal, args: NewMessage, now: str, by_staff: bool = False,
+    before: int | None = None,
+) -> Message:  # fmt: skip
+    """Add a message. `before`: the server's sequence number so far, if it is known."""
     mentions, everyone = load_mentions(db, server_id, author.user_id, args.content, args.reply_to, by_staff)
-    seq, extras = next_seq(db, server_id), bool(mentions or args.files)
+    seq, extras = next_seq(db, server_id, before=before), bool(mentions or args.files)
     reply_to, nonce = args.reply_to or 0, args.nonce or ""  # sqlite3 takes 0.5 us longer for each None and bool
     message_id = db.execute(
         """INSERT INTO messages (server_id, channel_id, author_id, content, created_at, reply_to, nonce, seq, extras, everyone)
@@ -4720,6 +4723,7 @@ class OperationContext:
     pages: ResultCache
     settings: Settings
     server_id: int = 0
+    seq: int = 0  # the server's sequence number when the operation began
     channel_id: int = 0
     role: Role | None = None  # of the caller in that server
     conversation: str | None = None  # "group", the `pair` of a conversation of two, or None: not a conversation
@@ -4802,8 +4806,8 @@ def resolve_target(ctx: OperationContext, args: Args) -> bool:
     found = lookup_target(ctx.db, key, target, ctx.user)
     if found is None:
         raise chat_error("TOKEN_INVALID")
-    server_id, ctx.role, name, ctx.conversation, ctx.muted_until, ctx.posting, ctx.slow_seconds = found
-    ctx.server_id = server_id or 0
+    server_id, seq, ctx.role, name, ctx.conversation, ctx.muted_until, ctx.posting, ctx.slow_seconds = found
+    ctx.server_id, ctx.seq = server_id or 0, seq or 0
     if name != ctx.user.name:  # the name changed after the token was cached
         ctx.user = ctx.user._replace(name=name)
     if key == "message_id":
@@ -5497,7 +5501,7 @@ def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
         if original is None or original.channel_id != args.channel_id:
             raise chat_error("NO_REPLY_TARGET", field="reply_to")
     files = [load_attachable_file(ctx.db, one, ctx.user.user_id, args.channel_id) for one in dict.fromkeys(args.files)]
-    message = insert_message(ctx.db, ctx.server_id, ctx.user, args, ctx.now, ctx.role != "member")
+    message = insert_message(ctx.db, ctx.server_id, ctx.user, args, ctx.now, ctx.role != "member", ctx.seq)
     for place, file in enumerate(files):
         attach_file(ctx.db, message.message_id, place, file.file_id)
     message.files = files
@@ -5515,11 +5519,10 @@ def post_message(ctx: OperationContext, args: NewMessage) -> Result[Message]:
 @read("GET /channels/{channel_id}/messages", Access.MEMBER)
 def list_messages(ctx: OperationContext, args: PageArgs) -> Result[Messages]:
     """List messages of a channel: the newest, or those before, after or around a message."""
-    seq = load_seq(ctx.db, ctx.server_id)
-    if (page := ctx.pages.find(args, seq)) is None:
+    if (page := ctx.pages.find(args, ctx.seq)) is None:
         page = load_page(ctx.db, args)
         texts = (len(message.content) + sum(len(file.alt or "") + 200 for file in message.files) for message in page.messages)
-        ctx.pages.store(args, seq, page, 4 * sum(texts))
+        ctx.pages.store(args, ctx.seq, page, 4 * sum(texts))
     return Result(page)
 
 
@@ -7007,32 +7010,29 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         if not self.manager.is_connected(sid, namespace):
             return
         name = data[0] if isinstance(data[0], str) else StrictJson.dumps(data[0])
-        result = error or await result_or_exception(self._answer(eio_sid, namespace, id, name, sid, data[1:]))
-        if isinstance(result, Exception):
-            packet = self._error_packet(name, namespace, id, result)
-            drop_frames(result)
+        error = error or await result_or_exception(self._answer(eio_sid, namespace, id, name, sid, data[1:]))
+        if error is not None:
+            packet = self._error_packet(eio_sid, name, namespace, id, error)
+            drop_frames(error)
             await self._send_packet(eio_sid, packet)
 
-    async def _answer(
-        self, eio_sid: str, namespace: str, id: int | None, event: str, sid: str, args: list[Any]
-    ) -> Exception | None:
-        """Call the handler of an event and send the ack, if the client asked for one. Return the handler's error, if any."""
+    async def _answer(self, eio_sid: str, namespace: str, id: int | None, event: str, sid: str, args: list[Any]) -> None:
+        """Call the handler of an event and send the ack, if the client asked for one. Raises what the handler raises."""
         result = await self._trigger(event, namespace, sid, args)
-        if isinstance(result, Exception):
-            return result
         if isinstance(result, msgspec.Raw) and namespace == "/":
             if id is not None and (session := self.eio.sockets.get(eio_sid)) is not None:
                 session.send(f"{MESSAGE}{wire.ACK}{id}[{bytes(result).decode()}]")
         elif id is not None and result is not self.not_handled:
             values = list(result) if isinstance(result, tuple) else [] if result is None else [result]
             await self._send_packet(eio_sid, StrictPacket(wire.ACK, values, namespace, id))
-        return None
 
-    def _error_packet(self, event: str, namespace: str, id: int | None, error: Exception) -> StrictPacket:
-        """Return the ack of an event that failed or, if it asked for none, an `error` event. Log a bug."""
+    def _error_packet(self, eio_sid: str, event: str, namespace: str, id: int | None, error: Exception) -> StrictPacket:
+        """Return the ack of an event that failed or, if it asked for none, an `error` event. Log the error."""
         if not isinstance(error, ChatError):
             self.eio.client_log.record_bug("A handler failed", error)
             error = ChatError("INTERNAL_ERROR")
+        elif session := self.eio.sockets.get(eio_sid):
+            self.eio.client_log.record_error(session.address, error)
         if id is not None:
             return StrictPacket(wire.ACK, [{"success": False} | error.body()], namespace, id)
         notice = ErrorNotice(event[:100], error.detail, error.code, error.reason, error.field)
@@ -7071,7 +7071,7 @@ def socket_server(**options: Any) -> SocketServer:
 # between two awaits, so that nothing else sees half of a change.
 
 LOGIN_SECONDS = 10  # time limit for a socket to authenticate
-OWN_MARK_SECONDS = 0.05  # delay of `channel:read` after a user's own post: an event for each post would cost 15 us
+OWN_MARK_SECONDS = 0.25  # delay of `channel:read` after a user's own post: an event for each post would cost 15 us
 MAX_CACHED_TOKENS = 10_000
 HOST_SECONDS = 5.0  # time limit for a coroutine of the embedding program; shorter than CALL_TIMEOUT
 PRESENCE_EVENTS = ("user:connected", "user:disconnected")  # very many when everybody connects at once
@@ -8447,9 +8447,8 @@ async def load_missed(hub: Hub, caller: Caller, since: ChangesArgs) -> tuple[int
     """Return the server's last sequence number and the JSON of the changes after `since.after`."""
 
     def load(ctx: OperationContext, _: Any) -> tuple[int, Changes | msgspec.Raw]:
-        seq = load_seq(ctx.db, since.server_id)
-        found = hub.missed.find(since, seq)  # another caller may have loaded it while this one waited for a reader
-        return seq, found or load_changes(ctx.db, since, ctx.visible_users(), ctx.user.user_id)
+        found = hub.missed.find(since, ctx.seq)  # another caller may have loaded it while this one waited for a reader
+        return ctx.seq, found or load_changes(ctx.db, since, ctx.visible_users(), ctx.user.user_id)
 
     seq, loaded = await hub.query_slow(caller, since, load)
     if isinstance(loaded, msgspec.Raw):
@@ -8466,8 +8465,7 @@ async def join_server(hub: Hub, caller: Caller, args: JoinServer) -> Result[Join
     since = ChangesArgs(server_id=args.server_id, after=args.after or 0)
 
     def look_up(ctx: OperationContext, _: JoinServer) -> tuple[list[Channel], int, msgspec.Raw | None]:
-        seq = load_seq(ctx.db, ctx.server_id)
-        return load_channels(ctx.db, ctx.server_id), seq, hub.missed.find(since, seq)
+        return load_channels(ctx.db, ctx.server_id), ctx.seq, hub.missed.find(since, ctx.seq)
 
     await hub.store.wait_until_applied()
     # Every event published until now is committed, so `seq` includes it; later ones are sent to the socket.
@@ -8595,8 +8593,6 @@ PROGRAM_LOG_OPERATIONS = {"ban", "unban", "set_role", "change_password", "delete
 async def result_or_error(work: Awaitable[T]) -> T | ChatError:
     """Await a call and return its result or its error. A bug is logged and becomes INTERNAL_ERROR."""
     outcome: T | Exception = await result_or_exception(work)
-    if isinstance(outcome, TimeoutError):
-        return chat_error("TOO_SLOW")
     if isinstance(outcome, Exception) and not isinstance(outcome, ChatError):
         log.error("a call failed", exc_info=outcome)
         return ChatError("INTERNAL_ERROR")
@@ -8604,19 +8600,24 @@ async def result_or_error(work: Awaitable[T]) -> T | ChatError:
 
 
 async def dispatch(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result[Any]:
-    """Run an operation as its kind requires: in the next write transaction, in a read snapshot, or as a coroutine."""
+    """Run an operation as its kind requires: in the next write transaction, in a read snapshot, or as a coroutine. Raises
+    ChatError."""
+    work: Awaitable[Result[Any]]
     if op.kind == "async":
+        work = op.run(hub, caller, args)
+    else:
+        run = op.run if op.logged is None else functools.partial(run_logged, op, op.run)
+        job: Query[Result[Any]] = hub.authorized(op.access, caller, args, run)
+        if op.kind == "write":
+            return await hub.store.write(job, slow=op.slow, frees_space=op.frees_space)
+        if not op.slow:
+            return hub.store.read_inline(job)
+        work = hub.read_slow(caller, job)
+    try:
         async with asyncio.timeout(None if op.raw_body or caller.is_program else CALL_TIMEOUT):
-            result: Result[Any] = await op.run(hub, caller, args)
-        return result
-    run = op.run if op.logged is None else functools.partial(run_logged, op, op.run)
-    job: Query[Result[Any]] = hub.authorized(op.access, caller, args, run)
-    if op.kind == "write":
-        return await hub.store.write(job, slow=op.slow, frees_space=op.frees_space)
-    if not op.slow:
-        return hub.store.read_inline(job)
-    async with asyncio.timeout(None if caller.is_program else CALL_TIMEOUT):
-        return await hub.read_slow(caller, job)
+            return await work
+    except TimeoutError:
+        raise chat_error("TOO_SLOW") from None
 
 
 async def run_before(hub: Hub, op: Operation, caller: Caller, args: Any) -> Any:
@@ -8634,7 +8635,7 @@ async def run_before(hub: Hub, op: Operation, caller: Caller, args: Any) -> Any:
 
 
 async def run_operation(hub: Hub, op: Operation, caller: Caller, args: Any) -> Result[Any]:
-    """Run an operation within its rate limit, and log it if it is in PROGRAM_LOG_OPERATIONS. Raises ChatError, TimeoutError."""
+    """Run an operation within its rate limit, and log it if it is in PROGRAM_LOG_OPERATIONS. Raises ChatError."""
     limit, limiter = LIMITS.get(op.limit or ""), hub.limiter_for(caller)
     name, key_owner = op.limit or "", caller.address if limit and limit.by == "address" else caller.user.user_id
     if limit and not limit.failures:
@@ -8843,7 +8844,7 @@ class Route:
         return self.hub.authenticate_token(token.strip())
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
-        """Return the response to a request. Raises ChatError, TimeoutError."""
+        """Return the response to a request. Raises ChatError."""
         hub, op, user = self.hub, self.op, NOBODY
         if op.access is not Access.ANYONE:
             user = self.authenticate(request)
@@ -8961,8 +8962,8 @@ def encode_ack(value: Payload | dict[str, Any] | None) -> msgspec.Raw:
     return msgspec.Raw(b'{"success":true' + (b"," if body != b"{}" else b"") + body[1:])
 
 
-async def handle_event(hub: Hub, event: str, sid: str, payload: tuple[Any, ...]) -> msgspec.Raw:
-    """Run the operation of an event and return its ack. Raises ChatError, TimeoutError."""
+async def handle_event(hub: Hub, event: str, sid: str, *payload: Any) -> msgspec.Raw:
+    """Run the operation of an event and return its ack. Raises ChatError."""
     op = CLIENT_EVENTS.get(event) or hub.host_events.get(event)
     if op is None:
         raise chat_error("NO_EVENT")
@@ -9004,12 +9005,7 @@ def add_socket_handlers(hub: Hub) -> None:
     async def on_disconnect(sid: str, reason: str) -> None:
         hub.remove_connection(sid)
 
-    @sio.on("*")  # type: ignore[untyped-decorator]
-    async def on_event(event: str, sid: str, *payload: Any) -> msgspec.Raw | ChatError:
-        outcome = await result_or_error(handle_event(hub, event, sid, payload))
-        if isinstance(outcome, ChatError) and (connection := hub.connections.get(sid)) is not None:
-            sio.eio.client_log.record_error(connection.address, outcome)
-        return outcome  # the Socket.IO server sends it
+    sio.on("*", functools.partial(handle_event, hub))
 
 
 # OpenAPI and AsyncAPI.
