@@ -14982,6 +14982,36 @@ async def test_requests_by_the_router_and_without_it_are_answered_alike(launch: 
         assert {**direct.headers, "Date": ""} == {**routed.headers, "Date": ""}, (method, path)
 
 
+async def test_ordinary_responses_are_sent_as_aiohttp_would_send_them(launch: Launch, tmp_path: Path) -> None:
+    """A header Upgrade, which nothing here obeys, makes aiohttp send the response."""
+    process = await launch(tmp_path / "chat.db")
+
+    async def ask(line: str, *headers: str) -> tuple[bytes, set[bytes], bytes, bool]:
+        """Return the first line, the other lines of the head, the body, and whether the connection stays open."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(process.url.rpartition(":")[2]))
+        writer.write("\r\n".join([line, "Host: localhost", *headers, "", ""]).encode())
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+        first, *lines = head.rstrip().split(b"\r\n")
+        length = next((int(line.split()[1]) for line in lines if line.startswith(b"Content-Length:")), 0)
+        body = b"" if line.startswith("HEAD") else await asyncio.wait_for(reader.readexactly(length), PATIENCE)
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        more = await asyncio.wait_for(reader.read(8), PATIENCE)
+        writer.close()
+        assert re.fullmatch(rb"Date: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", *(x for x in lines if x.startswith(b"Date")))
+        return first, {line for line in lines if not line.startswith(b"Date")}, body, more == b"HTTP/1.1"
+
+    for path in ("/healthz", "/config", "/users/me", "/", "/nothing", "/openapi.json", "/socket.io/?EIO=3"):
+        first, lines, body, is_open = await ask(f"GET {path} HTTP/1.1")
+        assert (first, lines, body, is_open) == await ask(f"GET {path} HTTP/1.1", "Upgrade: nothing")
+        assert is_open and len(body) > 10
+        assert (first, lines, b"", True) == await ask(f"HEAD {path} HTTP/1.1") or path.startswith("/socket.io")
+        assert (first, {*lines, b"Connection: close"}, body, False) == await ask(f"GET {path} HTTP/1.1", "Connection: close")
+        first = first.replace(b"1.1", b"1.0")
+        assert (first, lines, body, False) == await ask(f"GET {path} HTTP/1.0")
+        kept = await ask(f"GET {path} HTTP/1.0", "Connection: keep-alive")
+        assert (first, {*lines, b"Connection: keep-alive"}, body, True) == kept
+
+
 async def test_clients_that_leave_at_once_leave_no_line_in_the_log(launch: Launch, tmp_path: Path) -> None:
     process = await launch(tmp_path / "chat.db")
     for request in LEFT_REQUESTS:
