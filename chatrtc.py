@@ -5944,14 +5944,14 @@ def merge(pieces: tuple[tuple[RoomBuffer, int, int], ...]) -> bytes:
 
 
 class PacketQueue:
-    """Handles items one by one, in order, in its own task, so that queues take turns. `failed` is called with the exception of
-    a handler. Each client has a queue: an idle one takes 0.2 KiB; a deque and an `asyncio.Event` would take 1.5 KiB."""
+    """Handles items one by one, in order, in its own task, so that queues take turns. `handle` must not raise exceptions. Each
+    client has a queue: an idle one takes 0.2 KiB; a deque and an `asyncio.Event` would take 1.5 KiB."""
 
-    __slots__ = ("failed", "handle", "jobs", "length", "running", "space")
+    __slots__ = ("handle", "jobs", "length", "running", "space")
 
-    def __init__(self, handle: Callable[[Any], Awaitable[None]], failed: Callable[[Exception], None], length: int) -> None:
+    def __init__(self, handle: Callable[[Any], Awaitable[None]], length: int) -> None:
         self.jobs: list[Any] = []
-        self.handle, self.failed, self.length = handle, failed, length
+        self.handle, self.length = handle, length
         self.running: asyncio.Task[None] | None = None
         self.space: asyncio.Future[None] | None = None  # what `wait_for_space` waits for
 
@@ -5982,8 +5982,7 @@ class PacketQueue:
             while self.jobs:
                 job = self.jobs.pop(0)
                 self._announce_space()
-                if isinstance(error := await result_or_exception(self.handle(job)), Exception):
-                    self.failed(error)
+                await self.handle(job)
                 if self.jobs:  # let other queues run, even if the handler has not waited for anything
                     await asyncio.sleep(0)
         finally:
@@ -6777,6 +6776,11 @@ class StrictPacket(wire.Packet):  # type: ignore[misc]
             raise ValueError("a placeholder without its attachment") from None
 
 
+def event_name(data: Any) -> str:
+    """Return the name of an event with this content, a list. A client may send anything as the name."""
+    return data[0] if isinstance(data[0], str) else StrictJson.dumps(data[0])
+
+
 class RoomManager(socketio.AsyncManager):  # type: ignore[misc]
     """The library's rooms, also indexed by client; an event for a room is encoded once."""
 
@@ -6933,11 +6937,8 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
     async def _handle_eio_connect(self, eio_sid: str, environ: dict[str, Any]) -> None:
         await super()._handle_eio_connect(eio_sid, environ)
         handle = functools.partial(self._handle_packet, eio_sid)
-        self.packet_queues[eio_sid] = PacketQueue(handle, self._record_failure, PACKET_QUEUE_LENGTH)
+        self.packet_queues[eio_sid] = PacketQueue(handle, PACKET_QUEUE_LENGTH)
         self._await_connect(eio_sid)
-
-    def _record_failure(self, error: Exception) -> None:
-        self.eio.client_log.record_bug("A handler failed", error)
 
     def _await_connect(self, eio_sid: str) -> None:
         """End the session unless it enters a namespace within `connect_timeout`."""
@@ -6992,16 +6993,24 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
         return packet
 
     async def _handle_packet(self, eio_sid: str, packet: StrictPacket) -> None:
-        namespace = packet.namespace or "/"
+        """Handle a packet other than an ack. Answer an event whose handler raises an exception."""
+        namespace, kind = packet.namespace or "/", packet.packet_type
         if eio_sid not in self.eio.sockets:
             return
-        if packet.packet_type == wire.CONNECT:
-            await self._handle_connect(eio_sid, namespace, packet.data)
-        elif packet.packet_type == wire.DISCONNECT:
-            await self._handle_disconnect(eio_sid, namespace, REASON.CLIENT_DISCONNECT)
-            self._await_connect(eio_sid)
+        if kind == wire.CONNECT:
+            work = self._handle_connect(eio_sid, namespace, packet.data)
+        elif kind == wire.DISCONNECT:
+            work = self._handle_disconnect(eio_sid, namespace, REASON.CLIENT_DISCONNECT)
         else:
-            await self._handle_event(eio_sid, namespace, packet.id, packet.data, packet.error)
+            work = self._handle_event(eio_sid, namespace, packet.id, packet.data, packet.error)
+        error = await result_or_exception(work)
+        if error is not None:
+            answer = self._error_packet(eio_sid, packet, error)
+            drop_frames(error)
+            if answer is not None:
+                await self._send_packet(eio_sid, answer)
+        if kind == wire.DISCONNECT:
+            self._await_connect(eio_sid)
 
     async def _handle_connect(self, eio_sid: str, namespace: str, data: Any) -> None:
         if not {namespace, "*"} & {*self.handlers, *self.namespace_handlers, *self.namespaces}:
@@ -7038,19 +7047,15 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             await self.manager.disconnect(sid, namespace or "/", ignore_queue=True)
 
     async def _handle_event(self, eio_sid: str, namespace: str, id: int | None, data: Any, error: Any = None) -> None:
+        """Call the handler of an event and send the ack, if the client asked for one. Raises what the handler raises."""
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace)
         if not self.manager.is_connected(sid, namespace):
             return
-        name = data[0] if isinstance(data[0], str) else StrictJson.dumps(data[0])
-        error = error or await result_or_exception(self._answer(eio_sid, namespace, id, name, sid, data[1:]))
         if error is not None:
-            packet = self._error_packet(eio_sid, name, namespace, id, error)
-            drop_frames(error)
-            await self._send_packet(eio_sid, packet)
-
-    async def _answer(self, eio_sid: str, namespace: str, id: int | None, event: str, sid: str, args: list[Any]) -> None:
-        """Call the handler of an event and send the ack, if the client asked for one. Raises what the handler raises."""
-        result = await self._trigger(event, namespace, sid, args)
+            raise error
+        result = self._call_handler(event_name(data), namespace, sid, data[1:])
+        if inspect.isawaitable(result):
+            result = await result
         if isinstance(result, msgspec.Raw) and namespace == "/":
             if id is not None and (session := self.eio.sockets.get(eio_sid)) is not None:
                 session.send(f"{MESSAGE}{wire.ACK}{id}[{bytes(result).decode()}]")
@@ -7058,26 +7063,28 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             values = list(result) if isinstance(result, tuple) else [] if result is None else [result]
             await self._send_packet(eio_sid, StrictPacket(wire.ACK, values, namespace, id))
 
-    def _error_packet(self, eio_sid: str, event: str, namespace: str, id: int | None, error: Exception) -> StrictPacket:
-        """Return the ack of an event that failed or, if it asked for none, an `error` event. Log the error."""
+    def _call_handler(self, event: str, namespace: str, sid: str, args: list[Any]) -> Any:
+        """Call the handler of an event or, if it has none or a reserved name, that of `*`. Return what it returns."""
+        handlers = self.handlers.get(namespace, {})
+        handler = handlers.get("*")
+        if event not in RESERVED and (event in handlers or handler is None):
+            return self._trigger_event(event, namespace, sid, *args)
+        return handler(event, sid, *args) if handler is not None else self.not_handled
+
+    def _error_packet(self, eio_sid: str, packet: StrictPacket, error: Exception) -> StrictPacket | None:
+        """Return the ack of an event that failed or, if it asked for none, an `error` event; None for other packets. Log the
+        error."""
         if not isinstance(error, ChatError):
             self.eio.client_log.record_bug("A handler failed", error)
             error = ChatError("INTERNAL_ERROR")
         elif session := self.eio.sockets.get(eio_sid):
             self.eio.client_log.record_error(session.address, error)
-        if id is not None:
-            return StrictPacket(wire.ACK, [{"success": False} | error.body()], namespace, id)
-        notice = ErrorNotice(event[:100], error.detail, error.code, error.reason, error.field)
-        return StrictPacket(wire.EVENT, ["error", msgspec.to_builtins(notice)], namespace)
-
-    async def _trigger(self, event: str, namespace: str, sid: str, args: list[Any]) -> Any:
-        """Call the handler of an event or, if it has none or a reserved name, that of `*`."""
-        handlers = self.handlers.get(namespace, {})
-        handler = handlers.get("*")
-        if event not in RESERVED and (event in handlers or handler is None):
-            return await self._trigger_event(event, namespace, sid, *args)
-        result = handler(event, sid, *args) if handler is not None else self.not_handled
-        return await result if inspect.isawaitable(result) else result
+        if packet.packet_type not in (wire.EVENT, wire.BINARY_EVENT):
+            return None
+        if packet.id is not None:
+            return StrictPacket(wire.ACK, [{"success": False} | error.body()], packet.namespace, packet.id)
+        notice = ErrorNotice(event_name(packet.data)[:100], error.detail, error.code, error.reason, error.field)
+        return StrictPacket(wire.EVENT, ["error", msgspec.to_builtins(notice)], packet.namespace)
 
     async def _handle_ack(self, eio_sid: str, namespace: Any, id: Any, data: Any) -> None:
         sid = self.manager.sid_from_eio_sid(eio_sid, namespace or "/")
@@ -7414,10 +7421,12 @@ class Hub:
 
         async def handle(job: tuple[Payload, int]) -> None:
             payload, server_id = job
-            await call(({"server_id": server_id} if server_id else {}) | msgspec.to_builtins(payload))
+            content = ({"server_id": server_id} if server_id else {}) | msgspec.to_builtins(payload)
+            error = await result_or_exception(call(content))
+            if isinstance(error, Exception):
+                log.error("a listener failed", exc_info=error)
 
-        queue = PacketQueue(handle, lambda error: log.error("a listener failed", exc_info=error), LISTENER_EVENTS)
-        self.listeners.setdefault(event, []).append(queue)
+        self.listeners.setdefault(event, []).append(PacketQueue(handle, LISTENER_EVENTS))
 
     async def end_listeners(self) -> None:
         """Drop the events that wait for listeners, and cancel the calls in progress."""
