@@ -823,17 +823,19 @@ class Listener:
     def run(self) -> None:
         while True:
             for fd, _ in self.poll.poll():
-                client = self.clients.get(fd)
-                if client is None:
-                    command, *arguments = self.control.recv()
-                    answer = getattr(self, command)(*arguments)
-                    if command not in ("join", "storm"):  # which answer when all clients have joined
-                        self.control.send(answer)
-                else:
-                    self.read(fd, client)
+                if fd == self.control.fileno():
+                    self.obey()
+                    break  # the command may have closed the next of these clients; for the others, `poll` returns again
+                self.read(fd, self.clients[fd])
             if self.progressed:
                 self.progressed = False
                 os.eventfd_write(self.wakeup, 1)
+
+    def obey(self) -> None:
+        command, *arguments = self.control.recv()
+        answer = getattr(self, command)(*arguments)
+        if command not in ("join", "storm"):  # which answer when all clients have joined
+            self.control.send(answer)
 
     def read(self, fd: int, client: Client) -> None:
         size, was_joined = 0, client.joined

@@ -5818,7 +5818,8 @@ def http_date(seconds: int) -> str:
 class WatchedResponse(web.Response):
     """A response whose client is watched while it does not read, and whose body is dropped once it is written."""
 
-    is_sent = closes = False
+    is_sent = False  # by `send`
+    closes = False  # the connection
 
     def force_close(self) -> None:
         self.closes = True
