@@ -643,6 +643,8 @@ def text_lines(lines: list[str], depth: int = 0) -> Iterator[str]:
 
 def possible_mentions(content: str) -> list[tuple[str, ...]]:
     """Return, for each `@` that may begin a mention, the handles that it may mean (see `handle_keys`), without duplicates."""
+    if "@" not in content:
+        return []
     lines = text_lines(content.split("\n")) if "`" in content else [content]
     texts = dict.fromkeys(itertools.chain.from_iterable(map(at_signs, lines)))
     return [*map(handle_keys, itertools.islice(texts, MAX_MENTIONS))]
@@ -3850,8 +3852,6 @@ def load_mentions(
     """Return the ids of the members whom a message mentions: by `@handle` (for each `@`, the longest handle that matches), and
     the author of the message that it replies to, unless that is its own author. At most `MAX_MENTIONS`, those named first, with
     ascending ids. Also return whether it mentions everyone, as messages by staff can."""
-    if reply_to is None and "@" not in content:
-        return [], False
     ids = load_replied_author(db, server_id, reply_to, author_id) if reply_to is not None else []
     everyone = False
     for keys in possible_mentions(content):
@@ -5819,11 +5819,6 @@ class WatchedResponse(web.Response):
     """A response whose client is watched while it does not read, and whose body is dropped once it is written."""
 
     is_sent = False  # by `send`
-    closes = False  # the connection
-
-    def force_close(self) -> None:
-        self.closes = True
-        super().force_close()
 
     @property
     def keep_alive(self) -> bool | None:
@@ -5846,7 +5841,7 @@ class WatchedResponse(web.Response):
         """Send the response without the steps that aiohttp takes for unusual cases: they are 6 % of a post. Return False, and
         send nothing, in these cases: no body, HTTP/1.0, or the connection does not stay open. Raises ConnectionError."""
         body, headers = self.body, self.headers
-        stays_open = request.keep_alive and not self.closes and "Upgrade" not in request.headers
+        stays_open = request.keep_alive and self.keep_alive is None and "Upgrade" not in request.headers
         if not stays_open or request.version != HttpVersion11 or request.method == "HEAD" or not isinstance(body, bytes):
             return False
         self.is_sent, self.body = True, None
@@ -7009,10 +7004,10 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]
             work = self._handle_event(eio_sid, namespace, packet.id, packet.data, packet.error)
         error = await result_or_exception(work)
         if error is not None:
-            answer = self._error_packet(eio_sid, packet, error)
+            reply = self._error_packet(eio_sid, packet, error)
             drop_frames(error)
-            if answer is not None:
-                await self._send_packet(eio_sid, answer)
+            if reply is not None:
+                await self._send_packet(eio_sid, reply)
         if kind == wire.DISCONNECT:
             self._await_connect(eio_sid)
 
